@@ -1,0 +1,53 @@
+# Every target does its own set-up; `make test` and `make demo` work in a fresh clone.
+#
+#   make test                the virtual environment of the checkout, created and updated as needed
+#   make test PY=python      an environment that is already there; nothing is installed
+#   make test ARGS="-k where -x"
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+STAMP := $(VENV)/.installed
+ifeq ($(origin PY),command line)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(STAMP)
+endif
+
+.PHONY: help venv test lint format demo bench-quick clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 14
+
+venv: $(STAMP)  ## create or update the virtual environment
+
+# The stamp is written last: an interrupted installation is done again.
+# Byte code is left to the first import, which needs only a part of it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,viz]'
+	@touch $@
+
+test: $(READY)  ## run the tests
+	$(PY) -m pytest -q $(ARGS)
+
+lint: $(READY)  ## check style and formatting
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(READY)  ## format, and mend what the linter can mend
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+demo: $(READY)  ## run the demonstration on the embedded models
+	$(PY) -m attnsteer demo $(ARGS)
+
+bench-quick: $(READY)  ## run the short benchmark
+	$(PY) -m benchmarks.run --quick $(ARGS)
+
+clean:  ## remove the virtual environment, caches and built files
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,378 @@
+"""What happens at one steered site: the active methods, stage by stage, head group by head group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .call import AttentionMap, AttnCall, DenseMap, KeyBias, Reweight
+from .errors import CompositionError, SelectionError, UnsupportedHost
+from .intervention import Intervention
+from .kernels import Attention
+from .site import Site
+from .where import Where
+
+if TYPE_CHECKING:
+    from .steering import Steering
+
+Heads = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One intervention of a steering: its place in the order, its selection, the doors it uses."""
+
+    index: int
+    method: Intervention
+    where: Where
+    doors: frozenset[str]
+
+
+@dataclass
+class CallContext:
+    """What a host knows about one attention call; the fields are those of `AttnCall`."""
+
+    phase: str = "prefill"
+    step: int | None = None
+    steps: int | None = None
+    branch_rows: dict[str, Tensor] | None = None
+    row_valid: Tensor | None = None
+    key_valid: Tensor | None = None
+    row_position: Tensor | None = None
+    key_position: Tensor | None = None
+    segments: dict[str, slice] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
+    states: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    frozen: bool = False
+    context: dict[str, Any] = field(default_factory=dict)
+
+
+class Whole:
+    """The site's own attention, computed once, by the model's kernel or by the same kernel with its lse."""
+
+    def __init__(self, att: Attention, base: Callable[[], Tensor], same_kernel: bool):
+        self.att = att
+        self._base = base
+        self.same_kernel = same_kernel
+        self._pair: tuple[Tensor, Tensor] | None = None
+        self._out: Tensor | None = None
+
+    def out(self) -> Tensor:
+        """[B, H, n, dv]."""
+        if self._out is None:
+            self._out = self._base()
+        return self._out
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(out, lse) from one call of the kernel that the model itself would use."""
+        if self._pair is None:
+            self._pair = kernels.attend_lse(self.att)
+            if self._out is None:
+                self._out = self._pair[0]
+        return self._pair
+
+
+class SiteRuntime:
+    """The interventions bound to one site; called by the host in place of the attention primitive."""
+
+    def __init__(self, run: Steering, site: Site, entries: list[tuple[Bound, Heads | None]]):
+        self.run = run
+        self.site = site
+        self.entries = entries
+        self._partitions: dict[tuple[int, ...], list[tuple[Heads | None, list[Bound]]]] = {}
+
+    def active(self, ctx_phase: str | None, step: int | None, steps: int | None) -> tuple[int, ...]:
+        """Positions in `entries` of the interventions that act in this call."""
+        return tuple(
+            i
+            for i, (bound, _) in enumerate(self.entries)
+            if self.run.is_open(bound) and bound.where.active(ctx_phase, step, steps)
+        )
+
+    def __call__(
+        self,
+        att: Attention,
+        base: Callable[[], Tensor],
+        ctx: CallContext,
+        active: tuple[int, ...],
+        same_kernel: bool = False,
+    ) -> Tensor:
+        """The site's output [B, H, n, dv] with the active interventions applied.
+
+        Args:
+            att: the call in the model's terms. base: computes the output with the model's own kernel.
+            same_kernel: whether `kernels.attend_lse` would run that very kernel (so it can replace it).
+        """
+        whole = Whole(att, base, same_kernel)
+        offset = self._offset(att.q.shape[1])
+        groups = self._partition(active)
+        result: Tensor | None = None
+        for heads, bounds in groups:
+            local = _local(heads, offset, att.q.shape[1])
+            if local == ():
+                continue
+            out = self._group(whole, local, bounds, ctx, offset)
+            if out is None:
+                continue
+            if local is None:
+                return out
+            if result is None:
+                result = whole.out().clone()
+            result[:, list(local)] = out
+        return whole.out() if result is None else result
+
+    def _offset(self, local: int) -> int:
+        """Global index of this process's first head (tensor parallelism shards heads)."""
+        if local == self.site.heads:
+            return 0
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and self.site.heads % local == 0:
+            return (torch.distributed.get_rank() % (self.site.heads // local)) * local
+        raise UnsupportedHost(
+            f"{self.site.path} was listed with {self.site.heads} heads but computes {local}; "
+            "heads cannot be matched. Steer the model after it is loaded and sharded."
+        )
+
+    def _partition(self, active: tuple[int, ...]) -> list[tuple[Heads | None, list[Bound]]]:
+        """Heads that share the same methods, so that each group is edited as a whole."""
+        found = self._partitions.get(active)
+        if found is None:
+            every = tuple(range(self.site.heads))
+            by_methods: dict[tuple[int, ...], list[int]] = {}
+            for head in every:
+                key = tuple(i for i in active if self.entries[i][1] is None or head in self.entries[i][1])
+                if key:
+                    by_methods.setdefault(key, []).append(head)
+            found = [
+                (None if len(heads) == len(every) else tuple(heads), [self.entries[i][0] for i in key])
+                for key, heads in by_methods.items()
+            ]
+            self._partitions[active] = found
+        return found
+
+    def _group(
+        self, whole: Whole, heads: Heads | None, bounds: list[Bound], ctx: CallContext, offset: int
+    ) -> Tensor | None:
+        pick = (lambda t: t) if heads is None else (lambda t: t[:, list(heads)])
+        sub = _Lazy(lambda: whole.att.select(heads))
+        fused = (lambda: tuple(pick(t) for t in whole.pair())) if whole.same_kernel else None
+        view = AttentionMap(sub, base=lambda: pick(whole.out()), fused=fused)
+        own = tuple(range(whole.att.q.shape[1])) if heads is None else heads
+        stage = _Stage(self, bounds, ctx, tuple(h + offset for h in own), view)
+        stage.inputs()
+        stage.bias()
+        stage.weights()
+        return stage.output()
+
+
+class _Lazy:
+    """An `Attention` built on first use: head-output edits need no gathered q, k, v."""
+
+    __slots__ = ("_build", "_built")
+
+    def __init__(self, build: Callable[[], Attention]):
+        object.__setattr__(self, "_build", build)
+        object.__setattr__(self, "_built", None)
+
+    def __getattr__(self, name: str) -> Any:
+        if self._built is None:
+            object.__setattr__(self, "_built", self._build())
+        return getattr(self._built, name)
+
+
+class _Stage:
+    """The four inside doors of the methods of one head group, in order."""
+
+    def __init__(self, runtime: SiteRuntime, bounds: list[Bound], ctx: CallContext, heads: Heads, view: AttentionMap):
+        self.runtime, self.bounds, self.ctx, self.heads, self.map = runtime, bounds, ctx, heads, view
+        self.out: Tensor | None = None
+        self.touched = False
+        n, B = view.att.shape[2], view.att.shape[0]
+        self.records = {}
+        for bound in bounds:
+            record = runtime.run.audit.record(bound.index, runtime.site.path)
+            record.calls += 1
+            record.heads = max(record.heads, len(heads))
+            self.records[bound.index] = record
+        self.rows = B * n
+
+    def call(self, bound: Bound) -> AttnCall:
+        ctx = self.ctx
+        return AttnCall(
+            site=self.runtime.site,
+            heads=self.heads,
+            map=self.map,
+            phase=ctx.phase,
+            step=ctx.step,
+            branch=self.runtime.run.branch,
+            row_valid=ctx.row_valid,
+            key_valid=ctx.key_valid,
+            row_position=ctx.row_position,
+            key_position=ctx.key_position,
+            segments=ctx.segments,
+            grid=ctx.grid,
+            state=ctx.states.setdefault((bound.index, self.runtime.site.path, self.heads), {}),
+            frozen=ctx.frozen,
+            context=ctx.context,
+        )
+
+    def mark(self, bound: Bound, path: str) -> None:
+        record = self.records[bound.index]
+        record.edits += 1
+        record.rows += self.rows
+        record.path = path
+
+    def chosen(self, bound: Bound) -> Tensor | None:
+        """bool [B or 1, 1, n or 1]: the rows and batch rows that `where` selects; None for all."""
+        where, ctx, (B, _, n, _) = bound.where, self.ctx, self.map.att.shape
+        device, mask = self.map.att.q.device, None
+        if where.rows is not None:
+            mask = self._row_choice(where.rows, n, device)[None, None]
+        if where.branches is not None:
+            rows = self._branch_choice(where.branches)[:, None, None]
+            mask = rows if mask is None else mask & rows
+        return mask
+
+    def _row_choice(self, rows: Any, n: int, device: torch.device) -> Tensor:
+        if rows == "last":
+            return torch.arange(n, device=device) == n - 1
+        if isinstance(rows, str):
+            if rows not in self.ctx.segments:
+                known = sorted(self.ctx.segments) or "none"
+                raise SelectionError(f"Where(rows={rows!r}): {self.runtime.site.path} has row roles {known}.")
+            mask = torch.zeros(n, dtype=torch.bool, device=device)
+            mask[self.ctx.segments[rows]] = True
+            return mask
+        position = self.ctx.row_position
+        position = torch.arange(n, device=device) if position is None else position
+        return (position >= rows[0]) & (position < rows[1])
+
+    def _branch_choice(self, branches: tuple[str, ...]) -> Tensor:
+        known = self.ctx.branch_rows
+        if known is None:
+            raise SelectionError(
+                f"Where(branches={branches}): which rows of the batch are conditional is not known here. Steer the "
+                'pipeline rather than its model, or enter run.branches("uncond", "cond") around the calls.'
+            )
+        found = [known[b] for b in branches if b in known]
+        if not found:
+            some = next(iter(known.values()))
+            return torch.zeros_like(some)
+        return torch.stack(found).any(dim=0)
+
+    def inputs(self) -> None:
+        for bound in self.bounds:
+            if "inputs" not in bound.doors:
+                continue
+            edited = bound.method.inputs(self.call(bound))
+            if edited is None:
+                continue
+            att, mask = self.map.att, self.chosen(bound)
+            q, k, v = edited
+            if mask is not None:
+                if mask.shape[-1] > 1 and (k is not att.k or v is not att.v):
+                    raise CompositionError(
+                        f"{type(bound.method).__name__} edits k or v: Where(rows=...) cannot split that."
+                    )
+                q = torch.where(mask[..., None], q, att.q)
+                k, v = (torch.where(mask[:, :, :1, None], new, old) for new, old in ((k, att.k), (v, att.v)))
+            self.map = AttentionMap(att.replace(q=q, k=k, v=v))
+            self.touched = True
+            self.mark(bound, "inputs")
+
+    def bias(self) -> None:
+        for bound in self.bounds:
+            if "bias" not in bound.doors:
+                continue
+            term = bound.method.bias(self.call(bound))
+            if term is None:
+                continue
+            att, mask = self.map.att, self.chosen(bound)
+            if isinstance(term, KeyBias) and mask is None:
+                old = att.key_bias
+                self.map = AttentionMap(att.replace(key_bias=term.bias if old is None else old + term.bias))
+            else:
+                full = term.bias[:, :, None] if isinstance(term, KeyBias) else term
+                full = full if mask is None else torch.where(mask[..., None], full, torch.zeros_like(full))
+                self.map = AttentionMap(_with_bias(att, full))
+            self.touched = True
+            self.mark(bound, "bias")
+
+    def weights(self) -> None:
+        used = False
+        for bound in self.bounds:
+            if "weights" not in bound.doors:
+                continue
+            edit = bound.method.weights(self.call(bound))
+            if edit is None:
+                continue
+            mask = self.chosen(bound)
+            if mask is not None:
+                edit = _masked(edit, mask, self.map.att.stat_dtype)
+            if self.runtime.run.measure:
+                valid = self.ctx.row_valid
+                moved = self.map.distance(edit)
+                keep = torch.ones_like(moved) if valid is None else valid[:, None].expand_as(moved).to(moved.dtype)
+                self.records[bound.index].measure(float((moved * keep).sum().detach() / keep.sum().clamp_min(1.0)))
+            more = any("weights" in b.doors for b in self.bounds if b.index > bound.index)
+            if used or more:
+                # Two reweightings have no common closed form; these heads take the explicit map.
+                A = self.map.edited_dense(edit)
+                self.out = _values(A, self.map.att).to(self.map.att.v.dtype)
+                self.map = DenseMap(self.map.att, A, self.out)
+                self.mark(bound, "dense")
+            else:
+                self.out = self.map.reweight(edit)
+                self.mark(bound, "rows" if self.map.few else "fused")
+            used = True
+
+    def output(self) -> Tensor | None:
+        out = self.out
+        if out is None and self.touched:
+            out = kernels.attend(self.map.att)
+        for bound in self.bounds:
+            if "output" not in bound.doors:
+                continue
+            before = self.map.out if out is None else out
+            edited = bound.method.output(self.call(bound), before)
+            if edited is None:
+                continue
+            mask = self.chosen(bound)
+            edited = edited.to(before.dtype)
+            out = edited if mask is None else torch.where(mask[..., None], edited, before)
+            self.mark(bound, "output")
+        return out
+
+
+def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:
+    if heads is None:
+        return None
+    return tuple(h - offset for h in heads if offset <= h < offset + size)
+
+
+def _values(A: Tensor, att: Attention) -> Tensor:
+    b, h, n, m = A.shape
+    folded = A.reshape(b, h // att.groups, att.groups * n, m)
+    return torch.matmul(folded, att.v.to(A.dtype)).reshape(b, h, n, -1)
+
+
+def _masked(edit: Reweight, mask: Tensor, dtype: torch.dtype) -> Reweight:
+    """Weight one outside the selected rows."""
+    keep = lambda w: torch.where(mask, torch.as_tensor(w, dtype=dtype, device=mask.device), 1.0)  # noqa: E731
+    return Reweight(tuple((keys, keep(w)) for keys, w in edit.groups), keep(edit.rest), edit.normalise)
+
+
+def _with_bias(att: Attention, bias: Tensor) -> Attention:
+    _, _, n, m = att.shape
+    mask = att.additive(att.stat_dtype)
+    if att.causal:
+        # A mask and the causal flag do not go together in any kernel.
+        lower = torch.ones(n, m, dtype=torch.bool, device=bias.device).tril()
+        mask = bias.new_zeros((), dtype=att.stat_dtype).masked_fill(~lower, -torch.inf)[None, None]
+    total = bias.to(att.stat_dtype) if mask is None else mask + bias.to(att.stat_dtype)
+    return att.replace(mask=total, causal=False)

@@ -1,0 +1,51 @@
+"""The error family: every message says what was asked, what exists, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AttnSteerError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class SelectionError(AttnSteerError, ValueError):
+    """A `Where`, a `HeadSet` or a span selects nothing, or something that does not exist."""
+
+
+class UnknownName(AttnSteerError, KeyError):
+    """A method, host, field or model name that is not known."""
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of the message, with escaped newlines.
+        return str(self.args[0]) if self.args else ""
+
+
+class UnsupportedHost(AttnSteerError, TypeError):
+    """The object, backend, cache or processor cannot be steered exactly."""
+
+
+class CompositionError(AttnSteerError, ValueError):
+    """Two interventions, or two steerings, cannot act together."""
+
+
+class NeverFired(AttnSteerError, RuntimeError):
+    """A steering was left although one of its interventions never acted."""
+
+
+class SerializationError(AttnSteerError, ValueError):
+    """A saved intervention or head set cannot be read."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A " Did you mean 'x'?" suffix, or an empty string when nothing is close."""
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def listing(items: Iterable[object], limit: int = 12) -> str:
+    """A short, comma-separated list for error messages; long ones say how many were left out."""
+    names = [str(item) for item in items]
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown}, ... ({len(names) - limit} more)"

@@ -1,0 +1,1 @@
+"""Guidance: branch inputs, combining predictions, weak branches and prefix reuse."""

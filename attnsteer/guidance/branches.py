@@ -1,0 +1,110 @@
+"""The inputs and the prediction of a denoiser call, and how its guidance rows are told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedHost
+
+# Arguments whose first dimension is the batch; everything else is passed on whole (position ids, rotary tables).
+BATCHED = frozenset(
+    {
+        "sample", "hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask", "attention_mask",
+        "pooled_projections", "guidance", "added_cond_kwargs", "class_labels", "timestep_cond", "encoder_hidden_states_t5",
+        "text_embedding_mask", "text_embedding_mask_t5", "image_meta_size", "style", "encoder_hidden_states_image",
+        "encoder_hidden_states_mask", "down_block_additional_residuals", "mid_block_additional_residual",
+        "down_intrablock_additional_residuals", "block_controlnet_hidden_states", "controlnet_block_samples",
+        "controlnet_single_block_samples", "text_embeds", "time_ids", "image_embeds", "prompt_embeds", "cross_attention_kwargs",
+        "joint_attention_kwargs", "ip_adapter_masks", "ip_hidden_states", "ip_adapter_image_embeds", "resolution", "aspect_ratio",
+        "audio_hidden_states", "audio_encoder_hidden_states",
+    }
+)  # fmt: skip
+WHOLE = frozenset(
+    {"img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "rope_interpolation_scale", "return_dict", "indices_grid"}
+)
+
+
+@dataclass(frozen=True)
+class BranchInputs:
+    """Arguments of one denoiser forward, by name.
+
+    Attributes:
+        values: name -> argument. layout: names of the equal parts of the batch, in order.
+        batch: rows in all. timestep: of this call. memory: a dictionary that lives through one sampling run.
+    """
+
+    values: dict[str, Any]
+    layout: tuple[str, ...]
+    batch: int
+    timestep: float | None
+    memory: dict[Any, Any]
+
+    def part(self, name: str) -> slice:
+        """The rows of the last part called `name`."""
+        at = len(self.layout) - 1 - self.layout[::-1].index(name)
+        size = self.batch // len(self.layout)
+        return slice(at * size, (at + 1) * size)
+
+    def only(self, name: str) -> BranchInputs:
+        """The same call for the rows of one part."""
+        if self.layout == (name,):
+            return self
+        rows = self.part(name)
+        values = {key: self._cut(key, value, rows) for key, value in self.values.items()}
+        return replace(self, values=values, layout=(name,), batch=rows.stop - rows.start)
+
+    def _cut(self, key: str, value: Any, rows: slice) -> Any:
+        if isinstance(value, Tensor):
+            if value.ndim == 0 or value.shape[0] != self.batch or key in WHOLE:
+                return value
+            if key not in BATCHED:
+                raise UnsupportedHost(
+                    f"the denoiser argument {key!r} has {self.batch} rows like the batch, and whether it is batched is not "
+                    "known. Please report the model type."
+                )
+            return value[rows]
+        if isinstance(value, dict):
+            return {
+                k: self._cut(key if key in WHOLE else k if k in BATCHED | WHOLE else key, v, rows)
+                for k, v in value.items()
+            }
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            return type(value)(self._cut(key, v, rows) for v in value)
+        return value
+
+
+class Prediction:
+    """What a denoiser returned: a tuple, or an output object with `sample`.
+
+    Attributes:
+        sample: the prediction [B, ...]. wrapped: in the form in which the model returns it.
+    """
+
+    def __init__(self, wrapped: Any):
+        self.wrapped = wrapped
+
+    @property
+    def sample(self) -> Tensor:
+        """The predicted tensor, rows first."""
+        return self.wrapped[0] if isinstance(self.wrapped, (tuple, list)) else self.wrapped.sample
+
+    def with_sample(self, sample: Tensor) -> Prediction:
+        """The same form around another tensor."""
+        if isinstance(self.wrapped, (tuple, list)):
+            return Prediction(type(self.wrapped)((sample, *self.wrapped[1:])))
+        return Prediction(type(self.wrapped)(**{**self.wrapped, "sample": sample}))
+
+
+def add_to_rows(prediction: Prediction, term: Tensor, parts: int) -> Prediction:
+    """Add `term` [b, ...] to each of the `parts` equal parts of the rows.
+
+    With weights that sum to one, as in classifier-free guidance at any scale, each row then carries the term into
+    the combination exactly once, whatever the scale, the solver and the prediction type.
+    """
+    repeated: Sequence[Tensor] = [term] * parts
+    return prediction.with_sample(prediction.sample + torch.cat(list(repeated)))

@@ -1,0 +1,75 @@
+"""`WeakBranch`: guidance away from a prediction whose attention was damaged; base of PAG, SoftPAG and SEG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import SelectionError, UnsupportedHost
+from ..intervention import Intervention
+from ..site import Site
+from ..where import Where
+from .branches import BranchInputs, Prediction, add_to_rows
+
+
+@dataclass(frozen=True)
+class WeakBranch(Intervention):
+    """eps_u + g (eps_c - eps_u) + s (eps_c - eps_w): a weak prediction eps_w on the conditional rows, extrapolated from.
+
+    The term s (eps_c - eps_w) is added to every guidance row inside the denoiser's forward; the pipeline's own
+    combination then carries it exactly once, for any guidance scale, solver and prediction type.
+
+    Args:
+        scale: s; 0 turns the method off and computes no weak pass.
+        adaptive: a in s_t = max(0, s - a (1000 - t)), the community's adaptive form; 0 keeps s constant.
+    """
+
+    scale: float = 3.0
+    adaptive: float = field(default=0.0, kw_only=True)
+
+    kinds = ("self", "joint")
+    needs = ("segments",)
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale) or not math.isfinite(self.adaptive) or self.adaptive < 0:
+            raise SelectionError(
+                f"{type(self).__name__}(scale={self.scale}, adaptive={self.adaptive}): give finite numbers, adaptive >= 0."
+            )
+
+    def default_where(self, sites: Sequence[Site]) -> Where | None:
+        """The UNet's middle block, as published; a transformer has no such default, so its layers must be named."""
+        if any(s.name.startswith("mid_block.") and s.kind in self.kinds for s in sites):
+            return Where(modules=r"(.*\.)?mid_block\..*", kinds=("self",))
+        raise SelectionError(
+            f"{type(self).__name__} needs where= on this model: it has no UNet middle block, and no layer choice carries over "
+            "between transformers. Give e.g. Where(layers=[...]); attnsteer.sites(pipe) lists them."
+        )
+
+    def scale_at(self, timestep: float | None) -> float:
+        """s_t at an integer-style timestep (0 to 1000)."""
+        if not self.adaptive or timestep is None:
+            return self.scale
+        return max(0.0, self.scale - self.adaptive * (1000.0 - timestep))
+
+    def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Any) -> Prediction:
+        """One strong pass, one weak pass on the conditional rows, and the combination."""
+        strong = forward(inputs)
+        scale = self.scale_at(inputs.timestep)
+        if scale == 0.0:
+            return strong
+        if "cond" in inputs.layout:
+            with run.inside(self):
+                weak = forward(inputs.only("cond"))
+            term = scale * (strong.sample[inputs.part("cond")] - weak.sample)
+            # The unconditional rows may come in a call of their own, after this one.
+            inputs.memory[id(self)] = (inputs.timestep, term)
+        else:
+            when, term = inputs.memory.get(id(self), (None, None))
+            if when != inputs.timestep:
+                raise UnsupportedHost(
+                    f"{type(self).__name__}: the unconditional rows of timestep {inputs.timestep} came before the conditional "
+                    "ones, so the guidance term is not known yet. Call the conditional branch first."
+                )
+        return add_to_rows(strong, term, len(inputs.layout))

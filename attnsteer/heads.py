@@ -1,0 +1,194 @@
+"""`HeadSet`: an immutable set of (layer, head) with scores and provenance."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import SelectionError, SerializationError
+
+SCHEMA_VERSION = 1
+
+
+class HeadSet:
+    """An immutable, ordered set of attention heads.
+
+    Args:
+        heads: `{layer: [head, ...]}` or an iterable of `(layer, head)`; indices are 0-based query heads,
+            global over tensor-parallel shards.
+        scores: `{(layer, head): score}` for some or all of the heads, e.g. from a calibration.
+        shape: `(layers, heads per layer)` of the model that the set was found on; checked when it is used.
+        provenance: JSON-able facts about where the set comes from (method, data hash, versions).
+
+    Raises:
+        SelectionError: an index is negative or not an integer, or outside `shape`.
+    """
+
+    __slots__ = ("_heads", "_provenance", "_scores", "_shape")
+
+    def __init__(
+        self,
+        heads: Mapping[int, Iterable[int]] | Iterable[tuple[int, int]],
+        *,
+        scores: Mapping[tuple[int, int], float] | None = None,
+        shape: tuple[int, int] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ):
+        if isinstance(heads, HeadSet):
+            pairs = list(heads)
+            scores = dict(heads.scores) if scores is None else scores
+            shape = heads.shape if shape is None else shape
+            provenance = heads.provenance if provenance is None else provenance
+        elif isinstance(heads, Mapping):
+            pairs = [(layer, head) for layer, row in heads.items() for head in row]
+        else:
+            pairs = [tuple(pair) for pair in heads]
+        for pair in pairs:
+            if len(pair) != 2 or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in pair):
+                raise SelectionError(
+                    f"HeadSet got {pair!r}; give (layer, head) pairs of non-negative integers, "
+                    "or {layer: [head, ...]}."
+                )
+            if shape is not None and (pair[0] >= shape[0] or pair[1] >= shape[1]):
+                raise SelectionError(
+                    f"HeadSet has head {pair} but its shape is {tuple(shape)} (layers, heads per layer); "
+                    "use indices from 0 up to those sizes minus one."
+                )
+        self._heads = tuple(sorted(set(pairs)))
+        self._scores = {tuple(k): float(v) for k, v in (scores or {}).items() if tuple(k) in set(self._heads)}
+        self._shape = None if shape is None else (int(shape[0]), int(shape[1]))
+        self._provenance = json.loads(json.dumps(dict(provenance or {})))
+
+    @property
+    def scores(self) -> dict[tuple[int, int], float]:
+        """A copy of the scores, for the heads that have one."""
+        return dict(self._scores)
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """`(layers, heads per layer)` of the model the set was found on, or None."""
+        return self._shape
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """A copy of the provenance record."""
+        return json.loads(json.dumps(self._provenance))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that have at least one head, ascending."""
+        return tuple(sorted({layer for layer, _ in self._heads}))
+
+    def __getitem__(self, layer: int) -> tuple[int, ...]:
+        return tuple(head for at, head in self._heads if at == layer)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def __contains__(self, pair: object) -> bool:
+        return pair in self._heads
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HeadSet) and self._heads == other._heads and self._scores == other._scores
+
+    def __hash__(self) -> int:
+        return hash(self._heads)
+
+    def __or__(self, other: HeadSet) -> HeadSet:
+        return HeadSet([*self, *other], scores={**other._scores, **self._scores}, shape=self._shape)
+
+    def __and__(self, other: HeadSet) -> HeadSet:
+        return HeadSet([p for p in self if p in other], scores=self._scores, shape=self._shape)
+
+    def __sub__(self, other: HeadSet) -> HeadSet:
+        return HeadSet([p for p in self if p not in other], scores=self._scores, shape=self._shape)
+
+    def __repr__(self) -> str:
+        rows = {layer: list(self[layer]) for layer in self.layers}
+        text = repr(rows) if len(self) <= 24 else f"{len(self)} heads in {len(rows)} layers"
+        return f"HeadSet({text})"
+
+    def to_dict(self) -> dict[int, list[int]]:
+        """`{layer: [head, ...]}`."""
+        return {layer: list(self[layer]) for layer in self.layers}
+
+    def top(self, k: int) -> HeadSet:
+        """The `k` best-scored heads (ties: lower layer, then lower head)."""
+        if len(self._scores) < len(self):
+            raise SelectionError(f"top({k}) needs a score for each head; {len(self._scores)}/{len(self)} have one.")
+        best = sorted(self._heads, key=lambda p: (-self._scores[p], p))[:k]
+        return HeadSet(best, scores=self._scores, shape=self._shape, provenance=self._provenance)
+
+    def save(self, path: str | Path) -> Path:
+        """Write `heads` [N, 2] int64, `scores` [N] float64 (NaN: none) and the provenance as safetensors."""
+        from safetensors.torch import save_file
+
+        path = Path(path)
+        heads = torch.tensor(self._heads, dtype=torch.int64).reshape(-1, 2)
+        scores = torch.tensor([self._scores.get(p, float("nan")) for p in self._heads], dtype=torch.float64)
+        meta = {
+            "format": "attnsteer.headset",
+            "schema": str(SCHEMA_VERSION),
+            "shape": json.dumps(self._shape),
+            "provenance": json.dumps(self._provenance, sort_keys=True),
+        }
+        save_file({"heads": heads, "scores": scores}, str(path), metadata=meta)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeadSet:
+        """Read a set written by `save`.
+
+        Raises:
+            SerializationError: the file is missing, truncated, of another kind, or of a newer schema.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(path)
+        if not path.is_file():
+            raise SerializationError(f"HeadSet.load: there is no file {path}.")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                meta = file.metadata() or {}
+                names = set(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names}
+        except SafetensorError as error:
+            raise SerializationError(f"HeadSet.load: {path} is not a whole safetensors file ({error}).") from error
+        if meta.get("format") != "attnsteer.headset" or names != {"heads", "scores"}:
+            raise SerializationError(
+                f"HeadSet.load: {path} holds {sorted(names)} and format {meta.get('format')!r}; "
+                "expected 'heads' and 'scores' written by HeadSet.save."
+            )
+        if int(meta["schema"]) > SCHEMA_VERSION:
+            raise SerializationError(
+                f"HeadSet.load: {path} has schema {meta['schema']}, this version reads up to {SCHEMA_VERSION}; "
+                "upgrade attnsteer."
+            )
+        heads, scores = tensors["heads"], tensors["scores"]
+        if heads.ndim != 2 or heads.shape[1] != 2 or heads.is_floating_point() or scores.shape != heads.shape[:1]:
+            raise SerializationError(
+                f"HeadSet.load: {path} has heads {tuple(heads.shape)} {heads.dtype} and scores "
+                f"{tuple(scores.shape)}; expected integers [N, 2] and [N]."
+            )
+        pairs = [tuple(row) for row in heads.tolist()]
+        known = {p: s for p, s in zip(pairs, scores.tolist(), strict=True) if s == s}
+        shape = json.loads(meta.get("shape", "null"))
+        return cls(
+            pairs,
+            scores=known,
+            shape=None if shape is None else tuple(shape),
+            provenance=json.loads(meta.get("provenance", "{}")),
+        )
+
+    def digest(self) -> str:
+        """A short content hash over heads and scores, stable across runs."""
+        text = json.dumps([[*p, self._scores.get(p)] for p in self._heads])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Hosts: how each library's attention is found, patched and clocked."""

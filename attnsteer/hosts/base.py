@@ -1,0 +1,52 @@
+"""The host protocol: which objects it takes, their sites, and how to attach a steering."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..engine import Bound
+from ..site import Site
+
+if TYPE_CHECKING:
+    from ..steering import Journal, Steering
+
+
+class Host:
+    """Base of all hosts.
+
+    Attributes:
+        target: the object that the user gave. main: the modalities that an empty `Where` selects.
+    """
+
+    def __init__(self, target: Any):
+        self.target = target
+        self.main: tuple[str, ...] = ()
+
+    @classmethod
+    def takes(cls, target: Any) -> bool:
+        """Whether this host can steer `target`; must not import its library for foreign objects."""
+        return False
+
+    def sites(self) -> list[Site]:
+        """All attention sites of the target."""
+        raise NotImplementedError
+
+    def check(self, site: Site, bound: Bound) -> None:
+        """Raise if `bound` cannot act at `site` exactly; called before anything is patched."""
+
+    def attach(self, run: Steering, journal: Journal) -> None:
+        """Patch the sites in `run.runtimes`, with an undo step in `journal` for each change."""
+        raise NotImplementedError
+
+
+def imported(library: str, *names: str) -> tuple[type, ...]:
+    """Classes of a library that is already imported; empty when it is not (then no object can be one)."""
+    import sys
+
+    found = []
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        loaded = sys.modules.get(f"{library}.{module}" if module else library)
+        if loaded is not None and hasattr(loaded, attribute):
+            found.append(getattr(loaded, attribute))
+    return tuple(found)

@@ -1,0 +1,170 @@
+"""generic: any `nn.Module` whose own forward names `F.scaled_dot_product_attention` (timm, own models)."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels
+from ..engine import Bound, CallContext, SiteRuntime
+from ..errors import CompositionError, UnsupportedHost
+from ..kernels import Attention
+from ..site import Site
+from .base import Host
+from .rebind import SDPA, names_called, rebind
+
+RUNTIME = "_attnsteer_runtime"
+
+
+class GenericHost(Host):
+    """Modules with `num_heads`-like attributes whose forward calls SDPA on [B, H, N, d] tensors."""
+
+    def __init__(self, target: Any):
+        super().__init__(target)
+        self.model = getattr(target, "_orig_mod", target)
+        self._sites: list[Site] | None = None
+
+    @classmethod
+    def takes(cls, target: Any) -> bool:
+        module = getattr(target, "_orig_mod", target)
+        return isinstance(module, nn.Module) and any(_reaches(m) for m in module.modules())
+
+    def sites(self) -> list[Site]:
+        if self._sites is None:
+            self._sites = self._find()
+            self.main = ("text",)
+        return self._sites
+
+    def _find(self) -> list[Site]:
+        found: list[Site] = []
+        blocks: dict[str, int] = {}
+        for name, module in self.model.named_modules():
+            if not _reaches(module):
+                continue
+            heads = next(
+                (
+                    getattr(module, n)
+                    for n in ("num_heads", "n_heads", "heads", "n_head", "nhead")
+                    if isinstance(getattr(module, n, None), int)
+                ),
+                None,
+            )
+            if heads is None:
+                raise UnsupportedHost(
+                    f"{name or type(module).__name__} calls SDPA but has no num_heads, n_heads, n_head or heads attribute; "
+                    "set one, so that heads can be named."
+                )
+            kv = getattr(module, "num_kv_heads", None)
+            block = re.match(r"(.*\.\d+|\d+)(\.|$)", name)
+            layer = blocks.setdefault(block[1] if block else name, len(blocks))
+            cross = "cross" in name
+            found.append(
+                Site(
+                    name=name or type(module).__name__,
+                    layer=layer,
+                    kind="cross" if cross else "self",
+                    heads=heads,
+                    kv_heads=kv if isinstance(kv, int) else heads,
+                    modality="text",
+                    stack="encoder",
+                    module=module,
+                )
+            )
+        return found
+
+    def check(self, site: Site, bound: Bound) -> None:
+        if RUNTIME in vars(site.module):
+            raise CompositionError(
+                f"{site.path} is steered already; give all interventions to one call: steer(model, first, second)."
+            )
+
+    def attach(self, run: Any, journal: Any) -> None:
+        for runtime in run.runtimes.values():
+            module = runtime.site.module
+            journal.set_attr(module, RUNTIME, runtime)
+            patch_forward(module, rebind(type(module).forward, {SDPA: sdpa_primitive(runtime, CallContext)}), journal)
+
+
+def patch_forward(module: nn.Module, function: Callable[..., Any], journal: Any) -> None:
+    """Exchange a module's forward for `function(module, ...)`, below any accelerate hook, until undone."""
+    bound = functools.partial(function, module)
+    functools.update_wrapper(bound, type(module).forward)
+    # accelerate keeps the forward that it wraps here; a hook added later moves ours there as well.
+    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    old = vars(module).get(name)
+    vars(module)[name] = bound
+
+    def undo() -> None:
+        for place in ("forward", "_old_forward"):
+            if vars(module).get(place) is bound:
+                if old is None and place == "forward":
+                    del vars(module)["forward"]
+                else:
+                    vars(module)[place] = old if old is not None else type(module).forward.__get__(module)
+
+    journal.add(undo)
+
+
+def problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Attention:
+    """The `Attention` of one SDPA call."""
+    return Attention(q, k, v, float(q.shape[-1] ** -0.5 if scale is None else scale), mask=mask, causal=causal)
+
+
+def sdpa_primitive(runtime: SiteRuntime, make_context: Callable[[], CallContext]) -> Callable[..., Tensor]:
+    """A stand-in for `F.scaled_dot_product_attention` at one site."""
+    base = torch.nn.functional.scaled_dot_product_attention
+
+    def primitive(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        ctx = make_context()
+        active = runtime.active(None, ctx.step, ctx.steps)
+        options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+        run_base = lambda: base(query, key, value, enable_gqa=enable_gqa, **options)  # noqa: E731
+        if not active:
+            return run_base()
+        if dropout_p:
+            raise UnsupportedHost(f"{runtime.site.path} runs with dropout {dropout_p}; call eval() on the model first.")
+        if query.ndim != 4:
+            raise UnsupportedHost(f"{runtime.site.path} attends on {query.ndim}-D tensors; [B, H, N, d] is needed.")
+        positions(ctx, query.shape[2], key.shape[2], query.device)
+        att = problem(query, key, value, attn_mask, is_causal, scale)
+        return runtime(att, run_base, ctx, active, same_kernel(att))
+
+    return primitive
+
+
+def positions(ctx: CallContext, n: int, m: int, device: torch.device) -> None:
+    """Row and key positions of a call without a cache."""
+    if ctx.row_position is None:
+        ctx.row_position = torch.arange(n, device=device)
+        ctx.key_position = torch.arange(m, device=device)
+
+
+def same_kernel(att: Attention, few: int = 0) -> bool:
+    """Whether torch's SDPA would run the very kernel that `kernels.attend_lse` runs here."""
+    if att.shape[2] <= few or att.requires_grad:
+        return False
+    wanted = {"cpu-flash": 1, "cuda-flash": 1, "cuda-efficient": 2}.get(kernels.lse_source(att))
+    if wanted is None:
+        return False
+    choice = torch._fused_sdp_choice(
+        att.q, att.k, att.v, att.mask4(), 0.0, att.causal, scale=att.scale, enable_gqa=att.groups > 1
+    )
+    return choice == wanted
+
+
+def _reaches(module: nn.Module) -> bool:
+    return SDPA in names_called(type(module).forward)

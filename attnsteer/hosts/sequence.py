@@ -1,0 +1,176 @@
+"""The clock of a token sequence: past length, padding, tokens, and state that follows the cache."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedHost
+from ..tokens import Tokens
+
+STATE = "_attnsteer_states"
+FOLLOWED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "reset")
+
+
+class SequenceClock:
+    """What one stack of layers is doing now; filled before each forward of the stack.
+
+    Attributes:
+        past: tokens in the cache before this call. new: tokens of this call. tokens: their roles.
+        cross_valid: bool [B, S] validity of the encoder's tokens, for cross-attention.
+    """
+
+    def __init__(self) -> None:
+        self.past = 0
+        self.new = 0
+        self.tokens: Tokens | None = None
+        self.cross_valid: Tensor | None = None
+        self.cache: Any = None
+        self.stateful: int | None = None
+        self.refuse: Callable[[int, int], str | None] | None = None
+        self._seen: list[weakref.ref] = []
+
+    def start(self, values: dict[str, Any], batch: int, new: int, ids: Tensor | None, image: Tensor | None) -> None:
+        """Read one call's arguments (by name) of the stack's forward."""
+        cache = values.get("past_key_values")
+        self.cache = cache if hasattr(cache, "get_seq_length") else None
+        self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
+        self.new = new
+        self.cross_valid = _two_d(values.get("encoder_attention_mask"))
+        valid = _two_d(values.get("attention_mask"))
+        length = self.past + new
+        if valid is not None and valid.shape[1] < length:
+            raise UnsupportedHost(
+                f"attention_mask has {valid.shape[1]} columns for {length} tokens ({self.past} cached): the cached ones "
+                "need their validity too. Pass a mask over all tokens so far."
+            )
+        if valid is not None:
+            valid = valid[:, :length]
+        store = self._store(fresh=self.past == 0)
+        previous: Tokens | None = store.get("tokens")
+        if previous is not None and self.past < previous.length and self.refuse is not None:
+            reason = self.refuse(self.past, previous.length)
+            if reason:
+                raise UnsupportedHost(reason)
+        if self.past and previous is not None and ids is not None and previous.ids is not None:
+            ids = (
+                torch.cat([previous.ids[:, : self.past].to(ids.device), ids], dim=1)
+                if len(previous.ids) == batch
+                else None
+            )
+        elif self.past:
+            ids = None
+        self.tokens = Tokens(batch=batch, length=length, valid=valid, ids=ids, image=image)
+        if previous is not None and self.past:
+            self.tokens._resolved = previous._resolved
+            self.tokens.image = previous.image if image is None else image
+        store["tokens"] = self.tokens
+
+    def states(self) -> dict[Any, dict[str, Any]]:
+        """The per-sequence state dictionaries: on the cache, so that they follow it, also through deepcopy."""
+        if self.cache is None:
+            return {}
+        return self._store().setdefault(("run", self.stateful), {})
+
+    def _store(self, fresh: bool = False) -> dict[Any, Any]:
+        if self.cache is None:
+            return {}
+        store = vars(self.cache).get(STATE)
+        if store is None or fresh:
+            store = {}
+            setattr(self.cache, STATE, store)
+            for name in FOLLOWED:
+                if hasattr(type(self.cache), name):
+                    # A bound method, because deepcopy rebinds those to the copied cache.
+                    setattr(self.cache, name, types.MethodType(_FOLLOWERS[name], self.cache))
+            self._seen.append(weakref.ref(self.cache))
+        return store
+
+    def forget(self) -> None:
+        """Take everything off the caches that were seen."""
+        for ref in self._seen:
+            cache = ref()
+            if cache is not None:
+                for name in (STATE, *FOLLOWED):
+                    vars(cache).pop(name, None)
+        self._seen.clear()
+        self.cache = self.tokens = self.cross_valid = None
+
+
+def key_positions(past: int, new: int, m: int, device: torch.device) -> Tensor:
+    """Absolute position of each of the m key slots of a cached self-attention call, [m].
+
+    A window cache hands out its last slots, a static one all of its slots (the unused ones at the end).
+    """
+    return torch.arange(m, device=device) + max(0, past + new - m)
+
+
+def valid_at(valid: Tensor | None, position: Tensor, length: int) -> Tensor | None:
+    """`valid` [B, T] read at `position` [m]; slots beyond the sequence are invalid."""
+    unused = position >= length
+    if valid is None:
+        return None if not bool(unused.any()) else (~unused)[None]
+    inside = position.clamp_max(valid.shape[1] - 1)
+    return valid[:, inside] & ~unused
+
+
+def _two_d(mask: Any) -> Tensor | None:
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask.to(torch.bool)
+    if mask.ndim == 4:
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        # A key is real when any row of this call sees it; only the last row sees all earlier keys.
+        return seen[:, 0].any(dim=1)
+    return None
+
+
+def _each_tensor(cache: Any, change: Callable[[Tensor], Tensor]) -> None:
+    for key, value in vars(cache).get(STATE, {}).items():
+        if key == "tokens":
+            for name in ("valid", "ids", "image"):
+                tensor = getattr(value, name)
+                if tensor is not None:
+                    setattr(value, name, change(tensor))
+        else:
+            for state in value.values():
+                for name, tensor in state.items():
+                    if isinstance(tensor, Tensor) and tensor.ndim:
+                        state[name] = change(tensor)
+
+
+def _reorder(self: Any, beam_idx: Tensor) -> Any:
+    result = type(self).reorder_cache(self, beam_idx)
+    _each_tensor(self, lambda t: t.index_select(0, beam_idx.to(t.device)))
+    return result
+
+
+def _repeat(self: Any, repeats: int) -> Any:
+    result = type(self).batch_repeat_interleave(self, repeats)
+    _each_tensor(self, lambda t: t.repeat_interleave(repeats, dim=0))
+    return result
+
+
+def _select(self: Any, indices: Tensor) -> Any:
+    result = type(self).batch_select_indices(self, indices)
+    _each_tensor(self, lambda t: t[indices])
+    return result
+
+
+def _reset(self: Any) -> Any:
+    vars(self).get(STATE, {}).clear()
+    return type(self).reset(self)
+
+
+_FOLLOWERS = {
+    "reorder_cache": _reorder,
+    "batch_repeat_interleave": _repeat,
+    "batch_select_indices": _select,
+    "reset": _reset,
+}

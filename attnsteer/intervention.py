@@ -1,0 +1,227 @@
+"""`Intervention`: the contract of a method, and its save and load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .errors import SerializationError, did_you_mean
+from .heads import HeadSet
+from .where import Where
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .call import AttnCall, KeyBias, Reweight
+    from .site import Site
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """Base of all methods: a frozen dataclass of hyper-parameters and a `where`.
+
+    A method overrides any of `inputs`, `bias`, `weights`, `output` (inside attention; pure tensor maths on the
+    selected heads) and `around` (outside: several model calls). Shapes: q [B, H, n, d], k and v [B, Hkv, m, d],
+    out [B, H, n, dv].
+
+    Class attributes:
+        looks_ahead: statistics run over the whole prompt, so a later prompt token moves an earlier row.
+        kinds: the kinds of site the method is defined on; others are refused (or left out when `where`
+            names no kind).
+        needs: names of what the host must provide in `call.context` or `call.segments`.
+        linear: whether the method only edits values and outputs, so that linear attention can take it.
+    """
+
+    where: Where = field(default_factory=Where, kw_only=True)
+
+    looks_ahead: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("self", "cross", "joint")
+    needs: ClassVar[tuple[str, ...]] = ()
+    linear: ClassVar[bool] = False
+    follows_crop: ClassVar[bool] = True
+
+    def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return edited (q, k, v), or None for no edit."""
+
+    def bias(self, call: AttnCall) -> KeyBias | Tensor | None:
+        """Return an additive score term: a `KeyBias`, or a tensor broadcastable to [B, H, n, m]."""
+
+    def weights(self, call: AttnCall) -> Reweight | None:
+        """Return weights for groups of keys, or None for no edit."""
+
+    def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
+        """Return the edited head outputs [B, H, n, dv], or None for no edit."""
+
+    def around(self, forward: Callable[..., Any], inputs: Any, run: Any) -> Any:
+        """Call `forward` any number of times, with inside edits on where `run.inside(self)` is entered."""
+        return forward(inputs)
+
+    def default_where(self, sites: Sequence[Site]) -> Where | None:
+        """The selection that stands for an empty `where` on these sites; None: the host's main sites."""
+
+    def selection(self) -> Where:
+        """`where`, with the method's own `heads` folded in."""
+        heads = getattr(self, "heads", None)
+        return self.where if heads is None else self.where & Where(heads=heads)
+
+    def doors(self) -> set[str]:
+        """Which of the five methods of the contract the class overrides."""
+        names = ("inputs", "bias", "weights", "output", "around")
+        return {n for n in names if getattr(type(self), n) is not getattr(Intervention, n)}
+
+    def new(self, **changes: Any) -> Intervention:
+        """A copy with some hyper-parameters changed."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Hyper-parameters as JSON-able values (head sets as {"layer": [heads]}); runtime-only fields left out."""
+        return {f.name: _plain(getattr(self, f.name)) for f in _saved(type(self))}
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write `steer.json` and, for a head set, `heads.safetensors` into `directory`."""
+        from .registry import registered_name
+        from .versions import library_versions
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        values, heads = {}, None
+        for f in _saved(type(self)):
+            value = getattr(self, f.name)
+            if isinstance(value, HeadSet):
+                heads, values[f.name] = value, {"$heads": "heads.safetensors"}
+            elif isinstance(value, Where) and isinstance(value.heads, HeadSet):
+                heads, values[f.name] = value.heads, {**_plain(value), "heads": {"$heads": "heads.safetensors"}}
+            else:
+                values[f.name] = _plain(value)
+        record = {
+            "schema": SCHEMA_VERSION,
+            "method": registered_name(type(self)),
+            "parameters": values,
+            "versions": library_versions(),
+        }
+        if heads is not None:
+            heads.save(directory / "heads.safetensors")
+        text = json.dumps(record, indent=2, allow_nan=False)
+        (directory / "steer.json").write_text(text + "\n", encoding="utf-8")
+        return directory
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Intervention:
+        """Load what `save_pretrained` wrote, from a local folder or a hub id.
+
+        Called on `Intervention` it returns whatever class was saved; on a subclass it checks the class.
+
+        Raises:
+            SerializationError: missing or broken files, unknown fields, a newer schema, another class.
+        """
+        from .registry import get_method
+
+        directory = _directory(source, revision)
+        record = _read_record(directory / "steer.json")
+        found = get_method(record["method"])
+        if not issubclass(found, cls):
+            raise SerializationError(
+                f"{cls.__name__}.from_pretrained: {directory} holds a {found.__name__}; "
+                f"use {found.__name__}.from_pretrained or Intervention.from_pretrained."
+            )
+        known = {f.name: f for f in _saved(found)}
+        values = {}
+        for name, value in record["parameters"].items():
+            if name not in known:
+                raise SerializationError(
+                    f"{directory}/steer.json has a field {name!r} that {found.__name__} does not know; "
+                    f"it has {sorted(known)}.{did_you_mean(name, known)}"
+                )
+            values[name] = _restore(name, value, directory)
+        missing = [
+            n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING
+        ]
+        if missing:
+            raise SerializationError(f"{directory}/steer.json lacks the fields {missing} of {found.__name__}.")
+        try:
+            return found(**values)
+        except (TypeError, ValueError) as error:
+            raise SerializationError(f"{directory}/steer.json does not make a {found.__name__}: {error}") from error
+
+
+def _saved(cls: type) -> list[Any]:
+    return [f for f in fields(cls) if f.metadata.get("save", True)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, HeadSet):
+        return {str(layer): list(value[layer]) for layer in value.layers}
+    if isinstance(value, Where):
+        return {k: _plain(v) for k, v in value.to_dict().items()}
+    if isinstance(value, dict):
+        return {"$pairs": [[_plain(k), _plain(v)] for k, v in value.items()]}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise SerializationError(f"a value of type {type(value).__name__} cannot be saved in steer.json.")
+
+
+def _restore(name: str, value: Any, directory: Path) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {"$heads"}:
+            # Only a plain file name inside the folder: a saved method must not read elsewhere.
+            if value["$heads"] != "heads.safetensors":
+                raise SerializationError(
+                    f"{directory}/steer.json points to {value['$heads']!r}; expected heads.safetensors."
+                )
+            return HeadSet.load(directory / "heads.safetensors")
+        if set(value) == {"$pairs"}:
+            return {_hashable(_restore(name, k, directory)): _restore(name, v, directory) for k, v in value["$pairs"]}
+        if name == "where":
+            known = [f.name for f in fields(Where)]
+            for key in value:
+                if key not in known:
+                    raise SerializationError(f"{directory}/steer.json: Where has no {key!r}.{did_you_mean(key, known)}")
+            return Where(**{k: _restore(k, v, directory) for k, v in value.items()})
+        return {k: _restore(k, v, directory) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_restore(name, v, directory) for v in value]
+    return value
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _directory(source: str | Path, revision: str | None) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(str(source), revision=revision, allow_patterns=["steer.json", "heads.safetensors"])
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise SerializationError(
+            f"{source!r} is neither a folder nor a hub repository that can be reached ({type(error).__name__}). "
+            "Give a folder written by save_pretrained, or a hub id."
+        ) from error
+    return Path(found)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SerializationError(f"there is no {path}; save_pretrained writes it.") from None
+    except ValueError as error:
+        raise SerializationError(f"{path} is not JSON: {error}.") from error
+    wanted = {"schema": int, "method": str, "parameters": dict}
+    if not isinstance(record, dict) or any(not isinstance(record.get(k), t) for k, t in wanted.items()):
+        raise SerializationError(f"{path} must be an object with an integer 'schema', a 'method' and 'parameters'.")
+    if record["schema"] > SCHEMA_VERSION:
+        raise SerializationError(
+            f"{path} has schema {record['schema']}, this version reads up to {SCHEMA_VERSION}; upgrade attnsteer."
+        )
+    return record

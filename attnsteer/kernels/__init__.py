@@ -1,0 +1,25 @@
+"""Exact attention algebra: pure functions of q, k, v and a mask, in the model's own terms."""
+
+from .groups import KeyIndex, index_keys, leftover, mass, partial
+from .lse import attend, attend_lse, lse_source
+from .merge import merge, reweight
+from .problem import Attention
+from .statistics import column_mass, dense, entropy, rows
+
+__all__ = [
+    "Attention",
+    "KeyIndex",
+    "attend",
+    "attend_lse",
+    "column_mass",
+    "dense",
+    "entropy",
+    "index_keys",
+    "leftover",
+    "lse_source",
+    "mass",
+    "merge",
+    "partial",
+    "reweight",
+    "rows",
+]

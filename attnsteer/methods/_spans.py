@@ -1,0 +1,52 @@
+"""What methods on user-marked text share: spans as key sets, and where the prompt ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import AttnCall
+from ..errors import SelectionError, UnsupportedHost
+
+
+def check_spans(name: str, spans: Any) -> Any:
+    """Validate the form of `spans` early; strings and ranges are resolved against the batch later."""
+    ok = isinstance(spans, str) or (isinstance(spans, (list, tuple)) and len(spans) > 0)
+    if not ok:
+        raise SelectionError(
+            f"{name}(spans={spans!r}): give strings to find in the text (with a tokenizer), or per sample a list of "
+            "(start, stop) token ranges."
+        )
+    return spans
+
+
+def span_keys(call: AttnCall, spans: Any, tokenizer: Any) -> Tensor:
+    """The marked tokens as a key set [B, 1, m] of this call."""
+    tokens = call.context.get("tokens")
+    if tokens is None:
+        raise UnsupportedHost(
+            f"{call.site.path} ran outside its model's forward, so tokens and padding are not known; call the model itself."
+        )
+    found = tokens.spans(spans, tokenizer)
+    return call.span_keys(found)
+
+
+def prompt_length(call: AttnCall) -> int:
+    """Slots of the prompt: what the prefill calls have covered so far."""
+    if call.phase == "prefill":
+        call.state["prompt"] = int(call.row_position[-1]) + 1
+    if "prompt" not in call.state:
+        raise UnsupportedHost(
+            f"{call.site.path}: the cache was filled before steering began, so where the prompt ends is not known. "
+            "Run the prefill inside the steering context."
+        )
+    return call.state["prompt"]
+
+
+def valid_rows(call: AttnCall, weight: Tensor) -> Tensor:
+    """`weight` [B, H, n] with ones on padding rows."""
+    if call.row_valid is None:
+        return weight
+    return torch.where(call.row_valid[:, None], weight, torch.ones_like(weight))

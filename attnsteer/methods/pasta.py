@@ -1,0 +1,64 @@
+"""PASTA: scales down, in chosen heads, the attention to all prompt tokens that the user did not highlight.
+
+Zhang et al., "Tell Your Model Where to Attend" (ICLR 2024, arXiv 2311.02262), section 3; official code
+QingruZhang/PASTA (pastalib/pasta.py at 56a9138). There several spans penalise each other; here they are one set.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..call import AttnCall, Reweight
+from ..errors import SelectionError
+from ..heads import HeadSet
+from ..intervention import Intervention
+from ._spans import check_spans, prompt_length, span_keys, valid_rows
+
+
+@dataclass(frozen=True)
+class PASTA(Intervention):
+    """A'_ij = alpha A_ij / C_i for prompt tokens that are not highlighted, A_ij / C_i for all others.
+
+    Args:
+        spans: strings to find in the text (then give a tokenizer), or per sample a list of (start, stop) token
+            ranges counted from the sample's first valid token.
+        heads: the heads to steer (`HeadSet` or `{layer: [head, ...]}`); None: all that `where` selects (the paper
+            advises against all heads).
+        alpha: factor > 0; 0.01 in the paper, 1 changes nothing.
+        scale_position: "exclude" as above; "include" is the official code's other mode, whose net effect is
+            `exclude` with 1 / alpha.
+        tokenizer: for spans that are strings; not saved.
+
+    Generated tokens keep weight one, at prefill and at every decode step.
+    """
+
+    spans: Any
+    heads: HeadSet | None = None
+    alpha: float = 0.01
+    scale_position: str = "exclude"
+    tokenizer: Any = field(default=None, kw_only=True, repr=False, compare=False, metadata={"save": False})
+
+    kinds = ("self",)
+
+    def __post_init__(self) -> None:
+        check_spans("PASTA", self.spans)
+        if self.heads is not None:
+            object.__setattr__(self, "heads", HeadSet(self.heads))
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise SelectionError(f"PASTA(alpha={self.alpha}): give a finite factor above 0 (the paper avoids 0 too).")
+        if self.scale_position not in ("exclude", "include"):
+            raise SelectionError(f"PASTA(scale_position={self.scale_position!r}): 'exclude' or 'include'.")
+
+    def weights(self, call: AttnCall) -> Reweight | None:
+        highlighted = span_keys(call, self.spans, self.tokenizer)
+        generated = (call.key_position >= prompt_length(call))[None, None]
+        alpha = self.alpha if self.scale_position == "exclude" else 1.0 / self.alpha
+        if alpha == 1.0:
+            return None
+        B, H, n, _ = call.map.shape
+        rest = valid_rows(call, torch.full((B, H, n), alpha, dtype=torch.float32, device=call.q.device))
+        return Reweight(((highlighted | generated, 1.0),), rest)

@@ -1,0 +1,59 @@
+"""SpotLight: lifts a row's attention on user spans towards a target share when it is below it.
+
+Venkateswaran, Contractor, "SpotLight Your Instructions" (EACL 2026, arXiv 2505.12025). The authors' toolkit
+(AgentToolkit/agent-lifecycle-toolkit) pools one share per sample over all heads and rows: `pooled=True`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..call import AttnCall, Reweight
+from ..errors import SelectionError
+from ..intervention import Intervention
+from ._spans import check_spans, span_keys, valid_rows
+
+
+@dataclass(frozen=True)
+class SpotLight(Intervention):
+    """Where the share psi of a row on the spans is below the target t, add log(t / psi) to their scores.
+
+    The new share is t / (1 + t - psi), at most t. Rows that see no marked token are left alone.
+
+    Args:
+        spans: strings to find in the text (then give a tokenizer), or per sample a list of (start, stop) token
+            ranges counted from the sample's first valid token.
+        target: share t in (0, 1); 0 changes nothing.
+        pooled: one psi per sample, the mean over the selected heads and the valid rows of the call.
+        tokenizer: for spans that are strings; not saved.
+    """
+
+    spans: Any
+    target: float = 0.2
+    pooled: bool = False
+    tokenizer: Any = field(default=None, kw_only=True, repr=False, compare=False, metadata={"save": False})
+
+    kinds = ("self",)
+
+    def __post_init__(self) -> None:
+        check_spans("SpotLight", self.spans)
+        if not 0.0 <= self.target < 1.0:
+            raise SelectionError(f"SpotLight(target={self.target}): give a share from 0 up to, not including, 1.")
+
+    def weights(self, call: AttnCall) -> Reweight | None:
+        keys = span_keys(call, self.spans, self.tokenizer)
+        if self.target == 0.0:
+            return None
+        share = call.map.mass(keys)
+        if self.pooled:
+            valid = torch.ones_like(share) if call.row_valid is None else call.row_valid[:, None].to(share.dtype)
+            valid = valid.expand_as(share)
+            share = ((share * valid).sum(dim=(1, 2), keepdim=True) / valid.sum(dim=(1, 2), keepdim=True)).expand_as(
+                share
+            )
+        low = (share > 0) & (share < self.target)
+        weight = torch.where(low, self.target / share.masked_fill(~low, 1.0), torch.ones_like(share))
+        return Reweight(((keys, valid_rows(call, weight)),))

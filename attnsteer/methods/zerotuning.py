@@ -1,0 +1,45 @@
+"""ZeroTuning: scales the attention that chosen heads pay to the first token, and renormalises.
+
+Han et al., "ZeroTuning" (ICLR 2026, arXiv 2505.11739); official code FeijiangHan/ZeroTuning. There the scaled key
+is slot 0, a padding slot under left padding; here it is the first valid token of each row. Scaling the key state
+instead (the paper's fused variant) scales the logit, which is another operation, so it is not offered.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..call import AttnCall, Reweight
+from ..errors import SelectionError
+from ..heads import HeadSet
+from ..intervention import Intervention
+
+
+@dataclass(frozen=True)
+class ZeroTuning(Intervention):
+    """A'_i0 = gamma A_i0 / D_i and A'_ij = A_ij / D_i with D_i = 1 + (gamma - 1) A_i0.
+
+    Args:
+        heads: the heads to tune (`HeadSet` or `{layer: [head, ...]}`); None: all that `where` selects.
+        gamma: factor > 0; above 1 flattens the other tokens' attention, below 1 sharpens it, 1 changes nothing.
+
+    Stateless: the same rule at prefill and at every decode step. A model without a start token has a content
+    token in first place; the method then scales that one.
+    """
+
+    heads: HeadSet | None = None
+    gamma: float = 1.0
+
+    kinds = ("self",)
+
+    def __post_init__(self) -> None:
+        if self.heads is not None:
+            object.__setattr__(self, "heads", HeadSet(self.heads))
+        if not (math.isfinite(self.gamma) and self.gamma > 0):
+            raise SelectionError(f"ZeroTuning(gamma={self.gamma}): give a finite factor above 0.")
+
+    def weights(self, call: AttnCall) -> Reweight | None:
+        if self.gamma == 1.0:
+            return None
+        return Reweight(((call.first_key(), self.gamma),))

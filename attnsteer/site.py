@@ -1,0 +1,66 @@
+"""`Site`: one attention operation of a model, and the printable list of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place where a model computes attention.
+
+    Attributes:
+        name: dotted module name below the model that holds it.
+        layer: 0-based index within its stack, in execution order.
+        kind: "self", "cross" or "joint" (text and image tokens in one sequence).
+        heads: number of query heads, global over tensor-parallel shards.
+        kv_heads: number of key and value heads.
+        modality: "text", "vision", "audio" or "image" (the latents of a diffusion model).
+        stack: "decoder", "encoder" or "denoiser".
+        component: pipeline component that holds the module ("" for a bare model).
+        causal: whether a row sees only keys at or before its own position.
+        linear: True where no softmax map exists (linear attention: only value-path edits are defined).
+        module: the module itself; not part of equality or of the printed form.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    heads: int
+    kv_heads: int
+    modality: str = "text"
+    stack: str = "decoder"
+    component: str = ""
+    causal: bool = False
+    linear: bool = False
+    module: Any = field(default=None, repr=False, compare=False)
+
+    @property
+    def path(self) -> str:
+        """The module name with the pipeline component in front, unique within a target."""
+        return f"{self.component}.{self.name}" if self.component else self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values, without the module."""
+        names = ("name", "layer", "kind", "heads", "kv_heads", "modality", "stack", "component", "causal", "linear")
+        return {key: getattr(self, key) for key in names}
+
+
+class SiteList(tuple[Site, ...]):
+    """A tuple of sites that prints as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        head = ("layer", "kind", "heads", "kv", "modality", "stack", "name")
+        rows = [
+            (s.layer, s.kind + (" (linear)" if s.linear else ""), s.heads, s.kv_heads, s.modality, s.stack, s.path)
+            for s in self
+        ]
+        table = [head, *[tuple(str(cell) for cell in row) for row in rows]]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} sites>\n{self}"

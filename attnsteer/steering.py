@@ -1,0 +1,247 @@
+"""`steer()`: attach interventions to a model or pipeline; `Steering`: the context and handle."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .audit import Audit
+from .engine import Bound, SiteRuntime
+from .errors import AttnSteerError, NeverFired, SelectionError, UnsupportedHost, listing
+from .intervention import Intervention
+from .registry import get_host, hosts
+from .site import Site, SiteList
+from .where import Where
+
+
+class Journal:
+    """Undo steps, run in reverse; each runs even when another fails."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], None]] = []
+
+    def add(self, step: Callable[[], None]) -> None:
+        """Remember one undo step."""
+        self._steps.append(step)
+
+    def set_attr(self, owner: Any, name: str, value: Any) -> None:
+        """Set an instance attribute and remember how to restore it (or to delete it)."""
+        own = vars(owner)
+        had, old = name in own, own.get(name)
+        own[name] = value
+
+        def undo() -> None:
+            if had:
+                vars(owner)[name] = old
+            else:
+                vars(owner).pop(name, None)
+
+        self.add(undo)
+
+    def undo(self) -> None:
+        """Run all steps; the first error is raised after the last step."""
+        first: BaseException | None = None
+        while self._steps:
+            try:
+                self._steps.pop()()
+            except Exception as error:  # every step must run, whatever another did
+                first = first or error
+        if first is not None:
+            raise first
+
+
+class Steering:
+    """A live attachment: context manager and handle.
+
+    Attributes:
+        audit: what each intervention saw and edited. sites: the sites that are steered.
+        measure: whether reweightings also record the total-variation distance that they cause.
+    """
+
+    def __init__(self, target: Any, interventions: tuple[Intervention, ...], measure: bool = False):
+        self.target = target
+        self.measure = measure
+        self.branch: str | None = None
+        self.frozen = False
+        self.row_layout: tuple[str, ...] | None = None
+        self.audit = Audit([_describe(m) for m in interventions])
+        self._open: list[int] = []
+        self._journal = Journal()
+        self._lock = threading.RLock()
+        self.host = find_host(target)
+        every = self.host.sites()
+        self.bounds, plan = bind(interventions, every, self.host)
+        self.sites = SiteList(site for site in every if site.path in plan)
+        self.runtimes = {s.path: SiteRuntime(self, s, plan[s.path]) for s in self.sites}
+        try:
+            self.host.attach(self, self._journal)
+        except BaseException:
+            self._journal.undo()
+            raise
+
+    @property
+    def interventions(self) -> tuple[Intervention, ...]:
+        """The attached interventions, in order of application."""
+        return tuple(b.method for b in self.bounds)
+
+    def is_open(self, bound: Bound) -> bool:
+        """Whether the inside edits of `bound` act now (those of an `around` method only inside its pass)."""
+        return "around" not in bound.doors or bound.index in self._open
+
+    @contextlib.contextmanager
+    def inside(self, method: Intervention) -> Iterator[None]:
+        """Switch the inside edits of an `around` method on for the model calls in this block."""
+        index = next(b.index for b in self.bounds if b.method is method)
+        self._open.append(index)
+        before, self.branch = self.branch, "weak"
+        self.audit.count(index, "inside passes")
+        try:
+            yield
+        finally:
+            self._open.pop()
+            self.branch = before
+
+    @contextlib.contextmanager
+    def freeze(self) -> Iterator[None]:
+        """Statistics stay as the prompt left them: score a continuation over its cache in this block."""
+        before, self.frozen = self.frozen, True
+        try:
+            yield
+        finally:
+            self.frozen = before
+
+    @contextlib.contextmanager
+    def branches(self, *names: str) -> Iterator[None]:
+        """Name the equal parts of the batch of the denoiser calls in this block, e.g. ("uncond", "cond")."""
+        wrong = [n for n in names if n not in ("cond", "uncond")]
+        if wrong or not names:
+            raise SelectionError(f"branches{names}: name each part of the batch 'cond' or 'uncond'.")
+        before, self.row_layout = self.row_layout, tuple(names)
+        try:
+            yield
+        finally:
+            self.row_layout = before
+
+    def remove(self) -> None:
+        """Detach; the target is as it was before. A second call does nothing."""
+        with self._lock:
+            self._journal.undo()
+
+    def __enter__(self) -> Steering:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.remove()
+        if kind is None:
+            self.check_fired()
+
+    def check_fired(self) -> None:
+        """Raise `NeverFired` if an attached intervention has not acted."""
+        silent = [self.audit.names[b.index] for b in self.bounds if not self.audit.fired(b.index)]
+        if silent:
+            raise NeverFired(
+                f"{listing(silent)} never acted: no selected site ran while it was attached "
+                f"({len(self.sites)} sites: {listing((s.path for s in self.sites), 4)}). Call the steered model inside the "
+                "context, and check phases, steps and branches in Where."
+            )
+
+    def __repr__(self) -> str:
+        return f"<Steering of {type(self.target).__name__} at {len(self.sites)} sites: {', '.join(self.audit.names)}>"
+
+
+def steer(target: Any, *interventions: Intervention, measure: bool = False) -> Steering:
+    """Attach interventions to a model or pipeline, without changing how it is called.
+
+    Args:
+        target: a transformers model or `Pipeline`, a diffusers model or `DiffusionPipeline`, or any
+            `nn.Module` that reaches `F.scaled_dot_product_attention`.
+        interventions: applied in this order, within each stage (inputs, bias, weights, output).
+        measure: also record how far reweightings move the map (total variation; costs a little).
+
+    Returns:
+        A `Steering`: use it as a context manager, or call `remove()`.
+
+    Raises:
+        SelectionError: a selection matches nothing or names what does not exist.
+        UnsupportedHost: the target, its backend or a processor cannot be steered exactly.
+        CompositionError: a site is steered already.
+        NeverFired: on leaving the context without an error, an intervention had never acted.
+    """
+    if not interventions:
+        raise SelectionError("steer() got no intervention; give at least one, e.g. steer(model, HeadGate({...})).")
+    for method in interventions:
+        if not isinstance(method, Intervention):
+            hint = " It is a class: make an instance." if isinstance(method, type) else ""
+            raise SelectionError(f"steer() got {method!r}, which is no Intervention.{hint}")
+    return Steering(target, interventions, measure)
+
+
+def sites(target: Any) -> SiteList:
+    """The attention sites of a model or pipeline; prints as a table."""
+    return SiteList(find_host(target).sites())
+
+
+def find_host(target: Any) -> Any:
+    """The host instance that takes `target`.
+
+    Raises:
+        UnsupportedHost: no host does.
+    """
+    for name in hosts():
+        cls = get_host(name)
+        if cls.takes(target):
+            return cls(target)
+    raise UnsupportedHost(
+        f"nothing here can steer a {type(target).__module__}.{type(target).__name__}; hosts: {', '.join(hosts())}. "
+        "Give a transformers or diffusers model or pipeline, or an nn.Module that calls "
+        "torch.nn.functional.scaled_dot_product_attention."
+    )
+
+
+def bind(
+    interventions: tuple[Intervention, ...], every: list[Site], host: Any
+) -> tuple[list[Bound], dict[str, list[tuple[Bound, tuple[int, ...] | None]]]]:
+    """Resolve each selection against the sites; all errors come before anything is patched."""
+    if not every:
+        raise UnsupportedHost(
+            f"{type(host.target).__name__} has no attention that can be reached: no module looks its attention function "
+            "up, calls torch.nn.functional.scaled_dot_product_attention, or has an attention processor."
+        )
+    bounds: list[Bound] = []
+    plan: dict[str, list[tuple[Bound, tuple[int, ...] | None]]] = {}
+    for index, method in enumerate(interventions):
+        where = method.selection()
+        if where == Where():
+            where = method.default_where(every) or where
+        refused = [k for k in where.kinds or () if k not in method.kinds]
+        if refused:
+            raise SelectionError(f"{type(method).__name__} is defined on {method.kinds} attention, not on {refused}.")
+        pool = [s for s in every if s.kind in method.kinds]
+        if not pool:
+            raise SelectionError(
+                f"{type(method).__name__} is defined on {method.kinds} attention; the target has "
+                f"{sorted({s.kind for s in every})}."
+            )
+        bound = Bound(index, method, where, frozenset(method.doors()))
+        if not bound.doors:
+            raise SelectionError(f"{type(method).__name__} overrides no method of the contract; it would do nothing.")
+        for site, heads in where.resolve(pool, host.main):
+            if site.linear and not method.linear:
+                raise UnsupportedHost(
+                    f"{site.path} is linear attention: it has no softmax map, so {type(method).__name__} is not defined there. "
+                    "Leave it out, e.g. Where(kinds='cross')."
+                )
+            host.check(site, bound)
+            plan.setdefault(site.path, []).append((bound, heads))
+        bounds.append(bound)
+    return bounds, plan
+
+
+def _describe(method: Intervention) -> str:
+    text = repr(method)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+__all__ = ["AttnSteerError", "Journal", "Steering", "find_host", "sites", "steer"]

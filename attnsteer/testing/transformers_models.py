@@ -1,0 +1,455 @@
+"""Tiny random transformers models of every host family, built from configs: no network, fixed by the seed.
+
+The weights are drawn so that attention matters: logits have a standard deviation near 1.5 (maps far from
+uniform), value and output projections keep the scale of the residual stream, biases and norm gains are not
+trivial. Token ids 0 to 3 are reserved (padding, begin, end, image); there is no end token, so `generate`
+never stops early.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
+VOCAB = 99
+FIRST_TOKEN = 4
+LOGIT_STD = 1.5
+
+# Parameters that form q and k in these families; a fused qkv matrix is scaled whole (v is then a bit large).
+_QK = re.compile(
+    r"(?:^|\.)(?:q_proj|k_proj|query|key|to_q|to_k|add_q_proj|add_k_proj|linear_q|linear_k"
+    r"|qkv|qkv_proj|c_attn|in_proj|SelfAttention\.[qk]|EncDecAttention\.[qk])(?:\.weight|_weight)$"
+)
+_QK_NORM = re.compile(r"(?:^|\.)(?:q_norm|k_norm|norm_q|norm_k|norm_added_q|norm_added_k)\.weight$")
+
+
+def randomize_(model: nn.Module, seed: int, logit_std: float = LOGIT_STD, embedding_std: float = 1.0) -> nn.Module:
+    """Redraws every parameter in place, in the order of `named_parameters`, from a private generator.
+
+    Matrices get std 1/sqrt(fan-in); those forming q and k get sqrt(logit_std) more each, so that q.k/sqrt(d)
+    has a std near `logit_std` on normalised inputs. Gains keep their initial value plus noise of std 0.1;
+    biases are that noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    # Conv1D of GPT-2 and the experts of GPT-OSS multiply from the right: fan-in is the second to last axis.
+    transposed = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+        with torch.no_grad():
+            if id(parameter) in embeddings or re.search(r"position_embeddings?$|class_embedding$|cls_token$", name):
+                value = noise if "position" in name else noise * embedding_std
+            elif name.endswith("sinks"):
+                value = noise
+            elif _QK_NORM.search(name):
+                # normalised q and k have unit entries: the gains alone set the std of the logits
+                value = math.sqrt(logit_std) + 0.1 * noise
+                if float(parameter.float().abs().max()) == 0.0:  # gains stored as an offset from one (Gemma)
+                    value = value - 1.0
+            elif name.endswith("bias"):
+                value = 0.1 * noise
+            elif parameter.ndim < 2:
+                value = parameter.float() + 0.1 * noise
+            else:
+                experts = parameter.ndim == 3 and name.endswith("_proj")
+                fan_in = parameter.shape[-2] if experts or id(parameter) in transposed else parameter[0].numel()
+                gain = math.sqrt(logit_std) if _QK.search(name) else 1.0
+                value = noise * (gain / math.sqrt(fan_in))
+            parameter.copy_(value)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------- inputs
+
+
+def attention_mask(batch: int, length: int, padding: str | None) -> Tensor:
+    """`[batch, length]` of 0 and 1, int64: row b lacks min(b, length - 1) tokens on the padded side."""
+    if padding not in (None, "left", "right"):
+        raise ValueError(f"padding is None, 'left' or 'right', not {padding!r}")
+    mask = torch.ones(batch, length, dtype=torch.long)
+    if padding is not None:
+        for row in range(batch):
+            missing = min(row, length - 1)
+            mask[row, slice(0, missing) if padding == "left" else slice(length - missing, length)] = 0
+    return mask
+
+
+def _token_ids(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return torch.randint(FIRST_TOKEN, VOCAB, shape, generator=generator)
+
+
+def _text(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
+    mask = attention_mask(batch, length, padding)
+    ids = _token_ids((batch, length), torch.Generator().manual_seed(seed))
+    return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
+
+
+def _text_absolute(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
+    """Learned positions: left padding needs explicit `position_ids` for a row to equal the row alone."""
+    inputs = _text(model, batch, length, padding, seed)
+    if padding == "left":
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+    return inputs
+
+
+def _encoder_decoder(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
+    """The decoder's input is not padded. BART counts positions from the first column, padding included."""
+    inputs = _text(model, batch, length, padding, seed)
+    decoder = _token_ids((batch, max(2, length // 2)), torch.Generator().manual_seed(seed + 1))
+    decoder[:, 0] = model.config.decoder_start_token_id
+    return {**inputs, "decoder_input_ids": decoder}
+
+
+def _insert_image(inputs: dict[str, Tensor], n_image: int, head: int) -> dict[str, Tensor]:
+    """Puts `n_image` image tokens after the first `head` valid tokens of each row, which grows by them."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    batch, length = ids.shape
+    out_ids = torch.full((batch, length + n_image), PAD)
+    out_mask = torch.zeros_like(out_ids)
+    for row in range(batch):
+        start = int(mask[row].argmax())  # 0 but for left padding
+        valid = ids[row][mask[row] == 1]
+        image = torch.full((n_image,), IMAGE)
+        tokens = torch.cat([valid[:head], image, valid[head:]])
+        out_ids[row, start : start + len(tokens)] = tokens
+        out_mask[row, start : start + len(tokens)] = 1
+    return {"input_ids": out_ids, "attention_mask": out_mask}
+
+
+def _pixels(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 2))
+
+
+def _llava_inputs(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
+    vision = model.config.vision_config
+    n_image = (vision.image_size // vision.patch_size) ** 2
+    inputs = _insert_image(_text(model, batch, length, padding, seed), n_image, head=2)
+    return {**inputs, "pixel_values": _pixels((batch, 3, vision.image_size, vision.image_size), seed)}
+
+
+def _qwen2_vl_inputs(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
+    vision = model.config.vision_config
+    side = 8  # patches per side: 64 patches, merged two by two into 16 image tokens
+    n_image = (side // vision.spatial_merge_size) ** 2
+    inputs = _insert_image(_text(model, batch, length, padding, seed), n_image, head=2)
+    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        **inputs,
+        "pixel_values": _pixels((batch * side * side, width), seed),
+        "image_grid_thw": torch.tensor([[1, side, side]] * batch),
+        "mm_token_type_ids": (inputs["input_ids"] == IMAGE).long(),
+    }
+
+
+def _vit_inputs(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
+    """Images have a fixed number of tokens: `length` and `padding` have no meaning here and are ignored."""
+    config = model.config
+    return {"pixel_values": _pixels((batch, config.num_channels, config.image_size, config.image_size), seed)}
+
+
+# ---------------------------------------------------------------------------------------------------- configs
+
+_TOKENS: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": None,
+}
+_DECODER: dict[str, Any] = {
+    **_TOKENS,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+_CLIP_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "projection_dim": 32,
+}
+_ABSOLUTE: dict[str, Any] = {"max_position_embeddings": 512}
+
+
+def _decoder(**extra: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: {**_DECODER, **extra}
+
+
+def _llava_config() -> dict[str, Any]:
+    return {
+        "vision_config": {**_CLIP_VISION, "model_type": "clip_vision_model"},
+        "text_config": {**_DECODER, "model_type": "llama"},
+        "image_token_index": IMAGE,
+        "image_seq_length": 16,
+        "pad_token_id": PAD,
+    }
+
+
+def _qwen2_vl_config() -> dict[str, Any]:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    return {
+        "vision_config": vision,
+        # three axes of rotary frequencies (time, height, width): 2 * (2 + 3 + 3) = the head width of 16
+        "text_config": {**_DECODER, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}},
+        "image_token_id": IMAGE,
+        "video_token_id": VOCAB - 1,
+        "vision_start_token_id": VOCAB - 2,
+        "vision_end_token_id": VOCAB - 3,
+        "tie_word_embeddings": False,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ table
+
+
+@dataclass(frozen=True)
+class TinyTransformers:
+    """One host family.
+
+    Attributes:
+        name: the key in `TRANSFORMERS`.
+        model_class: class name in `transformers`.
+        config_class: class name of its config.
+        config: returns fresh keyword arguments of the config.
+        inputs: `(model, batch, length, padding, seed)` to the keyword arguments of the forward.
+        decoder: generates with a KV cache.
+        towers: module paths of the attention stacks, the main one last; "" is the model itself.
+        embedding_std: std of token embeddings (below one where the model itself multiplies them).
+    """
+
+    name: str
+    model_class: str
+    config_class: str
+    config: Callable[[], dict[str, Any]]
+    inputs: Callable[[nn.Module, int, int, str | None, int], dict[str, Tensor]] = _text
+    decoder: bool = True
+    towers: tuple[str, ...] = ("model",)
+    embedding_std: float = 1.0
+    logit_std: float = LOGIT_STD
+
+    def build(self, seed: int = 0, **config_overrides: Any) -> nn.Module:
+        """The model in `eval()` mode on CPU, float32. See `tiny_transformers` for the overrides."""
+        import transformers
+
+        overrides = dict(config_overrides)
+        attention = overrides.pop("attn_implementation", None)
+        config = getattr(transformers, self.config_class)(**_merge(self.config(), overrides))
+        if attention is not None:
+            config._attn_implementation = attention
+        with torch.random.fork_rng(devices=[]):  # the library's own initialisation draws from the global generator
+            torch.manual_seed(seed)
+            model = getattr(transformers, self.model_class)(config)
+        randomize_(model, seed, self.logit_std, self.embedding_std)
+        if self.decoder:
+            for key in ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id"):
+                setattr(model.generation_config, key, None)
+            model.generation_config.pad_token_id = PAD
+        return model.eval()
+
+
+def _merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides of a composite model reach its text config unless the top has the key; dicts are merged."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(merged[key], value)
+        elif "text_config" in merged and key not in merged and key in merged["text_config"]:
+            merged["text_config"] = {**merged["text_config"], key: value}
+        else:
+            merged[key] = value
+    return merged
+
+
+_HALF_WINDOW = {"sliding_window": 5, "head_dim": 16}
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+TRANSFORMERS: dict[str, TinyTransformers] = {
+    tiny.name: tiny
+    for tiny in (
+        TinyTransformers("llama", "LlamaForCausalLM", "LlamaConfig", _decoder()),
+        TinyTransformers("mistral", "MistralForCausalLM", "MistralConfig", _decoder(sliding_window=5)),
+        TinyTransformers("qwen3", "Qwen3ForCausalLM", "Qwen3Config", _decoder(head_dim=16)),
+        TinyTransformers(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            "Gemma2Config",
+            # a soft cap of 3 on logits of std 1.5 bends them visibly, as 50 does in the trained model
+            _decoder(**_HALF_WINDOW, layer_types=_MIXED, query_pre_attn_scalar=16, attn_logit_softcapping=3.0),
+            embedding_std=0.125,  # the model multiplies embeddings by sqrt(64)
+        ),
+        TinyTransformers(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            "Gemma3TextConfig",
+            _decoder(**_HALF_WINDOW, layer_types=_MIXED, query_pre_attn_scalar=16),
+            embedding_std=0.125,
+        ),
+        TinyTransformers(
+            "gpt_oss",
+            "GptOssForCausalLM",
+            "GptOssConfig",
+            _decoder(
+                **_HALF_WINDOW,
+                layer_types=_MIXED,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                intermediate_size=32,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            ),
+        ),
+        TinyTransformers("phi3", "Phi3ForCausalLM", "Phi3Config", _decoder()),
+        TinyTransformers(
+            "gpt2",
+            "GPT2LMHeadModel",
+            "GPT2Config",
+            lambda: {
+                **_TOKENS,
+                "n_embd": 64,
+                "n_layer": 3,
+                "n_head": 4,
+                "n_positions": 512,
+                "n_inner": 96,
+                "tie_word_embeddings": False,
+            },
+            inputs=_text_absolute,
+            towers=("transformer",),
+        ),
+        TinyTransformers(
+            "bert",
+            "BertModel",
+            "BertConfig",
+            lambda: {
+                **_TOKENS,
+                **_ABSOLUTE,
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+            },
+            inputs=_text_absolute,
+            decoder=False,
+            towers=("encoder",),
+        ),
+        TinyTransformers(
+            "bart",
+            "BartForConditionalGeneration",
+            "BartConfig",
+            lambda: {
+                **_TOKENS,
+                **_ABSOLUTE,
+                "d_model": 64,
+                "encoder_layers": 2,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "decoder_attention_heads": 4,
+                "encoder_ffn_dim": 96,
+                "decoder_ffn_dim": 96,
+                "decoder_start_token_id": EOS,
+                "forced_eos_token_id": None,
+                "scale_embedding": True,
+            },
+            inputs=_encoder_decoder,
+            towers=("model.encoder", "model.decoder"),
+            embedding_std=0.125,  # multiplied by sqrt(64), and tied to the output matrix
+        ),
+        TinyTransformers(
+            "t5",
+            "T5ForConditionalGeneration",
+            "T5Config",
+            lambda: {
+                **_TOKENS,
+                "d_model": 64,
+                "d_kv": 16,
+                "d_ff": 96,
+                "num_layers": 2,
+                "num_decoder_layers": 2,
+                "num_heads": 4,
+                "relative_attention_num_buckets": 8,
+                "relative_attention_max_distance": 16,
+                "decoder_start_token_id": PAD,
+            },
+            inputs=_encoder_decoder,
+            towers=("encoder", "decoder"),
+            logit_std=LOGIT_STD / 4,  # T5 does not divide by sqrt(d) = 4
+        ),
+        TinyTransformers(
+            "llava",
+            "LlavaForConditionalGeneration",
+            "LlavaConfig",
+            _llava_config,
+            inputs=_llava_inputs,
+            towers=("model.vision_tower", "model.language_model"),
+        ),
+        TinyTransformers(
+            "qwen2_vl",
+            "Qwen2VLForConditionalGeneration",
+            "Qwen2VLConfig",
+            _qwen2_vl_config,
+            inputs=_qwen2_vl_inputs,
+            towers=("model.visual", "model.language_model"),
+        ),
+        TinyTransformers(
+            "vit",
+            "ViTModel",
+            "ViTConfig",
+            lambda: {
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "image_size": 32,
+                "patch_size": 8,
+            },
+            inputs=_vit_inputs,
+            decoder=False,
+            towers=("",),
+        ),
+    )
+}
+
+
+def _get(name: str) -> TinyTransformers:
+    try:
+        return TRANSFORMERS[name]
+    except KeyError:
+        raise KeyError(f"no tiny transformers model {name!r}; there are {', '.join(TRANSFORMERS)}") from None
+
+
+def tiny_transformers(name: str, seed: int = 0, **config_overrides: Any) -> nn.Module:
+    """A tiny random model of the family `name` (a key of `TRANSFORMERS`), float32, `eval()`.
+
+    Args:
+        config_overrides: fields of the config; those of a composite model reach its `text_config`, or pass
+            `vision_config={...}` and `text_config={...}` to be merged. `attn_implementation` is a name, or
+            for a composite model a dict by sub-config (`{"text_config": "eager", "vision_config": "sdpa"}`).
+    """
+    return _get(name).build(seed, **config_overrides)
+
+
+def tiny_transformers_inputs(
+    name: str,
+    model: nn.Module,
+    batch: int = 2,
+    length: int = 12,
+    padding: str | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Keyword arguments of `model(**inputs)`: ids and mask `[batch, length]`, and what else the family takes.
+
+    With padding "left" or "right", row b has b tokens fewer than `length` (row 0 is full). Image tokens of
+    vision-language models come on top of `length`. Pass them to `generate` as well for decoders.
+    """
+    return _get(name).inputs(model, batch, length, padding, seed)

@@ -1,0 +1,129 @@
+"""`Tokens`: roles of the tokens of a batch: valid, first, image, and spans found by substring."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import SelectionError
+
+Range = tuple[int, int]
+
+
+@dataclass
+class Tokens:
+    """What is known of the tokens of a batch. Positions count slots of the sequence, padding included.
+
+    Attributes:
+        batch: number of rows B. length: tokens seen so far, padding included.
+        valid: bool [B, T], False for padding; None: all valid. ids: int [B, T] token ids, or None.
+        image: bool [B, T], image placeholder tokens; None when not known.
+    """
+
+    batch: int
+    length: int
+    valid: Tensor | None = None
+    ids: Tensor | None = None
+    image: Tensor | None = None
+    _resolved: dict[int, tuple[Any, list[list[Range]]]] = field(default_factory=dict, repr=False)
+
+    def first(self) -> Tensor:
+        """Index of the first valid token of each row, [B]."""
+        if self.valid is None:
+            return torch.zeros(self.batch, dtype=torch.long)
+        return self.valid.to(torch.int8).argmax(dim=-1)
+
+    def count(self, upto: int | None = None) -> Tensor:
+        """Number of valid tokens of each row among the first `upto` slots, [B]."""
+        upto = self.length if upto is None else upto
+        if self.valid is None:
+            return torch.full((self.batch,), upto, dtype=torch.long)
+        return self.valid[:, :upto].sum(dim=-1)
+
+    def spans(self, spans: Any, tokenizer: Any = None) -> list[list[Range]]:
+        """Slot ranges per row for `spans`, which may be:
+
+        - a string or a list of strings: found in each row's text (first occurrence), a tokenizer is needed;
+        - a list with one entry per sample, each a list of strings and (start, stop) token ranges, counted
+          from the sample's first valid token.
+
+        Samples that `generate` repeats (beams, several sequences) share their spans.
+
+        Raises:
+            SelectionError: a string that is not in the text, an empty or out-of-range range, a wrong count.
+        """
+        known = self._resolved.get(id(spans))
+        if known is not None:
+            return known[1]
+        if isinstance(spans, str):
+            spans_list: list[Any] = [[spans]] * self.batch
+        elif isinstance(spans, (list, tuple)) and spans and all(isinstance(s, str) for s in spans):
+            spans_list = [list(spans)] * self.batch
+        else:
+            spans_list = self._per_sample(spans)
+        first = self.first().tolist()
+        counts = self.count().tolist()
+        out = []
+        for b, wanted in enumerate(spans_list):
+            row = []
+            for item in wanted:
+                start, stop = self._find(b, item, tokenizer) if isinstance(item, str) else _range(item)
+                if stop > counts[b]:
+                    raise SelectionError(
+                        f"span ({start}, {stop}) of sample {b} ends after its {counts[b]} tokens; ranges count from the "
+                        "sample's first token that is not padding. With chunked prefill the whole span must be in the "
+                        "first chunk."
+                    )
+                row.append((start + first[b], stop + first[b]))
+            out.append(row)
+        self._resolved[id(spans)] = (spans, out)
+        return out
+
+    def _per_sample(self, spans: Any) -> list[Any]:
+        if not isinstance(spans, (list, tuple)) or not spans or not all(isinstance(s, (list, tuple)) for s in spans):
+            raise SelectionError(
+                f"spans={spans!r}: give strings to find in the text, or one list of (start, stop) token ranges per sample."
+            )
+        if self.batch % len(spans):
+            raise SelectionError(f"spans has {len(spans)} samples, the batch has {self.batch}.")
+        times = self.batch // len(spans)
+        return [item for item in spans for _ in range(times)]
+
+    def _find(self, b: int, text: str, tokenizer: Any) -> Range:
+        if tokenizer is None:
+            raise SelectionError(f"the span {text!r} is a string: give the method a tokenizer, or token ranges.")
+        if self.ids is None:
+            raise SelectionError(
+                f"the span {text!r} cannot be found: the model was called without input_ids. Give ranges."
+            )
+        ids = self.ids[b] if self.valid is None else self.ids[b][self.valid[b, : self.ids.shape[1]]]
+        offsets, whole = char_offsets(ids.tolist(), tokenizer)
+        at = whole.find(text)
+        if at < 0:
+            shown = whole if len(whole) <= 200 else whole[:200] + "..."
+            raise SelectionError(f"the span {text!r} is not in the text of sample {b}: {shown!r}.")
+        inside = [i for i, (s, e) in enumerate(offsets) if s < at + len(text) and e > at]
+        return inside[0], inside[-1] + 1
+
+
+def char_offsets(ids: list[int], tokenizer: Any) -> tuple[list[Range], str]:
+    """Character range of each token in the decoded text, and that text."""
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    if getattr(tokenizer, "is_fast", False):
+        again = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        if list(again["input_ids"]) == list(ids):
+            return [tuple(pair) for pair in again["offset_mapping"]], whole
+    # Decoding growing prefixes is slow but right for any tokenizer whose text does not survive a round trip.
+    ends = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=False)) for i in range(len(ids))]
+    starts = [0, *ends[:-1]]
+    return list(zip(starts, ends, strict=True)), whole
+
+
+def _range(item: Any) -> Range:
+    ok = isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(i, int) for i in item)
+    if not ok or not 0 <= item[0] < item[1]:
+        raise SelectionError(f"span {item!r}: give (start, stop) with 0 <= start < stop, or a string.")
+    return int(item[0]), int(item[1])
