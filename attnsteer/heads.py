@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class HeadSet:
         provenance: JSON-able facts about where the set comes from (method, data hash, versions).
 
     Raises:
-        SelectionError: an index is negative or not an integer, or outside `shape`.
+        SelectionError: an index is negative or not an integer, or outside `shape`; a score is not a number.
     """
 
     __slots__ = ("_heads", "_provenance", "_scores", "_shape")
@@ -45,9 +46,10 @@ class HeadSet:
             shape = heads.shape if shape is None else shape
             provenance = heads.provenance if provenance is None else provenance
         elif isinstance(heads, Mapping):
-            pairs = [(layer, head) for layer, row in heads.items() for head in row]
+            pairs = [(layer, head) for layer, row in heads.items() for head in _row(layer, row)]
         else:
-            pairs = [tuple(pair) for pair in heads]
+            pairs = _pairs(heads)
+        _check_shape(shape)
         for pair in pairs:
             if len(pair) != 2 or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in pair):
                 raise SelectionError(
@@ -60,7 +62,10 @@ class HeadSet:
                     "use indices from 0 up to those sizes minus one."
                 )
         self._heads = tuple(sorted(set(pairs)))
-        self._scores = {tuple(k): float(v) for k, v in (scores or {}).items() if tuple(k) in set(self._heads)}
+        members = set(self._heads)
+        self._scores = {tuple(k): float(v) for k, v in (scores or {}).items() if tuple(k) in members}
+        if any(math.isnan(score) for score in self._scores.values()):
+            raise SelectionError("HeadSet got a score that is not a number; leave out heads without a score.")
         self._shape = None if shape is None else (int(shape[0]), int(shape[1]))
         self._provenance = json.loads(json.dumps(dict(provenance or {})))
 
@@ -103,13 +108,21 @@ class HeadSet:
         return hash(self._heads)
 
     def __or__(self, other: HeadSet) -> HeadSet:
-        return HeadSet([*self, *other], scores={**other._scores, **self._scores}, shape=self._shape)
+        return HeadSet([*self, *other], scores={**other._scores, **self._scores}, shape=self._common_shape(other))
 
     def __and__(self, other: HeadSet) -> HeadSet:
-        return HeadSet([p for p in self if p in other], scores=self._scores, shape=self._shape)
+        return HeadSet([p for p in self if p in other], scores=self._scores, shape=self._common_shape(other))
 
     def __sub__(self, other: HeadSet) -> HeadSet:
-        return HeadSet([p for p in self if p not in other], scores=self._scores, shape=self._shape)
+        return HeadSet([p for p in self if p not in other], scores=self._scores, shape=self._common_shape(other))
+
+    def _common_shape(self, other: HeadSet) -> tuple[int, int] | None:
+        if self._shape is not None and other._shape is not None and self._shape != other._shape:
+            raise SelectionError(
+                f"these HeadSets are of models with shapes {self._shape} and {other._shape} (layers, heads per layer); "
+                "combine sets of one model."
+            )
+        return self._shape or other._shape
 
     def __repr__(self) -> str:
         rows = {layer: list(self[layer]) for layer in self.layers}
@@ -122,6 +135,8 @@ class HeadSet:
 
     def top(self, k: int) -> HeadSet:
         """The `k` best-scored heads (ties: lower layer, then lower head)."""
+        if k < 0:
+            raise SelectionError(f"top({k}): give a number of heads, 0 or more.")
         if len(self._scores) < len(self):
             raise SelectionError(f"top({k}) needs a score for each head; {len(self._scores)}/{len(self)} have one.")
         best = sorted(self._heads, key=lambda p: (-self._scores[p], p))[:k]
@@ -160,35 +175,56 @@ class HeadSet:
                 meta = file.metadata() or {}
                 names = set(file.keys())
                 tensors = {name: file.get_tensor(name) for name in names}
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise SerializationError(f"HeadSet.load: {path} is not a whole safetensors file ({error}).") from error
         if meta.get("format") != "attnsteer.headset" or names != {"heads", "scores"}:
             raise SerializationError(
                 f"HeadSet.load: {path} holds {sorted(names)} and format {meta.get('format')!r}; "
                 "expected 'heads' and 'scores' written by HeadSet.save."
             )
-        if int(meta["schema"]) > SCHEMA_VERSION:
+        schema = meta.get("schema", "")
+        if not schema.isdecimal() or int(schema) > SCHEMA_VERSION:
             raise SerializationError(
-                f"HeadSet.load: {path} has schema {meta['schema']}, this version reads up to {SCHEMA_VERSION}; "
+                f"HeadSet.load: {path} has schema {schema or None}, this version reads up to {SCHEMA_VERSION}; "
                 "upgrade attnsteer."
             )
         heads, scores = tensors["heads"], tensors["scores"]
-        if heads.ndim != 2 or heads.shape[1] != 2 or heads.is_floating_point() or scores.shape != heads.shape[:1]:
+        fits = heads.dtype == torch.int64 and heads.ndim == 2 and heads.shape[1] == 2
+        if not fits or scores.dtype != torch.float64 or scores.shape != heads.shape[:1]:
             raise SerializationError(
                 f"HeadSet.load: {path} has heads {tuple(heads.shape)} {heads.dtype} and scores "
-                f"{tuple(scores.shape)}; expected integers [N, 2] and [N]."
+                f"{tuple(scores.shape)} {scores.dtype}; expected int64 [N, 2] and float64 [N]."
             )
         pairs = [tuple(row) for row in heads.tolist()]
-        known = {p: s for p, s in zip(pairs, scores.tolist(), strict=True) if s == s}
-        shape = json.loads(meta.get("shape", "null"))
-        return cls(
-            pairs,
-            scores=known,
-            shape=None if shape is None else tuple(shape),
-            provenance=json.loads(meta.get("provenance", "{}")),
-        )
+        known = {p: s for p, s in zip(pairs, scores.tolist(), strict=True) if not math.isnan(s)}
+        try:
+            shape = json.loads(meta.get("shape", "null"))
+            provenance = json.loads(meta.get("provenance", "{}"))
+            shape = None if shape is None else tuple(shape)
+            return cls(pairs, scores=known, shape=shape, provenance=provenance)
+        except (ValueError, TypeError) as error:
+            raise SerializationError(f"HeadSet.load: {path} does not hold a head set: {error}") from error
 
     def digest(self) -> str:
         """A short content hash over heads and scores, stable across runs."""
         text = json.dumps([[*p, self._scores.get(p)] for p in self._heads])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _pairs(heads: Iterable[Any]) -> list[tuple[Any, ...]]:
+    try:
+        return [tuple(pair) for pair in heads]
+    except TypeError:
+        raise SelectionError(f"HeadSet got {heads!r}; give (layer, head) pairs, or {{layer: [head, ...]}}.") from None
+
+
+def _row(layer: Any, row: Any) -> Iterable[Any]:
+    if isinstance(row, str) or not isinstance(row, Iterable):
+        raise SelectionError(f"HeadSet got {row!r} for layer {layer!r}; give a list of heads.")
+    return row
+
+
+def _check_shape(shape: Any) -> None:
+    fits = shape is None or (len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape))
+    if not fits:
+        raise SelectionError(f"HeadSet(shape={shape!r}): give (layers, heads per layer), both above 0.")

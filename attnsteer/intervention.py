@@ -34,6 +34,8 @@ class Intervention:
         kinds: the kinds of site the method is defined on; others are refused (or left out when `where`
             names no kind).
         needs: names of what the host must provide in `call.context` or `call.segments`.
+        causal_only: the method is defined on causal self-attention only.
+        follows_crop: whether the state stays right when the cache is cut back behind the prompt.
         linear: whether the method only edits values and outputs, so that linear attention can take it.
     """
 
@@ -43,6 +45,7 @@ class Intervention:
     kinds: ClassVar[tuple[str, ...]] = ("self", "cross", "joint")
     needs: ClassVar[tuple[str, ...]] = ()
     linear: ClassVar[bool] = False
+    causal_only: ClassVar[bool] = False
     follows_crop: ClassVar[bool] = True
 
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:

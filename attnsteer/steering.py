@@ -65,6 +65,7 @@ class Steering:
         self.measure = measure
         self.branch: str | None = None
         self.frozen = False
+        self.chunked = False
         self.row_layout: tuple[str, ...] | None = None
         self.audit = Audit([_describe(m) for m in interventions])
         self._open: list[int] = []
@@ -111,6 +112,15 @@ class Steering:
             yield
         finally:
             self.frozen = before
+
+    @contextlib.contextmanager
+    def chunked_prefill(self) -> Iterator[None]:
+        """The calls in this block are chunks of one prompt: one-token calls too, and spans may lie in later chunks."""
+        before, self.chunked = self.chunked, True
+        try:
+            yield
+        finally:
+            self.chunked = before
 
     @contextlib.contextmanager
     def branches(self, *names: str) -> Iterator[None]:
@@ -227,11 +237,22 @@ def bind(
         bound = Bound(index, method, where, frozenset(method.doors()))
         if not bound.doors:
             raise SelectionError(f"{type(method).__name__} overrides no method of the contract; it would do nothing.")
+        lacking = [need for need in method.needs if need not in host.provides]
+        if lacking:
+            raise UnsupportedHost(
+                f"{type(method).__name__} needs {', '.join(lacking)} of its host, which {type(host).__name__} does not provide "
+                f"for a {type(host.target).__name__}."
+            )
         for site, heads in where.resolve(pool, host.main):
             if site.linear and not method.linear:
                 raise UnsupportedHost(
                     f"{site.path} is linear attention: it has no softmax map, so {type(method).__name__} is not defined there. "
                     "Leave it out, e.g. Where(kinds='cross')."
+                )
+            if method.causal_only and not site.causal:
+                raise UnsupportedHost(
+                    f"{type(method).__name__} is defined on causal self-attention; {site.path} sees both ways. "
+                    'Leave it out, e.g. Where(modules=r".*decoder.*").'
                 )
             host.check(site, bound)
             plan.setdefault(site.path, []).append((bound, heads))

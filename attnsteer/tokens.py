@@ -21,6 +21,7 @@ class Tokens:
         batch: number of rows B. length: tokens seen so far, padding included.
         valid: bool [B, T], False for padding; None: all valid. ids: int [B, T] token ids, or None.
         image: bool [B, T], image placeholder tokens; None when not known.
+        more_to_come: a chunked prefill is under way, so spans may lie in later chunks.
     """
 
     batch: int
@@ -28,6 +29,7 @@ class Tokens:
     valid: Tensor | None = None
     ids: Tensor | None = None
     image: Tensor | None = None
+    more_to_come: bool = False
     _resolved: dict[int, tuple[Any, list[list[Range]]]] = field(default_factory=dict, repr=False)
 
     def first(self) -> Tensor:
@@ -71,11 +73,11 @@ class Tokens:
             row = []
             for item in wanted:
                 start, stop = self._find(b, item, tokenizer) if isinstance(item, str) else _range(item)
-                if stop > counts[b]:
+                if stop > counts[b] and not self.more_to_come:
                     raise SelectionError(
                         f"span ({start}, {stop}) of sample {b} ends after its {counts[b]} tokens; ranges count from the "
-                        "sample's first token that is not padding. With chunked prefill the whole span must be in the "
-                        "first chunk."
+                        "sample's first token that is not padding. If the prompt comes in chunks, enter "
+                        "run.chunked_prefill() for them."
                     )
                 row.append((start + first[b], stop + first[b]))
             out.append(row)

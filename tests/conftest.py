@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 # The same examples in every run, and no deadline: the first call of a kernel may be slow.
 settings.register_profile("attnsteer", deadline=None, derandomize=True)

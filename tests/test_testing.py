@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,9 +29,6 @@ from attnsteer.testing import (
     tiny_transformers_inputs,
 )
 
-# numpy's copy keyword, inside the schedulers of diffusers
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
@@ -41,6 +39,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+ROOT = Path(__file__).parents[1]
 PAG = [name for name, tiny in PIPELINES.items() if tiny.pag_class]
 
 
@@ -54,7 +53,7 @@ def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
 
 def test_importing_the_package_imports_no_host_library() -> None:
     code = "import sys, attnsteer.testing; print({'torch', 'transformers', 'diffusers'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"
 
 

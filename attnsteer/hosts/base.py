@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..engine import Bound
 from ..site import Site
@@ -16,7 +16,10 @@ class Host:
 
     Attributes:
         target: the object that the user gave. main: the modalities that an empty `Where` selects.
+        provides: names of `Intervention.needs` that its calls carry.
     """
+
+    provides: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, target: Any):
         self.target = target

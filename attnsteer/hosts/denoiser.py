@@ -119,7 +119,7 @@ class DenoiserClock:
 
     def context(self, site: Site, segments: dict[str, slice]) -> CallContext:
         """The context of one attention call."""
-        ctx = CallContext(phase=None, step=self.step, steps=self.steps, segments=segments)
+        ctx = CallContext(step=self.step, steps=self.steps, segments=segments)
         if self.layout is not None:
             device = next(iter(site.module.parameters())).device
             ctx.branch_rows = {k: v.to(device) for k, v in self.branch_rows().items()}

@@ -30,6 +30,8 @@ LINEAR = re.compile(r"SanaLinear")
 class DiffusersHost(Host):
     """Pipelines and denoisers of diffusers: UNets and every transformer with attention processors."""
 
+    provides = frozenset({"segments", "grid"})
+
     def __init__(self, target: Any):
         super().__init__(target)
         self.main = ("image",)

@@ -33,6 +33,8 @@ class SequenceClock:
         self.cache: Any = None
         self.stateful: int | None = None
         self.refuse: Callable[[int, int], str | None] | None = None
+        self.chunked: Callable[[], bool] = lambda: False
+        self.store: dict[Any, Any] = {}
         self._seen: list[weakref.ref] = []
 
     def start(self, values: dict[str, Any], batch: int, new: int, ids: Tensor | None, image: Tensor | None) -> None:
@@ -51,7 +53,7 @@ class SequenceClock:
             )
         if valid is not None:
             valid = valid[:, :length]
-        store = self._store(fresh=self.past == 0)
+        store = self.store = self._follow(self.cache, fresh=self.past == 0) if self.cache is not None else {}
         previous: Tokens | None = store.get("tokens")
         if previous is not None and self.past < previous.length and self.refuse is not None:
             reason = self.refuse(self.past, previous.length)
@@ -66,29 +68,31 @@ class SequenceClock:
         elif self.past:
             ids = None
         self.tokens = Tokens(batch=batch, length=length, valid=valid, ids=ids, image=image)
+        self.tokens.more_to_come = self.chunked()
         if previous is not None and self.past:
             self.tokens._resolved = previous._resolved
             self.tokens.image = previous.image if image is None else image
         store["tokens"] = self.tokens
 
+    def finish(self, cache: Any) -> None:
+        """After a forward that made its own cache: the state of this sequence moves onto it."""
+        if self.cache is None and hasattr(cache, "get_seq_length"):
+            self._follow(cache, fresh=True).update(self.store)
+
     def states(self) -> dict[Any, dict[str, Any]]:
         """The per-sequence state dictionaries: on the cache, so that they follow it, also through deepcopy."""
-        if self.cache is None:
-            return {}
-        return self._store().setdefault(("run", self.stateful), {})
+        return self.store.setdefault(("run", self.stateful), {})
 
-    def _store(self, fresh: bool = False) -> dict[Any, Any]:
-        if self.cache is None:
-            return {}
-        store = vars(self.cache).get(STATE)
+    def _follow(self, cache: Any, fresh: bool) -> dict[Any, Any]:
+        store = vars(cache).get(STATE)
         if store is None or fresh:
             store = {}
-            setattr(self.cache, STATE, store)
+            setattr(cache, STATE, store)
             for name in FOLLOWED:
-                if hasattr(type(self.cache), name):
+                if hasattr(type(cache), name):
                     # A bound method, because deepcopy rebinds those to the copied cache.
-                    setattr(self.cache, name, types.MethodType(_FOLLOWERS[name], self.cache))
-            self._seen.append(weakref.ref(self.cache))
+                    setattr(cache, name, types.MethodType(_FOLLOWERS[name], cache))
+            self._seen.append(weakref.ref(cache))
         return store
 
     def forget(self) -> None:
@@ -100,6 +104,7 @@ class SequenceClock:
                     vars(cache).pop(name, None)
         self._seen.clear()
         self.cache = self.tokens = self.cross_valid = None
+        self.store = {}
 
 
 def key_positions(past: int, new: int, m: int, device: torch.device) -> Tensor:

@@ -35,6 +35,8 @@ _CONFIGS: dict[int, list[Any]] = {}
 class TransformersHost(Host):
     """Language, vision-language and encoder models of transformers, bare, in a `Pipeline`, or wrapped (peft)."""
 
+    provides = frozenset({"tokens"})
+
     def __init__(self, target: Any):
         super().__init__(target)
         self.model = _module(target)
@@ -115,8 +117,10 @@ class TransformersHost(Host):
                 clock = clocks[stack] = SequenceClock()
                 clock.stateful = id(run)
                 clock.refuse = _refusal(looks_ahead)
+                clock.chunked = lambda: run.chunked
                 hook = names[stack].register_forward_pre_hook(_stack_hook(clock, top, names[stack]), with_kwargs=True)
                 journal.add(hook.remove)
+                journal.add(names[stack].register_forward_hook(_finish_hook(clock)).remove)
                 journal.add(clock.forget)
             journal.set_attr(module, RUNTIME, _Attached(runtime, clocks[stack]))
             _switch(module.config, journal)
@@ -158,7 +162,8 @@ def steered_attention(
     if attached is None:
         return base(module, query, key, value, attention_mask, *args, **kwargs)
     clock = attached.clock
-    decode = attached.runtime.run.frozen or (clock.past > 0 and query.shape[2] == 1)
+    run = attached.runtime.run
+    decode = run.frozen or (clock.past > 0 and query.shape[2] == 1 and not run.chunked)
     phase = "decode" if decode else "prefill"
     active = attached.runtime.active(phase, None, None)
     if not active:
@@ -375,6 +380,15 @@ def _stack_hook(clock: SequenceClock, top: _TopInputs, stack: nn.Module) -> Call
         clock.start(values, data.shape[0], data.shape[1], ids, image)
 
     return before
+
+
+def _finish_hook(clock: SequenceClock) -> Callable[..., None]:
+    @torch.compiler.disable
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        parts = output if isinstance(output, (tuple, list)) else (getattr(output, "past_key_values", None),)
+        clock.finish(next((p for p in parts if hasattr(p, "get_seq_length")), None))
+
+    return after
 
 
 def _top_hook(top: _TopInputs, model: nn.Module) -> Callable[..., None]:

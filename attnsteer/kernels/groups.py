@@ -65,7 +65,7 @@ def leftover(att: Attention, lse: Tensor, keys: Tensor, inside: Tensor) -> Tenso
     """
     B, H, n, m = att.shape
     outside = (att.visible_total(lse) - inside).clamp_min(0.0)
-    close = (outside < 1e-2) & ~torch.isneginf(lse)
+    close = (outside < 0.1) & ~torch.isneginf(lse)
     if not bool(close.any()):
         return outside
     outside = outside.clone()

@@ -12,7 +12,7 @@ from .statistics import rows as map_rows
 
 # How much a subtraction may magnify rounding before the row is computed directly: the output of a
 # half-precision kernel carries about 2^-9, an fp32 one about 2^-24.
-LIMIT = {torch.float16: 4.0, torch.bfloat16: 4.0, torch.float32: 64.0, torch.float64: 1e6}
+LIMIT = {torch.float16: 4.0, torch.bfloat16: 4.0, torch.float32: 8.0, torch.float64: 1e6}
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,9 @@ class ACT(Intervention):
     exclude: str = field(default="first_token", kw_only=True)
 
     kinds = ("self",)
+    needs = ("tokens",)
     looks_ahead = True
+    causal_only = True
 
     def __post_init__(self) -> None:
         if self.heads is not None:

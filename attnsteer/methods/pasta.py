@@ -43,6 +43,7 @@ class PASTA(Intervention):
     tokenizer: Any = field(default=None, kw_only=True, repr=False, compare=False, metadata={"save": False})
 
     kinds = ("self",)
+    needs = ("tokens",)
 
     def __post_init__(self) -> None:
         check_spans("PASTA", self.spans)

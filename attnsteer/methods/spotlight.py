@@ -37,6 +37,7 @@ class SpotLight(Intervention):
     tokenizer: Any = field(default=None, kw_only=True, repr=False, compare=False, metadata={"save": False})
 
     kinds = ("self",)
+    needs = ("tokens",)
 
     def __post_init__(self) -> None:
         check_spans("SpotLight", self.spans)

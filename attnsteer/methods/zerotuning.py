@@ -32,6 +32,7 @@ class ZeroTuning(Intervention):
     gamma: float = 1.0
 
     kinds = ("self",)
+    needs = ("tokens",)
 
     def __post_init__(self) -> None:
         if self.heads is not None:

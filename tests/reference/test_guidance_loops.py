@@ -38,9 +38,6 @@ from .guidance_loops import (
     weak_forward,
 )
 
-# numpy's copy keyword, inside the schedulers of diffusers
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-
 # What diffusers perturbs by default, as whole paths; `blocks.1` is one block because the tiny models have few.
 OFFICIAL_LAYERS = {
     "sd": "mid",
@@ -195,21 +192,68 @@ def test_the_readings_of_identity_differ_in_joint_attention() -> None:
                 assert relative(a, b) > 1e-3
 
 
+def head_outputs(
+    name: str, model: torch.nn.Module, layer: str, edit: Edit, inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """What enters the image rows' output projection of `layer`, and their values, as `[B, N, H, D]`."""
+    module = model.get_submodule(layer)
+    seen = {}
+    hooks = [
+        module.to_out[0].register_forward_pre_hook(lambda _, args: seen.update(out=args[0])),
+        module.to_v.register_forward_hook(lambda _, args, out: seen.update(value=out)),
+    ]
+    weak_forward(model, inputs, [layer], edit, tiny_grid(name))
+    for hook in hooks:
+        hook.remove()
+    out, value = (seen[key].unflatten(-1, (module.heads, -1)) for key in ("out", "value"))
+    return out, value
+
+
 @pytest.mark.parametrize("name", LOOPS)
 @torch.no_grad()
-def test_heads_add_up_to_the_layer_and_others_are_left_alone(name: str) -> None:
+def test_a_soft_identity_mixes_outputs_with_values_in_its_heads_only(name: str) -> None:
     model = tiny_denoiser(name)
     inputs = tiny_denoiser_inputs(name, model)
-    layer = layers_of(name, model)[-1]
-    n_heads = model.get_submodule(layer).heads
-    grid = tiny_grid(name)
-    whole = weak_forward(model, inputs, [layer], Edit(strength=0.5), grid)
-    listed = weak_forward(model, inputs, [layer], Edit(strength=0.5, heads={layer: range(n_heads)}), grid)
-    assert torch.equal(whole, listed)
-    one = weak_forward(model, inputs, [layer], Edit(heads=[1]), grid)
-    none = weak_forward(model, inputs, [layer], Edit(heads=[]), grid)
-    assert relative(one, none) > 1e-4
-    assert relative(none, model(**inputs, return_dict=False)[0]) < 5e-6
+    layer = layers_of(name, model)[1]  # the second double block of FLUX
+    plain, value = head_outputs(name, model, layer, Edit(heads=[]), inputs)
+    for heads in ([1], {layer: [0, 1]}):
+        edit = Edit(strength=0.3, heads=heads)
+        out, same_value = head_outputs(name, model, layer, edit, inputs)
+        assert torch.equal(value, same_value)
+        chosen = heads if isinstance(heads, list) else heads[layer]
+        expected = plain.clone()
+        expected[:, :, chosen] = 0.7 * plain[:, :, chosen] + 0.3 * value[:, :, chosen]
+        assert relative(out, expected) < 1e-6
+        others = [h for h in range(plain.shape[2]) if h not in chosen]
+        assert torch.equal(out[:, :, others], plain[:, :, others])
+        assert relative(expected, plain) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["sd", "pixart", "sd3", "flux", "wan"])
+@torch.no_grad()
+def test_an_infinite_sigma_gives_every_image_token_the_same_output(name: str) -> None:
+    model = tiny_denoiser(name)
+    layer = layers_of(name, model)[1]
+    out, _ = head_outputs(name, model, layer, Edit("seg"), tiny_denoiser_inputs(name, model))
+    assert relative(out, out[:, :1].expand_as(out)) < 1e-6
+
+
+@torch.no_grad()
+def test_an_infinite_sigma_is_attention_of_the_mean_query() -> None:
+    model = tiny_denoiser("sd")
+    layer = layers_of("sd", model)[1]
+    module = model.get_submodule(layer)
+    inputs = tiny_denoiser_inputs("sd", model)
+    entered = []
+    hook = module.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    out, _ = head_outputs("sd", model, layer, Edit("seg"), inputs)
+    hook.remove()
+    q, k, v = (
+        linear(entered[0]).unflatten(-1, (module.heads, -1)).transpose(1, 2)
+        for linear in (module.to_q, module.to_k, module.to_v)
+    )
+    expected = F.scaled_dot_product_attention(q.mean(2, keepdim=True), k, v).transpose(1, 2)
+    assert relative(out, expected.expand_as(out)) < 1e-5
 
 
 # -------------------------------------------------------------------------------------------------- definitions
