@@ -48,18 +48,28 @@ class AttentionMap:
 
     def __init__(
         self,
-        att: Attention,
+        att: Attention | Callable[[], Attention],
         base: Callable[[], Tensor] | None = None,
         fused: Callable[[], tuple[Tensor, Tensor]] | None = None,
     ):
-        """`base` computes the output with the model's own kernel; `fused` gives that output and its lse."""
-        self.att = att
+        """`base` computes the output with the model's own kernel; `fused` gives that output and its lse.
+
+        `att` may be a function that builds it: head-output edits then need no gathered q, k, v.
+        """
+        self._att = att
         self._base = base
         self._fuse = fused
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
         self._dense: Tensor | None = None
         self._groups: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def att(self) -> Attention:
+        """The computation whose map this is."""
+        if not isinstance(self._att, Attention):
+            self._att = self._att()
+        return self._att
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -146,7 +156,7 @@ class AttentionMap:
         return kernels.reweight(self.att, self.out, self.lse, groups, edit.rest, edit.normalise)
 
     def _few_reweight(self, edit: Reweight) -> Tensor:
-        A, B, H, n = self.dense(), *self.shape[:3]
+        A = self.dense()
         factor = self._factor(edit)
         new = A * factor
         if edit.normalise:

@@ -159,47 +159,42 @@ class SiteRuntime:
         self, whole: Whole, heads: Heads | None, bounds: list[Bound], ctx: CallContext, offset: int
     ) -> Tensor | None:
         pick = (lambda t: t) if heads is None else (lambda t: t[:, list(heads)])
-        sub = _Lazy(lambda: whole.att.select(heads))
-        fused = (lambda: tuple(pick(t) for t in whole.pair())) if whole.same_kernel else None
-        view = AttentionMap(sub, base=lambda: pick(whole.out()), fused=fused)
+        if self.run.reference and not self.site.linear:
+            sub = whole.att.select(heads)
+            view = DenseMap(sub, kernels.dense(sub), pick(whole.out()))
+        else:
+            fused = (lambda: tuple(pick(t) for t in whole.pair())) if whole.same_kernel else None
+            view = AttentionMap(lambda: whole.att.select(heads), base=lambda: pick(whole.out()), fused=fused)
         own = tuple(range(whole.att.q.shape[1])) if heads is None else heads
-        stage = _Stage(self, bounds, ctx, tuple(h + offset for h in own), view)
+        stage = _Stage(self, bounds, ctx, tuple(h + offset for h in own), view, whole.att.shape)
         stage.inputs()
         stage.bias()
         stage.weights()
         return stage.output()
 
 
-class _Lazy:
-    """An `Attention` built on first use: head-output edits need no gathered q, k, v."""
-
-    __slots__ = ("_build", "_built")
-
-    def __init__(self, build: Callable[[], Attention]):
-        object.__setattr__(self, "_build", build)
-        object.__setattr__(self, "_built", None)
-
-    def __getattr__(self, name: str) -> Any:
-        if self._built is None:
-            object.__setattr__(self, "_built", self._build())
-        return getattr(self._built, name)
-
-
 class _Stage:
     """The four inside doors of the methods of one head group, in order."""
 
-    def __init__(self, runtime: SiteRuntime, bounds: list[Bound], ctx: CallContext, heads: Heads, view: AttentionMap):
+    def __init__(
+        self,
+        runtime: SiteRuntime,
+        bounds: list[Bound],
+        ctx: CallContext,
+        heads: Heads,
+        view: AttentionMap,
+        shape: tuple[int, int, int, int],
+    ):
         self.runtime, self.bounds, self.ctx, self.heads, self.map = runtime, bounds, ctx, heads, view
         self.out: Tensor | None = None
         self.touched = False
-        n, B = view.att.shape[2], view.att.shape[0]
         self.records = {}
         for bound in bounds:
             record = runtime.run.audit.record(bound.index, runtime.site.path)
             record.calls += 1
             record.heads = max(record.heads, len(heads))
             self.records[bound.index] = record
-        self.rows = B * n
+        self.shape = shape
 
     def call(self, bound: Bound) -> AttnCall:
         ctx = self.ctx
@@ -224,15 +219,14 @@ class _Stage:
     def mark(self, bound: Bound, path: str) -> None:
         record = self.records[bound.index]
         record.edits += 1
-        record.rows += self.rows
+        record.rows += self.shape[0] * self.shape[2]
         record.path = path
 
     def chosen(self, bound: Bound) -> Tensor | None:
         """bool [B or 1, 1, n or 1]: the rows and batch rows that `where` selects; None for all."""
-        where, ctx, (B, _, n, _) = bound.where, self.ctx, self.map.att.shape
-        device, mask = self.map.att.q.device, None
+        where, mask = bound.where, None
         if where.rows is not None:
-            mask = self._row_choice(where.rows, n, device)[None, None]
+            mask = self._row_choice(where.rows, self.shape[2], self.map.att.q.device)[None, None]
         if where.branches is not None:
             rows = self._branch_choice(where.branches)[:, None, None]
             mask = rows if mask is None else mask & rows

@@ -22,6 +22,10 @@ class UnknownName(AttnSteerError, KeyError):
         return str(self.args[0]) if self.args else ""
 
 
+class RegistrationError(AttnSteerError, ValueError):
+    """A method or host cannot be added: its name is taken, it is of the wrong kind, or it does not load."""
+
+
 class UnsupportedHost(AttnSteerError, TypeError):
     """The object, backend, cache or processor cannot be steered exactly."""
 

@@ -225,6 +225,7 @@ def _row(layer: Any, row: Any) -> Iterable[Any]:
 
 
 def _check_shape(shape: Any) -> None:
-    fits = shape is None or (len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape))
+    sizes = shape if isinstance(shape, (tuple, list)) else ()
+    fits = shape is None or (len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes))
     if not fits:
         raise SelectionError(f"HeadSet(shape={shape!r}): give (layers, heads per layer), both above 0.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .site import Site
 
 SCHEMA_VERSION = 1
+RECORD, HEADS = "steer.json", "heads.safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,31 +88,41 @@ class Intervention:
         return {f.name: _plain(getattr(self, f.name)) for f in _saved(type(self))}
 
     def save_pretrained(self, directory: str | Path) -> Path:
-        """Write `steer.json` and, for a head set, `heads.safetensors` into `directory`."""
+        """Write `steer.json` and, for a head set, `heads.safetensors` into `directory`.
+
+        Raises:
+            UnknownName: the class is not registered, so that it could not be found again.
+            SerializationError: a value has no form in JSON, or there are two different head sets.
+        """
         from .registry import registered_name
         from .versions import library_versions
 
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        values, heads = {}, None
+        values, sets = {}, []
         for f in _saved(type(self)):
             value = getattr(self, f.name)
+            values[f.name] = _plain(value)
             if isinstance(value, HeadSet):
-                heads, values[f.name] = value, {"$heads": "heads.safetensors"}
+                sets.append(value)
+                values[f.name] = {"$heads": HEADS}
             elif isinstance(value, Where) and isinstance(value.heads, HeadSet):
-                heads, values[f.name] = value.heads, {**_plain(value), "heads": {"$heads": "heads.safetensors"}}
-            else:
-                values[f.name] = _plain(value)
+                sets.append(value.heads)
+                values[f.name]["heads"] = {"$heads": HEADS}
+        if any(other != sets[0] for other in sets):
+            raise SerializationError(
+                f"{type(self).__name__} has two different head sets, {' and '.join(map(repr, sets))}; give it one."
+            )
         record = {
             "schema": SCHEMA_VERSION,
             "method": registered_name(type(self)),
             "parameters": values,
             "versions": library_versions(),
         }
-        if heads is not None:
-            heads.save(directory / "heads.safetensors")
         text = json.dumps(record, indent=2, allow_nan=False)
-        (directory / "steer.json").write_text(text + "\n", encoding="utf-8")
+        directory.mkdir(parents=True, exist_ok=True)
+        if sets:
+            sets[0].save(directory / HEADS)
+        (directory / RECORD).write_text(text + "\n", encoding="utf-8")
         return directory
 
     @classmethod
@@ -121,11 +133,12 @@ class Intervention:
 
         Raises:
             SerializationError: missing or broken files, unknown fields, a newer schema, another class.
+            UnknownName: a method that is not registered here.
         """
         from .registry import get_method
 
         directory = _directory(source, revision)
-        record = _read_record(directory / "steer.json")
+        record = _read_record(directory / RECORD)
         found = get_method(record["method"])
         if not issubclass(found, cls):
             raise SerializationError(
@@ -140,7 +153,12 @@ class Intervention:
                     f"{directory}/steer.json has a field {name!r} that {found.__name__} does not know; "
                     f"it has {sorted(known)}.{did_you_mean(name, known)}"
                 )
-            values[name] = _restore(name, value, directory)
+            try:
+                values[name] = _restore(name, value, directory)
+            except SerializationError:
+                raise
+            except (TypeError, ValueError) as error:
+                raise SerializationError(f"{directory}/{RECORD}, field {name!r}: {error}") from error
         missing = [
             n for n, f in known.items() if n not in values and f.default is MISSING and f.default_factory is MISSING
         ]
@@ -165,6 +183,9 @@ def _plain(value: Any) -> Any:
         return {"$pairs": [[_plain(k), _plain(v)] for k, v in value.items()]}
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        # JSON has no infinity; repr and float are each other's inverse.
+        return {"$float": repr(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise SerializationError(f"a value of type {type(value).__name__} cannot be saved in steer.json.")
@@ -174,11 +195,11 @@ def _restore(name: str, value: Any, directory: Path) -> Any:
     if isinstance(value, dict):
         if set(value) == {"$heads"}:
             # Only a plain file name inside the folder: a saved method must not read elsewhere.
-            if value["$heads"] != "heads.safetensors":
-                raise SerializationError(
-                    f"{directory}/steer.json points to {value['$heads']!r}; expected heads.safetensors."
-                )
-            return HeadSet.load(directory / "heads.safetensors")
+            if value["$heads"] != HEADS:
+                raise SerializationError(f"{directory}/{RECORD} points to {value['$heads']!r}; expected {HEADS}.")
+            return HeadSet.load(directory / HEADS)
+        if set(value) == {"$float"}:
+            return float(value["$float"])
         if set(value) == {"$pairs"}:
             return {_hashable(_restore(name, k, directory)): _restore(name, v, directory) for k, v in value["$pairs"]}
         if name == "where":
@@ -204,7 +225,7 @@ def _directory(source: str | Path, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(str(source), revision=revision, allow_patterns=["steer.json", "heads.safetensors"])
+        found = snapshot_download(str(source), revision=revision, allow_patterns=[RECORD, HEADS])
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise SerializationError(
             f"{source!r} is neither a folder nor a hub repository that can be reached ({type(error).__name__}). "
@@ -218,12 +239,12 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SerializationError(f"there is no {path}; save_pretrained writes it.") from None
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise SerializationError(f"{path} is not JSON: {error}.") from error
     wanted = {"schema": int, "method": str, "parameters": dict}
     if not isinstance(record, dict) or any(not isinstance(record.get(k), t) for k, t in wanted.items()):
         raise SerializationError(f"{path} must be an object with an integer 'schema', a 'method' and 'parameters'.")
-    if record["schema"] > SCHEMA_VERSION:
+    if not 1 <= record["schema"] <= SCHEMA_VERSION:
         raise SerializationError(
             f"{path} has schema {record['schema']}, this version reads up to {SCHEMA_VERSION}; upgrade attnsteer."
         )

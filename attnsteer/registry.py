@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Any
 
-from .errors import UnknownName, did_you_mean
+from .errors import RegistrationError, UnknownName, did_you_mean
 
 # "module:Class" strings, so that asking for the list imports nothing.
 _METHODS: dict[str, str | type] = {
@@ -29,18 +28,59 @@ _HOSTS: dict[str, str | type] = {
 _GROUPS = {"methods": "attnsteer.methods", "hosts": "attnsteer.hosts"}
 
 
-def _load(table: dict[str, str | type], name: str) -> type:
+# Third-party entries, by table and name, kept apart so that they can be named in messages.
+_PLUGINS: dict[str, dict[str, str]] = {"methods": {}, "hosts": {}}
+
+
+def _load(table: dict[str, str | type], name: str, group: str) -> type:
     entry = table[name]
     if isinstance(entry, str):
         module, _, attribute = entry.partition(":")
-        table[name] = entry = getattr(importlib.import_module(module), attribute)
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            if name not in _PLUGINS[group]:
+                raise
+            raise RegistrationError(
+                f"the entry point {name} = {entry!r} in {_GROUPS[group]} does not load ({error}); mend or remove the "
+                "package that brings it."
+            ) from error
+        table[name] = entry = _checked(found, group)
     return entry
+
+
+def _checked(found: Any, group: str) -> type:
+    """`found`, if it is a class of the kind that the group holds."""
+    if group == "methods":
+        from .intervention import Intervention as base
+    else:
+        from .hosts.base import Host as base
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise RegistrationError(f"{found!r} is not a subclass of {base.__name__}, so it cannot be one of the {group}.")
+    return found
 
 
 def _with_plugins(table: dict[str, str | type], group: str) -> dict[str, str | type]:
     for point in entry_points(group=_GROUPS[group]):
-        table.setdefault(point.name, point.value)
+        old = table.get(point.name)
+        if old is None:
+            _PLUGINS[group][point.name] = point.value
+            _put(table, group, point.name, point.value)
+        elif not _same(old, point.value):
+            raise RegistrationError(
+                f"the entry point {point.name} = {point.value!r} in {_GROUPS[group]} takes a name that {_spell(old)} "
+                "has; rename it, or remove the package that brings it."
+            )
     return table
+
+
+def _spell(entry: str | type) -> str:
+    """The "module:Class" form of an entry."""
+    return entry if isinstance(entry, str) else f"{entry.__module__}:{entry.__qualname__}"
+
+
+def _same(old: str | type, new: str | type) -> bool:
+    return _spell(old) == _spell(new)
 
 
 def methods() -> tuple[str, ...]:
@@ -59,31 +99,16 @@ def get_method(name: str) -> type:
         raise UnknownName(
             f"there is no method {name!r}; there are {', '.join(sorted(table))}.{did_you_mean(name, table)}"
         )
-    return _load(table, name)
+    return _load(table, name, "methods")
 
 
 def register_method(cls: type | None = None, *, name: str | None = None) -> Any:
     """Class decorator: make an `Intervention` subclass known by `name` (default: the class name).
 
     Raises:
-        TypeError: the class is no `Intervention`. ValueError: the name is taken by another class.
+        RegistrationError: the class is no `Intervention`, or the name is taken by another class.
     """
-    from .intervention import Intervention
-
-    def add(found: type) -> type:
-        key = name or found.__name__
-        if not (isinstance(found, type) and issubclass(found, Intervention)):
-            raise TypeError(f"register_method: {found!r} is not a subclass of Intervention.")
-        old = _METHODS.get(key)
-        same = old == f"{found.__module__}:{found.__qualname__}" or (
-            isinstance(old, type) and (old.__module__, old.__qualname__) == (found.__module__, found.__qualname__)
-        )
-        if old is not None and not same:
-            raise ValueError(f"register_method: the name {key!r} is taken by {old}; choose another.")
-        _METHODS[key] = found
-        return found
-
-    return add if cls is None else add(cls)
+    return _adder(_METHODS, "methods", cls, name)
 
 
 def registered_name(cls: type) -> str:
@@ -96,16 +121,31 @@ def registered_name(cls: type) -> str:
 
 
 def register_host(cls: type | None = None, *, name: str | None = None) -> Any:
-    """Class decorator: add a `Host` subclass; it is asked before the built-in ones."""
+    """Class decorator: add a `Host` subclass; it is asked before the built-in ones.
 
+    Raises:
+        RegistrationError: the class is no `Host`, or the name is taken by another class.
+    """
+    return _adder(_HOSTS, "hosts", cls, name)
+
+
+def _adder(table: dict[str, str | type], group: str, cls: type | None, name: str | None) -> Any:
     def add(found: type) -> type:
-        rest = dict(_HOSTS)
-        _HOSTS.clear()
-        _HOSTS[name or found.__name__] = found
-        _HOSTS.update({k: v for k, v in rest.items() if k != (name or found.__name__)})
+        key = name or _checked(found, group).__name__
+        old = _with_plugins(table, group).get(key)
+        if old is not None and not _same(old, found):
+            raise RegistrationError(f"the name {key!r} is taken by {_spell(old)} among the {group}; choose another.")
+        _put(table, group, key, _checked(found, group))
         return found
 
     return add if cls is None else add(cls)
+
+
+def _put(table: dict[str, str | type], group: str, key: str, entry: str | type) -> None:
+    """Add or exchange an entry; hosts go in front, because the first that takes a target gets it."""
+    rest = {k: v for k, v in table.items() if k != key}
+    table.clear()
+    table.update({key: entry, **rest} if group == "hosts" else {**rest, key: entry})
 
 
 def hosts() -> tuple[str, ...]:
@@ -118,7 +158,4 @@ def get_host(name: str) -> type:
     table = _with_plugins(_HOSTS, "hosts")
     if name not in table:
         raise UnknownName(f"there is no host {name!r}; there are {', '.join(table)}.{did_you_mean(name, table)}")
-    return _load(table, name)
-
-
-HostFactory = Callable[[Any], Any]
+    return _load(table, name, "hosts")

@@ -15,6 +15,9 @@ from .registry import get_host, hosts
 from .site import Site, SiteList
 from .where import Where
 
+# What `Where` selects over time; a host that cannot tell one of them refuses a selection by it.
+CLOCKS = ("phases", "steps", "branches")
+
 
 class Journal:
     """Undo steps, run in reverse; each runs even when another fails."""
@@ -60,9 +63,12 @@ class Steering:
         measure: whether reweightings also record the total-variation distance that they cause.
     """
 
-    def __init__(self, target: Any, interventions: tuple[Intervention, ...], measure: bool = False):
+    def __init__(
+        self, target: Any, interventions: tuple[Intervention, ...], measure: bool = False, reference: bool = False
+    ):
         self.target = target
         self.measure = measure
+        self.reference = reference
         self.branch: str | None = None
         self.frozen = False
         self.chunked = False
@@ -153,15 +159,15 @@ class Steering:
         if silent:
             raise NeverFired(
                 f"{listing(silent)} never acted: no selected site ran while it was attached "
-                f"({len(self.sites)} sites: {listing((s.path for s in self.sites), 4)}). Call the steered model inside the "
-                "context, and check phases, steps and branches in Where."
+                f"({len(self.sites)} sites: {listing((s.path for s in self.sites), 4)}). Call the steered model inside "
+                "the context, and check phases, steps and branches in Where."
             )
 
     def __repr__(self) -> str:
         return f"<Steering of {type(self.target).__name__} at {len(self.sites)} sites: {', '.join(self.audit.names)}>"
 
 
-def steer(target: Any, *interventions: Intervention, measure: bool = False) -> Steering:
+def steer(target: Any, *interventions: Intervention, measure: bool = False, reference: bool = False) -> Steering:
     """Attach interventions to a model or pipeline, without changing how it is called.
 
     Args:
@@ -169,6 +175,7 @@ def steer(target: Any, *interventions: Intervention, measure: bool = False) -> S
             `nn.Module` that reaches `F.scaled_dot_product_attention`.
         interventions: applied in this order, within each stage (inputs, bias, weights, output).
         measure: also record how far reweightings move the map (total variation; costs a little).
+        reference: compute every edit from the explicit [n, m] map instead of the identities: slow, for checking.
 
     Returns:
         A `Steering`: use it as a context manager, or call `remove()`.
@@ -185,7 +192,7 @@ def steer(target: Any, *interventions: Intervention, measure: bool = False) -> S
         if not isinstance(method, Intervention):
             hint = " It is a class: make an instance." if isinstance(method, type) else ""
             raise SelectionError(f"steer() got {method!r}, which is no Intervention.{hint}")
-    return Steering(target, interventions, measure)
+    return Steering(target, interventions, measure, reference)
 
 
 def sites(target: Any) -> SiteList:
@@ -216,8 +223,8 @@ def bind(
     """Resolve each selection against the sites; all errors come before anything is patched."""
     if not every:
         raise UnsupportedHost(
-            f"{type(host.target).__name__} has no attention that can be reached: no module looks its attention function "
-            "up, calls torch.nn.functional.scaled_dot_product_attention, or has an attention processor."
+            f"{type(host.target).__name__} has no attention that can be reached: no module looks its attention "
+            "function up, calls torch.nn.functional.scaled_dot_product_attention, or has an attention processor."
         )
     bounds: list[Bound] = []
     plan: dict[str, list[tuple[Bound, tuple[int, ...] | None]]] = {}
@@ -228,26 +235,18 @@ def bind(
         refused = [k for k in where.kinds or () if k not in method.kinds]
         if refused:
             raise SelectionError(f"{type(method).__name__} is defined on {method.kinds} attention, not on {refused}.")
-        pool = [s for s in every if s.kind in method.kinds]
-        if not pool:
+        if not any(s.kind in method.kinds for s in every):
             raise SelectionError(
                 f"{type(method).__name__} is defined on {method.kinds} attention; the target has "
                 f"{sorted({s.kind for s in every})}."
             )
         bound = Bound(index, method, where, frozenset(method.doors()))
-        if not bound.doors:
-            raise SelectionError(f"{type(method).__name__} overrides no method of the contract; it would do nothing.")
-        lacking = [need for need in method.needs if need not in host.provides]
-        if lacking:
-            raise UnsupportedHost(
-                f"{type(method).__name__} needs {', '.join(lacking)} of its host, which {type(host).__name__} does not provide "
-                f"for a {type(host.target).__name__}."
-            )
-        for site, heads in where.resolve(pool, host.main):
+        _check_host(bound, host)
+        for site, heads in where.resolve(every, host.main, method.kinds):
             if site.linear and not method.linear:
                 raise UnsupportedHost(
-                    f"{site.path} is linear attention: it has no softmax map, so {type(method).__name__} is not defined there. "
-                    "Leave it out, e.g. Where(kinds='cross')."
+                    f"{site.path} is linear attention: it has no softmax map, so {type(method).__name__} is not "
+                    "defined there. Leave it out, e.g. Where(kinds='cross')."
                 )
             if method.causal_only and not site.causal:
                 raise UnsupportedHost(
@@ -258,6 +257,30 @@ def bind(
             plan.setdefault(site.path, []).append((bound, heads))
         bounds.append(bound)
     return bounds, plan
+
+
+def _check_host(bound: Bound, host: Any) -> None:
+    """Refuse what the host could only ignore: a need it does not meet, a selection that it has no clock for."""
+    method, target = bound.method, type(host.target).__name__
+    name = type(method).__name__
+    if not bound.doors:
+        raise SelectionError(f"{name} overrides no method of the contract; it would do nothing.")
+    if "around" in bound.doors and "around" not in host.provides:
+        raise UnsupportedHost(
+            f"{name} calls the model several times and combines the predictions, which is defined for denoisers and "
+            f"pipelines of diffusers; {target} is neither."
+        )
+    lacking = [need for need in method.needs if need not in host.provides]
+    if lacking:
+        raise UnsupportedHost(
+            f"{name} needs {', '.join(lacking)}, which {type(host).__name__} does not provide for a {target}."
+        )
+    unknown = [f for f in CLOCKS if getattr(bound.where, f) is not None and f not in host.provides]
+    if unknown:
+        known = [f for f in CLOCKS if f in host.provides]
+        raise SelectionError(
+            f"{bound.where}: a {target} has no {', '.join(unknown)}; it has {', '.join(known) or 'none'}."
+        )
 
 
 def _describe(method: Intervention) -> str:

@@ -58,7 +58,8 @@ class Tokens:
             SelectionError: a string that is not in the text, an empty or out-of-range range, a wrong count.
         """
         known = self._resolved.get(id(spans))
-        if known is not None:
+        # A batch that grew since the prompt (several continuations of one sample) is resolved again.
+        if known is not None and len(known[1]) == self.batch:
             return known[1]
         if isinstance(spans, str):
             spans_list: list[Any] = [[spans]] * self.batch
@@ -75,8 +76,8 @@ class Tokens:
                 start, stop = self._find(b, item, tokenizer) if isinstance(item, str) else _range(item)
                 if stop > counts[b] and not self.more_to_come:
                     raise SelectionError(
-                        f"span ({start}, {stop}) of sample {b} ends after its {counts[b]} tokens; ranges count from the "
-                        "sample's first token that is not padding. If the prompt comes in chunks, enter "
+                        f"span ({start}, {stop}) of sample {b} ends after its {counts[b]} tokens; ranges count from "
+                        "the sample's first token that is not padding. If the prompt comes in chunks, enter "
                         "run.chunked_prefill() for them."
                     )
                 row.append((start + first[b], stop + first[b]))
@@ -87,7 +88,8 @@ class Tokens:
     def _per_sample(self, spans: Any) -> list[Any]:
         if not isinstance(spans, (list, tuple)) or not spans or not all(isinstance(s, (list, tuple)) for s in spans):
             raise SelectionError(
-                f"spans={spans!r}: give strings to find in the text, or one list of (start, stop) token ranges per sample."
+                f"spans={spans!r}: give strings to find in the text, or one list of (start, stop) token ranges per "
+                "sample."
             )
         if self.batch % len(spans):
             raise SelectionError(f"spans has {len(spans)} samples, the batch has {self.batch}.")
@@ -104,10 +106,10 @@ class Tokens:
         ids = self.ids[b] if self.valid is None else self.ids[b][self.valid[b, : self.ids.shape[1]]]
         offsets, whole = char_offsets(ids.tolist(), tokenizer)
         at = whole.find(text)
-        if at < 0:
+        inside = [i for i, (s, e) in enumerate(offsets) if s < at + len(text) and e > at]
+        if at < 0 or not inside:
             shown = whole if len(whole) <= 200 else whole[:200] + "..."
             raise SelectionError(f"the span {text!r} is not in the text of sample {b}: {shown!r}.")
-        inside = [i for i, (s, e) in enumerate(offsets) if s < at + len(text) and e > at]
         return inside[0], inside[-1] + 1
 
 
@@ -119,13 +121,22 @@ def char_offsets(ids: list[int], tokenizer: Any) -> tuple[list[Range], str]:
         if list(again["input_ids"]) == list(ids):
             return [tuple(pair) for pair in again["offset_mapping"]], whole
     # Decoding growing prefixes is slow but right for any tokenizer whose text does not survive a round trip.
-    ends = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=False)) for i in range(len(ids))]
-    starts = [0, *ends[:-1]]
-    return list(zip(starts, ends, strict=True)), whole
+    ranges, start = [], 0
+    for i in range(len(ids)):
+        text = tokenizer.decode(ids[: i + 1], skip_special_tokens=False)
+        # A character of several byte tokens decodes to this mark until its last one; all of them cover it.
+        done = len(text.rstrip("\ufffd"))
+        ranges.append((start, done + (done < len(text))))
+        start = done
+    return ranges, whole
 
 
 def _range(item: Any) -> Range:
-    ok = isinstance(item, (tuple, list)) and len(item) == 2 and all(isinstance(i, int) for i in item)
+    ok = (
+        isinstance(item, (tuple, list))
+        and len(item) == 2
+        and all(isinstance(i, int) and not isinstance(i, bool) for i in item)
+    )
     if not ok or not 0 <= item[0] < item[1]:
         raise SelectionError(f"span {item!r}: give (start, stop) with 0 <= start < stop, or a string.")
     return int(item[0]), int(item[1])

@@ -16,6 +16,8 @@ PHASES = ("prefill", "decode")
 BRANCHES = ("cond", "uncond")
 MODALITIES = ("text", "vision", "audio", "image")
 ROWS = ("last", "image", "text")
+# A range string names at most this many numbers: "0-9999999999" is a typing error, not a request.
+LONGEST = 100_000
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +41,8 @@ class Where:
             tower of a vision-language model, the denoiser of a pipeline.
 
     Raises:
-        SelectionError: a value is of the wrong form, at construction; or nothing matches, when resolved.
+        SelectionError: a value is of the wrong form, at construction; nothing matches, when resolved; or fractions
+            of a schedule whose length is not known, when asked.
     """
 
     layers: Any = None
@@ -79,12 +82,15 @@ class Where:
             merged[f.name] = theirs if mine is None else mine
         return Where(**merged)
 
-    def resolve(self, sites: Sequence[Site], main: Sequence[str]) -> list[tuple[Site, tuple[int, ...] | None]]:
+    def resolve(
+        self, sites: Sequence[Site], main: Sequence[str], kinds: Sequence[str] = KINDS
+    ) -> list[tuple[Site, tuple[int, ...] | None]]:
         """The selected sites, each with its heads (None: all).
 
         Args:
-            sites: what the target has.
+            sites: all that the target has; sizes of stacks are taken from them.
             main: the modalities that `modalities=None` stands for.
+            kinds: the kinds that `kinds=None` stands for.
 
         Raises:
             SelectionError: nothing matches, or a named layer, head, kind or module does not exist.
@@ -94,28 +100,27 @@ class Where:
         if not pool:
             found = sorted({s.modality for s in sites})
             raise SelectionError(f"{self} selects modality {wanted}, the target has {found or 'no attention sites'}.")
-        if self.kinds is not None:
-            pool = self._keep(pool, [s for s in pool if s.kind in self.kinds], "kinds", {s.kind for s in pool})
+        kinds = self.kinds or kinds
+        pool = self._keep([s for s in pool if s.kind in kinds], f"kinds {kinds}", sorted({s.kind for s in pool}))
         if self.modules is not None:
             kept = [s for s in pool if any(re.fullmatch(p, n) for p in self.modules for n in (s.name, s.path))]
-            pool = self._keep(pool, kept, "modules (a pattern matches the whole path)", [s.path for s in pool])
+            pool = self._keep(kept, "modules (a pattern matches the whole path)", [s.path for s in pool])
+        shapes = _shapes(sites)
         if self.layers is not None:
-            pool = self._layers(pool)
-        return [(site, heads) for site, heads in ((s, self._heads(s, pool)) for s in pool) if heads != ()]
+            pool = self._layers(pool, shapes)
+        if isinstance(self.heads, HeadSet):
+            self._check_head_set(pool, shapes)
+        return [(site, heads) for site, heads in ((s, self._heads(s)) for s in pool) if heads != ()]
 
-    def _keep(self, pool: list[Site], kept: list[Site], field: str, found: Iterable[object]) -> list[Site]:
+    def _keep(self, kept: list[Site], field: str, found: Iterable[object]) -> list[Site]:
         if not kept:
             raise SelectionError(f"{self} matches nothing by {field}; what exists: {listing(found)}.")
         return kept
 
-    def _layers(self, pool: list[Site]) -> list[Site]:
-        depth: dict[tuple[str, str, str], int] = {}
-        for s in pool:
-            key = (s.component, s.modality, s.stack)
-            depth[key] = max(depth.get(key, 0), s.layer + 1)
+    def _layers(self, pool: list[Site], shapes: Mapping[Stack, tuple[int, int]]) -> list[Site]:
         kept, missing = [], set(self.layers)
         for s in pool:
-            size = depth[(s.component, s.modality, s.stack)]
+            size = shapes[_stack(s)][0]
             hit = {i for i in self.layers if (i if i >= 0 else i + size) == s.layer}
             missing -= hit
             if hit:
@@ -125,14 +130,10 @@ class Where:
             raise SelectionError(f"{self} names layers {sorted(missing)}; the selected sites have layers {have}.")
         return kept
 
-    def _heads(self, site: Site, pool: list[Site]) -> tuple[int, ...] | None:
+    def _heads(self, site: Site) -> tuple[int, ...] | None:
         if self.heads is None:
             return None
-        if isinstance(self.heads, HeadSet):
-            self._check_head_set(pool)
-            chosen = self.heads[site.layer]
-        else:
-            chosen = self.heads
+        chosen = self.heads[site.layer] if isinstance(self.heads, HeadSet) else self.heads
         wrong = [h for h in chosen if h >= site.heads]
         if wrong:
             raise SelectionError(
@@ -141,7 +142,7 @@ class Where:
             )
         return tuple(chosen)
 
-    def _check_head_set(self, pool: list[Site]) -> None:
+    def _check_head_set(self, pool: list[Site], shapes: Mapping[Stack, tuple[int, int]]) -> None:
         layers = {s.layer for s in pool}
         if not len(self.heads):
             raise SelectionError("the HeadSet is empty; give at least one head.")
@@ -152,12 +153,11 @@ class Where:
                 "Was it found on another model?"
             )
         if self.heads.shape is not None:
-            shape = (max(layers) + 1, max(s.heads for s in pool))
-            # A narrower Where may hide the deeper layers, so only the width and too few layers are decisive.
-            if self.heads.shape[1] != shape[1] or self.heads.shape[0] < shape[0]:
+            found = sorted({shapes[_stack(s)] for s in pool})
+            if self.heads.shape not in found:
                 raise SelectionError(
-                    f"the HeadSet was found on a model of shape {self.heads.shape} (layers, heads); "
-                    f"this one has {shape}. Use a HeadSet of this model."
+                    f"the HeadSet was found on a model of shape {self.heads.shape} (layers, heads per layer); "
+                    f"this one has {listing(found)}. Use a HeadSet of this model."
                 )
 
     def active(self, phase: str | None, step: int | None, steps: int | None) -> bool:
@@ -167,8 +167,12 @@ class Where:
         if self.steps is None or step is None:
             return True
         if isinstance(self.steps[0], float):
-            total = steps or 1
-            return self.steps[0] * total <= step < self.steps[1] * total
+            if steps is None:
+                raise SelectionError(
+                    f"{self}: fractions need the length of the schedule, which is not known here. Steer the pipeline "
+                    "rather than its model, or give step numbers."
+                )
+            return self.steps[0] * steps <= step < self.steps[1] * steps
         return step in self.steps
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,6 +187,22 @@ class Where:
             f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) is not None
         )
         return f"Where({shown})"
+
+
+Stack = tuple[str, str, str]
+
+
+def _stack(site: Site) -> Stack:
+    return site.component, site.modality, site.stack
+
+
+def _shapes(sites: Iterable[Site]) -> dict[Stack, tuple[int, int]]:
+    """(layers, heads of the widest layer) of each stack."""
+    shapes: dict[Stack, tuple[int, int]] = {}
+    for site in sites:
+        depth, width = shapes.get(_stack(site), (0, 0))
+        shapes[_stack(site)] = max(depth, site.layer + 1), max(width, site.heads)
+    return shapes
 
 
 def _integers(field: str, value: Any, negative: bool = False) -> tuple[int, ...] | None:
@@ -208,17 +228,20 @@ def _integers(field: str, value: Any, negative: bool = False) -> tuple[int, ...]
 def _parse_ranges(field: str, text: str) -> tuple[int, ...]:
     found: list[int] = []
     for part in text.replace(" ", "").split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise SelectionError(f"Where({field}={text!r}): {part!r} is not 'N' or 'FIRST-LAST'.")
-        found.extend(range(int(match[1]), int(match[2] or match[1]) + 1))
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last - first + len(found) >= LONGEST:
+            raise SelectionError(f"Where({field}={text!r}) names more than {LONGEST} numbers.")
+        found.extend(range(first, last + 1))
     return tuple(found)
 
 
 def _words(field: str, value: Any, allowed: tuple[str, ...]) -> tuple[str, ...] | None:
     if value is None:
         return None
-    items = (value,) if isinstance(value, str) else tuple(value)
+    items = _items(field, value)
     for item in items:
         if item not in allowed:
             raise SelectionError(f"Where({field}={item!r}): one of {allowed}.{did_you_mean(item, allowed)}")
@@ -230,13 +253,21 @@ def _words(field: str, value: Any, allowed: tuple[str, ...]) -> tuple[str, ...] 
 def _patterns(value: Any) -> tuple[str, ...] | None:
     if value is None:
         return None
-    items = (value,) if isinstance(value, str) else tuple(value)
+    items = _items("modules", value)
+    if not items:
+        raise SelectionError("Where(modules=()): give at least one pattern, or leave it out.")
     for item in items:
         try:
             re.compile(item)
         except (re.error, TypeError) as error:
             raise SelectionError(f"Where(modules={item!r}) is not a regular expression: {error}.") from error
     return items
+
+
+def _items(field: str, value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, Iterable):
+        raise SelectionError(f"Where({field}={value!r}): give a string or several.")
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
 def _steps(value: Any) -> tuple[Any, ...] | None:
@@ -253,7 +284,7 @@ def _rows(value: Any) -> Any:
     if (
         isinstance(value, (tuple, list))
         and len(value) == 2
-        and all(isinstance(v, int) and v >= 0 for v in value)
+        and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
         and value[0] < value[1]
     ):
         return tuple(value)

@@ -16,7 +16,8 @@ class Host:
 
     Attributes:
         target: the object that the user gave. main: the modalities that an empty `Where` selects.
-        provides: names of `Intervention.needs` that its calls carry.
+        provides: names of `Intervention.needs` that its calls carry; of phases, steps and branches, those that it
+            can tell; and "around" where methods may call the model several times.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset()

@@ -30,7 +30,7 @@ LINEAR = re.compile(r"SanaLinear")
 class DiffusersHost(Host):
     """Pipelines and denoisers of diffusers: UNets and every transformer with attention processors."""
 
-    provides = frozenset({"segments", "grid"})
+    provides = frozenset({"segments", "grid", "steps", "branches", "around"})
 
     def __init__(self, target: Any):
         super().__init__(target)

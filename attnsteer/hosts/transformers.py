@@ -35,7 +35,7 @@ _CONFIGS: dict[int, list[Any]] = {}
 class TransformersHost(Host):
     """Language, vision-language and encoder models of transformers, bare, in a `Pipeline`, or wrapped (peft)."""
 
-    provides = frozenset({"tokens"})
+    provides = frozenset({"tokens", "phases"})
 
     def __init__(self, target: Any):
         super().__init__(target)
@@ -152,6 +152,8 @@ class _Attached:
         return None
 
 
+# Traced code would bake in whether a run is attached; a graph break here keeps compiled models honest.
+@torch.compiler.disable
 def steered_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -171,7 +173,6 @@ def steered_attention(
     return _steered(attached, name, base, phase, active, module, query, key, value, attention_mask, args, kwargs)
 
 
-@torch.compiler.disable
 def _steered(
     attached: _Attached,
     name: str,

@@ -11,15 +11,19 @@ from ..call import AttnCall
 from ..errors import SelectionError, UnsupportedHost
 
 
-def check_spans(name: str, spans: Any) -> Any:
-    """Validate the form of `spans` early; strings and ranges are resolved against the batch later."""
+def checked_spans(name: str, spans: Any) -> Any:
+    """`spans` as nested tuples, their form validated; strings and ranges are resolved against the batch later."""
     ok = isinstance(spans, str) or (isinstance(spans, (list, tuple)) and len(spans) > 0)
     if not ok:
         raise SelectionError(
             f"{name}(spans={spans!r}): give strings to find in the text (with a tokenizer), or per sample a list of "
             "(start, stop) token ranges."
         )
-    return spans
+    return _tuples(spans)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def span_keys(call: AttnCall, spans: Any, tokenizer: Any) -> Tensor:

@@ -16,7 +16,7 @@ from ..call import AttnCall, Reweight
 from ..errors import SelectionError
 from ..heads import HeadSet
 from ..intervention import Intervention
-from ._spans import check_spans, prompt_length, span_keys, valid_rows
+from ._spans import checked_spans, prompt_length, span_keys, valid_rows
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class PASTA(Intervention):
     needs = ("tokens",)
 
     def __post_init__(self) -> None:
-        check_spans("PASTA", self.spans)
+        object.__setattr__(self, "spans", checked_spans("PASTA", self.spans))
         if self.heads is not None:
             object.__setattr__(self, "heads", HeadSet(self.heads))
         if not (math.isfinite(self.alpha) and self.alpha > 0):

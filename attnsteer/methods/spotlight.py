@@ -14,7 +14,7 @@ import torch
 from ..call import AttnCall, Reweight
 from ..errors import SelectionError
 from ..intervention import Intervention
-from ._spans import check_spans, span_keys, valid_rows
+from ._spans import checked_spans, span_keys, valid_rows
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SpotLight(Intervention):
     needs = ("tokens",)
 
     def __post_init__(self) -> None:
-        check_spans("SpotLight", self.spans)
+        object.__setattr__(self, "spans", checked_spans("SpotLight", self.spans))
         if not 0.0 <= self.target < 1.0:
             raise SelectionError(f"SpotLight(target={self.target}): give a share from 0 up to, not including, 1.")
 

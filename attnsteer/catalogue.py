@@ -1,0 +1,84 @@
+"""What is known of each registered method, read from its class and docstrings; no host library is imported."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+from .registry import get_host, get_method, hosts, methods
+
+# A citation ends with the first bracket that holds a year: "(ICML 2024, arXiv 2406.15765)".
+_CITED = re.compile(r".*?\([^()]*\b(?:19|20)\d\d\b[^()]*\)")
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """One row of `attnsteer methods`.
+
+    Attributes:
+        name: registered name. summary: one line, what is edited. paper: authors, title, venue, or "".
+        kinds: kinds of attention it is defined on. doors: the parts of the contract it implements.
+        hosts: hosts that provide what it needs. looks_ahead: whether a later prompt token moves an earlier row.
+        parameters: hyper-parameters, as "name" or "name=default".
+    """
+
+    name: str
+    summary: str
+    paper: str
+    kinds: tuple[str, ...]
+    doors: tuple[str, ...]
+    hosts: tuple[str, ...]
+    looks_ahead: bool
+    parameters: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(self).items()}
+
+
+def catalogue() -> list[MethodEntry]:
+    """All registered methods, third-party ones included, by name."""
+    return [describe(name, get_method(name)) for name in methods()]
+
+
+def describe(name: str, cls: type) -> MethodEntry:
+    """The entry of one method class."""
+    # Which doors a class opens does not depend on its hyper-parameters.
+    doors = object.__new__(cls).doors()
+    wanted = {*cls.needs, *(("around",) if "around" in doors else ())}
+    summary, paper = _texts(name, cls)
+    return MethodEntry(
+        name=name,
+        summary=summary,
+        paper=paper,
+        kinds=tuple(cls.kinds),
+        doors=tuple(d for d in ("inputs", "bias", "weights", "output", "around") if d in doors),
+        hosts=tuple(h for h in hosts() if wanted <= get_host(h).provides),
+        looks_ahead=cls.looks_ahead,
+        parameters=tuple(_parameter(f) for f in fields(cls) if f.name != "where" and f.metadata.get("save", True)),
+    )
+
+
+def _texts(name: str, cls: type) -> tuple[str, str]:
+    """(summary, paper): from the module's docstring where it begins with the class's name, else from the class's."""
+    title, colon, text = (inspect.getdoc(sys.modules.get(cls.__module__)) or "").partition(":")
+    if not colon or title not in (name, cls.__name__):
+        text = inspect.cleandoc(cls.__dict__.get("__doc__") or "")
+        # A dataclass without a docstring is given its signature for one.
+        text = "" if text.startswith(f"{cls.__name__}(") else text
+    first, _, rest = text.partition("\n\n")
+    cited = _CITED.match(_one_line(rest))
+    return _one_line(first), cited[0] if cited else ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _parameter(field: Any) -> str:
+    if field.default is not MISSING:
+        return f"{field.name}={field.default!r}"
+    return field.name

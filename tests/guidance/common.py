@@ -1,0 +1,55 @@
+"""What the guidance tests share: pipelines built once, selections by module path, the error of the spec's tables."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnsteer import Where, sites
+from attnsteer.testing import PIPELINES, STOCHASTIC_SCHEDULERS, tiny_call, tiny_pipeline
+
+# Final latents against a loop or an official pipeline; the effect itself must be this many times larger.
+BOUND, EFFECT = 5e-6, 1e-2
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference over largest absolute value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@functools.cache
+def pipeline(name: str, scheduler: str | None = None, **overrides: Any) -> Any:
+    """A tiny pipeline, shared by the tests: steering must leave it as it was."""
+    return tiny_pipeline(name, scheduler=scheduler, **overrides)
+
+
+def denoiser(name: str, pipe: Any) -> torch.nn.Module:
+    return getattr(pipe, PIPELINES[name].denoiser)
+
+
+def paths(pipe: Any, part: str = "") -> list[str]:
+    """Names, below the denoiser, of the self and joint attentions whose name has `part`."""
+    return [s.name for s in sites(pipe) if s.kind in ("self", "joint") and part in s.name]
+
+
+def at(names: Sequence[str], **more: Any) -> Where:
+    """A selection of whole module names."""
+    return Where(modules=[re.escape(n) for n in names], **more)
+
+
+def guidance(name: str, on: bool) -> dict[str, float]:
+    """Call arguments that switch classifier-free guidance on or off."""
+    if name in ("flux", "qwenimage"):
+        return {"true_cfg_scale": 4.0 if on else 1.0}
+    return {} if on else {"guidance_scale": 1.0}
+
+
+def call_of(name: str, scheduler: str | None = None, **overrides: Any) -> dict[str, Any]:
+    """Arguments of one call; each call of this function starts from the same noise."""
+    noise = {"generator": torch.Generator().manual_seed(1)} if scheduler in STOCHASTIC_SCHEDULERS else {}
+    return tiny_call(name, **noise, **overrides)

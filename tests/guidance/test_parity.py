@@ -1,0 +1,203 @@
+"""Guided pipelines against hand-written sampling loops and against the official PAG pipelines of diffusers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnsteer import PAG, SEG, HeadSet, SoftPAG, Where, sites, steer
+from attnsteer.testing import SCHEDULERS, official_pag, tiny_pipeline, tiny_scheduler
+from tests.guidance.common import BOUND, EFFECT, at, call_of, guidance, paths, pipeline, relative
+from tests.reference import guidance_loops
+from tests.reference.guidance_loops import JOINT, LOOPS, Edit, guided_latents
+
+# What diffusers perturbs by default; the tiny models have one block with each of these names.
+OFFICIAL = {"sd": "mid", "sdxl": "mid", "sd3": "blocks.1", "pixart": "blocks.1", "sana": "transformer_blocks.0"}
+
+
+def check(pipe: Any, call: dict[str, Any], method: Any, expected: Tensor) -> None:
+    """The steered pipeline gives `expected`, which the method moved, and is itself again afterwards."""
+    plain = pipe(**call)[0]
+    assert relative(plain, expected) > EFFECT
+    with steer(pipe, method):
+        steered = pipe(**call)[0]
+    assert relative(steered, expected) < BOUND
+    assert torch.equal(pipe(**call)[0], plain)
+
+
+# --------------------------------------------------------------------------------------------------------- PAG
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no_cfg"])
+@pytest.mark.parametrize("name", LOOPS)
+def test_pag_is_the_loop(name: str, cfg: bool, batch: int) -> None:
+    pipe = pipeline(name)
+    call = call_of(name, batch=batch, steps=3, **guidance(name, cfg))
+    layers = paths(pipe)[1:2]
+    joint = "joint_identity" if batch == 1 else "ii_identity"
+    expected = guided_latents(name, pipe, call, layers, Edit(joint=joint), 3.0)
+    check(pipe, call, PAG(3.0, joint=joint, where=at(layers)), expected)
+
+
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no_cfg"])
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_pag_is_the_official_pipeline(name: str, cfg: bool) -> None:
+    pipe = pipeline(name)
+    call = call_of(name, batch=2, steps=3, **guidance(name, cfg))
+    official = official_pag(name, pipe)(**call, pag_scale=3.0)[0]
+    where = Where() if OFFICIAL[name] == "mid" else at(paths(pipe, OFFICIAL[name]))
+    check(pipe, call, PAG(3.0, where=where), official)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_pag_is_official_with_every_scheduler(kind: str, prediction: str) -> None:
+    pipe = tiny_pipeline("sd", scheduler=tiny_scheduler(kind, prediction_type=prediction))
+    official = official_pag("sd", pipe)(**call_of("sd", kind), pag_scale=3.0)[0]
+    plain = pipe(**call_of("sd", kind))[0]
+    with steer(pipe, PAG(3.0)):
+        steered = pipe(**call_of("sd", kind))[0]
+    assert relative(steered, official) < BOUND
+    assert relative(plain, official) > EFFECT
+    assert torch.equal(pipe(**call_of("sd", kind))[0], plain)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_pag_is_official_with_strings_an_oblong_image_and_an_adaptive_scale(name: str) -> None:
+    pipe = pipeline(name)
+    call = call_of(name, text=True, height=96, width=160, steps=5)
+    official = official_pag(name, pipe, layers="up_blocks.0")
+    where = at(paths(pipe, "up_blocks.0"))
+    expected = official(**call, pag_scale=3.0, pag_adaptive_scale=0.004)[0]
+    check(pipe, call, PAG(3.0, adaptive=0.004, where=where), expected)
+    with steer(pipe, PAG(3.0, adaptive=0.004, where=where)) as run:
+        pipe(**call)
+    # the scale is 0 up to t = 250: no weak pass there
+    guided = int((pipe.scheduler.timesteps > 250).sum())
+    assert 0 < guided < 5
+    assert run.audit.to_dict()["interventions"][0]["inside passes"] == guided
+
+
+def test_distilled_guidance_is_left_alone() -> None:
+    pipe = tiny_pipeline("flux", guidance_embeds=True)
+    call = call_of("flux", guidance_scale=2.0, steps=3)
+    layers = paths(pipe)[2:3]
+    expected = guided_latents("flux", pipe, call, layers, Edit(), 3.0)
+    check(pipe, call, PAG(3.0, joint="joint_identity", where=at(layers)), expected)
+
+
+def test_a_scale_of_zero_computes_no_weak_pass() -> None:
+    pipe = pipeline("sd")
+    call = call_of("sd", steps=2)
+    plain = pipe(**call)[0]
+    handle = steer(pipe, PAG(0.0))
+    assert torch.equal(pipe(**call)[0], plain)
+    assert "inside passes" not in handle.audit.to_dict()["interventions"][0]
+    handle.remove()
+
+
+# ----------------------------------------------------------------------------------------------------- SoftPAG
+
+
+def heads_of(pipe: Any, layers: list[str], every: int = 2) -> tuple[HeadSet, dict[str, list[int]]]:
+    """Some heads of each layer: as a HeadSet of layer numbers, and by module name for the loops."""
+    chosen = {s: list(range(s.layer % every, s.heads, every)) for s in sites(pipe) if s.name in layers}
+    return HeadSet({s.layer: h for s, h in chosen.items()}), {s.name: h for s, h in chosen.items()}
+
+
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no_cfg"])
+@pytest.mark.parametrize("name", [n for n in LOOPS if n != "sd35"])
+def test_softpag_in_some_heads_of_several_layers(name: str, cfg: bool) -> None:
+    pipe = pipeline(name)
+    call = call_of(name, steps=3, **guidance(name, cfg))
+    layers = paths(pipe)[1:]
+    heads, by_name = heads_of(pipe, layers)
+    expected = guided_latents(name, pipe, call, layers, Edit(strength=0.5, heads=by_name), 3.0)
+    check(pipe, call, SoftPAG(3.0, 0.5, heads=heads, where=at(layers)), expected)
+
+
+def test_softpag_in_one_head() -> None:
+    pipe = pipeline("sd3")
+    call = call_of("sd3", steps=3)
+    expected = guided_latents("sd3", pipe, call, paths(pipe)[2:3], Edit(strength=0.5, heads=[3]), 4.0)
+    check(pipe, call, SoftPAG(4.0, 0.5, heads={2: [3]}), expected)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("joint", JOINT)
+@pytest.mark.parametrize("name", ["sd3", "sd35", "flux"])
+def test_every_reading_of_identity_in_joint_attention(name: str, joint: str, strength: float) -> None:
+    pipe = pipeline(name)
+    call = call_of(name, steps=3, **guidance(name, strength == 1.0))
+    # the first is a double block, the last of FLUX a single one; attn2 of SD3.5 sees the image only
+    layers = [paths(pipe)[0], paths(pipe)[-2]]
+    expected = guided_latents(name, pipe, call, layers, Edit(strength=strength, joint=joint), 3.0)
+    check(pipe, call, SoftPAG(3.0, strength, joint=joint, where=at(layers)), expected)
+
+
+@pytest.mark.parametrize("target", ["uniform", "zero", "mean_query"])
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "wan"])
+def test_other_targets(name: str, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = {
+        "uniform": lambda logits, image, joint: torch.full_like(logits, 1 / logits.shape[-1]),
+        "zero": lambda logits, image, joint: torch.zeros_like(logits),
+    }
+    if target in maps:
+        monkeypatch.setattr(guidance_loops, "identity_target", maps[target])
+    pipe = pipeline(name)
+    call = call_of(name, steps=3)
+    layers = paths(pipe)[1:2]
+    edit = Edit("seg" if target == "mean_query" else "identity", strength=0.5, heads=[0, 1])
+    expected = guided_latents(name, pipe, call, layers, edit, 3.0)
+    where = Where(modules=at(layers).modules, heads=(0, 1))
+    check(pipe, call, SoftPAG(3.0, 0.5, target=target, where=where), expected)
+
+
+# --------------------------------------------------------------------------------------------------------- SEG
+
+SIZES = {"square": {}, "oblong": {"height": 96, "width": 160}, "odd": {"height": 120, "width": 72}}
+
+
+@pytest.mark.parametrize("sigma", [1.0, 100.0, math.inf])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_seg_on_a_unet(name: str, size: str, sigma: float) -> None:
+    pipe = pipeline(name)
+    call = call_of(name, steps=3, **SIZES[size])
+    layers = paths(pipe, "mid_block")
+    expected = guided_latents(name, pipe, call, layers, Edit("seg", sigma=sigma), 3.0)
+    check(pipe, call, SEG(3.0, sigma), expected)
+
+
+@pytest.mark.parametrize("sigma", [1.0, math.inf])
+@pytest.mark.parametrize("size", ["square", "oblong"])
+@pytest.mark.parametrize("name", ["sd3", "sd35", "flux", "pixart"])
+def test_seg_on_a_transformer(name: str, size: str, sigma: float) -> None:
+    pipe = pipeline(name)
+    call = call_of(name, steps=3, **SIZES[size], **guidance(name, size == "square"))
+    layers = paths(pipe)[:2]
+    expected = guided_latents(name, pipe, call, layers, Edit("seg", sigma=sigma), 3.0)
+    check(pipe, call, SEG(3.0, sigma, where=at(layers)), expected)
+
+
+def test_seg_on_video_takes_the_mean_query_only() -> None:
+    pipe = pipeline("wan")
+    call = call_of("wan", steps=3)
+    layers = paths(pipe)[:2]
+    expected = guided_latents("wan", pipe, call, layers, Edit("seg"), 3.0)
+    check(pipe, call, SEG(3.0, where=at(layers)), expected)
+    with pytest.raises(Exception, match="token grid"), steer(pipe, SEG(3.0, 1.0, where=at(layers))):
+        pipe(**call)
+
+
+def test_seg_in_some_heads() -> None:
+    pipe = pipeline("sd")
+    call = call_of("sd", steps=3)
+    expected = guided_latents("sd", pipe, call, paths(pipe)[1:2], Edit("seg", sigma=1.0, heads=[1]), 3.0)
+    layer = next(s.layer for s in sites(pipe) if s.name == paths(pipe)[1])
+    check(pipe, call, SEG(3.0, 1.0, heads={layer: [1]}, where=Where(kinds="self")), expected)
