@@ -12,8 +12,9 @@ class Record:
 
     Attributes:
         calls: attention calls seen while the selection held. edits: calls in which an edit was applied.
-        rows: query rows edited (batch times rows). heads: distinct heads selected at this site.
-        path: "output", "inputs", "bias", "fused", "rows" or "dense": how the last edit was computed.
+        rows: query rows of those calls (batch times rows). heads: heads selected at this site.
+        path: "output", "inputs", "bias", "fused", "rows" or "dense": how the last edit was computed; joined by "+"
+            where head groups went different ways.
         distance: mean total-variation distance between the map before and after, when measured.
     """
 
@@ -30,10 +31,33 @@ class Record:
         """Mean total-variation distance, or None when it was not measured."""
         return self._moved / self._measured if self._measured else None
 
+    def see(self, heads: int) -> None:
+        """Count one call with this many selected heads."""
+        self.calls += 1
+        self.heads = max(self.heads, heads)
+
     def measure(self, mean: float) -> None:
         """Add one call's mean distance."""
         self._moved += mean
         self._measured += 1
+
+
+@dataclass
+class Mark:
+    """One intervention in one attention call: its head groups report here, the record counts the call once."""
+
+    record: Record
+    rows: int
+    paths: tuple[str, ...] = ()
+
+    def edited(self, path: str) -> None:
+        """A head group was edited by `path`."""
+        if not self.paths:
+            self.record.edits += 1
+            self.record.rows += self.rows
+        if path not in self.paths:
+            self.paths += (path,)
+        self.record.path = "+".join(self.paths)
 
 
 @dataclass
@@ -54,9 +78,11 @@ class Audit:
         counts[what] = counts.get(what, 0) + by
 
     def fired(self, index: int) -> bool:
-        """Whether intervention number `index` acted at all."""
-        own = [r for (i, _), r in self.records.items() if i == index]
-        return any(r.calls for r in own)
+        """Whether intervention number `index` acted: at a site, or, where it ran no weak pass, around the model."""
+        if any(r.calls for (i, _), r in self.records.items() if i == index):
+            return True
+        extra = self.extra.get(index, {})
+        return bool(extra.get("guided calls")) and not extra.get("inside passes")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: a list of interventions with their sites."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .audit import Mark
 from .call import AttentionMap, AttnCall, DenseMap, KeyBias, Reweight
 from .errors import CompositionError, SelectionError, UnsupportedHost
 from .intervention import Intervention
@@ -50,6 +51,8 @@ class CallContext:
     states: dict[Any, dict[str, Any]] = field(default_factory=dict)
     frozen: bool = False
     context: dict[str, Any] = field(default_factory=dict)
+    # Filled with (local heads or None, edited map) where the host must also hand out attention weights.
+    maps: list[tuple[Heads | None, Tensor]] | None = None
 
 
 class Whole:
@@ -111,12 +114,13 @@ class SiteRuntime:
         whole = Whole(att, base, same_kernel)
         offset = self._offset(att.q.shape[1])
         groups = self._partition(active)
+        marks = self._seen(active, offset, att.shape)
         result: Tensor | None = None
         for heads, bounds in groups:
             local = _local(heads, offset, att.q.shape[1])
             if local == ():
                 continue
-            out = self._group(whole, local, bounds, ctx, offset)
+            out = self._group(whole, local, bounds, ctx, offset, marks)
             if out is None:
                 continue
             if local is None:
@@ -125,6 +129,16 @@ class SiteRuntime:
                 result = whole.out().clone()
             result[:, list(local)] = out
         return whole.out() if result is None else result
+
+    def _seen(self, active: tuple[int, ...], offset: int, shape: tuple[int, int, int, int]) -> dict[int, Mark]:
+        """Count this call once for each active intervention, however many head groups it falls into."""
+        marks = {}
+        for bound, heads in (self.entries[i] for i in active):
+            record = self.run.audit.record(bound.index, self.site.path)
+            local = _local(heads, offset, shape[1])
+            record.see(shape[1] if local is None else len(local))
+            marks[bound.index] = Mark(record, shape[0] * shape[2])
+        return marks
 
     def _offset(self, local: int) -> int:
         """Global index of this process's first head (tensor parallelism shards heads)."""
@@ -156,7 +170,13 @@ class SiteRuntime:
         return found
 
     def _group(
-        self, whole: Whole, heads: Heads | None, bounds: list[Bound], ctx: CallContext, offset: int
+        self,
+        whole: Whole,
+        heads: Heads | None,
+        bounds: list[Bound],
+        ctx: CallContext,
+        offset: int,
+        marks: dict[int, Mark],
     ) -> Tensor | None:
         pick = (lambda t: t) if heads is None else (lambda t: t[:, list(heads)])
         if self.run.reference and not self.site.linear:
@@ -166,10 +186,12 @@ class SiteRuntime:
             fused = (lambda: tuple(pick(t) for t in whole.pair())) if whole.same_kernel else None
             view = AttentionMap(lambda: whole.att.select(heads), base=lambda: pick(whole.out()), fused=fused)
         own = tuple(range(whole.att.q.shape[1])) if heads is None else heads
-        stage = _Stage(self, bounds, ctx, tuple(h + offset for h in own), view, whole.att.shape)
+        stage = _Stage(self, bounds, ctx, tuple(h + offset for h in own), view, whole.att.shape, marks)
         stage.inputs()
         stage.bias()
         stage.weights()
+        if ctx.maps is not None and (stage.touched or stage.edited_map is not None):
+            ctx.maps.append((heads, stage.map.dense() if stage.edited_map is None else stage.edited_map))
         return stage.output()
 
 
@@ -184,17 +206,13 @@ class _Stage:
         heads: Heads,
         view: AttentionMap,
         shape: tuple[int, int, int, int],
+        marks: dict[int, Mark],
     ):
         self.runtime, self.bounds, self.ctx, self.heads, self.map = runtime, bounds, ctx, heads, view
         self.out: Tensor | None = None
+        self.edited_map: Tensor | None = None
         self.touched = False
-        self.records = {}
-        for bound in bounds:
-            record = runtime.run.audit.record(bound.index, runtime.site.path)
-            record.calls += 1
-            record.heads = max(record.heads, len(heads))
-            self.records[bound.index] = record
-        self.shape = shape
+        self.shape, self.marks = shape, marks
 
     def call(self, bound: Bound) -> AttnCall:
         ctx = self.ctx
@@ -217,10 +235,7 @@ class _Stage:
         )
 
     def mark(self, bound: Bound, path: str) -> None:
-        record = self.records[bound.index]
-        record.edits += 1
-        record.rows += self.shape[0] * self.shape[2]
-        record.path = path
+        self.marks[bound.index].edited(path)
 
     def chosen(self, bound: Bound) -> Tensor | None:
         """bool [B or 1, 1, n or 1]: the rows and batch rows that `where` selects; None for all."""
@@ -312,16 +327,18 @@ class _Stage:
                 valid = self.ctx.row_valid
                 moved = self.map.distance(edit)
                 keep = torch.ones_like(moved) if valid is None else valid[:, None].expand_as(moved).to(moved.dtype)
-                self.records[bound.index].measure(float((moved * keep).sum().detach() / keep.sum().clamp_min(1.0)))
+                self.marks[bound.index].record.measure(float((moved * keep).sum().detach() / keep.sum().clamp_min(1.0)))
             more = any("weights" in b.doors for b in self.bounds if b.index > bound.index)
             if used or more:
                 # Two reweightings have no common closed form; these heads take the explicit map.
-                A = self.map.edited_dense(edit)
+                A = self.edited_map = self.map.edited_dense(edit)
                 self.out = _values(A, self.map.att).to(self.map.att.v.dtype)
                 self.map = DenseMap(self.map.att, A, self.out)
                 self.mark(bound, "dense")
             else:
                 self.out = self.map.reweight(edit)
+                if self.ctx.maps is not None:
+                    self.edited_map = self.map.edited_dense(edit)
                 self.mark(bound, "rows" if self.map.few else "fused")
             used = True
 

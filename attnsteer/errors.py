@@ -44,8 +44,10 @@ class SerializationError(AttnSteerError, ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A " Did you mean 'x'?" suffix, or an empty string when nothing is close."""
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    # A wrong case is the likeliest slip, so it counts for nothing.
+    spelled = {str(k).lower(): str(k) for k in known}
+    close = difflib.get_close_matches(str(name).lower(), list(spelled), n=1, cutoff=0.5)
+    return f" Did you mean {spelled[close[0]]!r}?" if close else ""
 
 
 def listing(items: Iterable[object], limit: int = 12) -> str:

@@ -167,7 +167,7 @@ class Intervention:
         try:
             return found(**values)
         except (TypeError, ValueError) as error:
-            raise SerializationError(f"{directory}/steer.json does not make a {found.__name__}: {error}") from error
+            raise SerializationError(f"{directory}/steer.json has values that do not make a {found.__name__}: {error}") from error
 
 
 def _saved(cls: type) -> list[Any]:
@@ -192,6 +192,8 @@ def _plain(value: Any) -> Any:
 
 
 def _restore(name: str, value: Any, directory: Path) -> Any:
+    if name == "where" and not isinstance(value, dict):
+        raise SerializationError(f"{directory}/{RECORD}: where is {value!r}; expected an object of selections.")
     if isinstance(value, dict):
         if set(value) == {"$heads"}:
             # Only a plain file name inside the folder: a saved method must not read elsewhere.

@@ -47,7 +47,9 @@ def sites_of(source: str | Path, component: str | None = None) -> SiteList:
 
 
 def _pipeline_sites(folder: Path, index: dict[str, Any], component: str | None) -> list[Site]:
-    parts = {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and all(isinstance(x, str) for x in v)}
+    parts = {
+        k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and all(isinstance(x, str) for x in v)
+    }
     names = [n for n in DENOISERS if n in parts] if component is None else [component]
     if component is not None and component not in parts:
         raise UnknownName(
@@ -104,7 +106,7 @@ def _model(folder: Path) -> nn.Module:
         raise
     except Exception as error:  # whatever a config makes a library raise
         raise UnsupportedHost(
-            f"{folder}/config.json does not make a model: {type(error).__name__}: {error}"
+            f"{folder}/config.json does not make a model: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
 
 
@@ -113,6 +115,12 @@ def _transformers_model(folder: Path, config: dict[str, Any]) -> Callable[[], nn
 
     if "model_type" not in config:
         raise UnsupportedHost(f"{folder}/config.json has neither a model_type nor a _class_name.")
+    if config["model_type"] not in transformers.CONFIG_MAPPING:
+        own = "; the repository's own code is not run here" if "auto_map" in config else ""
+        raise UnsupportedHost(
+            f"{folder}/config.json has model_type {config['model_type']!r}, which transformers "
+            f"{transformers.__version__} does not have{own}."
+        )
     parsed = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     for name in parsed.architectures or ():
         cls = getattr(transformers, name, None)

@@ -186,7 +186,7 @@ def wrap_denoiser(clock: DenoiserClock, model: nn.Module, journal: Any, run: Any
                 'pipeline rather than its model, or enter run.branches("uncond", "cond") around the calls.'
             )
         _check_post_processing(clock)
-        call = functools.partial(_predict, original)
+        call = functools.partial(_predict, clock, original)
         for bound in reversed(working):
             call = _layer(run, bound, call, model, first[bound.index])
         inputs = BranchInputs(values, clock.layout, clock.batch, clock.timestep, clock.memory)
@@ -206,8 +206,14 @@ def wrap_denoiser(clock: DenoiserClock, model: nn.Module, journal: Any, run: Any
     journal.add(undo)
 
 
-def _predict(original: Callable[..., Any], inputs: BranchInputs) -> Prediction:
-    return Prediction(original(**inputs.values))
+def _predict(clock: DenoiserClock, original: Callable[..., Any], inputs: BranchInputs) -> Prediction:
+    # A weak pass has some of the rows only, and Where(branches=...) must see the rows that are there.
+    before = clock.layout, clock.batch
+    clock.layout, clock.batch = inputs.layout, inputs.batch
+    try:
+        return Prediction(original(**inputs.values))
+    finally:
+        clock.layout, clock.batch = before
 
 
 def _layer(

@@ -44,8 +44,10 @@ class SequenceClock:
         self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
         self.new = new
         self.cross_valid = _two_d(values.get("encoder_attention_mask"))
-        valid = _two_d(values.get("attention_mask"))
         length = self.past + new
+        store = self.store = self._follow(self.cache, fresh=self.past == 0) if self.cache is not None else {}
+        previous: Tokens | None = store.get("tokens")
+        valid = self._valid(values.get("attention_mask"), previous, batch)
         if valid is not None and valid.shape[1] < length:
             raise UnsupportedHost(
                 f"attention_mask has {valid.shape[1]} columns for {length} tokens ({self.past} cached): the cached ones "
@@ -53,8 +55,6 @@ class SequenceClock:
             )
         if valid is not None:
             valid = valid[:, :length]
-        store = self.store = self._follow(self.cache, fresh=self.past == 0) if self.cache is not None else {}
-        previous: Tokens | None = store.get("tokens")
         if previous is not None and self.past < previous.length and self.refuse is not None:
             reason = self.refuse(self.past, previous.length)
             if reason:
@@ -73,6 +73,28 @@ class SequenceClock:
             self.tokens._resolved = previous._resolved
             self.tokens.image = previous.image if image is None else image
         store["tokens"] = self.tokens
+
+    def _valid(self, mask: Any, previous: Tokens | None, batch: int) -> Tensor | None:
+        """bool [B, T] over all tokens so far, from a 2-D mask or from the 4-D ones of `generate` on static caches."""
+        if isinstance(mask, dict):
+            mask = next((m for m in mask.values() if isinstance(m, Tensor)), None)
+        if not isinstance(mask, Tensor) or mask.ndim == 2:
+            return _two_d(mask)
+        if self.past:
+            # A 4-D mask counts slots of the cache; what is padding was learnt at the prefill.
+            if previous is None or previous.valid is None:
+                return None
+            old = previous.valid[:, : self.past]
+            return torch.cat([old, old.new_ones(batch, self.new)], dim=1)
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        # A token that is not padding sees itself.
+        return seen[:, 0, :, : self.new].diagonal(dim1=-2, dim2=-1).expand(batch, -1)
+
+    def fresh(self, path: str) -> None:
+        """Drop the state of a site at the start of a sequence: recomputation must find what the first pass found."""
+        states = self.states()
+        for key in [k for k in states if k[1] == path]:
+            del states[key]
 
     def finish(self, cache: Any) -> None:
         """After a forward that made its own cache: the state of this sequence moves onto it."""
@@ -125,15 +147,8 @@ def valid_at(valid: Tensor | None, position: Tensor, length: int) -> Tensor | No
 
 
 def _two_d(mask: Any) -> Tensor | None:
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.ndim == 2:
-        return mask.to(torch.bool)
-    if mask.ndim == 4:
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        # A key is real when any row of this call sees it; only the last row sees all earlier keys.
-        return seen[:, 0].any(dim=1)
-    return None
+    """A padding mask as bool [B, T]; anything else is no padding mask."""
+    return mask.to(torch.bool) if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _each_tensor(cache: Any, change: Callable[[Tensor], Tensor]) -> None:

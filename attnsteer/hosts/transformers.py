@@ -186,7 +186,7 @@ def _steered(
     attention_mask: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     # The library names its arguments; positional extras exist only in old third-party code.
     options = dict(zip(("dropout", "scaling"), args, strict=False)) | kwargs
     if module.training and options.get("dropout"):
@@ -197,16 +197,31 @@ def _steered(
     att = _problem(module, name, query, key, value, attention_mask, options)
     ctx = _context(attached, phase, att, key.shape[2])
 
+    weights: list[Tensor | None] = [None]
+
     def run_base() -> Tensor:
-        out = base(module, query, key, value, attention_mask, *args, **kwargs)[0]
+        out, weights[0] = base(module, query, key, value, attention_mask, *args, **kwargs)
         return out.transpose(1, 2)
+
+    if name == "eager":
+        ctx.maps = []
 
     if not attached.checked:
         _check_exact(attached.runtime.site, att, run_base)
         attached.checked = True
     same = name == "sdpa" and same_kernel(att, FEW_ROWS)
     out = attached.runtime(att, run_base, ctx, active, same)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), _edited_weights(weights[0], ctx.maps)
+
+
+def _edited_weights(weights: Tensor | None, maps: list[Any] | None) -> Tensor | None:
+    """The map that an eager model hands out, as edited: `output_attentions` must not show the unedited one."""
+    if weights is None or not maps:
+        return weights
+    weights = weights.clone()
+    for heads, A in maps:
+        weights[:, slice(None) if heads is None else list(heads)] = A.to(weights.dtype)
+    return weights
 
 
 def _problem(
@@ -259,6 +274,8 @@ def _context(attached: _Attached, phase: str, att: Attention, slots: int) -> Cal
         ctx.key_position = torch.arange(m, device=device)
         ctx.context = {"tokens": None, "past": 0}
         return ctx
+    if clock.past == 0:
+        clock.fresh(site.path)
     ctx.states = clock.states()
     ctx.context = {"tokens": tokens, "past": clock.past, "cached": clock.cache is not None}
     move = lambda t: None if t is None else t.to(device)  # noqa: E731
@@ -422,17 +439,17 @@ def _refusal(methods: list[Any]) -> Callable[[int, int], str | None]:
 
 
 def _refuse_assisted(model: Any, method: Any, journal: Any) -> None:
-    owner = next((m for m in model.modules() if hasattr(m, "_assisted_decoding")), None)
-    if owner is None:
-        return
+    """Assisted decoding feeds its first candidates together with the prompt."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise UnsupportedHost(
-            f"assisted decoding feeds candidate tokens together with the prompt, so they would move the prompt statistics of "
+            "assisted decoding feeds candidate tokens together with the prompt, so they would move the prompt statistics of "
             f"{type(method).__name__}. Generate without assistant_model and prompt_lookup_num_tokens."
         )
 
-    journal.set_attr(owner, "_assisted_decoding", refuse)
+    for module in model.modules():
+        if hasattr(module, "_get_candidate_generator"):
+            journal.set_attr(module, "_get_candidate_generator", refuse)
 
 
 def _module(target: Any) -> Any:

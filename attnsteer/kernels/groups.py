@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .lse import attend_lse
-from .problem import Attention
+from .problem import Attention, assemble, hide, pick
 from .statistics import rows as map_rows
 
 # Below this many keys a gathered product beats a second fused call.
@@ -79,80 +79,60 @@ def leftover(att: Attention, lse: Tensor, keys: Tensor, inside: Tensor) -> Tenso
 
 def _group(att: Attention, lse: Tensor, keys: Tensor | KeyIndex, want_values: bool) -> tuple[Tensor, Tensor]:
     chosen = keys if isinstance(keys, KeyIndex) else index_keys(keys)
-    if chosen.span is not None and chosen.size >= FUSED_SLICE and not att.requires_grad and att.sinks is None:
+    if chosen.span is not None and chosen.size >= FUSED_SLICE and not att.requires_grad:
         return _fused_span(att, lse, chosen.span)
     return _gathered(att, lse, chosen, want_values)
 
 
 def _gathered(att: Attention, lse: Tensor, chosen: KeyIndex, want_values: bool) -> tuple[Tensor, Tensor]:
     B, H, n, _ = att.shape
-    dtype, size = att.stat_dtype, chosen.size
-    m_out = torch.zeros(B, H, n, dtype=dtype, device=att.q.device)
-    u_out = torch.zeros(B, H, n, att.v.shape[-1] if want_values else 0, dtype=dtype, device=att.q.device)
-    if not size:
-        return m_out, u_out
-    sub = _gather_problem(att, chosen)
-    pieces: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-    for batch, kv, rows in sub.tiles():
-        heads = slice(kv.start * sub.groups, kv.stop * sub.groups)
-        z = sub.scores(rows, slice(0, size), batch, kv)
-        p = torch.exp(z - lse[batch, heads, rows].masked_fill(torch.isneginf(lse[batch, heads, rows]), 0.0)[..., None])
+    dtype, size, width = att.stat_dtype, chosen.size, att.v.shape[-1] if want_values else 0
+    if not size or not B * n:
+        zeros = torch.zeros(B, H, n, 1 + width, dtype=dtype, device=att.q.device)
+        return zeros[..., 0], zeros[..., 1:]
+    sub = _gather(att, chosen)
+    tiles, masses, outs = sub.tiles(), [], []
+    for batch, kv, block in tiles:
+        heads = sub.heads(kv)
+        z = sub.scores(block, slice(0, size), batch, kv, lse)
+        p = _hide_gathered(att, chosen, z, batch, heads, block).exp_()
         b, h, r, _ = p.shape
-        if want_values:
-            values = sub.v[batch, kv].to(dtype)
-            u = torch.matmul(p.reshape(b, h // sub.groups, sub.groups * r, size), values).reshape(b, h, r, -1)
-        else:
-            u = u_out[batch, heads, rows]
-        if att.requires_grad:
-            pieces.setdefault((batch.start, kv.start), []).append((p.sum(dim=-1), u))
-        else:
-            m_out[batch, heads, rows] = p.sum(dim=-1)
-            u_out[batch, heads, rows] = u
-    if not att.requires_grad:
-        return m_out, u_out
-    whole = {key: tuple(torch.cat(t, dim=2) for t in zip(*tiles, strict=True)) for key, tiles in pieces.items()}
-    batches, kvs = sorted({b for b, _ in whole}), sorted({g for _, g in whole})
-    join = lambda i: torch.cat([torch.cat([whole[b, g][i] for g in kvs], dim=1) for b in batches])  # noqa: E731
-    return join(0), join(1)
+        folded = p.reshape(b, h // sub.groups, sub.groups * r, size)
+        outs.append(torch.matmul(folded, sub.v[batch, kv, :, :width].to(dtype)).reshape(b, h, r, width))
+        masses.append(p.sum(dim=-1))
+    return assemble(tiles, masses), assemble(tiles, outs)
 
 
-def _gather_problem(att: Attention, chosen: KeyIndex) -> Attention:
-    """The same rows against the gathered keys only; visibility is baked into a float mask."""
-    B, H, n, m = att.shape
-    size, dtype = chosen.size, att.stat_dtype
-    shared_heads = chosen.index.shape[1] == 1
-    kv = att.k.shape[1]
-    if shared_heads:
-        at = chosen.index.expand(B, kv, size)
-        k, v = (_take(t, at) for t in (att.k, att.v))
-    else:
-        at = chosen.index.expand(B, H, size)
-        # Each query head has its own keys, so the gathered K is per query head; only `size` keys of it.
-        group = torch.arange(H, device=att.q.device) // att.groups
-        b = torch.arange(B, device=att.q.device)[:, None, None]
-        k, v = (t[b, group[None, :, None], at] for t in (att.k, att.v))
-    mask = torch.zeros(1, 1, 1, size, dtype=dtype, device=att.q.device)
-    mask = mask.masked_fill(~chosen.valid[:, :, None], -torch.inf)
-    full = att.additive(dtype)
-    if full is not None:
-        rows = full.shape[2]
-        h = max(full.shape[1], chosen.index.shape[1])
-        b = max(full.shape[0], chosen.index.shape[0])
-        picked = chosen.index[:, :, None].expand(b, h, rows, size)
-        mask = mask + full.expand(b, h, rows, m).gather(-1, picked)
+def _gather(att: Attention, chosen: KeyIndex) -> Attention:
+    """The same rows against the chosen keys only; who sees which of them is left to `_hide_gathered`."""
+    B, H, _, m = att.shape
+    index, size, kv = chosen.index, chosen.size, att.k.shape[1]
+    # With a set for each query head the gathered K has a head for each of them; only `size` keys of it.
+    h = kv if index.shape[1] == 1 else H
+    batch = torch.arange(B, device=index.device)[:, None, None]
+    head = torch.arange(h, device=index.device)[None, :, None] // (h // kv)
+    bias = att.key_bias
+    if bias is not None:
+        lead = torch.broadcast_shapes(bias.shape[:2], index.shape[:2])
+        bias = bias.expand(*lead, m).gather(-1, index.expand(*lead, size))
+    k, v = att.k[batch, head, index], att.v[batch, head, index]
+    return att.replace(k=k, v=v, mask=None, causal=False, sinks=None, key_bias=bias)
+
+
+def _hide_gathered(att: Attention, chosen: KeyIndex, z: Tensor, batch: slice, heads: slice, rows: slice) -> Tensor:
+    """The scores of a tile of `_gather`, minus infinity where the row does not see the key."""
+    index = pick(chosen.index, batch, heads)[:, :, None]
+    z = z.masked_fill_(~pick(chosen.valid, batch, heads)[:, :, None], -torch.inf)
     if att.causal:
-        i = torch.arange(n, device=att.q.device)
-        mask = mask.masked_fill(chosen.index[:, :, None] > i[None, None, :, None], -torch.inf)
-    bias = None
-    if att.key_bias is not None:
-        h = max(att.key_bias.shape[1], chosen.index.shape[1])
-        b = max(att.key_bias.shape[0], chosen.index.shape[0])
-        bias = att.key_bias.expand(b, h, m).gather(-1, chosen.index.expand(b, h, size))
-    return att.replace(k=k, v=v, mask=mask, causal=False, sinks=None, key_bias=bias)
-
-
-def _take(t: Tensor, at: Tensor) -> Tensor:
-    return t.gather(2, at[..., None].expand(*at.shape, t.shape[-1]))
+        i = torch.arange(rows.start, rows.stop, device=z.device)
+        z = z.masked_fill_(index > i[:, None], -torch.inf)
+    mask = att.mask4()
+    if mask is None:
+        return z
+    mask = pick(mask, batch, heads, rows)
+    lead = (*torch.broadcast_shapes(mask.shape[:2], index.shape[:2]), mask.shape[2])
+    mask = mask.expand(*lead, att.shape[3]).gather(-1, index.expand(*lead, chosen.size))
+    return hide(z, mask)
 
 
 def _fused_span(att: Attention, lse: Tensor, span: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -179,6 +159,7 @@ def _fused_span(att: Attention, lse: Tensor, span: tuple[int, int]) -> tuple[Ten
             v=att.v[:, :, keys],
             mask=piece,
             causal=causal,
+            sinks=None,
             key_bias=bias,
         )
         o, l = attend_lse(sub)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Attention
+from .problem import Attention, assemble
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -166,26 +166,23 @@ def _blind_rows(att: Attention, lse: Tensor) -> Tensor:
 def _blockwise(att: Attention) -> tuple[Tensor, Tensor]:
     """Our own pass over row tiles: any device, dtype, soft-capping and learned sinks; differentiable."""
     B, H, n, _ = att.shape
-    outs: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-    for batch, kv, rows in att.tiles():
-        keys = att.seen_keys(rows)
+    dtype = att.stat_dtype
+    if 0 in att.shape:
+        lse = torch.full((B, H, n), -torch.inf, dtype=dtype, device=att.q.device)
+        return att.v.new_zeros(B, H, n, att.v.shape[-1]), lse
+    tiles, outs, sums = att.tiles(), [], []
+    for batch, kv, rows in tiles:
+        heads, keys = att.heads(kv), att.seen_keys(rows)
         z = att.scores(rows, keys, batch, kv)
+        blind = torch.isneginf(z).all(dim=-1)
+        # The gradient of a log-sum-exp of minus infinities would be NaN.
+        lse = (z.masked_fill(blind[..., None], 0.0) if att.requires_grad else z).logsumexp(dim=-1)
         if att.sinks is not None:
-            heads = slice(kv.start * att.groups, kv.stop * att.groups)
-            sink = att.sinks[heads].to(z.dtype)[None, :, None, None].expand(*z.shape[:3], 1)
-            lse = torch.cat([z, sink], dim=-1).logsumexp(dim=-1)
-            lse = lse.masked_fill(torch.isneginf(z).all(dim=-1), -torch.inf)
-        else:
-            lse = z.logsumexp(dim=-1)
-        p = torch.exp(z - lse.masked_fill(torch.isneginf(lse), 0.0)[..., None])
+            lse = torch.logaddexp(lse, att.sinks[heads].to(dtype)[None, :, None].expand_as(lse))
+        lse = lse.masked_fill(blind, -torch.inf)
+        p = torch.exp(z - lse.masked_fill(blind, 0.0)[..., None])
         b, h, r, _ = p.shape
         folded = p.reshape(b, h // att.groups, att.groups * r, -1)
-        out = torch.matmul(folded, att.v[batch, kv, keys].to(p.dtype)).reshape(b, h, r, -1)
-        outs.setdefault((batch.start, kv.start), []).append((out, lse))
-    if not outs:
-        return att.v.new_zeros(B, H, n, att.v.shape[-1]), att.q.new_zeros(B, H, n, dtype=att.stat_dtype)
-    whole = {key: tuple(torch.cat(part, dim=2) for part in zip(*tiles, strict=True)) for key, tiles in outs.items()}
-    batches = sorted({b for b, _ in whole})
-    heads = sorted({g for _, g in whole})
-    join = lambda i: torch.cat([torch.cat([whole[b, g][i] for g in heads], dim=1) for b in batches])  # noqa: E731
-    return join(0).to(att.v.dtype), join(1)
+        outs.append(torch.matmul(folded, att.v[batch, kv, keys].to(dtype)).reshape(b, h, r, -1))
+        sums.append(lse)
+    return assemble(tiles, outs).to(att.v.dtype), assemble(tiles, sums)

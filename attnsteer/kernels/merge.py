@@ -12,7 +12,7 @@ from .statistics import rows as map_rows
 
 # How much a subtraction may magnify rounding before the row is computed directly: the output of a
 # half-precision kernel carries about 2^-9, an fp32 one about 2^-24.
-LIMIT = {torch.float16: 4.0, torch.bfloat16: 4.0, torch.float32: 8.0, torch.float64: 1e6}
+LIMIT = {torch.float16: 4.0, torch.bfloat16: 4.0, torch.float32: 64.0, torch.float64: 1e6}
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,8 @@ def reweight(
 ) -> Tensor:
     """The output of A'_ij = w_{i,g(j)} A_ij, with `rest` for keys in no group; optionally renormalised.
 
-    Renormalising is what adding log w to the scores would do; a learned sink keeps weight one.
+    Renormalising is what adding log w to the scores would do; a learned sink keeps weight one. A row that would
+    keep no weight at all has no renormalised form and stays as it was.
 
     Args:
         out: attention output [B, H, n, dv]. lse: row log-sum-exp [B, H, n].
@@ -48,24 +49,27 @@ def reweight(
     dtype = att.stat_dtype
     total = att.visible_total(lse)
     rest = torch.as_tensor(rest, dtype=dtype, device=out.device).expand_as(total)
-    gained = [(torch.as_tensor(w, dtype=dtype, device=out.device) - rest) for _, w, _, _ in groups]
-    sink = torch.where(torch.isneginf(lse), torch.zeros_like(total), 1.0 - total)
-    kept = rest * total + sum(g * m for g, (_, _, m, _) in zip(gained, groups, strict=True))
-    new = rest[..., None] * out.to(dtype)
-    for g, (_, _, _, u) in zip(gained, groups, strict=True):
-        new = new + g[..., None] * u
-    scale = (sink + kept) if normalise else torch.ones_like(kept)
-    new = new / scale.masked_fill(scale <= 0, 1.0)[..., None]
-    blind = (total <= 0) | (scale <= 0)
-    new = torch.where(blind[..., None], out.to(dtype), new)
-    risky = (rest.abs() > LIMIT[out.dtype] * (sink + kept).clamp_min(0.0)) & ~blind & (rest != 0)
+    gains = [torch.as_tensor(w, dtype=dtype, device=out.device) - rest for _, w, _, _ in groups]
+    sink = torch.where(torch.isneginf(lse), 0.0, 1.0 - total)
+    norm = sink + rest * total + sum(g * m for g, (_, _, m, _) in zip(gains, groups, strict=True))
+    same, shrunk = rest == 1, torch.zeros_like(total, dtype=torch.bool)
+    for g in gains:
+        same, shrunk = same & (g == 0), shrunk | (g < 0)
+    stays = same | (total <= 0)
     # Only a group with less weight than the rest can make the difference small against its terms.
-    shrunk = torch.zeros_like(risky)
-    for g in gained:
-        shrunk = shrunk | (g < 0)
-    risky = risky & shrunk
+    risky = shrunk & ~stays & (rest != 0) & (rest.abs() > LIMIT[out.dtype] * norm.clamp_min(0.0))
+    if normalise:
+        stays = stays | ((norm <= 0) & ~risky)
+        share = 1.0 / norm.masked_fill(stays | risky, 1.0)
+        rest_share, gains = rest * share, [g * share for g in gains]
+    else:
+        rest_share = rest
+    # Coefficients of one and zero return a row bit for bit.
+    new = out.to(dtype) * rest_share.masked_fill(stays | risky, 1.0)[..., None]
+    for g, (_, _, _, u) in zip(gains, groups, strict=True):
+        new.addcmul_(g.masked_fill(stays | risky, 0.0)[..., None], u)
     if bool(risky.any()):
-        new = _direct(att, lse, groups, rest, sink, normalise, new, risky)
+        _direct(att, lse, groups, rest, sink, normalise, new, risky)
     return new.to(out.dtype)
 
 
@@ -78,25 +82,21 @@ def _direct(
     normalise: bool,
     new: Tensor,
     risky: Tensor,
-) -> Tensor:
-    """The rows in `risky` from their own map rows, without any subtraction."""
+) -> None:
+    """Write into `new` the rows in `risky`, from their own map rows without any subtraction."""
     B, H, n, m = att.shape
-    new = new.clone()
     for b, h in risky.any(dim=-1).nonzero().tolist():
-        at = risky[b, h].nonzero()[:, 0]
-        for chunk in at.split(256):
-            p = map_rows(att.one(b, h), lse[b : b + 1, h : h + 1], chunk)[0, 0]
-            weight = rest[b, h, chunk][:, None].expand(-1, m).clone()
+        one, value = att.one(b, h), att.v[b, h // att.groups].to(new.dtype)
+        for at in risky[b, h].nonzero()[:, 0].split(256):
+            p = map_rows(one, lse[b : b + 1, h : h + 1], at)[0, 0]
+            weight = rest[b, h, at][:, None]
             for keys, w, _, _ in groups:
-                inside = keys.expand(B, H, m)[b, h]
-                value = torch.as_tensor(w, dtype=p.dtype, device=p.device).expand(B, H, n)[b, h, chunk]
-                weight = torch.where(inside[None], value[:, None], weight)
+                w = torch.as_tensor(w, dtype=p.dtype, device=p.device).expand(B, H, n)[b, h, at]
+                weight = torch.where(keys.expand(B, H, m)[b, h], w[:, None], weight)
             p = p * weight
-            value = att.v[b, h // att.groups].to(p.dtype)
             edited = p @ value
             if normalise:
-                norm = sink[b, h, chunk] + p.sum(dim=-1)
-                # A row that keeps no weight at all has no renormalised form: it stays as it was.
-                edited = torch.where(norm[:, None] > 0, edited / norm.clamp_min(1e-37)[:, None], new[b, h, chunk])
-            new[b, h, chunk] = edited
-    return new
+                norm = sink[b, h, at] + p.sum(dim=-1)
+                # Without any weight left the row stays: `new` holds the unedited output here.
+                edited = torch.where(norm[:, None] > 0, edited / norm.clamp_min(1e-37)[:, None], new[b, h, at])
+            new[b, h, at] = edited

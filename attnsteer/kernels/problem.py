@@ -70,35 +70,26 @@ class Attention:
             return self
         index = torch.tensor(heads, device=self.q.device)
         kv = index // self.groups
-        pick = lambda t, dim: t if t is None or t.shape[dim] == 1 else t.index_select(dim, index)  # noqa: E731
-        mask = self.mask
-        if mask is not None and mask.ndim == 4:
-            mask = pick(mask, 1)
+        at = lambda t, dim: t if t is None or t.shape[dim] == 1 else t.index_select(dim, index)  # noqa: E731
         return self.replace(
             q=self.q.index_select(1, index),
             k=self.k.index_select(1, kv),
             v=self.v.index_select(1, kv),
-            mask=mask,
-            sinks=pick(self.sinks, 0),
-            key_bias=pick(self.key_bias, 1),
+            mask=at(self.mask4(), 1),
+            sinks=at(self.sinks, 0),
+            key_bias=at(self.key_bias, 1),
         )
 
     def one(self, b: int, h: int) -> Attention:
         """The computation of one batch row and one head."""
-        g = h // self.groups
-
-        def at(t: Tensor | None) -> Tensor | None:
-            if t is None:
-                return None
-            t = t[b : b + 1] if t.shape[0] > 1 else t
-            return t[:, h : h + 1] if t.shape[1] > 1 else t
-
+        g, row, head = h // self.groups, slice(b, b + 1), slice(h, h + 1)
+        at = lambda t: None if t is None else pick(t, row, head)  # noqa: E731
         return self.replace(
-            q=self.q[b : b + 1, h : h + 1],
-            k=self.k[b : b + 1, g : g + 1],
-            v=self.v[b : b + 1, g : g + 1],
+            q=self.q[row, head],
+            k=self.k[row, g : g + 1],
+            v=self.v[row, g : g + 1],
             mask=at(self.mask4()),
-            sinks=None if self.sinks is None else self.sinks[h : h + 1],
+            sinks=None if self.sinks is None else self.sinks[head],
             key_bias=at(self.key_bias),
         )
 
@@ -122,65 +113,69 @@ class Attention:
         hidden = mask <= torch.finfo(mask.dtype).min / 2
         return mask.to(dtype).masked_fill(hidden, -torch.inf)
 
-    def scores(self, rows: slice, keys: slice, batch: slice = slice(None), kv: slice = slice(None)) -> Tensor:
-        """z for a tile, [b, g * groups, rows, keys], in `stat_dtype`, minus infinity where invisible.
+    def scores(
+        self,
+        rows: slice,
+        keys: slice,
+        batch: slice = slice(None),
+        kv: slice = slice(None),
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        """z, less the row's `lse` where given, for a tile: [b, g * groups, rows, keys] in `stat_dtype`.
+
+        Minus infinity where invisible, so that exp(z - lse) is the map, also in rows that see no key at all.
 
         Args:
             rows, keys: with explicit start and stop. batch, kv: batch rows and kv heads of the tile.
+            lse: row log-sum-exp [B, H, n] of the whole problem.
         """
         dtype, r = self.stat_dtype, self.groups
-        k = self.k[batch, kv, keys].to(dtype)
-        q = self.q[batch, slice((kv.start or 0) * r, None if kv.stop is None else kv.stop * r), rows]
+        heads = self.heads(kv)
+        q, k = self.q[batch, heads, rows], self.k[batch, kv, keys].to(dtype)
         b, h, n, d = q.shape
         # Folding the query heads of a kv group into the rows avoids repeating K.
-        folded = q.to(dtype).reshape(b, h // r, r * n, d)
-        z = torch.matmul(folded, k.transpose(-1, -2))
-        z = z * self.scale if self.requires_grad else z.mul_(self.scale)
-        z = self._cap(z.reshape(b, h, n, k.shape[2]))
-        heads = slice((kv.start or 0) * r, None if kv.stop is None else kv.stop * r)
-        return self._hide(z, rows, keys, batch, heads)
-
-    def _cap(self, z: Tensor) -> Tensor:
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
-    def _hide(self, z: Tensor, rows: slice, keys: slice, batch: slice, heads: slice) -> Tensor:
+        q, k = q.to(dtype).reshape(b * h // r, r * n, d), k.flatten(0, 1).transpose(1, 2)
+        shift = q.new_zeros(1, 1, 1)
+        if lse is not None:
+            lse = lse[batch, heads, rows]
+            shift = lse.masked_fill(torch.isneginf(lse), 0.0).neg().reshape(b * h // r, r * n, 1)
+        if self.softcap is None:
+            z = torch.baddbmm(shift, q, k, alpha=self.scale)
+        else:
+            z = self.softcap * torch.tanh(torch.bmm(q, k) * (self.scale / self.softcap)) + shift
+        z = z.reshape(b, h, n, -1)
         mask = self.mask4()
         if mask is not None:
-            part = mask[
-                batch if mask.shape[0] > 1 else slice(None),
-                heads if mask.shape[1] > 1 else slice(None),
-                rows if mask.shape[2] > 1 else slice(None),
-                keys if mask.shape[3] > 1 else slice(None),
-            ]
-            if part.dtype == torch.bool:
-                z = z.masked_fill(~part, -torch.inf)
-            else:
-                z = (z + part.to(z.dtype)).masked_fill(part <= torch.finfo(part.dtype).min / 2, -torch.inf)
+            z = hide(z, pick(mask, batch, heads, rows, keys))
         if self.key_bias is not None:
-            bias = self.key_bias
-            part = bias[batch if bias.shape[0] > 1 else slice(None), heads if bias.shape[1] > 1 else slice(None), keys]
-            z = z + part[:, :, None].to(z.dtype)
-        if self.causal and keys.stop > rows.start + 1:
+            z += pick(self.key_bias, batch, heads, keys)[:, :, None].to(dtype)
+        first = max(keys.start, rows.start + 1)
+        if self.causal and keys.stop > first:
+            # Keys before `first` are seen by every row of the tile.
             i = torch.arange(rows.start, rows.stop, device=z.device)
-            j = torch.arange(keys.start, keys.stop, device=z.device)
-            z = z.masked_fill(j[None, :] > i[:, None], -torch.inf)
+            j = torch.arange(first, keys.stop, device=z.device)
+            z[..., first - keys.start :].masked_fill_(j > i[:, None], -torch.inf)
         return z
+
+    def heads(self, kv: slice) -> slice:
+        """The query heads that read these kv heads."""
+        r = self.groups
+        return slice((kv.start or 0) * r, None if kv.stop is None else kv.stop * r)
 
     def tiles(self) -> list[tuple[slice, slice, slice]]:
         """(batch, kv heads, rows) tiles that bound the memory of a blockwise pass."""
-        B, _, n, m = self.shape
-        limit = CPU_TILE if self.q.device.type == "cpu" else GPU_TILE
-        kv = self.k.shape[1]
-        if self.q.device.type == "cpu":
-            block = max(16, min(n, limit // max(1, m * self.groups)))
-            return [
-                (slice(b, b + 1), slice(g, g + 1), slice(s, min(s + block, n)))
-                for b in range(B)
-                for g in range(kv)
-                for s in range(0, n, block)
-            ]
-        block = max(16, min(n, limit // max(1, m * self.groups * kv * B)))
-        return [(slice(0, B), slice(0, kv), slice(s, min(s + block, n))) for s in range(0, n, block)]
+        B, H, n, m = self.shape
+        kv, cpu = self.k.shape[1], self.q.device.type == "cpu"
+        limit = CPU_TILE if cpu else GPU_TILE
+        # On CPU a large problem goes one kv head of one batch row at a time.
+        b, g = (1, 1) if cpu and B * H * n * m > limit else (max(1, B), kv)
+        block = max(1, min(n, max(16, limit // max(1, b * g * self.groups * m))))
+        return [
+            (slice(i, i + b), slice(j, j + g), slice(s, min(s + block, n)))
+            for i in range(0, B, b)
+            for j in range(0, kv, g)
+            for s in range(0, n, block)
+        ]
 
     def seen_keys(self, rows: slice) -> slice:
         """The keys that a row block can see by causality alone."""
@@ -192,7 +187,30 @@ class Attention:
 
         `lse` is the row log-sum-exp with minus infinity for rows that see no key.
         """
+        blind = torch.isneginf(lse)
         total = torch.ones_like(lse)
         if self.sinks is not None:
-            total = total - torch.exp(self.sinks.to(lse.dtype)[None, :, None] - lse)
-        return torch.where(torch.isneginf(lse), torch.zeros_like(total), total)
+            total = total - torch.exp(self.sinks.to(lse.dtype)[None, :, None] - lse.masked_fill(blind, torch.inf))
+        return total.masked_fill(blind, 0.0)
+
+
+def pick(t: Tensor, *at: slice) -> Tensor:
+    """`t[at]`, with the dimensions of size one left as they are (they broadcast)."""
+    return t[tuple(s if size > 1 else slice(None) for s, size in zip(at, t.shape, strict=False))]
+
+
+def hide(z: Tensor, mask: Tensor) -> Tensor:
+    """The scores z, changed in place, under a boolean or additive mask that broadcasts to them."""
+    if mask.dtype == torch.bool:
+        return z.masked_fill_(~mask, -torch.inf)
+    z += mask.to(z.dtype)
+    return z.masked_fill_(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
+
+
+def assemble(tiles: Sequence[tuple[slice, slice, slice]], parts: Sequence[Tensor]) -> Tensor:
+    """One tensor from its parts [b, h, rows, ...], one for each of the `tiles`, in their order."""
+    for dim in (2, 1, 0):
+        run = len({tile[dim].start for tile in tiles})
+        if run > 1:
+            parts = [torch.cat(parts[i : i + run], dim=dim) for i in range(0, len(parts), run)]
+    return parts[0]

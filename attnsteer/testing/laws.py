@@ -24,8 +24,8 @@ from ..steering import Steering, sites, steer
 from .fingerprint import fingerprint
 
 EXACT = 1e-5
-# bf16 carries 8 bits; one steered layer may turn the last of them at each of the few layers above it.
-HALF = 6e-2
+# bf16 carries 8 bits: the kernel's own output and the merged one are each off by up to half of the last.
+HALF = 2e-2
 
 
 class NotApplicable(Exception):
@@ -289,20 +289,21 @@ def law_causal(method: MethodCase, host: HostCase) -> None:
     ids = inputs["input_ids"]
     n = ids.shape[1]
     if not made.looks_ahead:
+        changed = {**inputs, "input_ids": _other_tokens(ids, n - 2)}
+        same = _same_as(host.run(target, inputs)[:, : n - 2], host.run(target, changed)[:, : n - 2])
         with steer(target, made):
-            first = host.run(target, inputs)
-            changed = {**inputs, "input_ids": _other_tokens(ids, n - 2)}
-            second = host.run(target, changed)
-        assert torch.equal(first[:, : n - 2], second[:, : n - 2])
+            first, second = host.run(target, inputs), host.run(target, changed)
+        assert same(first[:, : n - 2], second[:, : n - 2])
         assert not torch.equal(first[:, n - 2 :], second[:, n - 2 :])
     extra = ids[:, -5:]
+    same = _same_as(_score(target, host, None, inputs, extra), _score(target, host, None, inputs, _other_tokens(extra, 1)), n)
     with steer(target, made) as run:
         first = _score(target, host, run, inputs, extra)
         for t in range(1, 5):
             other = extra.clone()
             other[:, t:] = _other_tokens(other, t)[:, t:]
             second = _score(target, host, run, inputs, other)
-            assert torch.equal(first[:, : n + t], second[:, : n + t])
+            assert same(first[:, : n + t], second[:, : n + t])
         assert not torch.equal(first, second)
 
 
@@ -384,21 +385,21 @@ def law_beams(method: MethodCase, host: HostCase) -> None:
 
 @torch.no_grad()
 def law_dtype(method: MethodCase, host: HostCase) -> None:
-    """In bf16 the identities stay close to the explicit fp32-statistics map of the same bf16 model."""
+    """In bf16, head outputs at the steered site stay close to the explicit map's, whose statistics are fp32."""
     if host.family == "pipeline":
         raise NotApplicable("fp32 pipelines only; the denoisers are tested in bf16")
     target = host.build().to(torch.bfloat16)
     made = make(method, target, 2)
     inputs = _to(host.inputs(target, 2, None, 5), torch.bfloat16)
-    plain = host.run(target, inputs)
-    with steer(target, made):
-        fast = host.run(target, inputs)
-    with steer(target, made, reference=True):
-        slow = host.run(target, inputs)
+    run = steer(target, made)
+    site = run.sites[0].path
+    run.remove()
+    plain = _head_outputs(target, host, inputs, None)[site]
+    fast = _head_outputs(target, host, inputs, made)[site]
+    slow = _head_outputs(target, host, inputs, made, reference=True)[site]
     assert fast.dtype == torch.bfloat16
-    rows = valid_rows(inputs, fast)
-    size = float(plain.float().abs().max())
-    assert _far(fast, slow, rows) <= HALF * max(1.0, size)
+    assert _far(fast, slow) <= HALF * float(plain.float().abs().max())
+    assert _far(fast, plain) > 0
 
 
 @torch.no_grad()
@@ -536,21 +537,23 @@ class _Tap(Intervention):
     linear = True
 
     def output(self, call: Any, out: Tensor) -> None:
-        whole = _TAPPED.setdefault(call.site.path, torch.zeros(out.shape[0], call.site.heads, *out.shape[2:]))
+        whole = _TAPPED.setdefault(call.site.path, out.new_zeros(out.shape[0], call.site.heads, *out.shape[2:]))
         whole[:, list(call.heads)] = out.detach()
 
 
 _TAPPED: dict[str, Tensor] = {}
 
 
-def _head_outputs(target: Any, host: HostCase, inputs: dict[str, Any], method: Intervention | None) -> dict[str, Tensor]:
+def _head_outputs(
+    target: Any, host: HostCase, inputs: dict[str, Any], method: Intervention | None, reference: bool = False
+) -> dict[str, Tensor]:
     from ..where import Where
 
     main = sites(target)[0].modality if host.family != "transformers" else "text"
     found = tuple(m for m in ("text", "vision", "image") if m == main) or (main,)
     tap = _Tap(where=Where(modalities=found))
     _TAPPED.clear()
-    with steer(target, *([] if method is None else [method]), tap):
+    with steer(target, *([] if method is None else [method]), tap, reference=reference):
         host.run(target, inputs)
     return dict(_TAPPED)
 
@@ -562,11 +565,19 @@ def _other_tokens(ids: Tensor, start: int) -> Tensor:
     return other
 
 
-def _score(target: nn.Module, host: HostCase, run: Steering, inputs: dict[str, Any], extra: Tensor) -> Tensor:
+def _same_as(plain: Tensor, changed: Tensor, upto: int | None = None) -> Callable[[Tensor, Tensor], bool]:
+    """Bit-equality, where the unsteered model has it: experts that batch tokens together round by their company."""
+    if torch.equal(plain[:, :upto], changed[:, :upto]):
+        return torch.equal
+    assert _far(plain[:, :upto], changed[:, :upto]) <= EXACT
+    return lambda a, b: _far(a, b) <= EXACT
+
+
+def _score(target: nn.Module, host: HostCase, run: Steering | None, inputs: dict[str, Any], extra: Tensor) -> Tensor:
     """Prefill the prompt, freeze, score the continuation over a copy of the cache; all logits."""
     out = target(**inputs, use_cache=True)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(extra)], dim=1)
-    with run.freeze():
+    with contextlib.nullcontext() if run is None else run.freeze():
         more = target(input_ids=extra, attention_mask=mask, past_key_values=copy.deepcopy(out.past_key_values))
     return torch.cat([out.logits, more.logits], dim=1)
 

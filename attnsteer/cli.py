@@ -1,0 +1,220 @@
+"""The command line: it parses, calls, and prints; what it prints is computed elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from ._version import __version__
+from .errors import AttnSteerError
+
+# Heavy libraries are imported inside the commands, so that `--help` and errors of usage come at once.
+
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+USAGE, FAILED = 2, 1
+
+
+class _Group(typer.core.TyperGroup):
+    """Prints the library's own errors as one line; every other exception is a bug and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AttnSteerError as error:
+            print(f"attnsteer: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(USAGE) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="attnsteer",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Exact, training-free attention interventions for transformers and diffusers models.",
+    epilog="A command that cannot do what was asked says why in one line and exits with 2.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"attnsteer {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+@app.command()
+def methods(as_json: JSON = False) -> None:
+    """List the methods: what each edits, its paper, and where it can act.
+
+    Methods of other packages are included. "looks ahead" marks those whose statistics run over the whole prompt.
+    """
+    from .catalogue import catalogue
+
+    found = catalogue()
+    if as_json:
+        _print_json([entry.to_dict() for entry in found])
+        return
+    head = ("name", "edits", "attention", "hosts", "looks ahead", "what it does", "paper")
+    _print_table(
+        head,
+        [
+            (
+                m.name,
+                ", ".join(m.doors),
+                ", ".join(m.kinds),
+                ", ".join(m.hosts),
+                "yes" if m.looks_ahead else "no",
+                m.summary,
+                m.paper,
+            )
+            for m in found
+        ],
+    )
+
+
+@app.command()
+def sites(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Folder with config.json or model_index.json, or a hub id.")
+    ],
+    component: Annotated[
+        str | None, typer.Option(help="One part of a pipeline, such as text_encoder; without it, the denoisers.")
+    ] = None,
+    as_json: JSON = False,
+) -> None:
+    """List the attention sites of a model: what layers and heads a selection can name.
+
+    The model is built from its config alone: no weights are loaded, and no code of the repository is run.
+    """
+    from .skeleton import sites_of
+
+    found = sites_of(model, component)
+    if as_json:
+        _print_json([{**site.to_dict(), "path": site.path} for site in found])
+        return
+    rows = [
+        (s.layer, s.kind, s.heads, s.kv_heads, s.modality, s.stack, "linear" if s.linear else "", s.path) for s in found
+    ]
+    _print_table(("layer", "kind", "heads", "kv heads", "modality", "stack", "", "path"), rows)
+
+
+@app.command()
+def doctor(as_json: JSON = False) -> None:
+    """Check this machine: versions, devices, which kernels run, and that their statistics are right.
+
+    Every source of the row log-sum-exp must give masses that add up to one over a partition of the keys. Exits with
+    1 when one does not.
+    """
+    from .doctor import examine
+
+    report = examine()
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print_report(report)
+    if not report.ok:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def demo() -> None:
+    """Check the kernels in short, then steer a small random Llama and print what changed.
+
+    Needs no download. Exits with 1 when a check fails or the steering did not do what it should.
+    """
+    from .demo import run_demo
+    from .doctor import examine
+
+    report = examine()
+    print(_verdict(report))
+    result = run_demo()
+    print(f"\nA random Llama:\n\n{result.sites}\n\nsteered by {result.method}\n")
+    print("attention of the last token to the marked span, mean over heads:")
+    _print_table(("layer", "before", "after"), [(k, f"{a:.4f}", f"{b:.4f}") for k, (a, b) in result.mass.items()])
+    print("\nlikeliest next tokens:")
+    tops = zip(*result.top, strict=True)
+    _print_table(("before", "p", "after", "p"), [(i, f"{p:.4f}", j, f"{q:.4f}") for (i, p), (j, q) in tops])
+    print(f"\nthe next-token distribution moved by {result.distance:.4f} (total variation)")
+    print(f"largest difference of a logit from the same edit over the full map: {result.exact:.1e}")
+    print(f"after removal the logits are the first ones, bit for bit: {'yes' if result.restored else 'NO'}")
+    print(f"\naudit:\n{result.audit}")
+    if not (report.ok and result.ok):
+        raise typer.Exit(FAILED)
+
+
+def _verdict(report: Any) -> str:
+    """One line for each device."""
+    lines = []
+    for device, name in report.devices.items():
+        own = [c for c in report.checks if c.device == device]
+        sources = ", ".join(dict.fromkeys(c.source for c in own))
+        passed = sum(c.ok for c in own)
+        lines.append(f"{device} ({name}): {passed}/{len(own)} kernel checks pass; log-sum-exp from {sources}")
+    return "\n".join(lines)
+
+
+def _print_report(report: Any) -> None:
+    from .doctor import OPTIONAL
+
+    _print_table(("package", "version"), report.versions.items())
+    print()
+    absent = [(name, found or "-", OPTIONAL[name][1]) for name, found in report.optional.items()]
+    _print_table(("optional package", "version", "for"), absent)
+    print()
+    rows = [
+        (
+            c.device,
+            c.dtype,
+            c.case,
+            c.source,
+            c.backend or "-",
+            f"{c.error:.1e}",
+            "pass" if c.ok else "FAIL",
+            c.problem,
+        )
+        for c in report.checks
+    ]
+    _print_table(("device", "dtype", "attention", "lse from", "sdpa backend", "error", "", ""), rows)
+    print()
+    print(_verdict(report))
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def _print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table that fits the terminal, or plain aligned columns where the output is a file or a pipe."""
+    cells = [tuple(str(cell) for cell in row) for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*head, box=None, pad_edge=False, header_style="bold")
+        for row in cells:
+            # Text, not markup: a docstring may contain square brackets.
+            table.add_row(*(Text(cell) for cell in row))
+        Console().print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    for row in (head, *cells):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def main() -> None:
+    """Entry point of the `attnsteer` command."""
+    app()

@@ -1,0 +1,1 @@
+"""Speed and memory against the unsteered model and the eager dense reference; `python -m benchmarks.run`."""

@@ -1,0 +1,110 @@
+"""The benchmarked models: real proportions, random weights; the language model has attention sinks planted in it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SINK, FIRST_WORD = 1, 2
+# Coordinates of the embedding that carry "any token" and "this token is a sink".
+COMMON, MARK = 0, 1
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """A Llama-type decoder; the defaults are one layer's proportions of Llama-3.2-1B, with few layers and words."""
+
+    hidden: int = 2048
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 64
+    mlp: int = 8192
+    layers: int = 2
+    vocab: int = 512
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class UNetShape:
+    """A Stable-Diffusion-1.5-type UNet; the defaults are its own sizes."""
+
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    text_dim: int = 768
+    latent: int = 64
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "channels": list(self.channels)}
+
+
+def llama(shape: LlamaShape, seed: int = 0) -> nn.Module:
+    """A stock `LlamaForCausalLM` in fp32 on SDPA with random weights and planted sinks.
+
+    Every embedding has a component COMMON, that of the token SINK also a component MARK. In each head the queries
+    read the first and the keys the second into the rotary pair of the lowest frequency, which hardly turns over the
+    context, so that a sink token draws the attention of all later rows, with a strength of its own in each head.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        vocab_size=shape.vocab,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        tie_word_embeddings=False,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    words = model.model.embed_tokens.weight
+    nn.init.normal_(words)
+    size = shape.hidden**0.5
+    words[:, [COMMON, MARK]] = 0.0
+    words[:, COMMON] = 0.5 * size
+    words[SINK, MARK] = 0.5 * size
+    lane = shape.head_dim // 2 - 1
+    for layer in model.model.layers:
+        q, k = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
+        q[:, [COMMON, MARK]] = 0.0
+        k[:, [COMMON, MARK]] = 0.0
+        # After the norm a component of 0.5 sqrt(hidden) is about 0.45 sqrt(hidden), in every layer nearly the same.
+        unit = 0.45 * size
+        strength = torch.empty(shape.heads).uniform_(5.0, 7.5)
+        q.view(shape.heads, shape.head_dim, -1)[:, lane, COMMON] = strength / unit
+        k.view(shape.kv_heads, shape.head_dim, -1)[:, lane, MARK] = shape.head_dim**0.5 / unit
+    return model
+
+
+def prompt(shape: LlamaShape, length: int, sinks: int, batch: int = 1, seed: int = 0) -> Tensor:
+    """Token ids [batch, length]: the first is a sink, as in real models, and `sinks` later ones, in the first half."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(FIRST_WORD, shape.vocab, (batch, length), generator=g)
+    ids[:, 0] = SINK
+    for row in range(batch):
+        ids[row, 1 + torch.randperm(length // 2, generator=g)[:sinks]] = SINK
+    return ids
+
+
+def unet(shape: UNetShape, seed: int = 0) -> nn.Module:
+    """A stock `UNet2DConditionModel` in fp32 with random weights."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(seed)
+    model = UNet2DConditionModel(
+        sample_size=shape.latent,
+        block_out_channels=shape.channels,
+        cross_attention_dim=shape.text_dim,
+        norm_num_groups=min(32, shape.channels[0] // 2),
+    )
+    return model.eval().requires_grad_(False)
