@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from .errors import RegistrationError, UnknownName, did_you_mean
@@ -61,17 +61,28 @@ def _checked(found: Any, group: str) -> type:
 
 
 def _with_plugins(table: dict[str, str | type], group: str) -> dict[str, str | type]:
+    known = _PLUGINS[group]
     for point in entry_points(group=_GROUPS[group]):
         old = table.get(point.name)
         if old is None:
-            _PLUGINS[group][point.name] = point.value
+            known[point.name] = point.value
             _put(table, group, point.name, point.value)
-        elif not _same(old, point.value):
+        elif known.get(point.name) != point.value and not _is(point, old):
             raise RegistrationError(
                 f"the entry point {point.name} = {point.value!r} in {_GROUPS[group]} takes a name that {_spell(old)} "
                 "has; rename it, or remove the package that brings it."
             )
     return table
+
+
+def _is(point: EntryPoint, old: str | type) -> bool:
+    """Whether an entry point names a class that is registered already, perhaps from another module than its own."""
+    if isinstance(old, str) or _same(old, point.value):
+        return _same(old, point.value)
+    try:
+        return point.load() is old
+    except (ImportError, AttributeError):
+        return False
 
 
 def _spell(entry: str | type) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,12 +44,16 @@ class UNetShape:
         return {**asdict(self), "channels": list(self.channels)}
 
 
-def llama(shape: LlamaShape, seed: int = 0) -> nn.Module:
+@torch.no_grad()
+def llama(shape: LlamaShape, context: int = 4096, seed: int = 0) -> nn.Module:
     """A stock `LlamaForCausalLM` in fp32 on SDPA with random weights and planted sinks.
 
     Every embedding has a component COMMON, that of the token SINK also a component MARK. In each head the queries
     read the first and the keys the second into the rotary pair of the lowest frequency, which hardly turns over the
     context, so that a sink token draws the attention of all later rows, with a strength of its own in each head.
+
+    Args:
+        context: tokens of the prompts to come; the strength is set for it.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -73,17 +78,34 @@ def llama(shape: LlamaShape, seed: int = 0) -> nn.Module:
     words[:, [COMMON, MARK]] = 0.0
     words[:, COMMON] = 0.5 * size
     words[SINK, MARK] = 0.5 * size
-    lane = shape.head_dim // 2 - 1
-    for layer in model.model.layers:
-        q, k = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
-        q[:, [COMMON, MARK]] = 0.0
-        k[:, [COMMON, MARK]] = 0.0
-        # After the norm a component of 0.5 sqrt(hidden) is about 0.45 sqrt(hidden), in every layer nearly the same.
-        unit = 0.45 * size
-        strength = torch.empty(shape.heads).uniform_(5.0, 7.5)
-        q.view(shape.heads, shape.head_dim, -1)[:, lane, COMMON] = strength / unit
-        k.view(shape.kv_heads, shape.head_dim, -1)[:, lane, MARK] = shape.head_dim**0.5 / unit
+    _plant(model, shape, context)
     return model
+
+
+def _plant(model: nn.Module, shape: LlamaShape, context: int) -> None:
+    """Write the sinks into each layer's q and k, for the sizes that its own input has after the norm."""
+    lane = shape.head_dim // 2 - 1
+
+    def at(layer: nn.Module) -> Any:
+        def plant(_: nn.Module, args: Any, hidden: Tensor) -> None:
+            # Logits of 5.5 to 7 over a context of 4,096: a sink then holds 2 to 7 % of a row.
+            strength = torch.empty(shape.heads).uniform_(5.5, 7.0) + math.log(context / 4096)
+            q, k = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
+            q[:, [COMMON, MARK]] = 0.0
+            k[:, [COMMON, MARK]] = 0.0
+            q = q.view(shape.heads, shape.head_dim, -1)
+            k = k.view(shape.kv_heads, shape.head_dim, -1)
+            q[:, lane, COMMON] = strength / hidden[0, 1:, COMMON].mean()
+            k[:, lane, MARK] = shape.head_dim**0.5 / hidden[0, 0, MARK]
+
+        return layer.input_layernorm.register_forward_hook(plant)
+
+    hooks = [at(layer) for layer in model.model.layers]
+    try:
+        model(prompt(shape, 64, 0), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def prompt(shape: LlamaShape, length: int, sinks: int, batch: int = 1, seed: int = 0) -> Tensor:

@@ -30,7 +30,12 @@ SCORED = HeadSet(
 
 
 def test_forms_of_the_same_set_are_equal() -> None:
-    forms = [{2: [5, 0], 3: [1]}, {3: (1,), 2: {0, 5}}, [(3, 1), (2, 0), (2, 5), (2, 0)], iter([(2, 0), (2, 5), [3, 1]])]
+    forms = [
+        {2: [5, 0], 3: [1]},
+        {3: (1,), 2: {0, 5}},
+        [(3, 1), (2, 0), (2, 5), (2, 0)],
+        iter([(2, 0), (2, 5), [3, 1]]),
+    ]
     sets = [HeadSet(form) for form in forms]
     assert len(set(sets)) == 1
     assert list(sets[0]) == [(2, 0), (2, 5), (3, 1)] and len(sets[0]) == 3

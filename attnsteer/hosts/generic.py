@@ -87,7 +87,8 @@ class GenericHost(Host):
         for runtime in run.runtimes.values():
             module = runtime.site.module
             journal.set_attr(module, RUNTIME, runtime)
-            patch_forward(module, rebind(type(module).forward, {SDPA: sdpa_primitive(runtime, CallContext)}), journal)
+            primitive = sdpa_primitive(runtime, lambda rows, batch: CallContext())
+            patch_forward(module, rebind(type(module).forward, {SDPA: primitive}), journal)
 
 
 def patch_forward(module: nn.Module, function: Callable[..., Any], journal: Any) -> None:
@@ -115,8 +116,8 @@ def problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     return Attention(q, k, v, float(q.shape[-1] ** -0.5 if scale is None else scale), mask=mask, causal=causal)
 
 
-def sdpa_primitive(runtime: SiteRuntime, make_context: Callable[[], CallContext]) -> Callable[..., Tensor]:
-    """A stand-in for `F.scaled_dot_product_attention` at one site."""
+def sdpa_primitive(runtime: SiteRuntime, make_context: Callable[[int, int], CallContext]) -> Callable[..., Tensor]:
+    """A stand-in for `F.scaled_dot_product_attention` at one site; `make_context` gets the rows and the batch size."""
     base = torch.nn.functional.scaled_dot_product_attention
 
     def primitive(
@@ -129,7 +130,7 @@ def sdpa_primitive(runtime: SiteRuntime, make_context: Callable[[], CallContext]
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        ctx = make_context()
+        ctx = make_context(query.shape[-2], query.shape[0])
         active = runtime.active(None, ctx.step, ctx.steps)
         options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
         run_base = lambda: base(query, key, value, enable_gqa=enable_gqa, **options)  # noqa: E731
