@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,14 +59,18 @@ class BranchInputs:
 
     def _cut(self, key: str, value: Any, rows: slice) -> Any:
         if isinstance(value, Tensor):
-            if value.ndim == 0 or value.shape[0] != self.batch or key in WHOLE:
+            if value.ndim == 0 or key in WHOLE or value.shape[0] in (0, 1) or value.shape[0] % self.batch:
                 return value
+            # Frames may be folded into the rows of a sample (AnimateDiff's prompts).
+            each = value.shape[0] // self.batch
             if key not in BATCHED:
+                if each > 1:
+                    return value
                 raise UnsupportedHost(
                     f"the denoiser argument {key!r} has {self.batch} rows like the batch, and whether it is batched is not "
                     "known. Please report the model type."
                 )
-            return value[rows]
+            return value[rows.start * each : rows.stop * each]
         if isinstance(value, dict):
             return {
                 k: self._cut(key if key in WHOLE else k if k in BATCHED | WHOLE else key, v, rows)
@@ -82,22 +85,24 @@ class Prediction:
     """What a denoiser returned: a tuple, or an output object with `sample`.
 
     Attributes:
-        sample: the prediction [B, ...]. wrapped: in the form in which the model returns it.
+        wrapped: in the form in which the model returns it, terms included. raw: the tensor that the model itself gave.
+        shift: the sum of the terms that were added to every part of the rows, [b, ...]; None where there are none.
     """
 
-    def __init__(self, wrapped: Any):
-        self.wrapped = wrapped
+    def __init__(self, wrapped: Any, raw: Tensor | None = None, shift: Tensor | None = None):
+        self.wrapped, self.shift = wrapped, shift
+        self.raw = self.sample if raw is None else raw
 
     @property
     def sample(self) -> Tensor:
         """The predicted tensor, rows first."""
         return self.wrapped[0] if isinstance(self.wrapped, (tuple, list)) else self.wrapped.sample
 
-    def with_sample(self, sample: Tensor) -> Prediction:
+    def with_sample(self, sample: Tensor, shift: Tensor | None = None) -> Prediction:
         """The same form around another tensor."""
         if isinstance(self.wrapped, (tuple, list)):
-            return Prediction(type(self.wrapped)((sample, *self.wrapped[1:])))
-        return Prediction(type(self.wrapped)(**{**self.wrapped, "sample": sample}))
+            return Prediction(type(self.wrapped)((sample, *self.wrapped[1:])), self.raw, shift)
+        return Prediction(type(self.wrapped)(**{**self.wrapped, "sample": sample}), self.raw, shift)
 
 
 def add_to_rows(prediction: Prediction, term: Tensor, parts: int) -> Prediction:
@@ -106,5 +111,5 @@ def add_to_rows(prediction: Prediction, term: Tensor, parts: int) -> Prediction:
     With weights that sum to one, as in classifier-free guidance at any scale, each row then carries the term into
     the combination exactly once, whatever the scale, the solver and the prediction type.
     """
-    repeated: Sequence[Tensor] = [term] * parts
-    return prediction.with_sample(prediction.sample + torch.cat(list(repeated)))
+    shift = term if prediction.shift is None else prediction.shift + term
+    return prediction.with_sample(prediction.sample + torch.cat([term] * parts), shift)

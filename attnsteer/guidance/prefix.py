@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .branches import BranchInputs, Prediction
 
 
-def first_edited(model: nn.Module, names: list[str]) -> list[nn.Module]:
+def way_to(model: nn.Module, names: list[str]) -> list[nn.Module]:
     """The modules on the way to each edited site: these must run in the weak pass, all others may be replayed."""
     needed: dict[int, nn.Module] = {}
     for name in names:
@@ -21,93 +21,103 @@ def first_edited(model: nn.Module, names: list[str]) -> list[nn.Module]:
     return list(needed.values())
 
 
+class Kept:
+    """One block's output in the strong pass, with what tells whether it still holds."""
+
+    def __init__(self, args: Any, kwargs: Any, output: Any):
+        self.shapes = _shapes(args, kwargs)
+        # Tensors of inference mode do not say whether they were changed in place since.
+        self.output = _map(output, lambda t: t.clone() if t.is_inference() else t)
+        self._versions = self._now()
+
+    def _now(self) -> list[int]:
+        return [-1 if t.is_inference() else t._version for t in _leaves(self.output)]
+
+    def holds(self, args: Any, kwargs: Any) -> bool:
+        """Whether the output was not changed since, and this call is one for inputs of the same shapes."""
+        return self._now() == self._versions and _shapes(args, kwargs) == self.shapes
+
+
 class PrefixCache:
     """Records block outputs of a strong pass and replays them in the weak pass, up to the first edited block.
 
     A block is an entry of a `ModuleList` beside the way to an edited site (or the UNet's mid block) whose output is a
     tensor or a tuple of tensors with the batch first. What precedes the first edit is the same computation on the
     conditional rows, so the replay is exact.
+
+    Args:
+        way: as from `way_to`; None records and replays nothing. inputs: of the strong pass.
     """
 
-    def __init__(self, model: nn.Module, way: list[nn.Module], inputs: BranchInputs):
-        self.model, self.inputs = model, inputs
-        self._way = {id(m) for m in way}
-        self._handles: list[Any] = []
-        self._outputs: dict[int, Any] = {}
+    def __init__(self, run: Any, model: nn.Module, way: list[nn.Module] | None, inputs: BranchInputs):
+        self.run, self.inputs = run, inputs
+        way = way or []
+        on_way = {id(m) for m in way}
+        self._blocks = _blocks_beside(way, on_way)
+        self._stops = [m for m in way if not any(id(c) in on_way for c in m.children())]
+        self._outputs: dict[int, Kept | None] = {}
+        self._recorded = False
         self._open = True
-        self._patched: list[tuple[nn.Module, Any]] = []
-        self._blocks = _blocks_beside(model, way)
 
     def __enter__(self) -> PrefixCache:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._unhook()
-        self._restore()
         self._outputs.clear()
 
     def record(self, call: Callable[[BranchInputs], Prediction], inputs: BranchInputs) -> Prediction:
         """Run the strong pass and keep the outputs of the blocks before the first edited one."""
-        if inputs is not self.inputs or self._outputs:
+        if inputs is not self.inputs or self._recorded:
             return call(inputs)
-        self._open = True
-        for block in self._blocks:
-            self._handles.append(block.register_forward_hook(self._keep))
-        for site in self._stops():
-            self._handles.append(site.register_forward_pre_hook(self._close))
+        self._recorded = True
+        handles = [b.register_forward_hook(self._keep, with_kwargs=True) for b in self._blocks]
+        handles += [site.register_forward_pre_hook(self._close) for site in self._stops]
         try:
             return call(inputs)
         finally:
-            self._unhook()
+            for handle in handles:
+                handle.remove()
 
     def replay(self, call: Callable[[BranchInputs], Prediction], inputs: BranchInputs) -> Prediction:
         """Run the weak pass on the conditional rows, with the kept outputs in place of the blocks that gave them."""
         rows = slice(None) if inputs.layout == self.inputs.layout else self.inputs.part(inputs.layout[0])
-        for block in self._blocks:
-            if id(block) in self._outputs:
-                kept = _cut(self._outputs[id(block)], rows)
-                self._patched.append((block, vars(block).get("forward")))
-                vars(block)["forward"] = lambda *_, _kept=kept, **__: _kept
+        patched = []
         try:
+            for block in self._blocks:
+                kept = self._outputs.get(id(block))
+                if kept is not None:
+                    patched.append((block, vars(block).get("forward")))
+                    vars(block)["forward"] = _player(kept, rows, block.forward)
             return call(inputs)
         finally:
-            self._restore()
+            for block, old in patched:
+                if old is None:
+                    del vars(block)["forward"]
+                else:
+                    vars(block)["forward"] = old
 
-    def _stops(self) -> list[nn.Module]:
-        leaves = [
-            m for m in self.model.modules() if id(m) in self._way and not any(id(c) in self._way for c in m.children())
-        ]
-        return leaves
-
-    def _keep(self, block: nn.Module, args: Any, output: Any) -> None:
-        if not self._open:
+    def _keep(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.run._open:
+            # A weak pass of another method, inside this strong one.
             return
-        if id(block) in self._outputs or not _batched(output, self.inputs.batch):
-            # Called twice, or of a form that is not understood: it is computed again.
+        if id(block) in self._outputs:
+            # Called twice: it is computed again.
             self._outputs[id(block)] = None
-            return
-        self._outputs[id(block)] = output
+        elif self._open:
+            self._outputs[id(block)] = Kept(args, kwargs, output) if _batched(output, self.inputs.batch) else None
 
     def _close(self, *_: Any) -> None:
-        self._open = False
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._outputs = {k: v for k, v in self._outputs.items() if v is not None}
-
-    def _restore(self) -> None:
-        while self._patched:
-            block, old = self._patched.pop()
-            if old is None:
-                vars(block).pop("forward", None)
-            else:
-                vars(block)["forward"] = old
+        self._open = self._open and bool(self.run._open)
 
 
-def _blocks_beside(model: nn.Module, way: list[nn.Module]) -> list[nn.Module]:
-    on_way = {id(m) for m in way}
+def _player(kept: Kept, rows: slice, compute: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _map(kept.output, lambda t: t[rows]) if kept.holds(args, kwargs) else compute(*args, **kwargs)
+
+    return forward
+
+
+def _blocks_beside(way: list[nn.Module], on_way: set[int]) -> list[nn.Module]:
     blocks = []
     for module in way:
         for name, child in module.named_children():
@@ -124,5 +134,15 @@ def _batched(output: Any, batch: int) -> bool:
     return isinstance(output, tuple) and bool(output) and all(_batched(o, batch) for o in output)
 
 
-def _cut(output: Any, rows: slice) -> Any:
-    return output[rows] if isinstance(output, Tensor) else tuple(_cut(o, rows) for o in output)
+def _map(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return change(output) if isinstance(output, Tensor) else tuple(_map(o, change) for o in output)
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else [t for o in output for t in _leaves(o)]
+
+
+def _shapes(args: Any, kwargs: Any) -> list[Any]:
+    """Shapes of the tensor arguments, without the batch."""
+    given = [*args, *(kwargs[name] for name in sorted(kwargs))]
+    return [tuple(v.shape[1:]) for v in given if isinstance(v, Tensor) and v.ndim > 1]

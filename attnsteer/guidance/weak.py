@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,11 +38,16 @@ class WeakBranch(Intervention):
             raise SelectionError(
                 f"{type(self).__name__}(scale={self.scale}, adaptive={self.adaptive}): give finite numbers, adaptive >= 0."
             )
+        if self.where.branches is not None and "cond" not in self.where.branches:
+            raise SelectionError(
+                f"{type(self).__name__}: the weak branch is made of the conditional rows; Where(branches=...) cannot leave "
+                "them out."
+            )
 
     def default_where(self, sites: Sequence[Site]) -> Where | None:
         """The UNet's middle block, as published; a transformer has no such default, so its layers must be named."""
-        if any(s.name.startswith("mid_block.") and s.kind in self.kinds for s in sites):
-            return Where(modules=r"(.*\.)?mid_block\..*", kinds=("self",))
+        if any(re.fullmatch(r"mid_block\..*attn1", s.name) for s in sites):
+            return Where(modules=r"(.*\.)?mid_block\..*attn1", kinds=("self",))
         raise SelectionError(
             f"{type(self).__name__} needs where= on this model: it has no UNet middle block, and no layer choice carries over "
             "between transformers. Give e.g. Where(layers=[...]); attnsteer.sites(pipe) lists them."
@@ -62,7 +68,8 @@ class WeakBranch(Intervention):
         if "cond" in inputs.layout:
             with run.inside(self):
                 weak = forward(inputs.only("cond"))
-            term = scale * (strong.sample[inputs.part("cond")] - weak.sample)
+            # Differences of the model's own outputs: several weak branches add up.
+            term = scale * (strong.raw[inputs.part("cond")] - weak.raw)
             # The unconditional rows may come in a call of their own, after this one.
             inputs.memory[id(self)] = (inputs.timestep, term)
         else:

@@ -12,67 +12,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import CallContext
+from ..engine import CallContext, SiteRuntime
 from ..errors import UnsupportedHost
 from ..guidance.branches import BranchInputs, Prediction
-from ..guidance.prefix import PrefixCache, first_edited
+from ..guidance.prefix import PrefixCache, way_to
+from ..guidance.rescale import Rescale
 from ..site import Site
-
-# One call on a doubled batch, unconditional rows first (specification of each pipeline's own code).
-DOUBLED = (
-    "StableDiffusion", "AltDiffusion", "Kolors", "Sana", "PixArt", "HunyuanDiT", "AuraFlow", "CogVideoX", "Mochi",
-    "LTX", "AnimateDiff", "Allegro", "Latte", "Amused", "TextToVideo", "LEdits",
-)  # fmt: skip
-# Two calls a step, in the cache contexts "cond" and then "uncond".
-TWO_CALLS = ("Flux", "Wan", "SkyReels", "QwenImage", "CogView4", "HunyuanVideo", "Ovis", "LongCat", "Kandinsky", "Lucy")
-COND_FIRST = ("DiTPipeline",)
-# These rescale the combined prediction by norms, so a term added to every row is added before, not after, that.
-NOT_AFFINE = ("QwenImage", "Lumina2")
+from .pipelines import NORMALISED, layout
+from .streams import segments
 
 
-class DenoiserClock:
-    """What a denoiser is doing now; shared by all of its sites.
+class Sampling:
+    """What the sampling loop of a pipeline is doing now; shared by all of its denoisers.
 
     Attributes:
-        step: 0-based index among the distinct timesteps of this sampling run. steps: how many there will be.
-        layout: names of the equal parts of the batch, e.g. ("uncond", "cond"); None when not known.
-        text_length: tokens of `encoder_hidden_states` in this forward.
+        step: 0-based index among the distinct timesteps of this run. steps: how many there will be, where known.
+        turn: calls of a denoiser since the last step of the scheduler. latent_rows: rows of the pipeline's latents.
+        context: name of the running cache context. memory: a dictionary that lives through one run.
     """
 
-    def __init__(self, run: Any, name: str, model: nn.Module, pipeline: Any):
-        self.run, self.name, self.model, self.pipeline = run, name, model, pipeline
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline
         self.step: int | None = None
         self.steps: int | None = None
         self.timestep: float | None = None
-        self.layout: tuple[str, ...] | None = None
-        self.batch = 0
-        self.text_length: int | None = None
+        self.turn = 0
         self.latent_rows: int | None = None
-        self.context_name: str | None = None
-        self.size: tuple[int, int] | None = None
+        self.context: str | None = None
         self.memory: dict[Any, Any] = {}
+        self.rescale = Rescale(pipeline)
         self._times: list[float] = []
+        self._watched = False
 
-    def begin(self, values: dict[str, Any]) -> None:
-        """Read the arguments of one forward of the denoiser."""
-        sample = values.get("sample", values.get("hidden_states"))
-        if isinstance(sample, (list, tuple)):
-            sample = sample[0]
-        self.batch = sample.shape[0]
-        text = values.get("encoder_hidden_states")
-        self.text_length = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else None
-        self.size = _grid_size(sample, values)
-        self._tick(values.get("timestep"))
-        self.layout = self._find_layout()
-
-    def _tick(self, timestep: Any) -> None:
-        scheduler = getattr(self.pipeline, "scheduler", None)
-        planned = getattr(scheduler, "timesteps", None)
-        if isinstance(planned, Tensor) and planned.ndim == 1 and planned.numel():
-            self.steps = int(torch.unique_consecutive(planned).numel())
+    def tick(self, timestep: Any) -> None:
+        """Read the timestep of one denoiser call."""
         if timestep is None:
             return
-        t = float(timestep.flatten()[0]) if isinstance(timestep, Tensor) else float(timestep)
+        # Frames or tokens that are given have timestep zero: the largest is that of the step.
+        t = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
         if self._times and t == self._times[-1]:
             return
         # A new run starts when the times turn round, or where the last run started.
@@ -81,61 +58,143 @@ class DenoiserClock:
         if not self._times or turned or over or t == self._times[0]:
             self._times = []
             self.memory.clear()
+            self.steps = self._length()
         self._times.append(t)
-        self.step, self.timestep = len(self._times) - 1, t
+        self.step, self.timestep, self.turn = len(self._times) - 1, t, 0
 
-    def _find_layout(self) -> tuple[str, ...] | None:
-        if self.run.row_layout is not None:
-            return self.run.row_layout
-        if self.pipeline is None:
+    def _length(self) -> int | None:
+        """Distinct timesteps of the run that starts now; image-to-image runs the last ones only."""
+        planned = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
+        if not isinstance(planned, Tensor) or planned.ndim != 1 or not planned.numel():
             return None
-        kind = type(self.pipeline).__name__
-        if kind.startswith(TWO_CALLS):
-            name = self.context_name
-            return (name,) if name in ("cond", "uncond") else ("cond",) if name is None else None
-        guided = getattr(self.pipeline, "do_classifier_free_guidance", None)
-        if guided is None and self.latent_rows:
-            guided = self.batch == 2 * self.latent_rows
-        if guided is None:
-            return None
-        if kind.startswith(COND_FIRST):
-            return ("cond", "uncond") if guided else ("cond",)
-        if kind.startswith(DOUBLED) and "Pix2Pix" not in kind:
-            return ("uncond", "cond") if guided else ("cond",)
-        return None
+        running = getattr(self.pipeline, "_num_timesteps", None)
+        if isinstance(running, int) and 0 < running < planned.numel():
+            planned = planned[-running:]
+        return int(torch.unique_consecutive(planned).numel())
 
-    def branch_rows(self) -> dict[str, Tensor] | None:
-        """Branch name -> bool [B]; in a weak pass all rows are conditional."""
-        if self.layout is None:
-            return None
-        parts = len(self.layout)
-        part = torch.arange(self.batch) // max(1, self.batch // parts)
+    def watch(self, models: list[nn.Module], journal: Any) -> None:
+        """Learn rows, cache contexts and scheduler steps from the pipeline's own calls."""
+        pipe = self.pipeline
+        for model in models:
+            if hasattr(model, "cache_context"):
+                journal.set_attr(model, "cache_context", self._named(model.cache_context))
+        if self._watched:
+            return
+        self._watched = True
+        journal.add(self.rescale.release)
+        if hasattr(pipe, "prepare_latents"):
+            journal.set_attr(pipe, "prepare_latents", self._prepared(pipe.prepare_latents))
+        scheduler = getattr(pipe, "scheduler", None)
+        if scheduler is not None and hasattr(scheduler, "step"):
+            journal.set_attr(scheduler, "step", self._stepped(scheduler.step))
+
+    def _prepared(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(prepare)
+        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
+            result = prepare(*args, **kwargs)
+            self.latent_rows = (result[0] if isinstance(result, (tuple, list)) else result).shape[0]
+            return result
+
+        return prepare_latents
+
+    def _stepped(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def step(model_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self.turn = 0
+            return original(self.rescale.apply(model_output), *args, **kwargs)
+
+        return step
+
+    def _named(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        @contextlib.contextmanager
+        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            before, self.context = self.context, name
+            try:
+                with original(name, *args, **kwargs) as value:
+                    yield value
+            finally:
+                self.context = before
+
+        return cache_context
+
+
+class DenoiserClock:
+    """What one denoiser is doing now; shared by all of its sites.
+
+    Attributes:
+        layout: names of the equal parts of the batch, e.g. ("uncond", "cond"); None when not known.
+        batch: rows in all. image_tokens: rows of an image in its sequences, where the input tells.
+        size: (height, width) of the latent, in units whose ratio is that of the token grid.
+    """
+
+    def __init__(self, run: Any, name: str, model: nn.Module, sampling: Sampling):
+        self.run, self.name, self.model, self.sampling = run, name, model, sampling
+        self.layout: tuple[str, ...] | None = None
+        self.batch = 0
+        self.image_tokens: int | None = None
+        self.size: tuple[int, int] | None = None
+
+    def begin(self, values: dict[str, Any]) -> None:
+        """Read the arguments of one forward of the denoiser."""
+        sample = next((values[n] for n in ("sample", "hidden_states", "x") if values.get(n) is not None), None)
+        self.batch = len(sample)
+        patch = getattr(getattr(self.model, "config", None), "patch_size", 1)
+        self.image_tokens = _image_tokens(sample, patch)
+        self.size = _grid_size(sample, values)
+        sampling = self.sampling
+        sampling.tick(next((values[n] for n in ("timestep", "timesteps", "t") if values.get(n) is not None), None))
+        self.layout = self.run.row_layout
+        if self.layout is None and sampling.pipeline is not None:
+            self.layout = layout(sampling.pipeline, sampling.context, self.batch, sampling.latent_rows, sampling.turn)
+        sampling.turn += 1
+
+    def active(self, runtime: SiteRuntime) -> tuple[int, ...]:
+        """Which interventions act at a site now."""
+        return runtime.active(None, self.sampling.step, self.sampling.steps)
+
+    def context(self, site: Site, rows: int, batch: int, image: int | None) -> CallContext:
+        """The context of one attention call with `rows` query rows of `batch` sequences; `image` as in `segments`."""
+        roles = segments(site, rows, image, self.image_tokens)
+        ctx = CallContext(step=self.sampling.step, steps=self.sampling.steps, segments=roles)
+        if self.layout is not None and batch % max(self.batch, 1) == 0:
+            ctx.branch_rows = self._branch_rows(batch, site.module)
+        found = roles.get("image")
+        if found is not None and self.size is not None:
+            ctx.grid = _grid_of(found.stop - found.start, self.size)
+        return ctx
+
+    def _branch_rows(self, batch: int, module: nn.Module) -> dict[str, Tensor]:
+        """Branch name -> bool [batch]; frames or positions folded into the batch follow their sample."""
+        device = next(module.parameters()).device
+        part = torch.arange(batch, device=device) // (batch // len(self.layout))
         return {
-            name: sum(
-                (part == i for i, n in enumerate(self.layout) if n == name), torch.zeros(self.batch, dtype=torch.bool)
-            ).bool()
+            name: torch.stack([part == i for i, n in enumerate(self.layout) if n == name]).any(dim=0)
             for name in set(self.layout)
         }
 
-    def context(self, site: Site, segments: dict[str, slice]) -> CallContext:
-        """The context of one attention call."""
-        ctx = CallContext(step=self.step, steps=self.steps, segments=segments)
-        if self.layout is not None:
-            device = next(iter(site.module.parameters())).device
-            ctx.branch_rows = {k: v.to(device) for k, v in self.branch_rows().items()}
-        image = segments.get("image")
-        if image is not None and self.size is not None:
-            ctx.grid = _grid_of(image.stop - image.start, self.size)
-        return ctx
+
+def _image_tokens(sample: Any, patch: Any) -> int | None:
+    """Image rows per sample: of packed latents [B, N, C], or of [B, C, H, W] cut into patches."""
+    if not isinstance(sample, Tensor) or sample.ndim not in (3, 4):
+        return None
+    if sample.ndim == 3:
+        return int(sample.shape[1])
+    return (sample.shape[2] // patch) * (sample.shape[3] // patch) if isinstance(patch, int) else None
 
 
-def _grid_size(sample: Tensor, values: dict[str, Any]) -> tuple[int, int] | None:
+def _grid_size(sample: Any, values: dict[str, Any]) -> tuple[int, int] | None:
     """(height, width) of the latent, in units whose ratio is that of the token grid."""
     ids = values.get("img_ids")
-    if isinstance(ids, Tensor) and ids.shape[-1] == 3:
-        ids = ids.reshape(-1, 3) if ids.ndim == 2 else ids[0]
+    if isinstance(ids, Tensor) and ids.shape[-1] in (3, 4):
+        ids = ids.reshape(-1, ids.shape[-1]) if ids.ndim == 2 else ids[0]
         return int(ids[:, 1].max()) + 1, int(ids[:, 2].max()) + 1
-    return (int(sample.shape[-2]), int(sample.shape[-1])) if sample.ndim == 4 else None
+    shapes = values.get("img_shapes")
+    if shapes and len(shapes[0]) == 1 and shapes[0][0][0] == 1:
+        return int(shapes[0][0][1]), int(shapes[0][0][2])
+    if not isinstance(sample, Tensor) or sample.ndim != 4:
+        return None
+    return int(sample.shape[-2]), int(sample.shape[-1])
 
 
 def _grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:
@@ -149,147 +208,146 @@ def _grid_of(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:
     return None
 
 
-def wrap_denoiser(clock: DenoiserClock, model: nn.Module, journal: Any, run: Any) -> None:
-    """Put the clock and the `around` methods in front of a denoiser's forward, where anything needs them."""
-    around = [b for b in run.bounds if "around" in b.doors and _touches(run, b, clock.name)]
-    timed = any(
-        b.where.steps is not None or b.where.branches is not None or b.where.rows is not None for b in run.bounds
-    )
-    needs = any({"segments", "grid"} & set(b.method.needs) for b in run.bounds)
-    if not (around or timed or needs):
+def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
+    """Put the clock and the `around` methods in front of a denoiser's forward, where anything needs them.
+
+    Args:
+        owner: the denoiser, or the module that `torch.compile` made of it.
+    """
+    run, model = clock.run, clock.model
+    around = [b for b in run.bounds if "around" in b.doors and _edited(clock, b)]
+    told = any(b.where.branches is not None for b in run.bounds)
+    timed = told or any(b.where.steps is not None or b.where.rows is not None for b in run.bounds)
+    if not (around or timed or any({"segments", "grid"} & set(b.method.needs) for b in run.bounds)):
         return
+    _refuse_cache(model, around)
+    if around or told:
+        clock.sampling.watch([model], journal)
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+    place, original = _place(owner)
+    compiled = owner is not model or any(m._compiled_call_impl is not None for m in model.modules())
+    # Compiled code keeps the hooks that it was compiled with: nothing is replayed there.
+    ways = {b.index: None if compiled else way_to(model, _edited(clock, b)) for b in around}
+    live = [True]
+
+    @torch.compiler.disable
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not live[0] or run._open:
+            return original(*args, **kwargs)
+        values = dict(zip(names, args, strict=False)) | kwargs
+        clock.begin(values)
+        sampling = clock.sampling
+        working = [b for b in around if b.where.active(None, sampling.step, sampling.steps)]
+        if not working:
+            return original(*args, **kwargs)
+        _refuse_cache(model, working)
+        _check_rows(clock)
+        bare = call = functools.partial(_predict, clock, original)
+        for bound in reversed(working):
+            call = _layer(clock, bound, call, bare, ways[bound.index])
+        inputs = BranchInputs(values, clock.layout, clock.batch, sampling.timestep, sampling.memory)
+        prediction = call(inputs)
+        if prediction.shift is not None and len(clock.layout) > 1 and sampling.rescale.wanted:
+            return sampling.rescale.hold(prediction, inputs).wrapped
+        return prediction.wrapped
+
+    vars(owner)[place] = forward
+
+    def undo() -> None:
+        live[0] = False
+        # accelerate may have moved ours below its own, or back, meanwhile.
+        for name in ("forward", "_old_forward", "_compiled_call_impl"):
+            if vars(owner).get(name) is forward:
+                if name == place == "forward" and owner is model:
+                    del vars(owner)[name]
+                else:
+                    vars(owner)[name] = original
+
+    journal.add(undo)
+
+
+def _place(owner: nn.Module) -> tuple[str, Callable[..., Any]]:
+    """The attribute through which the denoiser is called, below accelerate's hooks and above `torch.compile`."""
+    if vars(owner).get("_compiled_call_impl") is not None:
+        return "_compiled_call_impl", owner._compiled_call_impl
+    place = "_old_forward" if "_old_forward" in vars(owner) else "forward"
+    return place, vars(owner).get(place) or owner.forward
+
+
+def _predict(clock: DenoiserClock, original: Callable[..., Any], inputs: BranchInputs) -> Prediction:
+    """One pass of the model itself; containers are copied, because some models empty the lists that they get."""
+    before = clock.layout, clock.batch
+    clock.layout, clock.batch = inputs.layout, inputs.batch
+    try:
+        return Prediction(original(**{name: _copied(value) for name, value in inputs.values.items()}))
+    finally:
+        clock.layout, clock.batch = before
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return list(value) if type(value) is list else value
+
+
+def _layer(
+    clock: DenoiserClock,
+    bound: Any,
+    inner: Callable[[BranchInputs], Prediction],
+    bare: Callable[[BranchInputs], Prediction],
+    way: list[nn.Module] | None,
+) -> Callable[[BranchInputs], Prediction]:
+    """One `around` method as a middleware.
+
+    Its passes with inside edits on are passes of the bare model, so that several weak branches add up, and they reuse
+    the unedited prefix of its other pass.
+    """
+    run = clock.run
+
+    def outer(inputs: BranchInputs) -> Prediction:
+        with PrefixCache(run, clock.model, way, inputs) as prefix:
+
+            def forward(given: BranchInputs) -> Prediction:
+                if bound.index in run._open:
+                    return prefix.replay(bare, given)
+                return prefix.record(inner, given)
+
+            run.audit.count(bound.index, "guided calls")
+            return bound.method.around(forward, inputs, run)
+
+    return outer
+
+
+def _edited(clock: DenoiserClock, bound: Any) -> list[str]:
+    """Names of the sites of this denoiser that an intervention edits."""
+    return [
+        r.site.name
+        for r in clock.run.runtimes.values()
+        if r.site.component == clock.name and any(b.index == bound.index for b, _ in r.entries)
+    ]
+
+
+def _refuse_cache(model: nn.Module, around: list[Any]) -> None:
     if around and getattr(model, "is_cache_enabled", False):
         raise UnsupportedHost(
             f"{type(model).__name__} has a feature cache enabled: the weak pass would be answered from it and guidance would "
             "silently vanish. Call disable_cache() first."
         )
-    if around:
-        _watch_pipeline(clock, journal)
-    names = list(inspect.signature(model.forward).parameters)
-    place = "_old_forward" if "_old_forward" in vars(model) else "forward"
-    original = getattr(model, place)
-    live = [True]
-    first = {b.index: first_edited(model, _edited(run, b, clock.name)) for b in around}
-
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not live[0] or clock.run._open:
-            return original(*args, **kwargs)
-        values = dict(zip(names, args, strict=False)) | kwargs
-        clock.begin(values)
-        working = [b for b in around if b.where.active(None, clock.step, clock.steps)]
-        if not working:
-            return original(**values)
-        if clock.layout is None:
-            raise UnsupportedHost(
-                f"which rows of the batch are conditional is not known for {type(clock.pipeline or model).__name__}: steer the "
-                'pipeline rather than its model, or enter run.branches("uncond", "cond") around the calls.'
-            )
-        _check_post_processing(clock)
-        call = functools.partial(_predict, clock, original)
-        for bound in reversed(working):
-            call = _layer(run, bound, call, model, first[bound.index])
-        inputs = BranchInputs(values, clock.layout, clock.batch, clock.timestep, clock.memory)
-        return call(inputs).wrapped
-
-    vars(model)[place] = forward
-
-    def undo() -> None:
-        live[0] = False
-        for name in ("forward", "_old_forward"):
-            if vars(model).get(name) is forward:
-                if name == "forward" and place == "forward":
-                    del vars(model)[name]
-                else:
-                    vars(model)[name] = original
-
-    journal.add(undo)
 
 
-def _predict(clock: DenoiserClock, original: Callable[..., Any], inputs: BranchInputs) -> Prediction:
-    # A weak pass has some of the rows only, and Where(branches=...) must see the rows that are there.
-    before = clock.layout, clock.batch
-    clock.layout, clock.batch = inputs.layout, inputs.batch
-    try:
-        return Prediction(original(**inputs.values))
-    finally:
-        clock.layout, clock.batch = before
-
-
-def _layer(
-    run: Any, bound: Any, inner: Callable[..., Prediction], model: nn.Module, first: Any
-) -> Callable[..., Prediction]:
-    """One `around` method as a middleware; its passes with inside edits on reuse the unedited prefix."""
-
-    def outer(inputs: BranchInputs) -> Prediction:
-        with PrefixCache(model, first, inputs) as prefix:
-
-            def forward(given: BranchInputs) -> Prediction:
-                return inner(given) if bound.index not in run._open else prefix.replay(inner, given)
-
-            def strong(given: BranchInputs) -> Prediction:
-                return forward(given) if bound.index in run._open else prefix.record(inner, given)
-
-            run.audit.count(bound.index, "guided calls")
-            return bound.method.around(strong, inputs, run)
-
-    return outer
-
-
-def _edited(run: Any, bound: Any, component: str) -> list[str]:
-    return [
-        r.site.name
-        for r in run.runtimes.values()
-        if r.site.component == component and any(b.index == bound.index for b, _ in r.entries)
-    ]
-
-
-def _touches(run: Any, bound: Any, component: str) -> bool:
-    return bool(_edited(run, bound, component))
-
-
-def _check_post_processing(clock: DenoiserClock) -> None:
-    pipe = clock.pipeline
-    if pipe is None:
-        return
-    if getattr(pipe, "guidance_rescale", 0.0) and len(clock.layout) > 1:
+def _check_rows(clock: DenoiserClock) -> None:
+    """Refuse a call whose rows are not known; warn where the combination is not a plain one."""
+    pipe, memory = clock.sampling.pipeline, clock.sampling.memory
+    name = type(pipe if pipe is not None else clock.model).__name__
+    if clock.layout is None:
         raise UnsupportedHost(
-            f"guidance_rescale={pipe.guidance_rescale} rescales by the conditional row's spread, which guidance on every row "
-            "changes; the result would not be the published one. Set guidance_rescale=0."
+            f"which of the {clock.batch} rows of this call are conditional is not known for {name} (its latents have "
+            f"{clock.sampling.latent_rows} rows): steer a pipeline with known rows rather than its model, and use no other "
+            'guidance that adds denoiser calls or rows; or enter run.branches("uncond", "cond") around the calls.'
         )
-    if type(pipe).__name__.startswith(NOT_AFFINE) and not clock.memory.get("warned"):
+    if NORMALISED.match(name) and not memory.get("warned"):
+        memory["warned"] = True
         warnings.warn(
-            f"{type(pipe).__name__} normalises the combined prediction; the guidance term is added before that.",
-            stacklevel=3,
+            f"{name} may normalise the combined prediction; the guidance term is added before that.", stacklevel=4
         )
-        clock.memory["warned"] = True
-
-
-def _watch_pipeline(clock: DenoiserClock, journal: Any) -> None:
-    """Learn the latents' batch size and the running cache context from the pipeline's own calls."""
-    pipe, model = clock.pipeline, clock.model
-    if pipe is not None and hasattr(pipe, "prepare_latents"):
-        prepare = pipe.prepare_latents
-
-        @functools.wraps(prepare)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            result = prepare(*args, **kwargs)
-            latents = result[0] if isinstance(result, tuple) else result
-            clock.latent_rows = latents.shape[0]
-            return result
-
-        journal.set_attr(pipe, "prepare_latents", watched)
-    if hasattr(model, "cache_context"):
-        context = model.cache_context
-
-        @functools.wraps(context)
-        @contextlib.contextmanager
-        def named(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            before, clock.context_name = clock.context_name, name
-            try:
-                with context(name, *args, **kwargs) as value:
-                    yield value
-            finally:
-                clock.context_name = before
-
-        journal.set_attr(model, "cache_context", named)

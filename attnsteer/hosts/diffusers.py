@@ -24,7 +24,7 @@ DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 class DiffusersHost(Host):
     """Pipelines and denoisers of diffusers: UNets and every transformer with attention processors."""
 
-    provides = frozenset({"segments", "grid"})
+    provides = frozenset({"segments", "grid", "steps", "branches", "around"})
 
     def __init__(self, target: Any):
         super().__init__(target)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .lse import attend_lse
-from .problem import Attention, assemble, hide, pick
+from .problem import Attention, additive, assemble, exponential, pick
 from .statistics import rows as map_rows
 
 # Below this many keys a gathered product beats a second fused call.
@@ -21,11 +21,12 @@ class KeyIndex:
 
     Attributes:
         index: [b, h, s] positions, padded with 0. valid: [b, h, s] bool, False for the padding.
-        span: (start, stop) when every batch row and head has this one contiguous range.
+        full: no padding. span: (start, stop) when every batch row and head has this one contiguous range.
     """
 
     index: Tensor
     valid: Tensor
+    full: bool
     span: tuple[int, int] | None
 
     @property
@@ -37,14 +38,14 @@ class KeyIndex:
 def index_keys(keys: Tensor) -> KeyIndex:
     """Turn a boolean key set [B or 1, H or 1, m] into gathered positions."""
     counts = keys.sum(dim=-1)
-    size = int(counts.max()) if counts.numel() else 0
+    least, size = torch.stack(counts.aminmax()).tolist() if counts.numel() else (0, 0)
     # A stable sort of "not in the set" puts the members first, in order.
     index = torch.argsort((~keys).to(torch.int8), dim=-1, stable=True)[..., :size]
     valid = torch.arange(size, device=keys.device) < counts[..., None]
     span = None
     if size and keys.shape[:2] == (1, 1) and int(index[0, 0, -1]) - int(index[0, 0, 0]) == size - 1:
         span = (int(index[0, 0, 0]), int(index[0, 0, -1]) + 1)
-    return KeyIndex(index.masked_fill(~valid, 0), valid, span)
+    return KeyIndex(index.masked_fill(~valid, 0), valid, least == size, span)
 
 
 def mass(att: Attention, lse: Tensor, keys: Tensor | KeyIndex) -> Tensor:
@@ -95,7 +96,7 @@ def _gathered(att: Attention, lse: Tensor, chosen: KeyIndex, want_values: bool) 
     for batch, kv, block in tiles:
         heads = sub.heads(kv)
         z = sub.scores(block, slice(0, size), batch, kv, lse)
-        p = _hide_gathered(att, chosen, z, batch, heads, block).exp_()
+        p = exponential(_hide(att, chosen, z, batch, heads, block))
         b, h, r, _ = p.shape
         folded = p.reshape(b, h // sub.groups, sub.groups * r, size)
         outs.append(torch.matmul(folded, sub.v[batch, kv, :, :width].to(dtype)).reshape(b, h, r, width))
@@ -104,7 +105,7 @@ def _gathered(att: Attention, lse: Tensor, chosen: KeyIndex, want_values: bool) 
 
 
 def _gather(att: Attention, chosen: KeyIndex) -> Attention:
-    """The same rows against the chosen keys only; who sees which of them is left to `_hide_gathered`."""
+    """The same rows against the chosen keys only; who sees which of them is left to `_hide`."""
     B, H, _, m = att.shape
     index, size, kv = chosen.index, chosen.size, att.k.shape[1]
     # With a set for each query head the gathered K has a head for each of them; only `size` keys of it.
@@ -119,20 +120,21 @@ def _gather(att: Attention, chosen: KeyIndex) -> Attention:
     return att.replace(k=k, v=v, mask=None, causal=False, sinks=None, key_bias=bias)
 
 
-def _hide_gathered(att: Attention, chosen: KeyIndex, z: Tensor, batch: slice, heads: slice, rows: slice) -> Tensor:
+def _hide(att: Attention, chosen: KeyIndex, z: Tensor, batch: slice, heads: slice, rows: slice) -> Tensor:
     """The scores of a tile of `_gather`, minus infinity where the row does not see the key."""
     index = pick(chosen.index, batch, heads)[:, :, None]
-    z = z.masked_fill_(~pick(chosen.valid, batch, heads)[:, :, None], -torch.inf)
+    if not chosen.full:
+        z = z.masked_fill_(~pick(chosen.valid, batch, heads)[:, :, None], -torch.inf)
     if att.causal:
         i = torch.arange(rows.start, rows.stop, device=z.device)
         z = z.masked_fill_(index > i[:, None], -torch.inf)
     mask = att.mask4()
-    if mask is None:
-        return z
-    mask = pick(mask, batch, heads, rows)
-    lead = (*torch.broadcast_shapes(mask.shape[:2], index.shape[:2]), mask.shape[2])
-    mask = mask.expand(*lead, att.shape[3]).gather(-1, index.expand(*lead, chosen.size))
-    return hide(z, mask)
+    if mask is not None:
+        mask = pick(mask, batch, heads, rows)
+        lead = (*torch.broadcast_shapes(mask.shape[:2], index.shape[:2]), mask.shape[2])
+        mask = mask.expand(*lead, att.shape[3]).gather(-1, index.expand(*lead, chosen.size))
+        z += additive(mask, z.dtype)
+    return z
 
 
 def _fused_span(att: Attention, lse: Tensor, span: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Attention, assemble
+from .problem import Attention, assemble, exponential
 
 HALF = (torch.float16, torch.bfloat16)
+# A key bias of minus infinity as the kernels get it: the exponential is zero, and no product is NaN.
+FLOOR = -(2.0**14)
 
 
 def lse_source(att: Attention) -> str:
@@ -31,17 +35,19 @@ def lse_source(att: Attention) -> str:
 
 
 def attend(att: Attention) -> Tensor:
-    """The attention output [B, H, n, dv], in the dtype of v."""
-    fits = att.softcap is None and att.sinks is None and not (att.causal and att.mask is not None)
-    if not fits:
+    """The attention output [B, H, n, dv], in the dtype of v.
+
+    Rows that see no key are left to torch: zero, or the mean value where the mask is a finite float.
+    """
+    if att.softcap is not None or att.sinks is not None or (att.causal and att.mask is not None):
         return attend_lse(att)[0]
-    q, k = _lanes(att)
-    v = att.v if q.shape[-1] == att.q.shape[-1] else _pad(att.v, q.shape[-1] - att.q.shape[-1])
-    gqa = att.groups > 1
+    q, k, v = _lanes(att)
     mask = att.mask4()
-    if mask is not None and mask.dtype not in (torch.bool, q.dtype):
-        mask = mask.to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=att.causal, scale=att.scale, enable_gqa=gqa)
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(_mask_dtype(att))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=att.causal, scale=att.scale, enable_gqa=k.shape[1] != q.shape[1]
+    )
     return out[..., : att.v.shape[-1]]
 
 
@@ -59,54 +65,49 @@ def attend_lse(att: Attention) -> tuple[Tensor, Tensor]:
         out, lse = _cuda_efficient(att)
     else:
         return _blockwise(att)
-    return out, _blind_rows(att, lse)
+    return _blind_rows(att, out, lse)
 
 
-def _pad(t: Tensor, lanes: int) -> Tensor:
-    return F.pad(t, (0, lanes))
-
-
-def _lanes(att: Attention) -> tuple[Tensor, Tensor]:
-    """q and k with the key bias as extra lanes of the head dimension (identity F4).
+def _lanes(att: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v for a kernel, with the key bias as extra lanes of the head dimension (identity F4).
 
     Half precision takes the bias as three lanes (value and two remainders): one lane alone is off by percents.
     """
+    q, k, v = att.q, att.k, att.v
     if att.key_bias is None:
-        return att.q, att.k
-    B, H, n, m = att.shape
-    bias = att.key_bias.to(torch.float32).expand(B, -1, m)
-    # A bias per query head needs its own K; one shared by the heads of a kv group does not.
-    per_head = bias.shape[1] not in (1, att.k.shape[1]) or (bias.shape[1] > 1 and att.groups > 1)
-    k = att.k.repeat_interleave(att.groups, dim=1) if per_head else att.k
-    bias = bias.expand(B, k.shape[1], m)
-    parts, rest = [], bias
-    for _ in range(3 if att.q.dtype in HALF else 1):
-        part = rest.to(att.q.dtype)
-        parts.append(part)
-        rest = rest - part.to(torch.float32)
-    lanes = torch.stack(parts, dim=-1)
-    width = lanes.shape[-1]
-    # The lane must survive the multiplication by scale; 1/scale is exact for powers of two only, so in
-    # other cases its rounding is at most half a unit in the last place of the bias.
-    one = torch.full((B, H, n, width), 1.0 / att.scale, dtype=att.q.dtype, device=att.q.device)
-    fill = -(-(att.q.shape[-1] + width) // 8) * 8 - att.q.shape[-1] - width
-    q = _pad(torch.cat([att.q, one], dim=-1), fill)
-    return q, _pad(torch.cat([k, lanes.to(k.dtype)], dim=-1), fill)
+        return q, k, v
+    B, H, n, d = q.shape
+    if att.key_bias.shape[1] > 1 and att.groups > 1:
+        # A bias per query head needs a K per query head.
+        k, v = (t.repeat_interleave(att.groups, dim=1) for t in (k, v))
+    # The lane of q undoes the scale up to a power of two, which is exact; the lanes of k do the rest.
+    one = 2.0 ** -round(math.log2(att.scale))
+    rest = att.key_bias.to(att.stat_dtype).clamp(min=FLOOR).expand(*k.shape[:3]) / (att.scale * one)
+    lanes = []
+    for _ in range(3 if q.dtype in HALF else 1):
+        lanes.append(rest.to(q.dtype))
+        rest = rest - lanes[-1].to(rest.dtype)
+    fill = -(d + len(lanes)) % 8
+    q = F.pad(torch.cat([q, q.new_full((B, H, n, len(lanes)), one)], dim=-1), (0, fill))
+    k = F.pad(torch.cat([k, torch.stack(lanes, dim=-1)], dim=-1), (0, fill))
+    return q, k, F.pad(v, (0, len(lanes) + fill))
 
 
-def _with_lanes(att: Attention) -> tuple[Tensor, Tensor, Tensor]:
-    q, k = _lanes(att)
-    v = att.v
-    if k.shape[1] != v.shape[1]:
-        v = v.repeat_interleave(att.groups, dim=1)
-    if q.shape[-1] != v.shape[-1]:
-        v = _pad(v, q.shape[-1] - v.shape[-1])
+def _kernel_inputs(att: Attention) -> tuple[Tensor, Tensor, Tensor]:
+    """`_lanes`, with dense rows: the kernels read any other layout as if it were dense."""
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in _lanes(att))
     return q, k, v
 
 
+def _mask_dtype(att: Attention) -> torch.dtype:
+    """What a kernel takes an additive mask in: the dtype of q; on CPU also fp32, which loses nothing."""
+    exact = att.q.device.type == "cpu" and att.mask is not None and att.mask.dtype not in (torch.bool, att.q.dtype)
+    return att.stat_dtype if exact else att.q.dtype
+
+
 def _cpu_flash(att: Attention) -> tuple[Tensor, Tensor]:
-    q, k, v = _with_lanes(att)
-    mask, causal = att.additive(q.dtype), att.causal
+    q, k, v = _kernel_inputs(att)
+    mask, causal = att.additive(_mask_dtype(att)), att.causal
     if mask is not None and causal:
         mask, causal = _fold_causal(att, mask), False
     if mask is not None:
@@ -124,7 +125,7 @@ def _fold_causal(att: Attention, mask: Tensor) -> Tensor:
 
 
 def _cuda_flash(att: Attention) -> tuple[Tensor, Tensor]:
-    q, k, v = _with_lanes(att)
+    q, k, v = _kernel_inputs(att)
     result = torch.ops.aten._scaled_dot_product_flash_attention(
         q, k, v, 0.0, att.causal, return_debug_mask=False, scale=att.scale
     )
@@ -132,7 +133,7 @@ def _cuda_flash(att: Attention) -> tuple[Tensor, Tensor]:
 
 
 def _cuda_efficient(att: Attention) -> tuple[Tensor, Tensor]:
-    q, k, v = _with_lanes(att)
+    q, k, v = _kernel_inputs(att)
     if k.shape[1] != q.shape[1]:
         # This kernel has no grouped-query form.
         k, v = (t.repeat_interleave(att.groups, dim=1) for t in (k, v))
@@ -149,18 +150,23 @@ def _cuda_efficient(att: Attention) -> tuple[Tensor, Tensor]:
     return result[0][..., : att.v.shape[-1]], result[1][..., :n].float()
 
 
-def _blind_rows(att: Attention, lse: Tensor) -> Tensor:
-    """Minus infinity for rows without a visible key: kernels report 0, NaN or infinity there."""
-    mask = att.mask4()
-    if mask is None:
-        return lse
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    if att.causal:
-        _, _, n, m = att.shape
-        seen = seen & torch.ones(n, m, dtype=torch.bool, device=mask.device).tril()
-    if seen.shape[-1] == 1 and att.shape[3] > 1:
-        seen = seen.expand(*seen.shape[:-1], att.shape[3])
-    return lse.masked_fill(~seen.any(dim=-1), -torch.inf)
+def _blind_rows(att: Attention, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero output and minus infinity for rows without a visible key: kernels report 0, NaN or infinity there."""
+    blind, mask = None, att.mask4()
+    if mask is not None:
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if att.causal:
+            _, _, n, m = att.shape
+            seen = seen & torch.ones(n, m, dtype=torch.bool, device=mask.device).tril()
+        blind = ~seen.any(dim=-1)
+    if att.key_bias is not None:
+        removed = lse < FLOOR / 2
+        blind = removed if blind is None else blind | removed
+    if blind is None:
+        return out, lse
+    if att.key_bias is not None or out.device.type != "cpu":
+        out = out.masked_fill(blind[..., None], 0.0)
+    return out, lse.masked_fill(blind, -torch.inf)
 
 
 def _blockwise(att: Attention) -> tuple[Tensor, Tensor]:
@@ -174,15 +180,21 @@ def _blockwise(att: Attention) -> tuple[Tensor, Tensor]:
     for batch, kv, rows in tiles:
         heads, keys = att.heads(kv), att.seen_keys(rows)
         z = att.scores(rows, keys, batch, kv)
-        blind = torch.isneginf(z).all(dim=-1)
-        # The gradient of a log-sum-exp of minus infinities would be NaN.
-        lse = (z.masked_fill(blind[..., None], 0.0) if att.requires_grad else z).logsumexp(dim=-1)
+        top = z.detach().amax(dim=-1)
+        blind = torch.isneginf(top)
         if att.sinks is not None:
-            lse = torch.logaddexp(lse, att.sinks[heads].to(dtype)[None, :, None].expand_as(lse))
-        lse = lse.masked_fill(blind, -torch.inf)
-        p = torch.exp(z - lse.masked_fill(blind, 0.0)[..., None])
+            sink = att.sinks[heads].to(dtype)[None, :, None]
+            top = torch.maximum(top, sink.detach())
+        top = top.masked_fill(torch.isneginf(top), 0.0)
+        z -= top[..., None]
+        p = exponential(z)
+        total = p.sum(dim=-1)
+        if att.sinks is not None:
+            total = total + torch.exp(sink - top)
+        total = total.masked_fill(blind, 1.0)
         b, h, r, _ = p.shape
         folded = p.reshape(b, h // att.groups, att.groups * r, -1)
-        outs.append(torch.matmul(folded, att.v[batch, kv, keys].to(dtype)).reshape(b, h, r, -1))
-        sums.append(lse)
-    return assemble(tiles, outs).to(att.v.dtype), assemble(tiles, sums)
+        out = torch.matmul(folded, att.v[batch, kv, keys].to(dtype)).reshape(b, h, r, -1)
+        outs.append((out / total[..., None]).to(att.v.dtype))
+        sums.append((top + total.log()).masked_fill(blind, -torch.inf))
+    return assemble(tiles, outs), assemble(tiles, sums)

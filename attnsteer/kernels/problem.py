@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 # A tile of scores of about this many elements stays inside a core's cache on CPU and saturates a GPU.
 CPU_TILE = 1 << 20
 GPU_TILE = 1 << 26
+LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,7 @@ class Attention:
     def additive(self, dtype: torch.dtype) -> Tensor | None:
         """The mask as an additive float with true minus infinities (causality and key bias not included)."""
         mask = self.mask4()
-        if mask is None:
-            return None
-        if mask.dtype == torch.bool:
-            return torch.zeros((), dtype=dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-        hidden = mask <= torch.finfo(mask.dtype).min / 2
-        return mask.to(dtype).masked_fill(hidden, -torch.inf)
+        return None if mask is None else additive(mask, dtype)
 
     def scores(
         self,
@@ -146,7 +143,7 @@ class Attention:
         z = z.reshape(b, h, n, -1)
         mask = self.mask4()
         if mask is not None:
-            z = hide(z, pick(mask, batch, heads, rows, keys))
+            z += additive(pick(mask, batch, heads, rows, keys), dtype)
         if self.key_bias is not None:
             z += pick(self.key_bias, batch, heads, keys)[:, :, None].to(dtype)
         first = max(keys.start, rows.start + 1)
@@ -199,12 +196,16 @@ def pick(t: Tensor, *at: slice) -> Tensor:
     return t[tuple(s if size > 1 else slice(None) for s, size in zip(at, t.shape, strict=False))]
 
 
-def hide(z: Tensor, mask: Tensor) -> Tensor:
-    """The scores z, changed in place, under a boolean or additive mask that broadcasts to them."""
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean or float mask as an additive float with true minus infinities."""
     if mask.dtype == torch.bool:
-        return z.masked_fill_(~mask, -torch.inf)
-    z += mask.to(z.dtype)
-    return z.masked_fill_(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
+
+
+def exponential(z: Tensor) -> Tensor:
+    """exp(z), in place. On CPU base two takes a third of the time, and a fortieth where results are subnormal."""
+    return z.mul_(LOG2E).exp2_() if z.device.type == "cpu" else z.exp_()
 
 
 def assemble(tiles: Sequence[tuple[slice, slice, slice]], parts: Sequence[Tensor]) -> Tensor:

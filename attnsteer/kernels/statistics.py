@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .problem import Attention, assemble
+from .problem import Attention, assemble, exponential
 
 
 def dense(att: Attention) -> Tensor:
@@ -34,7 +34,7 @@ def column_mass(att: Attention, lse: Tensor, row_weight: Tensor | None = None) -
     weight = weight.to(att.stat_dtype).expand(B, n)
     for batch, kv, block in att.tiles():
         heads, keys = att.heads(kv), att.seen_keys(block)
-        p = att.scores(block, keys, batch, kv, lse).exp_()
+        p = exponential(att.scores(block, keys, batch, kv, lse))
         w = weight[batch, None, None, block].expand(*p.shape[:2], 1, -1)
         out[batch, heads, keys] += torch.matmul(w, p)[:, :, 0]
     return out
@@ -44,7 +44,7 @@ def rows(att: Attention, lse: Tensor, index: Tensor) -> Tensor:
     """The rows `index` [r] of the map, [B, H, r, m], in fp32."""
     sub = att.replace(q=att.q.index_select(2, index), causal=False, mask=_row_mask(att, index))
     _, _, r, m = sub.shape
-    return sub.scores(slice(0, r), slice(0, m), lse=lse.index_select(2, index)).exp_()
+    return exponential(sub.scores(slice(0, r), slice(0, m), lse=lse.index_select(2, index)))
 
 
 def entropy(att: Attention, lse: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ def entropy(att: Attention, lse: Tensor) -> Tensor:
         return torch.zeros(att.shape[:3], dtype=att.stat_dtype, device=att.q.device)
     tiles, parts = att.tiles(), []
     for batch, kv, block in tiles:
-        # exp(-1000) is zero in fp64 too; minus infinity would make a NaN of it.
+        # exp(-1000) is zero, in fp64 too; minus infinity would make a NaN of the product.
         s = att.scores(block, att.seen_keys(block), batch, kv, lse).clamp_(min=-1000.0)
-        parts.append(-(s.exp() * s).sum(dim=-1))
+        parts.append(-(exponential(s.clone()) * s).sum(dim=-1))
     return assemble(tiles, parts)
 
 

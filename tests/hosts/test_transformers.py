@@ -75,9 +75,7 @@ def test_static_cache_equals_dynamic(llama: nn.Module, name: str) -> None:
     options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with steer(llama, METHODS[name]):
         dynamic = llama.generate(**inputs, **options)
-        static = llama.generate(
-            **inputs, **options, past_key_values=StaticCache(config=llama.config, max_cache_len=24)
-        )
+        static = llama.generate(**inputs, **options, past_key_values=StaticCache(config=llama.config, max_cache_len=24))
     assert torch.equal(dynamic.sequences, static.sequences)
     assert far(torch.stack(dynamic.logits), torch.stack(static.logits)) <= 1e-5
 

@@ -1,0 +1,68 @@
+"""`guidance_rescale` beside a guidance term: the rescaling is taken over from the pipeline, so that both are exact.
+
+The pipelines pull the spread of the combined prediction towards that of the conditional one, which a term on every row
+would change. While a term is held, the pipeline's own rescale is zero; the scheduler's step adds the term and rescales.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UnsupportedHost
+from .branches import BranchInputs, Prediction
+
+
+class Rescale:
+    """The guidance rescale of one pipeline, between a denoiser call and the scheduler's step."""
+
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline
+        self._factor = 0.0
+        self._held: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the pipeline rescales, as far as it says."""
+        return bool(self._held is not None or getattr(self.pipeline, "guidance_rescale", 0.0))
+
+    def hold(self, prediction: Prediction, inputs: BranchInputs) -> Prediction:
+        """Keep the term until the next `apply`, and return the prediction without it.
+
+        Raises:
+            UnsupportedHost: the pipeline reads its rescale where it cannot be taken over, or made no step meanwhile.
+        """
+        pipe = self.pipeline
+        names = inspect.unwrap(type(pipe).__call__).__code__.co_names
+        if self._held is not None or "guidance_rescale" not in names or not hasattr(pipe, "_guidance_rescale"):
+            raise UnsupportedHost(
+                f"{type(pipe).__name__} with guidance_rescale={pipe.guidance_rescale}: it rescales by the conditional row's "
+                "spread, which guidance on every row changes, and this cannot be taken over here. Set guidance_rescale=0."
+            )
+        self._factor, pipe._guidance_rescale = pipe._guidance_rescale, 0.0
+        self._held = prediction.shift, prediction.raw[inputs.part("cond")]
+        return prediction.with_sample(prediction.raw)
+
+    def apply(self, output: Any) -> Any:
+        """The model output of a scheduler's step, with the held term and rescaled; unchanged where none is held."""
+        if self._held is None:
+            return output
+        term, cond = self._held
+        self.release()
+        if not isinstance(output, Tensor) or output.shape != term.shape:
+            raise UnsupportedHost(
+                f"{type(self.pipeline).__name__} changes the prediction's shape before the scheduler's step; with guidance "
+                "set guidance_rescale=0."
+            )
+        output, cond = output + term.to(output.dtype), cond.to(output.dtype)
+        dims = list(range(1, output.ndim))
+        rescaled = output * (cond.std(dim=dims, keepdim=True) / output.std(dim=dims, keepdim=True))
+        return self._factor * rescaled + (1 - self._factor) * output
+
+    def release(self) -> None:
+        """Give the pipeline its rescale back."""
+        if self._held is not None:
+            self._held = None
+            self.pipeline._guidance_rescale = self._factor

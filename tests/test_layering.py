@@ -1,0 +1,123 @@
+"""Imports point one way: each module may import what its layer allows, at the top or inside functions."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "attnsteer"
+HOST_LIBRARIES = {"transformers", "diffusers", "accelerate", "timm", "peft"}
+# Ends of the program: they may use everything, and nothing of the library uses them.
+ENDS = {"cli", "__main__", "demo", "doctor", "skeleton", "catalogue"}
+# What a module of the core may import from outside. `typing_extensions` and the standard library are free.
+CORE = {"torch", "safetensors", "huggingface_hub"}
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below the package -> file."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(name: str) -> tuple[set[str], set[str]]:
+    """(outside top-level packages, modules of this package) that a module's code names, wherever it does."""
+    path = MODULES[name]
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    outside, inside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            outside |= {a.name.split(".")[0] for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            outside.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            base = [p for p in package if p][: len([p for p in package if p]) - node.level + 1]
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                full = ".".join([*base, alias.name])
+                inside.add(full if full in MODULES else ".".join(base))
+    return outside - set(sys.stdlib_module_names), inside - {"", name}
+
+
+def under(*packages: str) -> list[str]:
+    return sorted(n for n in MODULES if any(n == p or n.startswith(f"{p}.") for p in packages))
+
+
+@pytest.mark.parametrize(
+    "name", under("methods", "kernels", "guidance", "where", "heads", "call", "engine", "tokens", "audit", "site")
+)
+def test_tensor_maths_and_selection_know_no_model(name: str) -> None:
+    outside, inside = imported(name)
+    assert outside <= {"torch", "safetensors"}
+    assert not {m for m in inside if m.split(".")[0] in ENDS | {"hosts", "testing"}}
+
+
+@pytest.mark.parametrize("name", under("kernels"))
+def test_kernels_know_nothing_of_the_package(name: str) -> None:
+    assert all(m.split(".")[0] in ("kernels", "errors") for m in imported(name)[1])
+
+
+def closure(name: str) -> set[str]:
+    """A module of the hosts and all modules of the hosts that it uses, directly or not."""
+    found, waiting = set(), [name]
+    while waiting:
+        found.add(waiting.pop())
+        waiting += [m for n in found for m in imported(n)[1] if m.startswith("hosts.") and m not in found]
+    return found
+
+
+@pytest.mark.parametrize("name", under("hosts"))
+def test_a_host_imports_its_own_library_only(name: str) -> None:
+    outside, inside = imported(name)
+    assert outside <= {"torch", "transformers", "diffusers"}
+    assert not {m for m in inside if m.split(".")[0] in ENDS | {"testing", "methods"}}
+    libraries = {lib for module in closure(name) for lib in imported(module)[0]} & HOST_LIBRARIES
+    assert libraries <= {"transformers"} or libraries <= {"diffusers"}
+
+
+def test_hosts_are_where_their_library_is() -> None:
+    assert imported("hosts.generic")[0] == imported("hosts.base")[0] | {"torch"} == {"torch"}
+    assert "transformers" in imported("hosts.transformers")[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - set(under("testing", "hosts", "evals", "runner", "zoo", "viz")) - ENDS))
+def test_the_core_knows_no_host_library(name: str) -> None:
+    outside, inside = imported(name)
+    assert outside <= CORE
+    assert not {m for m in inside if m.split(".")[0] in ENDS | {"testing"}}
+
+
+def test_nothing_imports_the_command_line() -> None:
+    assert [n for n in MODULES if "cli" in {m.split(".")[0] for m in imported(n)[1]}] == ["__main__"]
+
+
+def test_transformers_is_steered_where_diffusers_is_missing() -> None:
+    code = """
+import sys
+sys.modules["diffusers"] = None
+import torch, attnsteer
+from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
+model = tiny_transformers("llama")
+with torch.no_grad(), attnsteer.steer(model, attnsteer.HeadGate({(0, 0): 0.5})) as run:
+    model(**tiny_transformers_inputs("llama", model))
+assert run.audit.fired(0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_walk_sees_imports() -> None:
+    """The helper finds imports at the top, inside functions, and relative ones."""
+    assert {"transformers", "torch"} <= imported("hosts.transformers")[0]
+    assert {"kernels", "engine", "hosts.base"} <= imported("hosts.transformers")[1]
+    assert "cli" in imported("__main__")[1]

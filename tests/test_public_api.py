@@ -1,0 +1,128 @@
+"""The public names are a promise: a change of this list is a change of the interface."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import attnsteer
+from attnsteer import Intervention, errors
+
+METHODS = ["ACT", "HeadGate", "PAG", "PASTA", "SEG", "SoftPAG", "SpotLight", "ZeroTuning"]
+NAMES = [
+    "HeadSet", "Intervention", "Site", "Steering", "Tokens", "Where", "errors", "get_method", "methods",
+    "register_host", "register_method", "sites", "steer", *METHODS,
+]  # fmt: skip
+ERRORS = [
+    "AttnSteerError", "CompositionError", "NeverFired", "RegistrationError", "SelectionError", "SerializationError",
+    "UnknownName", "UnsupportedHost",
+]  # fmt: skip
+# Positional parameters and defaults that code and saved recipes rely on.
+SIGNATURES = {
+    "ACT": "heads=None, beta=0.4, threshold=None, alpha=None, decode='frozen', min_rows=1, *, where, exclude='first_token'",
+    "HeadGate": "gates, *, where",
+    "PAG": "scale=3.0, strength=1.0, joint='ii_identity', *, where, adaptive=0.0, heads=None, target='identity'",
+    "PASTA": "spans, heads=None, alpha=0.01, scale_position='exclude', *, where, tokenizer=None",
+    "SEG": "scale=3.0, sigma=inf, *, where, adaptive=0.0, heads=None",
+    "SoftPAG": "scale=3.0, strength=1.0, joint='joint_identity', *, where, adaptive=0.0, heads=None, target='identity'",
+    "SpotLight": "spans, target=0.2, pooled=False, *, where, tokenizer=None",
+    "ZeroTuning": "heads=None, gamma=1.0, *, where",
+    "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "
+    "modalities=None",
+    "HeadSet": "heads, *, scores=None, shape=None, provenance=None",
+    "steer": "target, *interventions, measure=False, reference=False",
+    "sites": "target",
+    "get_method": "name",
+    "register_method": "cls=None, *, name=None",
+    "register_host": "cls=None, *, name=None",
+}
+
+
+def signature(thing: object) -> str:
+    """Names and defaults, without annotations; a default made by a factory is left out."""
+    parts, starred = [], False
+    for p in inspect.signature(thing).parameters.values():
+        if p.kind is p.KEYWORD_ONLY and not starred:
+            starred = True
+            parts.append("*")
+        made = p.default is p.empty or "factory" in repr(p.default)
+        starred = starred or p.kind is p.VAR_POSITIONAL
+        parts.append(f"*{p.name}" if p.kind is p.VAR_POSITIONAL else p.name if made else f"{p.name}={p.default!r}")
+    return ", ".join(parts)
+
+
+def test_the_list_of_public_names() -> None:
+    assert sorted(attnsteer.__all__) == sorted([*NAMES, "__version__"])
+    assert set(attnsteer.__all__) <= set(dir(attnsteer))
+    namespace: dict[str, object] = {}
+    exec("from attnsteer import *", namespace)
+    assert set(NAMES) <= set(namespace)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_loads_and_is_documented(name: str) -> None:
+    thing = getattr(attnsteer, name)
+    assert inspect.getdoc(thing) and thing is getattr(attnsteer, name)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name: str) -> None:
+    assert signature(getattr(attnsteer, name)) == SIGNATURES[name]
+
+
+def test_an_unknown_name_is_an_attribute_error_that_lists_the_names() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'sterr'.*steer"):
+        attnsteer.sterr  # noqa: B018
+    with pytest.raises(ImportError):
+        from attnsteer import sterr  # noqa: F401
+
+
+def test_methods_is_a_function_and_a_package() -> None:
+    assert isinstance(attnsteer.methods, ModuleType)
+    assert set(METHODS) <= set(attnsteer.methods())
+    from attnsteer.methods import ACT
+    from attnsteer.methods.act import ACT as direct
+
+    assert ACT is direct is attnsteer.ACT is attnsteer.methods.ACT is attnsteer.get_method("ACT")
+    with pytest.raises(AttributeError, match="Did you mean 'ACT'"):
+        attnsteer.methods.Act  # noqa: B018
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_are_frozen_interventions_with_a_paper(name: str) -> None:
+    from attnsteer.catalogue import describe
+
+    cls = attnsteer.get_method(name)
+    assert issubclass(cls, Intervention) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
+    entry = describe(name, cls)
+    assert entry.summary and "20" in entry.paper and entry.doors and entry.hosts
+
+
+def test_errors_are_one_family() -> None:
+    found = [n for n, v in vars(errors).items() if isinstance(v, type) and v.__module__ == "attnsteer.errors"]
+    assert sorted(found) == ERRORS
+    assert all(issubclass(getattr(errors, n), errors.AttnSteerError) for n in ERRORS)
+    assert issubclass(errors.SelectionError, ValueError) and issubclass(errors.UnknownName, KeyError)
+    assert issubclass(errors.UnsupportedHost, TypeError) and issubclass(errors.NeverFired, RuntimeError)
+    assert str(errors.UnknownName("two\nlines")) == "two\nlines"
+
+
+def test_every_error_is_in_the_guide() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in guide for name in ERRORS)
+
+
+def test_a_suggestion_is_for_close_names_only_and_ignores_case() -> None:
+    assert errors.did_you_mean("softpag", ["SoftPAG", "PAG"]) == " Did you mean 'SoftPAG'?"
+    assert errors.did_you_mean("xyz", ["SoftPAG", "PAG"]) == "" and errors.did_you_mean("x", []) == ""
+    assert errors.listing(range(3)) == "0, 1, 2" and errors.listing(range(5), 2) == "0, 1, ... (3 more)"
+
+
+def test_the_version_is_stated_once() -> None:
+    from importlib.metadata import version
+
+    assert attnsteer.__version__ == version("attnsteer")
