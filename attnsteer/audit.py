@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 
 @dataclass
 class Record:
@@ -16,6 +18,8 @@ class Record:
         path: "output", "inputs", "bias", "fused", "rows" or "dense": how the last edit was computed; joined by "+"
             where head groups went different ways.
         distance: mean total-variation distance between the map before and after, when measured.
+        compiled: the site runs in compiled code, where calls are not counted (a count that is read would compile anew
+            at every call).
     """
 
     calls: int = 0
@@ -23,6 +27,7 @@ class Record:
     rows: int = 0
     heads: int = 0
     path: str = ""
+    compiled: bool = False
     _moved: float = 0.0
     _measured: int = 0
 
@@ -33,6 +38,9 @@ class Record:
 
     def see(self, heads: int) -> None:
         """Count one call with this many selected heads."""
+        if torch.compiler.is_compiling():
+            self.compiled, self.heads = True, heads
+            return
         self.calls += 1
         self.heads = max(self.heads, heads)
 
@@ -52,7 +60,7 @@ class Mark:
 
     def edited(self, path: str) -> None:
         """A head group was edited by `path`."""
-        if not self.paths:
+        if not self.paths and not torch.compiler.is_compiling():
             self.record.edits += 1
             self.record.rows += self.rows
         if path not in self.paths:
@@ -79,7 +87,7 @@ class Audit:
 
     def fired(self, index: int) -> bool:
         """Whether intervention number `index` acted: at a site, or, where it ran no weak pass, around the model."""
-        if any(r.calls for (i, _), r in self.records.items() if i == index):
+        if any(r.calls or r.compiled for (i, _), r in self.records.items() if i == index):
             return True
         extra = self.extra.get(index, {})
         return bool(extra.get("guided calls")) and not extra.get("inside passes")
@@ -96,6 +104,7 @@ class Audit:
                     "heads": r.heads,
                     "path": r.path,
                     "distance": r.distance,
+                    **({"compiled": True} if r.compiled else {}),
                 }
                 for (i, path), r in self.records.items()
                 if i == index
@@ -112,6 +121,7 @@ class Audit:
             lines.append(f"{name}: {calls} calls at {len(own)} sites, {edits} edited{extra}")
             for path, r in own.items():
                 moved = "" if r.distance is None else f", moved {r.distance:.4f}"
+                moved += ", compiled: calls not counted" if r.compiled else ""
                 lines.append(
                     f"  {path}: {r.edits}/{r.calls} calls, {r.rows} rows x {r.heads} heads, {r.path or '-'}{moved}"
                 )

@@ -112,12 +112,15 @@ class AttentionMap:
 
     def mass(self, keys: Tensor) -> Tensor:
         """sum of A over `keys` (bool [B or 1, H or 1, m]), [B, H, n]."""
+        if self.few and id(keys) not in self._groups:
+            # Without the partial output: a decoding step should not read all values for it.
+            return (self.dense() * keys[:, :, None]).sum(dim=-1)
         return self.partial(keys)[0]
 
     def outside(self, keys: Tensor) -> Tensor:
         """sum of A over all keys but `keys`, [B, H, n], exact also where nearly nothing is left."""
         if self.few:
-            return (self.dense() * ~keys[:, :, None]).sum(dim=-1)
+            return self.dense().masked_fill(keys[:, :, None], 0.0).sum(dim=-1)
         return kernels.leftover(self.att, self.lse, keys, self.mass(keys))
 
     def partial(self, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,12 +162,16 @@ class AttentionMap:
         A = self.dense()
         factor = self._factor(edit)
         new = A * factor
+        total = A.sum(dim=-1, keepdim=True)
         if edit.normalise:
-            norm = new.sum(dim=-1, keepdim=True) + (1.0 - A.sum(dim=-1, keepdim=True))
+            norm = new.sum(dim=-1, keepdim=True) + (1.0 - total)
             new = torch.where(norm > 0, new / norm.clamp_min(1e-37), A)
-        changed = (factor != 1.0).any(dim=-1, keepdim=True)
-        blind = A.sum(dim=-1, keepdim=True) <= 0
-        return torch.where(changed & ~blind, _apply(new, self.att).to(self.out.dtype), self.out)
+        changed = (factor != 1.0).any(dim=-1, keepdim=True) & (total > 0)
+        edited = _apply(new, self.att)
+        if self._out is None and changed.device.type == "cpu" and bool(changed.all()):
+            # No row keeps its output, so the model's own kernel need not run (elsewhere asking would cost more than it).
+            return edited.to(self.att.v.dtype)
+        return torch.where(changed, edited.to(self.out.dtype), self.out)
 
     def _factor(self, edit: Reweight) -> Tensor:
         """Weights as a full [B, H, n, m] tensor."""
@@ -284,12 +291,16 @@ class AttnCall:
         """V per selected query head, [B, H, m, d]."""
         return self.map.att.expanded_values()
 
+    def key_index(self) -> Tensor:
+        """Number of each key counted from the sample's first valid token, [B or 1, m]; negative for left padding."""
+        tokens = self.context.get("tokens")
+        if tokens is None:
+            return self.key_position[None]
+        return self.key_position[None] - tokens.first().to(self.key_position.device)[:, None]
+
     def first_key(self) -> Tensor:
         """The first valid token of each row as a key set [B or 1, 1, m]; empty once it has left a window cache."""
-        position = self.key_position
-        tokens = self.context.get("tokens")
-        first = torch.zeros(1, dtype=torch.long) if tokens is None else tokens.first()
-        return (position[None] == first.to(position.device)[:, None])[:, None]
+        return (self.key_index() == 0)[:, None]
 
     def span_keys(self, spans: list[list[tuple[int, int]]]) -> Tensor:
         """Token ranges per sample, as a key set [B, 1, m] of this call (absolute positions)."""

@@ -156,15 +156,17 @@ class SiteRuntime:
         """Heads that share the same methods, so that each group is edited as a whole."""
         found = self._partitions.get(active)
         if found is None:
-            every = tuple(range(self.site.heads))
+            # By all methods, also those that do not act now: a group keeps its state under its heads, and must find it
+            # again when another phase or step brings other methods in.
             by_methods: dict[tuple[int, ...], list[int]] = {}
-            for head in every:
-                key = tuple(i for i in active if self.entries[i][1] is None or head in self.entries[i][1])
-                if key:
-                    by_methods.setdefault(key, []).append(head)
+            for head in range(self.site.heads):
+                key = tuple(i for i, (_, heads) in enumerate(self.entries) if heads is None or head in heads)
+                by_methods.setdefault(key, []).append(head)
+            acting = {key: [self.entries[i][0] for i in key if i in active] for key in by_methods}
             found = [
-                (None if len(heads) == len(every) else tuple(heads), [self.entries[i][0] for i in key])
+                (None if len(heads) == self.site.heads else tuple(heads), acting[key])
                 for key, heads in by_methods.items()
+                if acting[key]
             ]
             self._partitions[active] = found
         return found

@@ -167,7 +167,9 @@ class Intervention:
         try:
             return found(**values)
         except (TypeError, ValueError) as error:
-            raise SerializationError(f"{directory}/steer.json has values that do not make a {found.__name__}: {error}") from error
+            raise SerializationError(
+                f"{directory}/steer.json has values that do not make a {found.__name__}: {error}"
+            ) from error
 
 
 def _saved(cls: type) -> list[Any]:

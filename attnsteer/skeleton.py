@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from .errors import AttnSteerError, UnknownName, UnsupportedHost, did_you_mean, listing
+from .hosts.diffusers import DENOISERS
 from .site import Site, SiteList
 from .steering import sites
 
 CONFIGS = ("config.json", "model_index.json", "*/config.json")
-# What a pipeline is steered at when no component is named.
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
 
 def sites_of(source: str | Path, component: str | None = None) -> SiteList:

@@ -230,7 +230,9 @@ def bind(
     plan: dict[str, list[tuple[Bound, tuple[int, ...] | None]]] = {}
     for index, method in enumerate(interventions):
         if not isinstance(method.where, Where):
-            raise SelectionError(f"{type(method).__name__}(where={method.where!r}): give a Where, e.g. Where(layers=[0]).")
+            raise SelectionError(
+                f"{type(method).__name__}(where={method.where!r}): give a Where, e.g. Where(layers=[0])."
+            )
         where = method.selection()
         if where == Where():
             where = method.default_where(every) or where

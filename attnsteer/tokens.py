@@ -45,6 +45,16 @@ class Tokens:
             return torch.full((self.batch,), upto, dtype=torch.long)
         return self.valid[:, :upto].sum(dim=-1)
 
+    def take(self, index: Tensor) -> None:
+        """Keep the rows `index` [b], in that order: beams that were reordered, samples that were repeated or dropped."""
+        for name in ("valid", "ids", "image"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor[index.to(tensor.device)])
+        rows = index.tolist()
+        self._resolved = {key: (spans, [found[i] for i in rows]) for key, (spans, found) in self._resolved.items()}
+        self.batch = len(rows)
+
     def spans(self, spans: Any, tokenizer: Any = None) -> list[list[Range]]:
         """Slot ranges per row for `spans`, which may be:
 

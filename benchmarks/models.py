@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -127,6 +128,12 @@ def unet(shape: UNetShape, seed: int = 0) -> nn.Module:
         sample_size=shape.latent,
         block_out_channels=shape.channels,
         cross_attention_dim=shape.text_dim,
-        norm_num_groups=min(32, shape.channels[0] // 2),
+        norm_num_groups=math.gcd(32, shape.channels[0]),
     )
     return model.eval().requires_grad_(False)
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A second model on the same weights, with a config of its own: one is steered while the other stays as it is."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)

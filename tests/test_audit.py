@@ -108,20 +108,20 @@ def test_events_without_a_site_are_counted() -> None:
     assert audit.to_dict()["interventions"][0]["inside passes"] == 3 and not audit.fired(0)
 
 
+@torch.no_grad()
 def test_leaving_without_a_call_raises_and_names_the_silent(model: Any, inputs: Any) -> None:
-    with pytest.raises(NeverFired, match=r"ZeroTuning.*never acted.*3 sites.*model\.layers\.0"):
-        with steer(model, ZeroTuning(gamma=2.0)):
-            pass
-    with pytest.raises(NeverFired) as caught, torch.no_grad():
-        with steer(model, HeadGate({(0, 0): 0.5}), ZeroTuning(gamma=2.0, where=Where(phases="decode"))):
-            model(**inputs)
+    words = r"ZeroTuning.*never acted.*3 sites.*model\.layers\.0"
+    with pytest.raises(NeverFired, match=words), steer(model, ZeroTuning(gamma=2.0)):
+        pass
+    later = ZeroTuning(gamma=2.0, where=Where(phases="decode"))
+    with pytest.raises(NeverFired) as caught, steer(model, HeadGate({(0, 0): 0.5}), later):
+        model(**inputs)
     assert "ZeroTuning" in str(caught.value) and "HeadGate" not in str(caught.value)
 
 
 def test_an_error_inside_is_not_hidden_by_never_fired(model: Any) -> None:
-    with pytest.raises(ZeroDivisionError):
-        with steer(model, ZeroTuning(gamma=2.0)):
-            raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), steer(model, ZeroTuning(gamma=2.0)):
+        raise ZeroDivisionError
 
 
 def test_a_handle_can_be_checked_by_hand(model: Any) -> None:

@@ -82,7 +82,7 @@ def state():
         "masks": {k: id(v) for k, v in masking_utils.ALL_MASK_ATTENTION_FUNCTIONS.items()},
         "backends": sorted(map(str, backends._backends)),
         "processors": {k: id(v) for k, v in vars(attention_processor).items()},
-        "calls": {k: id(v.__call__) for k, v in vars(attention_processor).items() if isinstance(v, type)},
+        "calls": {k: id(vars(v).get("__call__")) for k, v in vars(attention_processor).items() if isinstance(v, type)},
         "functional": {k: id(v) for k, v in vars(torch.nn.functional).items()},
         "module": {k: id(v) for k, v in vars(torch.nn.Module).items()},
         "dtype": str(torch.get_default_dtype()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@functools.cache
 def imported(name: str) -> tuple[set[str], set[str]]:
     """(outside top-level packages, modules of this package) that a module's code names, wherever it does."""
     path = MODULES[name]
@@ -90,7 +92,9 @@ def test_hosts_are_where_their_library_is() -> None:
     assert "transformers" in imported("hosts.transformers")[0]
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - set(under("testing", "hosts", "evals", "runner", "zoo", "viz")) - ENDS))
+@pytest.mark.parametrize(
+    "name", sorted(set(MODULES) - set(under("testing", "hosts", "evals", "runner", "zoo", "viz")) - ENDS)
+)
 def test_the_core_knows_no_host_library(name: str) -> None:
     outside, inside = imported(name)
     assert outside <= CORE

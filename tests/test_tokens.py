@@ -157,7 +157,9 @@ def test_ranges_count_from_the_first_valid_token() -> None:
     valid = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
     tokens = Tokens(batch=2, length=5, valid=valid)
     assert tokens.spans([[(0, 1), (1, 3)], [(4, 5)]]) == [[(2, 3), (3, 5)], [(4, 5)]]
-    assert tokens.first().tolist() == [2, 0] and tokens.count().tolist() == [3, 5] and tokens.count(3).tolist() == [1, 3]
+    assert (
+        tokens.first().tolist() == [2, 0] and tokens.count().tolist() == [3, 5] and tokens.count(3).tolist() == [1, 3]
+    )
     assert Tokens(batch=2, length=5).first().tolist() == [0, 0] and Tokens(batch=2, length=5).count().tolist() == [5, 5]
 
 
@@ -223,7 +225,12 @@ def test_a_string_and_its_range_steer_alike_also_with_beams() -> None:
     def generated(spans: Any) -> torch.Tensor:
         with steer(model, SpotLight(spans, 0.6, tokenizer=tokenizer)):
             return model.generate(
-                **inputs, max_new_tokens=6, num_beams=3, do_sample=False, output_scores=True, return_dict_in_generate=True
+                **inputs,
+                max_new_tokens=6,
+                num_beams=3,
+                do_sample=False,
+                output_scores=True,
+                return_dict_in_generate=True,
             )
 
     by_string, by_range = generated("fox"), generated([[(3, 4)], [(2, 3)]])

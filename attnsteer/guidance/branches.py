@@ -20,12 +20,17 @@ BATCHED = frozenset(
         "down_intrablock_additional_residuals", "block_controlnet_hidden_states", "controlnet_block_samples",
         "controlnet_single_block_samples", "text_embeds", "time_ids", "image_embeds", "prompt_embeds", "cross_attention_kwargs",
         "joint_attention_kwargs", "ip_adapter_masks", "ip_hidden_states", "ip_adapter_image_embeds", "resolution", "aspect_ratio",
-        "audio_hidden_states", "audio_encoder_hidden_states",
+        "audio_hidden_states", "audio_encoder_hidden_states", "original_size", "target_size", "crop_coords", "image_latents",
+        "image_embeddings", "fps", "global_hidden_states", "id_cond", "id_vit_hidden", "inpaint_latents", "control_latents",
+        "text_encoder_layers", "controlnet_cond", "video_coords",
     }
 )  # fmt: skip
 WHOLE = frozenset(
-    {"img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "rope_interpolation_scale", "return_dict", "indices_grid"}
-)
+    {
+        "img_ids", "txt_ids", "image_rotary_emb", "rotary_embedding", "freqs_cis", "rope_interpolation_scale", "return_dict",
+        "indices_grid", "visual_rope_pos", "text_rope_pos",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class BranchInputs:
 
     Attributes:
         values: name -> argument. layout: names of the equal parts of the batch, in order.
-        batch: rows in all. timestep: of this call. memory: a dictionary that lives through one sampling run.
+        batch: rows in all. timestep: of this call, as the scheduler counts. memory: a dictionary that lives through one sampling run.
     """
 
     values: dict[str, Any]
@@ -82,7 +87,7 @@ class BranchInputs:
 
 
 class Prediction:
-    """What a denoiser returned: a tuple, or an output object with `sample`.
+    """What a denoiser returned: a tuple, an output object with `sample`, or the tensor itself.
 
     Attributes:
         wrapped: in the form in which the model returns it, terms included. raw: the tensor that the model itself gave.
@@ -92,14 +97,22 @@ class Prediction:
     def __init__(self, wrapped: Any, raw: Tensor | None = None, shift: Tensor | None = None):
         self.wrapped, self.shift = wrapped, shift
         self.raw = self.sample if raw is None else raw
+        if not isinstance(self.raw, Tensor):
+            raise UnsupportedHost(
+                "the denoiser returns a list of samples; guidance is defined on one tensor with rows."
+            )
 
     @property
     def sample(self) -> Tensor:
         """The predicted tensor, rows first."""
+        if isinstance(self.wrapped, Tensor):
+            return self.wrapped
         return self.wrapped[0] if isinstance(self.wrapped, (tuple, list)) else self.wrapped.sample
 
     def with_sample(self, sample: Tensor, shift: Tensor | None = None) -> Prediction:
         """The same form around another tensor."""
+        if isinstance(self.wrapped, Tensor):
+            return Prediction(sample, self.raw, shift)
         if isinstance(self.wrapped, (tuple, list)):
             return Prediction(type(self.wrapped)((sample, *self.wrapped[1:])), self.raw, shift)
         return Prediction(type(self.wrapped)(**{**self.wrapped, "sample": sample}), self.raw, shift)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,18 +45,15 @@ class PrefixCache:
 
     A block is an entry of a `ModuleList` beside the way to an edited site (or the UNet's mid block) whose output is a
     tensor or a tuple of tensors with the batch first. What precedes the first edit is the same computation on the
-    conditional rows, so the replay is exact.
+    conditional rows, so the replay is exact. Blocks may be compiled one by one (`compile_repeated_blocks`).
 
     Args:
         way: as from `way_to`; None records and replays nothing. inputs: of the strong pass.
     """
 
-    def __init__(self, run: Any, model: nn.Module, way: list[nn.Module] | None, inputs: BranchInputs):
+    def __init__(self, run: Any, way: list[nn.Module] | None, inputs: BranchInputs):
         self.run, self.inputs = run, inputs
-        way = way or []
-        on_way = {id(m) for m in way}
-        self._blocks = _blocks_beside(way, on_way)
-        self._stops = [m for m in way if not any(id(c) in on_way for c in m.children())]
+        self._blocks, self._stops = _blocks_and_stops(way or [])
         self._outputs: dict[int, Kept | None] = {}
         self._recorded = False
         self._open = True
@@ -70,62 +69,93 @@ class PrefixCache:
         if inputs is not self.inputs or self._recorded:
             return call(inputs)
         self._recorded = True
-        handles = [b.register_forward_hook(self._keep, with_kwargs=True) for b in self._blocks]
-        handles += [site.register_forward_pre_hook(self._close) for site in self._stops]
-        try:
+        changes = [(block, self._recorder(block)) for block in self._blocks]
+        with _exchanged([*changes, *((site, self._closer) for site in self._stops)]):
             return call(inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def replay(self, call: Callable[[BranchInputs], Prediction], inputs: BranchInputs) -> Prediction:
         """Run the weak pass on the conditional rows, with the kept outputs in place of the blocks that gave them."""
         rows = slice(None) if inputs.layout == self.inputs.layout else self.inputs.part(inputs.layout[0])
-        patched = []
-        try:
-            for block in self._blocks:
-                kept = self._outputs.get(id(block))
-                if kept is not None:
-                    patched.append((block, vars(block).get("forward")))
-                    vars(block)["forward"] = _player(kept, rows, block.forward)
+        kept = [(block, self._outputs.get(id(block))) for block in self._blocks]
+        with _exchanged([(block, _player(output, rows)) for block, output in kept if output is not None]):
             return call(inputs)
-        finally:
-            for block, old in patched:
-                if old is None:
-                    del vars(block)["forward"]
-                else:
-                    vars(block)["forward"] = old
 
-    def _keep(self, block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.run._open:
-            # A weak pass of another method, inside this strong one.
-            return
-        if id(block) in self._outputs:
-            # Called twice: it is computed again.
-            self._outputs[id(block)] = None
-        elif self._open:
-            self._outputs[id(block)] = Kept(args, kwargs, output) if _batched(output, self.inputs.batch) else None
+    def _recorder(self, block: nn.Module) -> Callable[..., Any]:
+        def around(compute: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                output = compute(*args, **kwargs)
+                if self.run._open:
+                    # A weak pass of another method, inside this strong one.
+                    return output
+                if id(block) in self._outputs:
+                    # Called twice: it is computed again.
+                    self._outputs[id(block)] = None
+                elif self._open:
+                    known = _batched(output, self.inputs.batch)
+                    self._outputs[id(block)] = Kept(args, kwargs, output) if known else None
+                return output
 
-    def _close(self, *_: Any) -> None:
-        self._open = self._open and bool(self.run._open)
+            return forward
+
+        return around
+
+    def _closer(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._open = self._open and bool(self.run._open)
+            return compute(*args, **kwargs)
+
+        return forward
 
 
-def _player(kept: Kept, rows: slice, compute: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return _map(kept.output, lambda t: t[rows]) if kept.holds(args, kwargs) else compute(*args, **kwargs)
+@contextlib.contextmanager
+def _exchanged(changes: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Each module runs `change(what it ran before)` in this block."""
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for module, change in changes:
+            name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
+            undo.append((vars(module), name, vars(module).get(name)))
+            vars(module)[name] = functools.wraps(getattr(module, name))(change(getattr(module, name)))
+        yield
+    finally:
+        for own, name, old in reversed(undo):
+            if old is None:
+                del own[name]
+            else:
+                own[name] = old
 
-    return forward
+
+def _player(kept: Kept, rows: slice) -> Callable[..., Any]:
+    def around(compute: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return _map(kept.output, lambda t: t[rows]) if kept.holds(args, kwargs) else compute(*args, **kwargs)
+
+        return forward
+
+    return around
 
 
-def _blocks_beside(way: list[nn.Module], on_way: set[int]) -> list[nn.Module]:
-    blocks = []
+def _blocks_and_stops(way: list[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The blocks beside the way, and the modules on it where the edited part begins.
+
+    Inside a compiled module nothing is exchanged: there the edited part begins with the module itself.
+    """
+    on_way = {id(m) for m in way}
+    compiled = [m for m in way if m._compiled_call_impl is not None]
+    inside = {id(m) for c in compiled for m in c.modules()} - {id(c) for c in compiled}
+    blocks, stops = [], []
     for module in way:
+        if id(module) in inside:
+            continue
+        if module._compiled_call_impl is not None or not any(id(c) in on_way for c in module.children()):
+            stops.append(module)
+            continue
         for name, child in module.named_children():
             if isinstance(child, nn.ModuleList):
                 blocks.extend(c for c in child if id(c) not in on_way and c is not None)
             elif name == "mid_block" and id(child) not in on_way:
                 blocks.append(child)
-    return blocks
+    return blocks, stops
 
 
 def _batched(output: Any, batch: int) -> bool:

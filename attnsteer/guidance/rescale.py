@@ -36,7 +36,12 @@ class Rescale:
         """
         pipe = self.pipeline
         names = inspect.unwrap(type(pipe).__call__).__code__.co_names
-        if self._held is not None or "guidance_rescale" not in names or not hasattr(pipe, "_guidance_rescale"):
+        if self._held is not None:
+            raise UnsupportedHost(
+                "a guidance term was never used: the scheduler's step did not run, or the scheduler was exchanged while "
+                "steered. Attach again, or set guidance_rescale=0."
+            )
+        if "guidance_rescale" not in names or not hasattr(pipe, "_guidance_rescale"):
             raise UnsupportedHost(
                 f"{type(pipe).__name__} with guidance_rescale={pipe.guidance_rescale}: it rescales by the conditional row's "
                 "spread, which guidance on every row changes, and this cannot be taken over here. Set guidance_rescale=0."

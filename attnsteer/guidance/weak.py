@@ -24,7 +24,8 @@ class WeakBranch(Intervention):
 
     Args:
         scale: s; 0 turns the method off and computes no weak pass.
-        adaptive: a in s_t = max(0, s - a (1000 - t)), the community's adaptive form; 0 keeps s constant.
+        adaptive: a in s_t = max(0, s - a (1000 - t)), the community's adaptive form, with t as the scheduler counts;
+            0 keeps s constant.
     """
 
     scale: float = 3.0
@@ -54,7 +55,7 @@ class WeakBranch(Intervention):
         )
 
     def scale_at(self, timestep: float | None) -> float:
-        """s_t at an integer-style timestep (0 to 1000)."""
+        """s_t at a timestep of the scheduler (1000 to 0)."""
         if not self.adaptive or timestep is None:
             return self.scale
         return max(0.0, self.scale - self.adaptive * (1000.0 - timestep))

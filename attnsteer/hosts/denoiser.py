@@ -16,107 +16,13 @@ from ..engine import CallContext, SiteRuntime
 from ..errors import UnsupportedHost
 from ..guidance.branches import BranchInputs, Prediction
 from ..guidance.prefix import PrefixCache, way_to
-from ..guidance.rescale import Rescale
 from ..site import Site
-from .pipelines import NORMALISED, layout
-from .streams import segments
+from .pipelines import NORMALISED, caller, layout
+from .sampling import TIMES, Sampling
+from .streams import order_of, segments
 
-
-class Sampling:
-    """What the sampling loop of a pipeline is doing now; shared by all of its denoisers.
-
-    Attributes:
-        step: 0-based index among the distinct timesteps of this run. steps: how many there will be, where known.
-        turn: calls of a denoiser since the last step of the scheduler. latent_rows: rows of the pipeline's latents.
-        context: name of the running cache context. memory: a dictionary that lives through one run.
-    """
-
-    def __init__(self, pipeline: Any):
-        self.pipeline = pipeline
-        self.step: int | None = None
-        self.steps: int | None = None
-        self.timestep: float | None = None
-        self.turn = 0
-        self.latent_rows: int | None = None
-        self.context: str | None = None
-        self.memory: dict[Any, Any] = {}
-        self.rescale = Rescale(pipeline)
-        self._times: list[float] = []
-        self._watched = False
-
-    def tick(self, timestep: Any) -> None:
-        """Read the timestep of one denoiser call."""
-        if timestep is None:
-            return
-        # Frames or tokens that are given have timestep zero: the largest is that of the step.
-        t = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
-        if self._times and t == self._times[-1]:
-            return
-        # A new run starts when the times turn round, or where the last run started.
-        turned = len(self._times) > 1 and (t - self._times[-1]) * (self._times[-1] - self._times[-2]) < 0
-        over = self.steps is not None and len(self._times) >= self.steps
-        if not self._times or turned or over or t == self._times[0]:
-            self._times = []
-            self.memory.clear()
-            self.steps = self._length()
-        self._times.append(t)
-        self.step, self.timestep, self.turn = len(self._times) - 1, t, 0
-
-    def _length(self) -> int | None:
-        """Distinct timesteps of the run that starts now; image-to-image runs the last ones only."""
-        planned = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
-        if not isinstance(planned, Tensor) or planned.ndim != 1 or not planned.numel():
-            return None
-        running = getattr(self.pipeline, "_num_timesteps", None)
-        if isinstance(running, int) and 0 < running < planned.numel():
-            planned = planned[-running:]
-        return int(torch.unique_consecutive(planned).numel())
-
-    def watch(self, models: list[nn.Module], journal: Any) -> None:
-        """Learn rows, cache contexts and scheduler steps from the pipeline's own calls."""
-        pipe = self.pipeline
-        for model in models:
-            if hasattr(model, "cache_context"):
-                journal.set_attr(model, "cache_context", self._named(model.cache_context))
-        if self._watched:
-            return
-        self._watched = True
-        journal.add(self.rescale.release)
-        if hasattr(pipe, "prepare_latents"):
-            journal.set_attr(pipe, "prepare_latents", self._prepared(pipe.prepare_latents))
-        scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is not None and hasattr(scheduler, "step"):
-            journal.set_attr(scheduler, "step", self._stepped(scheduler.step))
-
-    def _prepared(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(prepare)
-        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-            result = prepare(*args, **kwargs)
-            self.latent_rows = (result[0] if isinstance(result, (tuple, list)) else result).shape[0]
-            return result
-
-        return prepare_latents
-
-    def _stepped(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def step(model_output: Any, *args: Any, **kwargs: Any) -> Any:
-            self.turn = 0
-            return original(self.rescale.apply(model_output), *args, **kwargs)
-
-        return step
-
-    def _named(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        @contextlib.contextmanager
-        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            before, self.context = self.context, name
-            try:
-                with original(name, *args, **kwargs) as value:
-                    yield value
-            finally:
-                self.context = before
-
-        return cache_context
+# What the denoisers call their input.
+INPUTS = ("sample", "hidden_states", "x")
 
 
 class DenoiserClock:
@@ -130,6 +36,12 @@ class DenoiserClock:
 
     def __init__(self, run: Any, name: str, model: nn.Module, sampling: Sampling):
         self.run, self.name, self.model, self.sampling = run, name, model, sampling
+        self.runtimes = {path: r for path, r in run.runtimes.items() if r.site.component == name}
+        self._orders = {path: order_of(r.site) for path, r in self.runtimes.items()}
+        # Compiled code is compiled anew for each value that it reads here, so it reads no more than is needed.
+        self._acting: dict[str, tuple[int, ...]] = {}
+        self._stepwise = any("steps" in b.method.needs for b in run.bounds)
+        self._branched = any(b.where.branches is not None for b in run.bounds)
         self.layout: tuple[str, ...] | None = None
         self.batch = 0
         self.image_tokens: int | None = None
@@ -137,27 +49,56 @@ class DenoiserClock:
 
     def begin(self, values: dict[str, Any]) -> None:
         """Read the arguments of one forward of the denoiser."""
-        sample = next((values[n] for n in ("sample", "hidden_states", "x") if values.get(n) is not None), None)
+        sample = next(values[n] for n in INPUTS if values.get(n) is not None)
         self.batch = len(sample)
         patch = getattr(getattr(self.model, "config", None), "patch_size", 1)
         self.image_tokens = _image_tokens(sample, patch)
         self.size = _grid_size(sample, values)
         sampling = self.sampling
-        sampling.tick(next((values[n] for n in ("timestep", "timesteps", "t") if values.get(n) is not None), None))
+        sampling.tick(next((values[n] for n in TIMES if values.get(n) is not None), None))
         self.layout = self.run.row_layout
         if self.layout is None and sampling.pipeline is not None:
             self.layout = layout(sampling.pipeline, sampling.context, self.batch, sampling.latent_rows, sampling.turn)
         sampling.turn += 1
 
+    def refresh(self) -> None:
+        """Find out which interventions act in the pass that starts now."""
+        step, steps = self.sampling.step, self.sampling.steps
+        self._acting = {path: runtime.active(None, step, steps) for path, runtime in self.runtimes.items()}
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Fill the tables that a first call would fill: compiled code would be compiled anew after that."""
+        for runtime in self.runtimes.values():
+            runtime._partition(self.active(runtime))
+
+    @contextlib.contextmanager
+    def of(self, layout: tuple[str, ...] | None, batch: int) -> Iterator[None]:
+        """One pass of the model on rows with this layout."""
+        before = self.layout, self.batch, self._acting
+        self.layout, self.batch = layout, batch
+        self.refresh()
+        try:
+            yield
+        finally:
+            self.layout, self.batch, self._acting = before
+
     def active(self, runtime: SiteRuntime) -> tuple[int, ...]:
         """Which interventions act at a site now."""
-        return runtime.active(None, self.sampling.step, self.sampling.steps)
+        found = self._acting.get(runtime.site.path)
+        return runtime.active(None, None, None) if found is None else found
 
     def context(self, site: Site, rows: int, batch: int, image: int | None) -> CallContext:
-        """The context of one attention call with `rows` query rows of `batch` sequences; `image` as in `segments`."""
-        roles = segments(site, rows, image, self.image_tokens)
-        ctx = CallContext(step=self.sampling.step, steps=self.sampling.steps, segments=roles)
-        if self.layout is not None and batch % max(self.batch, 1) == 0:
+        """The context of one attention call with `rows` query rows of `batch` sequences.
+
+        Args:
+            image: rows of the stream that the processor got apart from its text; None when it got one sequence.
+        """
+        roles = segments(self._orders[site.path], rows, self.image_tokens if image is None else image)
+        ctx = CallContext(segments=roles)
+        if self._stepwise or not torch.compiler.is_compiling():
+            ctx.step, ctx.steps = self.sampling.step, self.sampling.steps
+        if self._branched and self.layout is not None and batch % max(self.batch, 1) == 0:
             ctx.branch_rows = self._branch_rows(batch, site.module)
         found = roles.get("image")
         if found is not None and self.size is not None:
@@ -218,25 +159,37 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
     around = [b for b in run.bounds if "around" in b.doors and _edited(clock, b)]
     told = any(b.where.branches is not None for b in run.bounds)
     timed = told or any(b.where.steps is not None or b.where.rows is not None for b in run.bounds)
-    if not (around or timed or any({"segments", "grid"} & set(b.method.needs) for b in run.bounds)):
+    needed = any({"segments", "grid", "steps"} & set(b.method.needs) for b in run.bounds)
+    compiled = owner is not model or any(m._compiled_call_impl is not None for m in model.modules())
+    if compiled:
+        # A record that comes into being at the first call would compile the second anew.
+        for path, runtime in clock.runtimes.items():
+            for bound, _ in runtime.entries:
+                run.audit.record(bound.index, path)
+        clock.prepare()
+    if not (around or timed or needed):
         return
     _refuse_cache(model, around)
     if around or told:
         clock.sampling.watch([model], journal)
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     place, original = _place(owner)
-    compiled = owner is not model or any(m._compiled_call_impl is not None for m in model.modules())
-    # Compiled code keeps the hooks that it was compiled with: nothing is replayed there.
-    ways = {b.index: None if compiled else way_to(model, _edited(clock, b)) for b in around}
-    live = [True]
+    # A model that is compiled as a whole runs no block of its own: nothing is replayed there.
+    whole = owner is not model or model._compiled_call_impl is not None
+    ways = {b.index: None if whole else way_to(model, _edited(clock, b)) for b in around}
+    had, live = place in vars(owner), [True]
 
     @torch.compiler.disable
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if not live[0] or run._open:
+        if not live[0]:
             return original(*args, **kwargs)
+        if run._open:
+            with clock.of(clock.layout, clock.batch):
+                return original(*args, **kwargs)
         values = dict(zip(names, args, strict=False)) | kwargs
         clock.begin(values)
+        clock.refresh()
         sampling = clock.sampling
         working = [b for b in around if b.where.active(None, sampling.step, sampling.steps)]
         if not working:
@@ -257,12 +210,13 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
     def undo() -> None:
         live[0] = False
         # accelerate may have moved ours below its own, or back, meanwhile.
+        clock._acting = {}
         for name in ("forward", "_old_forward", "_compiled_call_impl"):
             if vars(owner).get(name) is forward:
-                if name == place == "forward" and owner is model:
-                    del vars(owner)[name]
-                else:
+                if had or name != "forward":
                     vars(owner)[name] = original
+                else:
+                    del vars(owner)[name]
 
     journal.add(undo)
 
@@ -277,12 +231,8 @@ def _place(owner: nn.Module) -> tuple[str, Callable[..., Any]]:
 
 def _predict(clock: DenoiserClock, original: Callable[..., Any], inputs: BranchInputs) -> Prediction:
     """One pass of the model itself; containers are copied, because some models empty the lists that they get."""
-    before = clock.layout, clock.batch
-    clock.layout, clock.batch = inputs.layout, inputs.batch
-    try:
+    with clock.of(inputs.layout, inputs.batch):
         return Prediction(original(**{name: _copied(value) for name, value in inputs.values.items()}))
-    finally:
-        clock.layout, clock.batch = before
 
 
 def _copied(value: Any) -> Any:
@@ -306,7 +256,7 @@ def _layer(
     run = clock.run
 
     def outer(inputs: BranchInputs) -> Prediction:
-        with PrefixCache(run, clock.model, way, inputs) as prefix:
+        with PrefixCache(run, way, inputs) as prefix:
 
             def forward(given: BranchInputs) -> Prediction:
                 if bound.index in run._open:
@@ -321,11 +271,7 @@ def _layer(
 
 def _edited(clock: DenoiserClock, bound: Any) -> list[str]:
     """Names of the sites of this denoiser that an intervention edits."""
-    return [
-        r.site.name
-        for r in clock.run.runtimes.values()
-        if r.site.component == clock.name and any(b.index == bound.index for b, _ in r.entries)
-    ]
+    return [r.site.name for r in clock.runtimes.values() if any(b.index == bound.index for b, _ in r.entries)]
 
 
 def _refuse_cache(model: nn.Module, around: list[Any]) -> None:
@@ -346,7 +292,7 @@ def _check_rows(clock: DenoiserClock) -> None:
             f"{clock.sampling.latent_rows} rows): steer a pipeline with known rows rather than its model, and use no other "
             'guidance that adds denoiser calls or rows; or enter run.branches("uncond", "cond") around the calls.'
         )
-    if NORMALISED.match(name) and not memory.get("warned"):
+    if NORMALISED.match(caller(pipe)) and not memory.get("warned"):
         memory["warned"] = True
         warnings.warn(
             f"{name} may normalise the combined prediction; the guidance term is added before that.", stacklevel=4

@@ -11,10 +11,11 @@ from ..engine import Bound
 from ..errors import CompositionError, UnsupportedHost
 from ..site import Site
 from .base import Host, imported
-from .denoiser import DenoiserClock, Sampling, wrap_denoiser
+from .denoiser import DenoiserClock, wrap_denoiser
 from .generic import RUNTIME
 from .processors import attach_linear, attach_processor, usable
 from .rebind import names_called
+from .sampling import Sampling
 from .streams import LINEAR, kind_of, modality_of
 
 # Pipeline components that predict noise or velocity; encoders, VAEs and ControlNets are not steered.

@@ -19,6 +19,7 @@ from .base import Host
 from .rebind import SDPA, names_called, rebind
 
 RUNTIME = "_attnsteer_runtime"
+HEADS = ("num_heads", "n_heads", "heads", "n_head", "nhead")
 
 
 class GenericHost(Host):
@@ -43,37 +44,29 @@ class GenericHost(Host):
     def _find(self) -> list[Site]:
         found: list[Site] = []
         blocks: dict[str, int] = {}
-        for name, module in self.model.named_modules():
-            if not _reaches(module):
-                continue
-            heads = next(
-                (
-                    getattr(module, n)
-                    for n in ("num_heads", "n_heads", "heads", "n_head", "nhead")
-                    if isinstance(getattr(module, n, None), int)
-                ),
-                None,
-            )
+        reaching = {n or type(m).__name__: m for n, m in self.model.named_modules() if _reaches(m)}
+        for name, module in reaching.items():
+            heads = _heads(module)
             if heads is None:
-                raise UnsupportedHost(
-                    f"{name or type(module).__name__} calls SDPA but has no num_heads, n_heads, n_head or heads attribute; "
-                    "set one, so that heads can be named."
-                )
+                continue
             kv = getattr(module, "num_kv_heads", None)
             block = re.match(r"(.*\.\d+|\d+)(\.|$)", name)
-            layer = blocks.setdefault(block[1] if block else name, len(blocks))
-            cross = "cross" in name
             found.append(
                 Site(
-                    name=name or type(module).__name__,
-                    layer=layer,
-                    kind="cross" if cross else "self",
+                    name=name,
+                    layer=blocks.setdefault(block[1] if block else name, len(blocks)),
+                    kind="cross" if "cross" in name else "self",
                     heads=heads,
                     kv_heads=kv if isinstance(kv, int) else heads,
                     modality="text",
                     stack="encoder",
                     module=module,
                 )
+            )
+        if not found:
+            raise UnsupportedHost(
+                f"{', '.join(reaching)} call SDPA but have no attribute named {', '.join(HEADS)}; set one, so that heads can "
+                "be named."
             )
         return found
 
@@ -82,13 +75,49 @@ class GenericHost(Host):
             raise CompositionError(
                 f"{site.path} is steered already; give all interventions to one call: steer(model, first, second)."
             )
+        forward = type(site.module).forward
+        place = "_old_forward" if "_old_forward" in vars(site.module) else "forward"
+        own = vars(site.module).get(place)
+        if hasattr(forward, "__wrapped__") or (own is not None and getattr(own, "__func__", None) is not forward):
+            raise UnsupportedHost(
+                f"{site.path}: the forward of {type(site.module).__name__} is decorated or was exchanged on the module, which a "
+                "copy of its code would lose. Steer before that, or take it off."
+            )
 
     def attach(self, run: Any, journal: Any) -> None:
         for runtime in run.runtimes.values():
             module = runtime.site.module
             journal.set_attr(module, RUNTIME, runtime)
-            primitive = sdpa_primitive(runtime, lambda rows, batch: CallContext())
-            patch_forward(module, rebind(type(module).forward, {SDPA: primitive}), journal)
+            patch_forward(module, _counting(runtime), journal)
+
+
+def _heads(module: nn.Module) -> int | None:
+    return next((getattr(module, n) for n in HEADS if isinstance(getattr(module, n, None), int)), None)
+
+
+def _counting(runtime: SiteRuntime) -> Callable[..., Any]:
+    """The forward of a site with the primitive exchanged; raises where that was called no time, or more than once."""
+    site, calls = runtime.site, [0]
+    primitive = sdpa_primitive(runtime, lambda rows, batch: CallContext(), always)
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls[0] += 1
+        return primitive(*args, **kwargs)
+
+    copied = rebind(type(site.module).forward, {SDPA: counted})
+
+    @functools.wraps(copied)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls[0] = 0
+        out = copied(*args, **kwargs)
+        if calls[0] != 1 and always(runtime):
+            raise UnsupportedHost(
+                f"{site.path}: one forward of {type(site.module).__name__} called SDPA {calls[0]} times by a name that can be "
+                "exchanged; exactly one is needed. Leave this site out of Where."
+            )
+        return out
+
+    return forward
 
 
 def patch_forward(module: nn.Module, function: Callable[..., Any], journal: Any) -> None:
@@ -111,13 +140,26 @@ def patch_forward(module: nn.Module, function: Callable[..., Any], journal: Any)
     journal.add(undo)
 
 
+def always(runtime: SiteRuntime) -> tuple[int, ...]:
+    """Which interventions act at a site without a clock."""
+    return runtime.active(None, None, None)
+
+
 def problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Attention:
     """The `Attention` of one SDPA call."""
     return Attention(q, k, v, float(q.shape[-1] ** -0.5 if scale is None else scale), mask=mask, causal=causal)
 
 
-def sdpa_primitive(runtime: SiteRuntime, make_context: Callable[[int, int], CallContext]) -> Callable[..., Tensor]:
-    """A stand-in for `F.scaled_dot_product_attention` at one site; `make_context` gets the rows and the batch size."""
+def sdpa_primitive(
+    runtime: SiteRuntime,
+    make_context: Callable[[int, int], CallContext],
+    acting: Callable[[SiteRuntime], tuple[int, ...]],
+) -> Callable[..., Tensor]:
+    """A stand-in for `F.scaled_dot_product_attention` at one site.
+
+    Args:
+        make_context: from the rows and the batch size. acting: which interventions act now.
+    """
     base = torch.nn.functional.scaled_dot_product_attention
 
     def primitive(
@@ -130,8 +172,7 @@ def sdpa_primitive(runtime: SiteRuntime, make_context: Callable[[int, int], Call
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        ctx = make_context(query.shape[-2], query.shape[0])
-        active = runtime.active(None, ctx.step, ctx.steps)
+        active = acting(runtime)
         options = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
         run_base = lambda: base(query, key, value, enable_gqa=enable_gqa, **options)  # noqa: E731
         if not active:
@@ -140,6 +181,7 @@ def sdpa_primitive(runtime: SiteRuntime, make_context: Callable[[int, int], Call
             raise UnsupportedHost(f"{runtime.site.path} runs with dropout {dropout_p}; call eval() on the model first.")
         if query.ndim != 4:
             raise UnsupportedHost(f"{runtime.site.path} attends on {query.ndim}-D tensors; [B, H, N, d] is needed.")
+        ctx = make_context(query.shape[2], query.shape[0])
         positions(ctx, query.shape[2], key.shape[2], query.device)
         att = problem(query, key, value, attn_mask, is_causal, scale)
         return runtime(att, run_base, ctx, active, same_kernel(att))
@@ -155,8 +197,8 @@ def positions(ctx: CallContext, n: int, m: int, device: torch.device) -> None:
 
 
 def same_kernel(att: Attention, few: int = 0) -> bool:
-    """Whether torch's SDPA would run the very kernel that `kernels.attend_lse` runs here."""
-    if att.shape[2] <= few or att.requires_grad:
+    """Whether torch's SDPA would run the very kernel that `kernels.attend_lse` runs here; never in compiled code."""
+    if att.shape[2] <= few or att.requires_grad or torch.compiler.is_compiling():
         return False
     wanted = {"cpu-flash": 1, "cuda-flash": 1, "cuda-efficient": 2}.get(kernels.lse_source(att))
     if wanted is None:

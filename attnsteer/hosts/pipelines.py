@@ -42,7 +42,7 @@ def layout(pipe: Any, context: str | None, rows: int, latent_rows: int | None, t
         context: name of the running cache context. rows: of the batch. latent_rows: of the pipeline's latents.
         turn: how many calls of the denoiser came since the last step of the scheduler.
     """
-    name = type(pipe).__name__
+    name = caller(pipe)
     if IN_CONTEXTS.match(name) and context is not None:
         return (context,) if context in UNCOND_COND and _fits(rows, latent_rows, 1) else None
     if IN_TURN.match(name):
@@ -58,6 +58,12 @@ def layout(pipe: Any, context: str | None, rows: int, latent_rows: int | None, t
         guided = latent_rows is not None and rows != latent_rows
     parts = parts if guided else ("cond",)
     return parts if _fits(rows, latent_rows, len(parts)) else None
+
+
+def caller(pipe: Any) -> str:
+    """Name of the pipeline class of diffusers whose `__call__` runs; empty for one that is not of diffusers."""
+    owner = next((c for c in type(pipe).__mro__ if "__call__" in vars(c)), object)
+    return owner.__name__ if owner.__module__.startswith("diffusers.pipelines.") else ""
 
 
 def _fits(rows: int, latent_rows: int | None, parts: int) -> bool:

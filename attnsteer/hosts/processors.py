@@ -67,10 +67,10 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Any) -
         return chosen
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    primitives = {SDPA: gate(sdpa_primitive(runtime, context), sdpa)}
+    primitives = {SDPA: gate(sdpa_primitive(runtime, context, clock.active), sdpa)}
     dispatch = original.__globals__.get(DISPATCH)
     if dispatch is not None:
-        primitives[DISPATCH] = gate(_dispatch_primitive(runtime, context, dispatch), dispatch)
+        primitives[DISPATCH] = gate(_dispatch_primitive(runtime, context, clock.active, dispatch), dispatch)
     copied = rebind(original, primitives)
     names = list(inspect.signature(original).parameters)[2:]
 
@@ -187,13 +187,15 @@ def _main_call(name: str, call: Callable[..., Any]) -> Callable[[int, Site, Any]
 
 
 def _dispatch_primitive(
-    runtime: SiteRuntime, make_context: Callable[[int, int], CallContext], base: Callable[..., Tensor]
+    runtime: SiteRuntime,
+    make_context: Callable[[int, int], CallContext],
+    acting: Callable[[SiteRuntime], tuple[int, ...]],
+    base: Callable[..., Tensor],
 ) -> Callable[..., Tensor]:
     """A stand-in for diffusers' `dispatch_attention_fn` ([B, N, H, d]); the chosen backend stays the base kernel."""
 
     def primitive(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        ctx = make_context(query.shape[1], query.shape[0])
-        active = runtime.active(None, ctx.step, ctx.steps)
+        active = acting(runtime)
         if not active:
             return base(query, key, value, *args, **kwargs)
         names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "attention_kwargs")
@@ -211,6 +213,7 @@ def _dispatch_primitive(
             # One validity per key.
             mask = mask[:, None, None]
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        ctx = make_context(q.shape[2], q.shape[0])
         positions(ctx, q.shape[2], k.shape[2], q.device)
         att = problem(q, k, v, mask, bool(options.get("is_causal")), options.get("scale"))
         run_base = lambda: base(query, key, value, *args, **kwargs).transpose(1, 2)  # noqa: E731

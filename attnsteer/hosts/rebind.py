@@ -15,9 +15,19 @@ DISPATCH = "dispatch_attention_fn"
 
 
 def names_called(function: Callable[..., Any]) -> set[str]:
-    """Which of the two attention primitives a function's own code names."""
-    code = getattr(inspect.unwrap(function), "__code__", None)
-    return {SDPA, DISPATCH} & set(code.co_names) if code is not None else set()
+    """Which of the two attention primitives a function's own code names, perhaps by another name."""
+    plain = inspect.unwrap(function)
+    code = getattr(plain, "__code__", None)
+    if code is None:
+        return set()
+    names = {SDPA, DISPATCH} & set(code.co_names)
+    return names | {SDPA} if _aliases(plain) else names
+
+
+def _aliases(function: types.FunctionType) -> list[str]:
+    """Global names of F.scaled_dot_product_attention in a function's code, its own name included."""
+    known = function.__globals__
+    return [n for n in function.__code__.co_names if known.get(n) is F.scaled_dot_product_attention]
 
 
 def primitive_count(function: Callable[..., Any]) -> int:
@@ -40,7 +50,12 @@ def rebind(function: Callable[..., Any], primitives: dict[str, Callable[..., Any
             scope[name] = replacement
     if SDPA in primitives:
         scope.update(_shims(plain, primitives[SDPA]))
-    copy = types.FunctionType(plain.__code__, scope, plain.__name__, plain.__defaults__, plain.__closure__)
+        scope.update(dict.fromkeys(_aliases(plain), primitives[SDPA]))
+    # torch.compile looks globals up in the module of this name, and keeps what it compiled with the code object: without
+    # the name it reads this scope, and a code object of its own never meets code compiled for the original.
+    scope.pop("__name__", None)
+    code = plain.__code__.replace()
+    copy = types.FunctionType(code, scope, plain.__name__, plain.__defaults__, plain.__closure__)
     copy.__kwdefaults__ = plain.__kwdefaults__
     copy.__qualname__ = plain.__qualname__
     copy.__module__ = plain.__module__

@@ -154,10 +154,7 @@ def _two_d(mask: Any) -> Tensor | None:
 def _each_tensor(cache: Any, change: Callable[[Tensor], Tensor]) -> None:
     for key, value in vars(cache).get(STATE, {}).items():
         if key == "tokens":
-            for name in ("valid", "ids", "image"):
-                tensor = getattr(value, name)
-                if tensor is not None:
-                    setattr(value, name, change(tensor))
+            value.take(change(torch.arange(value.batch)))
         else:
             for state in value.values():
                 for name, tensor in state.items():

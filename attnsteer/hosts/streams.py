@@ -52,21 +52,25 @@ def modality_of(name: str) -> str:
     return "text" if PROMPT_ONLY.search(name) else "image"
 
 
-def segments(site: Any, rows: int, first: int | None, image_tokens: int | None) -> dict[str, slice]:
+def order_of(site: Any) -> tuple[str, ...]:
+    """The streams in a site's rows, in order: one for self and cross attention; empty where it is not known."""
+    if site.kind != "joint":
+        return (site.modality,)
+    processor = type(site.module.processor).__name__
+    if IMAGE_FIRST.match(processor):
+        return ("image", "text")
+    return ("text", "image") if TEXT_FIRST.match(processor) else ()
+
+
+def segments(order: tuple[str, ...], rows: int, image: int | None) -> dict[str, slice]:
     """Roles of the rows of one call; empty where they are not known.
 
     Args:
-        rows: of the call. first: rows of the stream that the processor got apart from its text, or None when it got
-            one sequence. image_tokens: of the denoiser's input.
+        order: from `order_of`. rows: of the call. image: image rows among them, where they are known.
     """
-    if site.kind != "joint":
-        return {site.modality: slice(0, rows)}
-    image = image_tokens if first is None else first
-    processor = type(site.module.processor).__name__
-    if image is None or not 0 < image <= rows:
+    if len(order) == 1:
+        return {order[0]: slice(0, rows)}
+    if not order or image is None or not 0 < image <= rows:
         return {}
-    if IMAGE_FIRST.match(processor):
-        return {"image": slice(0, image), "text": slice(image, rows)}
-    if TEXT_FIRST.match(processor):
-        return {"text": slice(0, rows - image), "image": slice(rows - image, rows)}
-    return {}
+    first = image if order[0] == "image" else rows - image
+    return {order[0]: slice(0, first), order[1]: slice(first, rows)}

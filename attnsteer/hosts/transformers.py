@@ -211,6 +211,9 @@ def _steered(
         attached.checked = True
     same = name == "sdpa" and same_kernel(att, FEW_ROWS)
     out = attached.runtime(att, run_base, ctx, active, same)
+    if ctx.maps and weights[0] is None:
+        # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.
+        run_base()
     return out.transpose(1, 2).contiguous(), _edited_weights(weights[0], ctx.maps)
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .groups import complement
 from .problem import Attention
-from .statistics import rows as map_rows
 
-# How much a subtraction may magnify rounding before the row is computed directly: the output of a
-# half-precision kernel carries about 2^-9, an fp32 one about 2^-24.
-LIMIT = {torch.float16: 4.0, torch.bfloat16: 4.0, torch.float32: 64.0, torch.float64: 1e6}
+# How much a subtraction may magnify rounding before the row takes a pass over the other keys instead: the output of a
+# half-precision kernel carries about 2^-9, the masses of an fp32 one about 2^-20.
+LIMIT = {torch.float16: 4.0, torch.bfloat16: 4.0, torch.float32: 8.0, torch.float64: 1e3}
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -69,34 +69,16 @@ def reweight(
     for g, (_, _, _, u) in zip(gains, groups, strict=True):
         new.addcmul_(g.masked_fill(stays | risky, 0.0)[..., None], u)
     if bool(risky.any()):
-        _direct(att, lse, groups, rest, sink, normalise, new, risky)
-    return new.to(out.dtype)
-
-
-def _direct(
-    att: Attention,
-    lse: Tensor,
-    groups: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
-    rest: Tensor,
-    sink: Tensor,
-    normalise: bool,
-    new: Tensor,
-    risky: Tensor,
-) -> None:
-    """Write into `new` the rows in `risky`, from their own map rows without any subtraction."""
-    B, H, n, m = att.shape
-    for b, h in risky.any(dim=-1).nonzero().tolist():
-        one, value = att.one(b, h), att.v[b, h // att.groups].to(new.dtype)
-        for at in risky[b, h].nonzero()[:, 0].split(256):
-            p = map_rows(one, lse[b : b + 1, h : h + 1], at)[0, 0]
-            weight = rest[b, h, at][:, None]
-            for keys, w, _, _ in groups:
-                w = torch.as_tensor(w, dtype=p.dtype, device=p.device).expand(B, H, n)[b, h, at]
-                weight = torch.where(keys.expand(B, H, m)[b, h], w[:, None], weight)
-            p = p * weight
-            edited = p @ value
+        B, H, n, m = att.shape
+        union = torch.stack([keys.expand(B, H, m) for keys, _, _, _ in groups]).any(dim=0)
+        for b, h, at, o, m_rest in complement(att, lse, union, risky):
+            weight = rest[b, h, at] * m_rest
+            edited, norm = weight[:, None] * o.to(dtype), sink[b, h, at] + weight
+            for _, w, mass, u in groups:
+                w = torch.as_tensor(w, dtype=dtype, device=out.device).expand(B, H, n)[b, h, at]
+                edited, norm = edited + w[:, None] * u[b, h, at], norm + w * mass[b, h, at]
             if normalise:
-                norm = sink[b, h, at] + p.sum(dim=-1)
-                # Without any weight left the row stays: `new` holds the unedited output here.
+                # Where no weight is left at all, `new` holds the unedited output.
                 edited = torch.where(norm[:, None] > 0, edited / norm.clamp_min(1e-37)[:, None], new[b, h, at])
             new[b, h, at] = edited
+    return new.to(out.dtype)

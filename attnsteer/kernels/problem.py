@@ -95,6 +95,19 @@ class Attention:
             key_bias=at(self.key_bias),
         )
 
+    def take(self, index: Tensor) -> Attention:
+        """The same computation for the query rows `index` [r]."""
+        mask = self.mask4()
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.index_select(2, index)
+        if self.causal:
+            seen = (torch.arange(self.k.shape[2], device=index.device) <= index[:, None])[None, None]
+            if mask is None:
+                mask = seen
+            else:
+                mask = mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, -torch.inf)
+        return self.replace(q=self.q.index_select(2, index), mask=mask, causal=False)
+
     def expanded_values(self) -> Tensor:
         """V with one entry per query head, [B, H, m, dv] (a view where H = Hkv)."""
         return self.v if self.groups == 1 else self.v.repeat_interleave(self.groups, dim=1)
@@ -140,7 +153,7 @@ class Attention:
             z = torch.baddbmm(shift, q, k, alpha=self.scale)
         else:
             z = self.softcap * torch.tanh(torch.bmm(q, k) * (self.scale / self.softcap)) + shift
-        z = z.reshape(b, h, n, -1)
+        z = z.reshape(b, h, n, k.shape[2])
         mask = self.mask4()
         if mask is not None:
             z += additive(pick(mask, batch, heads, rows, keys), dtype)

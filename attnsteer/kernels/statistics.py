@@ -42,7 +42,7 @@ def column_mass(att: Attention, lse: Tensor, row_weight: Tensor | None = None) -
 
 def rows(att: Attention, lse: Tensor, index: Tensor) -> Tensor:
     """The rows `index` [r] of the map, [B, H, r, m], in fp32."""
-    sub = att.replace(q=att.q.index_select(2, index), causal=False, mask=_row_mask(att, index))
+    sub = att.take(index)
     _, _, r, m = sub.shape
     return exponential(sub.scores(slice(0, r), slice(0, m), lse=lse.index_select(2, index)))
 
@@ -57,17 +57,3 @@ def entropy(att: Attention, lse: Tensor) -> Tensor:
         s = att.scores(block, att.seen_keys(block), batch, kv, lse).clamp_(min=-1000.0)
         parts.append(-(exponential(s.clone()) * s).sum(dim=-1))
     return assemble(tiles, parts)
-
-
-def _row_mask(att: Attention, index: Tensor) -> Tensor | None:
-    mask = att.mask4()
-    if mask is not None and mask.shape[2] > 1:
-        mask = mask.index_select(2, index)
-    if not att.causal:
-        return mask
-    seen = torch.arange(att.shape[3], device=index.device)[None, :] <= index[:, None]
-    if mask is None:
-        return seen[None, None]
-    if mask.dtype == torch.bool:
-        return mask & seen
-    return mask.masked_fill(~seen, -torch.inf)

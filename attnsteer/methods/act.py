@@ -112,7 +112,9 @@ class ACT(Intervention):
             )
         if moving:
             self._update(call, length)
-        return _grown(state["sinks"], length)[..., call.key_position]
+        sinks = _grown(state["sinks"], length)
+        # Positions increase, so as many keys as slots are all of them, in order.
+        return sinks if len(call.key_position) == length else sinks[..., call.key_position]
 
     def _update(self, call: AttnCall, length: int) -> None:
         state = call.state

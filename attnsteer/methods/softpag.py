@@ -32,7 +32,8 @@ class SoftPAG(WeakBranch):
         joint: what identity means where text and image share a sequence. "joint_identity": every row keeps only
             itself (official code). "image_rows_identity": image rows only. "ii_identity": image rows see themselves
             and the text, by softmax (diffusers' SD3 PAG). "ii_identity_renorm": their text mass stays as it was.
-        target: "identity", or "uniform" (mean value), "mean_query" (SoftSEG), "zero" (head off).
+        target: "identity", or "uniform" (the mean value of the whole sequence), "mean_query" (SoftSEG; image rows),
+            "zero" (head off).
     """
 
     strength: float = 1.0
@@ -50,7 +51,8 @@ class SoftPAG(WeakBranch):
             raise SelectionError(f"{type(self).__name__}(strength={self.strength}): give a number from 0 to 1.")
         if self.joint not in JOINT or self.target not in TARGETS:
             raise SelectionError(
-                f"{type(self).__name__}(joint={self.joint!r}, target={self.target!r}): joint is one of {JOINT}, target of {TARGETS}."
+                f"{type(self).__name__}(joint={self.joint!r}, target={self.target!r}): joint is one of {JOINT}, "
+                f"target of {TARGETS}."
             )
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:

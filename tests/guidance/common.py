@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnsteer import Where, sites
+from attnsteer import Where, sites, steer
 from attnsteer.testing import PIPELINES, STOCHASTIC_SCHEDULERS, tiny_call, tiny_pipeline
 
 # Final latents against a loop or an official pipeline; the effect itself must be this many times larger.
@@ -53,3 +54,32 @@ def call_of(name: str, scheduler: str | None = None, **overrides: Any) -> dict[s
     """Arguments of one call; each call of this function starts from the same noise."""
     noise = {"generator": torch.Generator().manual_seed(1)} if scheduler in STOCHASTIC_SCHEDULERS else {}
     return tiny_call(name, **noise, **overrides)
+
+
+def against_a_wrapper(pipe: Any, call: Callable[[], dict[str, Any]], method: Any, guide: Callable[..., Tensor]) -> None:
+    """The steered run against one whose denoiser is wrapped by hand.
+
+    Args:
+        call: fresh arguments of one run. guide: (predict, kwargs of a denoiser call, its prediction) to the guided one.
+    """
+    plain = pipe(**call())[0]
+    with steer(pipe, method):
+        ours = pipe(**call())[0]
+    model = getattr(pipe, "transformer", None) or pipe.unet
+    names = list(inspect.signature(type(model).forward).parameters)[1:]
+
+    def predict(kwargs: dict[str, Any]) -> Tensor:
+        return type(model).forward(model, **{**kwargs, "return_dict": False})[0]
+
+    def by_hand(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return (guide(predict, given, predict(given)),)
+
+    vars(model)["forward"] = by_hand
+    try:
+        expected = pipe(**call())[0]
+    finally:
+        del vars(model)["forward"]
+    assert relative(ours, expected) < BOUND
+    assert relative(plain, expected) > EFFECT
+    assert torch.equal(pipe(**call())[0], plain)

@@ -83,6 +83,29 @@ def test_pag_is_official_with_strings_an_oblong_image_and_an_adaptive_scale(name
     assert run.audit.to_dict()["interventions"][0]["inside passes"] == guided
 
 
+@pytest.mark.parametrize("name", ["sd3", "sana"])
+def test_an_adaptive_scale_is_official_on_transformers(name: str) -> None:
+    """Sana's model is given another number than the scheduler's timestep."""
+    pipe = pipeline(name)
+    call = call_of(name, steps=4)
+    expected = official_pag(name, pipe)(**call, pag_scale=3.0, pag_adaptive_scale=0.004)[0]
+    check(pipe, call, PAG(3.0, adaptive=0.004, where=at(paths(pipe, OFFICIAL[name]))), expected)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_an_adaptive_scale_counts_as_the_scheduler_does(name: str) -> None:
+    pipe = pipeline(name)
+    call = call_of(name, steps=4, **guidance(name, True))
+    layers = paths(pipe)[1:2]
+    plain = pipe(**call)[0]
+    times = pipe.scheduler.timesteps.tolist()
+    scales = [max(0.0, 3.0 - 0.004 * (1000 - t)) for t in times]
+    assert scales[0] > scales[-1]
+    expected = guided_latents(name, pipe, call, layers, Edit(), scales.__getitem__)
+    assert relative(plain, expected) > EFFECT
+    check(pipe, call, PAG(3.0, adaptive=0.004, joint="joint_identity", where=at(layers)), expected)
+
+
 def test_distilled_guidance_is_left_alone() -> None:
     pipe = tiny_pipeline("flux", guidance_embeds=True)
     call = call_of("flux", guidance_scale=2.0, steps=3)

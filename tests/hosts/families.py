@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,8 @@ class Family:
     def build(self, seed: int = 0, **overrides: Any) -> nn.Module:
         import diffusers
 
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             torch.manual_seed(seed)
             model = getattr(diffusers, self.model_class)(**{**self.config, **overrides})
         return randomize_(model, seed).eval()
@@ -247,13 +249,13 @@ FAMILIES: dict[str, Family] = {
         order="text image",
         only_joint={"num_layers": 0},
     ),
-    "brianfibo": Family(
+    "briafibo": Family(
         "BriaFiboTransformer2DModel",
         {**_PACKED, "text_encoder_dim": 16},
         lambda: {**_packed(), "text_encoder_layers": [randn(B, TEXT, 16, seed=6)] * 3},
         text=("encoder_hidden_states", "text_encoder_layers"),
         order="text image",
-        only_joint={"num_layers": 0},
+        only_joint={"num_layers": 0, "num_single_layers": 3},
     ),
     "longcat": Family(
         "LongCatImageTransformer2DModel",
@@ -386,6 +388,7 @@ FAMILIES: dict[str, Family] = {
         },
         text=("encoder_hidden_states_t5", "encoder_hidden_states_llama3"),
         order="image text",
+        only_joint={"num_layers": 0, "num_single_layers": 2},
     ),
     "easyanimate": Family(
         "EasyAnimateTransformer3DModel",
@@ -436,7 +439,10 @@ FAMILIES: dict[str, Family] = {
             "time_embedding_dim": 16, "groups": 4, "attention_head_dim": 8, "layers_per_block": 3,
             "block_out_channels": (16, 16, 32, 32), "cross_attention_dim": DIM, "encoder_hid_dim": DIM,
         },
-        lambda: {"sample": image(), "timestep": torch.tensor(601), "encoder_hidden_states": text(), "encoder_attention_mask": valid()},
+        lambda: {
+            "sample": image(), "timestep": torch.tensor(601), "encoder_hidden_states": text(),
+            "encoder_attention_mask": valid(),
+        },
     ),
     "cascade": Family(
         "StableCascadeUNet",
@@ -503,5 +509,8 @@ def known() -> dict[str, Family]:
 @torch.no_grad()
 def forward(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The prediction as one tensor."""
-    out = model(**inputs, return_dict=False)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own: autocast on CPU, deprecations
+        out = model(**inputs, return_dict=False)
+    out = out if isinstance(out, Tensor) else out[0]
     return torch.stack([t.flatten() for t in out]) if isinstance(out, (list, tuple)) else out

@@ -12,10 +12,12 @@ from attnsteer.kernels import Attention
 from tests.reference import dense as reference
 from tests.reference import identities
 
-# Largest absolute error against the dense fp64 map of the same (rounded) inputs. A half-precision output is rounded
-# to its own dtype, hence the looser second number; statistics of half-precision inputs stay in fp32.
-STATISTIC = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 1e-5, torch.bfloat16: 1e-5}
-OUTPUT = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+# Largest error against the dense fp64 map of the same (rounded) inputs, absolute up to one and relative above.
+# Statistics are fp32; torch's half-precision CPU kernel has an exponential of 20 bits, hence their looser limit.
+# An output is rounded to its own dtype, and a reweighted one may lose some digits more: `merge.LIMIT`.
+STATISTIC = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-4, torch.bfloat16: 2e-4}
+OUTPUT = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+REWEIGHTED = {torch.float64: 1e-9, torch.float32: 4e-5, torch.float16: 8e-3, torch.bfloat16: 4e-2}
 
 MASKS = (
     "none",
@@ -47,7 +49,9 @@ class Truth(NamedTuple):
     sink: Tensor
 
 
-def mask_of(kind: str, B: int, H: int, n: int, m: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor | None, bool]:
+def mask_of(
+    kind: str, B: int, H: int, n: int, m: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor | None, bool]:
     """A mask of this kind and the causal flag to go with it; several kinds leave rows that see no key."""
     offset = m - n  # position of the first query among the keys, where the mask is causal
     i, j = torch.arange(n)[:, None] + max(offset, 0), torch.arange(m)[None, :]
@@ -127,22 +131,28 @@ def truth(att: Attention) -> Truth:
     if att.causal:
         upper = torch.zeros(n, m, dtype=torch.float64).masked_fill(~torch.ones(n, m).tril().bool(), -torch.inf)
         bias = upper if bias is None else upper + bias
-    z = reference.dense_scores(
-        att.q.double(), att.k.double(), att.scale, att.mask, softcap=att.softcap, bias=bias
-    )
+    z = reference.dense_scores(att.q.double(), att.k.double(), att.scale, att.mask, softcap=att.softcap, bias=bias)
     A = reference.dense_map(z, att.sinks)
-    whole = z if att.sinks is None else torch.cat([z, att.sinks.double()[None, :, None, None].expand(*z.shape[:3], 1)], -1)
-    lse = whole.logsumexp(-1).masked_fill((z == -torch.inf).all(-1), -torch.inf)
+    lse = z.masked_fill(blind(z)[..., None], 0.0).logsumexp(-1)
+    if att.sinks is not None:
+        lse = torch.logaddexp(lse, att.sinks.double()[None, :, None])
+    lse = lse.masked_fill(blind(z), -torch.inf)
     return Truth(z, A, reference.dense_out(A, att.v), lse, reference.sink_share(z, att.sinks))
 
 
+def blind(z: Tensor) -> Tensor:
+    """[B, H, n]: rows that see no key."""
+    return (z == -torch.inf).all(-1)
+
+
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference; infinities must agree, and NaN is never right."""
+    """Largest difference, relative where the truth is above one. Infinities must agree; NaN is never right."""
     actual, expected = torch.broadcast_tensors(actual.double(), expected.double())
     finite = torch.isfinite(expected)
     assert torch.equal(actual[~finite], expected[~finite]), "infinities differ"
     assert torch.isfinite(actual[finite]).all(), "not finite"
-    return float((actual - expected)[finite].abs().max()) if finite.any() else 0.0
+    difference = (actual.detach() - expected).abs() / expected.abs().clamp_min(1.0)
+    return float(difference[finite].max()) if finite.any() else 0.0
 
 
 def close(actual: Tensor, expected: Tensor, tol: float) -> None:
@@ -164,7 +174,9 @@ def key_sets(att: Attention) -> dict[str, Tensor]:
     }
 
 
-def edited(t: Truth, v: Tensor, groups: list[tuple[Tensor, Tensor | float]], rest: Tensor | float, norm: bool) -> Tensor:
+def edited(
+    t: Truth, v: Tensor, groups: list[tuple[Tensor, Tensor | float]], rest: Tensor | float, norm: bool
+) -> Tensor:
     """A'_ij = w_ig A_ij on the dense map, applied to v; rows without any weight left stay as they were."""
     B, H, n, m = t.A.shape
     as_rows = lambda w: torch.as_tensor(w, dtype=torch.float64).expand(B, H, n)[..., None]  # noqa: E731
@@ -184,35 +196,37 @@ def errors(att: Attention) -> dict[str, float]:
     B, H, n, m = att.shape
     out, lse = kernels.attend_lse(att)
     found = {"out": error(out, t.out), "lse": error(lse, t.lse)}
-    blind = torch.isneginf(t.lse)
     plain = kernels.attend(att)
     assert torch.isfinite(plain).all()
-    found["out attend"] = error(plain.masked_fill(blind[..., None], 0.0), t.out)
+    # Rows that see no key are torch's own there.
+    found["out attend"] = error(plain.masked_fill(blind(t.z)[..., None], 0.0), t.out)
     found["dense"] = error(kernels.dense(att), t.A)
     found["entropy"] = error(kernels.entropy(att, lse), identities.entropy(t.A))
     found["column_mass"] = error(kernels.column_mass(att, lse), identities.column_mass(t.A))
     keep = torch.rand(B, n) < 0.7
     found["column_mass valid"] = error(kernels.column_mass(att, lse, keep), identities.column_mass(t.A, keep))
-    if n:
-        index = torch.randint(0, n, (3,))
-        found["rows"] = error(kernels.rows(att, lse, index), t.A[:, :, index])
+    index = torch.randint(0, n, (3,))
+    found["rows"] = error(kernels.rows(att, lse, index), t.A[:, :, index])
     for name, keys in key_sets(att).items():
         mass, u = kernels.partial(att, lse, keys)
-        found[f"mass {name}"] = error(kernels.mass(att, lse, keys), identities.mass(t.A, keys))
+        assert torch.equal(kernels.mass(att, lse, keys), mass)
+        found[f"mass {name}"] = error(mass, identities.mass(t.A, keys))
         found[f"partial {name}"] = error(u, identities.partial(t.A, att.v, keys))
         found[f"leftover {name}"] = error(kernels.leftover(att, lse, keys, mass), identities.mass(t.A, ~keys))
-        assert error(mass, identities.mass(t.A, keys)) <= found[f"mass {name}"] + 1e-6
         w, rest = 3.0 * torch.rand(B, H, n), 0.1 + torch.rand(B, 1, n)
         for norm in (False, True):
             new = kernels.reweight(att, out, lse, [(keys, w, mass, u)], rest, norm)
             assert new.dtype == out.dtype
-            found[f"out reweight {name} {norm}"] = error(new, edited(t, att.v, [(keys, w)], rest, norm))
+            found[f"reweight {name} {norm}"] = error(new, edited(t, att.v, [(keys, w)], rest, norm))
     return found
 
 
-def check(att: Attention, statistic: float | None = None, output: float | None = None) -> None:
+def check(att: Attention) -> None:
     """Every kernel within the tolerance of its dtype."""
-    statistic = STATISTIC[att.q.dtype] if statistic is None else statistic
-    output = OUTPUT[att.q.dtype] if output is None else output
-    wrong = {k: v for k, v in errors(att).items() if not v <= (output if k.startswith("out") else statistic)}
-    assert not wrong, {k: f"{v:.1e}" for k, v in wrong.items()}
+    dtype = att.q.dtype
+    limits = {"out": OUTPUT[dtype], "reweight": REWEIGHTED[dtype]}
+    # The partial output of a large span is the fused kernel's, so in half precision it is rounded like an output.
+    limits["partial"] = max(STATISTIC[dtype], OUTPUT[dtype])
+    found = errors(att)
+    wrong = {k: f"{v:.1e}" for k, v in found.items() if not v <= limits.get(k.split()[0], STATISTIC[dtype])}
+    assert not wrong, wrong

@@ -32,7 +32,9 @@ def chosen(pool: Sequence[Site]) -> tuple[HeadSet, Where]:
     return HeadSet({layer: list(range(0, heads, 2)) or [0]}), Where(modules=patterns, kinds=kinds)
 
 
-def heads_case(name: str, act: Callable[[HeadSet, Where, int], Any], rest: Callable[[HeadSet, Where, int], Any]) -> MethodCase:
+def heads_case(
+    name: str, act: Callable[[HeadSet, Where, int], Any], rest: Callable[[HeadSet, Where, int], Any]
+) -> MethodCase:
     return MethodCase(
         name,
         lambda pool, batch: act(*chosen(pool), batch),

@@ -112,7 +112,13 @@ def act_edit(mode: str = "frozen", **options: Any) -> Edit:
         rows, keys = seq.valid[:, m - n : m], seq.valid[:, :m]
         if not seq.decoding:
             new, memory["S"], memory["stats"] = llm_methods.act(
-                A, row_valid=rows, key_valid=keys, first=seq.first(), q_start=seq.past, stats=memory.get("stats"), **options
+                A,
+                row_valid=rows,
+                key_valid=keys,
+                first=seq.first(),
+                q_start=seq.past,
+                stats=memory.get("stats"),
+                **options,
             )
             return new
         state = memory["S"] if mode == "frozen" else memory["stats"]

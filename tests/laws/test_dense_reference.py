@@ -121,7 +121,9 @@ def test_prefill(name: str, case: str) -> None:
                 theirs = final(setup.model(**inputs))
             assert dense.applied
         assert compare(ours, theirs, decoder) <= TOLERANCE, (batch, padding)
-        assert compare(plain, theirs, decoder) > 100 * TOLERANCE, "the edit does nothing here; the test would be vacuous"
+        assert compare(plain, theirs, decoder) > 100 * TOLERANCE, (
+            "the edit does nothing here; the test would be vacuous"
+        )
 
 
 def _encdec(setup: Setup, dense: Dense, inputs: dict[str, Tensor], valid: Tensor, decoder: Tensor) -> Tensor:
@@ -137,7 +139,9 @@ def _encdec(setup: Setup, dense: Dense, inputs: dict[str, Tensor], valid: Tensor
 CHUNKS = [(0, 7), (7, 10), (10, 12)]
 
 
-def drive(model: nn.Module, inputs: dict[str, Tensor], chunks: list[tuple[int, int]], extra: Tensor, before: Any) -> Tensor:
+def drive(
+    model: nn.Module, inputs: dict[str, Tensor], chunks: list[tuple[int, int]], extra: Tensor, before: Any
+) -> Tensor:
     """Prefill in chunks, then decode the given tokens one by one; all logits in order, [B, T, V]."""
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     offset = ids.shape[1] - 12  # image tokens, where there are any, belong to the first chunk
@@ -185,5 +189,3 @@ def test_cached_decoding(name: str, chunks: list[tuple[int, int]], case: str) ->
         theirs = drive(setup.model, inputs, chunks, extra, before)
     valid = torch.cat([inputs["attention_mask"], torch.ones_like(extra)], dim=1).bool()
     assert compare(ours, theirs, valid) <= TOLERANCE
-
-

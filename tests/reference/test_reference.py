@@ -63,9 +63,7 @@ def test_scores_by_hand_scale_softcap_then_bias() -> None:
 def test_map_and_output_equal_torch_sdpa_with_gqa() -> None:
     q, k, v = random_qkv(0)
     A = dense_map(dense_scores(q, k, 0.3, causal=True))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=0.3, enable_gqa=True
-    )
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True)
     close(dense_out(A, v), expected)
 
 
@@ -347,9 +345,7 @@ def test_act_last_chunk_equals_whole(rule: dict[str, float]) -> None:
             stats=state,
             **rule,
         )
-        prefix, U, _ = act(
-            A[:, :, :stop, :stop], 0.4, row_valid=valid[:, :stop], key_valid=valid[:, :stop], **rule
-        )
+        prefix, U, _ = act(A[:, :, :stop, :stop], 0.4, row_valid=valid[:, :stop], key_valid=valid[:, :stop], **rule)
         assert torch.equal(T, U)
         close(part, prefix[:, :, start:stop])
     assert torch.equal(T, S)

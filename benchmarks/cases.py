@@ -1,0 +1,479 @@
+"""The benchmark cases: each has a bar, a correctness gate that runs first, and sizes (full, quick, smoke)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnsteer import ACT, PAG, HeadSet, SpotLight, Where, steer
+from attnsteer.call import AttnCall, Reweight
+from benchmarks import dense
+from benchmarks.measure import Times, interleaved, peak_memory
+from benchmarks.models import LlamaShape, UNetShape, llama, prompt, twin, unet
+
+MODES = ("full", "quick", "smoke")
+TOLERANCE = 1e-5
+# The column means of the planted sinks are 2 to 7 % (see `benchmarks.models`).
+BETA, THRESHOLD, SINKS = 0.4, 0.02, 12
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a case is.
+
+    Attributes:
+        shape: of the model. tokens: of the prompt, or in the cache. gate: tokens (or latent side) of the gate.
+        repeats: undisturbed rounds of interleaved timing. patience: seconds to wait for them (see `measure.interleaved`).
+        memory: measure the peak too.
+    """
+
+    shape: LlamaShape | UNetShape
+    tokens: int = 0
+    gate: int = 0
+    repeats: int = 5
+    patience: float = 0.0
+    memory: bool = True
+
+
+@dataclass(frozen=True)
+class Check:
+    """A further figure of a case with a bar of its own; `at_least` turns the bar round."""
+
+    what: str
+    value: float
+    bar: float
+    at_least: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the bar is met."""
+        return self.value >= self.bar if self.at_least else self.value <= self.bar
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The result of a correctness gate: the largest error against the reference, and how far the edit moves the output."""
+
+    error: float
+    tolerance: float
+    moved: float
+    against: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the error is small and the edit is not: a gate over an edit that does nothing proves nothing."""
+        return self.error <= self.tolerance and (self.moved > 100 * self.tolerance or self.tolerance == 0.0)
+
+
+@dataclass
+class Outcome:
+    """What a case measured: the ratio, further checks, the times behind them by name, and figures worth keeping."""
+
+    value: float
+    checks: list[Check] = field(default_factory=list)
+    times: dict[str, Times] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case: the ratio `value` must be at most `bar`."""
+
+    name: str
+    what: str
+    bar: float
+    gate: Callable[[Size], Gate]
+    measure: Callable[[Size, int], Outcome]
+    sizes: dict[str, Size]
+
+
+class CountedACT(ACT):
+    """ACT that notes how many sinks each edited head had."""
+
+    def weights(self, call: AttnCall) -> Reweight | None:
+        """As ACT."""
+        edit = super().weights(call)
+        if edit is not None:
+            COUNTS.extend(edit.groups[0][0].sum(dim=-1).flatten().tolist())
+        return edit
+
+
+COUNTS: list[int] = []
+
+
+def share_of_heads(shape: LlamaShape, share: float, seed: int = 0) -> HeadSet:
+    """About `share` of all heads, spread evenly over the layers and at random within them."""
+    g = torch.Generator().manual_seed(seed)
+    total, picked = round(share * shape.heads * shape.layers), {}
+    for layer in range(shape.layers):
+        count = (total * (layer + 1)) // shape.layers - (total * layer) // shape.layers
+        picked[layer] = sorted(torch.randperm(shape.heads, generator=g)[:count].tolist())
+    return HeadSet({layer: heads for layer, heads in picked.items() if heads})
+
+
+def act(shape: LlamaShape, share: float, kind: type[ACT] = ACT, **options: Any) -> ACT:
+    """ACT on a share of the heads, with the benchmark's settings."""
+    return kind(share_of_heads(shape, share), BETA, THRESHOLD, **options)
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference."""
+    return float((a - b).abs().max())
+
+
+# Prefill: ACT on a share of the heads.
+
+
+@functools.lru_cache
+def gate_prefill(shape: LlamaShape, tokens: int, share: float) -> Gate:
+    """All logits of a shorter prompt: steered against our dense path and against the eager dense reference."""
+    model, ids = llama(shape, tokens), prompt(shape, tokens, SINKS)
+    plain = model(ids).logits
+    with steer(model, act(shape, share)):
+        fast = model(ids).logits
+    with steer(model, act(shape, share), reference=True):
+        slow = model(ids).logits
+    try:
+        eager = dense.use(model, _dense_act(shape, share))(ids).logits
+    finally:
+        dense.forget()
+    worst = max(error(fast, slow), error(fast, eager))
+    return Gate(worst, TOLERANCE, error(fast, plain), "steer(reference=True) and the eager dense reference, all logits")
+
+
+def _dense_act(shape: LlamaShape, share: float) -> dense.DenseACT:
+    heads = share_of_heads(shape, share)
+    return dense.DenseACT({layer: list(heads[layer]) for layer in heads.layers}, BETA, THRESHOLD)
+
+
+def _prefill(model: nn.Module, ids: Tensor) -> Tensor:
+    return model(ids, use_cache=True, logits_to_keep=1).logits
+
+
+class Prefill:
+    """A model without edits, a second one with ACT on a share of the heads, and a prompt that both read."""
+
+    def __init__(self, size: Size, share: float):
+        self.size, self.share = size, share
+        self.plain = llama(size.shape, size.tokens)
+        self.ids = prompt(size.shape, size.tokens, SINKS)
+        self.run = steer(twin(self.plain), act(size.shape, share))
+
+    def __enter__(self) -> Prefill:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.run.remove()
+        dense.forget()
+
+    def arm(self, model: nn.Module) -> Callable[[], Tensor]:
+        """One prefill, with the logits of the last token."""
+        return lambda: model(self.ids, use_cache=True, logits_to_keep=1).logits
+
+    def times(self) -> Times:
+        """Steered beside unsteered."""
+        arms = {"unsteered": self.arm(self.plain), "steered": self.arm(self.run.target)}
+        return interleaved(arms, self.size.repeats, patience=self.size.patience)
+
+    def slow_times(self) -> Times:
+        """Steered beside the eager dense reference, and beside our own dense path."""
+        eager = dense.use(twin(self.plain), _dense_act(self.size.shape, self.share))
+        with steer(twin(self.plain), act(self.size.shape, self.share), reference=True) as ours:
+            models = {"steered": self.run.target, "eager dense": eager, "reference=True": ours.target}
+            arms = {name: self.arm(model) for name, model in models.items()}
+            return interleaved(arms, max(2, self.size.repeats // 2), patience=self.size.patience)
+
+    def sinks(self) -> dict[str, Any]:
+        """How much work there is: heads edited, and sinks found in them."""
+        COUNTS.clear()
+        with steer(twin(self.plain), act(self.size.shape, self.share, CountedACT)) as counted:
+            self.arm(counted.target)()
+        heads = share_of_heads(self.size.shape, self.share)
+        return {
+            "heads_steered": len(heads),
+            "heads": self.size.shape.heads * self.size.shape.layers,
+            "mean_sinks_per_head": sum(COUNTS) / max(1, len(COUNTS)),
+            "sinks_range": [min(COUNTS), max(COUNTS)],
+            "tau": THRESHOLD,
+            "beta": BETA,
+        }
+
+
+def _memory(size: Size, share: float, threads: int) -> dict[str, Any]:
+    request = {"shape": size.shape.to_dict(), "tokens": size.tokens, "share": share}
+    arms = {arm: peak_memory(arm, request, threads) for arm in ("unsteered", "steered")}
+    return {
+        "ratio": arms["steered"]["bytes"] / arms["unsteered"]["bytes"],
+        "time_ratio": arms["steered"]["seconds"] / arms["unsteered"]["seconds"],
+        **{f"{name}_mib": round(a["bytes"] / 2**20, 1) for name, a in arms.items()},
+        **{f"{name}_baseline_mib": round(a["baseline"] / 2**20, 1) for name, a in arms.items()},
+        **{f"{name}_s": a["seconds"] for name, a in arms.items()},
+        "finite": all(a["finite"] for a in arms.values()),
+    }
+
+
+def measure_act_20(size: Size, threads: int) -> Outcome:
+    """ACT on a fifth of the heads: time, time of the dense references, peak memory."""
+    with Prefill(size, 0.2) as prefill:
+        more, times, slow = prefill.sinks(), prefill.times(), prefill.slow_times()
+    more["speedup_over_reference_true"] = slow.ratio("reference=True", "steered")
+    speedup = slow.ratio("eager dense", "steered")
+    checks = [Check("speed-up over the eager dense reference", speedup, 4.0, at_least=True)]
+    if size.memory:
+        more["memory"] = memory = _memory(size, 0.2, threads)
+        checks.append(Check("peak memory over unsteered", memory["ratio"], 1.1))
+    return Outcome(times.ratio("steered", "unsteered"), checks, {"prefill": times, "beside dense": slow}, more)
+
+
+def measure_act_all(size: Size, threads: int) -> Outcome:
+    """ACT on all heads."""
+    with Prefill(size, 1.0) as prefill:
+        more, times = prefill.sinks(), prefill.times()
+    return Outcome(times.ratio("steered", "unsteered"), [], {"prefill": times}, more)
+
+
+def measure_long_prefill(size: Size, threads: int) -> Outcome:
+    """One long prefill per arm, each in its own process; the value is the ratio of peak memory."""
+    memory = _memory(size, 0.2, threads)
+    completes = Check("completes with finite logits", float(memory["finite"]), 1.0, at_least=True)
+    return Outcome(memory["ratio"], [completes], {}, {"memory": memory})
+
+
+# Decoding.
+
+
+def _spotlight(tokens: int) -> SpotLight:
+    return SpotLight([[(tokens // 8, tokens // 8 + tokens // 16)]], 0.3)
+
+
+class Decoder:
+    """A model, its filled cache, and one more token at a time."""
+
+    def __init__(self, model: nn.Module, ids: Tensor):
+        self.model, self.ids = model, ids
+        self.cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        self.next = 0
+
+    def __call__(self) -> Tensor:
+        token = self.ids[:, self.next : self.next + 1]
+        self.next = (self.next + 1) % self.ids.shape[1]
+        return self.model(token, past_key_values=self.cache, use_cache=True).logits
+
+
+@functools.lru_cache
+def gate_decode(shape: LlamaShape, tokens: int) -> Gate:
+    """The logits of eight decoded tokens: steered against the dense path."""
+    model, ids = llama(shape, tokens), prompt(shape, tokens, SINKS)
+    outputs = []
+    plain = _steps(model, ids)
+    for method in (act(shape, 1.0), _spotlight(tokens)):
+        with steer(model, method):
+            fast = _steps(model, ids)
+        with steer(model, method, reference=True):
+            slow = _steps(model, ids)
+        outputs.append((error(fast, slow), error(fast, plain)))
+    worst, least = max(e for e, _ in outputs), min(m for _, m in outputs)
+    return Gate(worst, TOLERANCE, least, "steer(reference=True), ACT frozen and SpotLight, eight steps")
+
+
+def _steps(model: nn.Module, ids: Tensor, count: int = 8) -> Tensor:
+    step = Decoder(model, ids)
+    return torch.cat([step() for _ in range(count)])
+
+
+def measure_decode(size: Size, threads: int) -> Outcome:
+    """One step over the cache with a reweighting on every layer and head; the slower of two methods."""
+    plain, ids = llama(size.shape, size.tokens), prompt(size.shape, size.tokens, SINKS)
+    methods = {"ACT frozen": act(size.shape, 1.0), "SpotLight": _spotlight(size.tokens)}
+    runs = {name: steer(twin(plain), method) for name, method in methods.items()}
+    try:
+        arms = {"unsteered": Decoder(plain, ids)} | {name: Decoder(run.target, ids) for name, run in runs.items()}
+        times = interleaved(arms, size.repeats, warmup=2, calls=10, patience=size.patience)
+    finally:
+        for run in runs.values():
+            run.remove()
+    ratios = {name: times.ratio(name, "unsteered") for name in methods}
+    return Outcome(max(ratios.values()), [], {"step": times}, {"ratios": ratios})
+
+
+# Idle.
+
+
+@functools.lru_cache
+def gate_idle(shape: LlamaShape, tokens: int) -> Gate:
+    """An attached method that selects nothing at a call leaves it bit for bit as it was."""
+    model, ids = llama(shape, tokens), prompt(shape, tokens, SINKS)
+    steered = twin(model)
+    idle_prefill = steer(steered, act(shape, 1.0, where=Where(phases="decode")))
+    moved = error(model(ids).logits, steered(ids).logits)
+    idle_prefill.remove()
+    with steer(steered, HEADLESS):
+        moved = max(moved, error(_steps(model, ids), _steps(steered, ids)))
+    return Gate(moved, 0.0, moved, "the unsteered model, bit for bit")
+
+
+# An edit of the prompt that changes nothing, so that the decoding after it can be compared bit for bit.
+HEADLESS = ACT(beta=1.0, where=Where(phases="prefill"))
+
+
+def measure_idle(size: Size, threads: int) -> Outcome:
+    """Attached but not selected at this call: a prefill (phases="decode") and a decode step (phases="prefill")."""
+    plain, ids = llama(size.shape, size.tokens), prompt(size.shape, size.tokens, SINKS)
+    # A short prompt is the harder test: what an idle attachment costs does not grow with it.
+    short = ids[:, : max(16, size.tokens // 8)]
+    first = steer(twin(plain), act(size.shape, 1.0, where=Where(phases="decode")))
+    second = steer(twin(plain), act(size.shape, 1.0, where=Where(phases="prefill")))
+    try:
+        models = {"unsteered": plain, "idle": first.target}
+        arms = {name: functools.partial(m, short, use_cache=True, logits_to_keep=1) for name, m in models.items()}
+        prefill = interleaved(arms, size.repeats, patience=size.patience)
+        arms = {"unsteered": Decoder(plain, ids), "idle": Decoder(second.target, ids)}
+        decode = interleaved(arms, 4 * size.repeats, warmup=2, calls=10, patience=size.patience)
+    finally:
+        first.remove()
+        second.remove()
+    times = {"prefill": prefill, "decode step": decode}
+    ratios = {name: t.ratio("idle", "unsteered") for name, t in times.items()}
+    return Outcome(max(ratios.values()), [], times, {"ratios": ratios, "prefill_tokens": short.shape[1]})
+
+
+# Guidance.
+
+SCALE = 3.0
+
+
+def _denoiser_inputs(shape: UNetShape, side: int, rows: int) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    latent = torch.randn(1, 4, side, side, generator=g).expand(rows, -1, -1, -1).contiguous()
+    text = torch.randn(2, 77, shape.text_dim, generator=g)
+    text = torch.cat([text, text[1:].expand(rows - 2, -1, -1)])
+    return {"sample": latent, "timestep": 500, "encoder_hidden_states": text, "return_dict": False}
+
+
+def _with_pag_processors(model: nn.Module) -> nn.Module:
+    """diffusers' own PAG: three rows (unconditional, conditional, perturbed), the perturbation in the mid block."""
+    from diffusers.models.attention_processor import PAGCFGIdentitySelfAttnProcessor2_0
+
+    for name, module in model.named_modules():
+        if name.startswith("mid_block.") and name.endswith("attn1"):
+            module.set_processor(PAGCFGIdentitySelfAttnProcessor2_0())
+    return model
+
+
+@functools.lru_cache
+def gate_pag(shape: UNetShape, side: int) -> Gate:
+    """Both guidance rows of one step: ours against three rows with diffusers' own PAG processor."""
+    model = unet(shape)
+    cfg = model(**_denoiser_inputs(shape, side, 2))[0]
+    u, c, weak = _with_pag_processors(twin(model))(**_denoiser_inputs(shape, side, 3))[0].chunk(3)
+    term = SCALE * (c - weak)
+    with steer(model, PAG(SCALE)) as run, run.branches("uncond", "cond"):
+        ours = model(**_denoiser_inputs(shape, side, 2))[0]
+    return Gate(
+        error(ours, torch.cat([u + term, c + term])),
+        TOLERANCE,
+        error(ours, cfg),
+        "diffusers' PAG processor, three rows",
+    )
+
+
+def measure_pag(size: Size, threads: int) -> Outcome:
+    """One denoiser step: CFG alone (two rows), CFG and PAG with prefix reuse, and three rows as without it."""
+    plain = unet(size.shape)
+    steered, naive = twin(plain), _with_pag_processors(twin(plain))
+    two, three = (_denoiser_inputs(size.shape, size.tokens, rows) for rows in (2, 3))
+    with steer(steered, PAG(SCALE)) as run, run.branches("uncond", "cond"):
+        arms = {"CFG": lambda: plain(**two), "CFG + PAG": lambda: steered(**two), "three rows": lambda: naive(**three)}
+        times = interleaved(arms, size.repeats, patience=size.patience)
+    more = {"three_rows_ratio": times.ratio("three rows", "CFG")}
+    return Outcome(times.ratio("CFG + PAG", "CFG"), [], {"step": times}, more)
+
+
+FULL, QUICK = LlamaShape(), LlamaShape(hidden=512, heads=8, kv_heads=2, mlp=2048, vocab=256)
+SMOKE = LlamaShape(hidden=128, heads=4, kv_heads=2, head_dim=32, mlp=256, vocab=64)
+SMALL_UNET = UNetShape((80, 160, 320, 320), 192, 32)
+TINY_UNET = UNetShape((32, 32, 64, 64), 32, 16)
+
+
+def _sizes(full: Size, quick: Size, smoke: Size) -> dict[str, Size]:
+    return dict(zip(MODES, (full, quick, smoke), strict=True))
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "act-20",
+            "ACT on 20 % of the heads, prefill, over the unsteered SDPA model",
+            1.15,
+            lambda size: gate_prefill(size.shape, size.gate, 0.2),
+            measure_act_20,
+            _sizes(
+                Size(FULL, 4096, 512, repeats=5, patience=400.0),
+                Size(QUICK, 2048, 256, repeats=5),
+                Size(SMOKE, 128, 64, repeats=2, memory=False),
+            ),
+        ),
+        Case(
+            "act-all",
+            "ACT on all heads, prefill, over the unsteered SDPA model",
+            1.6,
+            lambda size: gate_prefill(size.shape, size.gate, 1.0),
+            measure_act_all,
+            _sizes(
+                Size(FULL, 4096, 512, repeats=5, patience=400.0),
+                Size(QUICK, 2048, 256, repeats=5),
+                Size(SMOKE, 128, 64, repeats=2),
+            ),
+        ),
+        Case(
+            "decode",
+            "a decode step over the cache, all layers and heads reweighted: the slower of ACT frozen and SpotLight",
+            1.15,
+            lambda size: gate_decode(size.shape, size.gate),
+            measure_decode,
+            _sizes(
+                Size(FULL, 4096, 512, repeats=12, patience=240.0),
+                Size(QUICK, 2048, 256, repeats=5),
+                Size(SMOKE, 128, 64, repeats=2),
+            ),
+        ),
+        Case(
+            "idle",
+            "attached but selecting nothing at this step: the worse of a prefill and a decode step",
+            1.01,
+            lambda size: gate_idle(size.shape, size.gate),
+            measure_idle,
+            _sizes(
+                Size(FULL, 4096, 512, repeats=25, patience=240.0),
+                Size(QUICK, 1024, 256, repeats=7),
+                Size(SMOKE, 128, 64, repeats=2),
+            ),
+        ),
+        Case(
+            "prefill-32k",
+            "ACT on 20 % of the heads, prefill of 32,768 tokens: peak memory over the unsteered model",
+            1.2,
+            lambda size: gate_prefill(size.shape, size.gate, 0.2),
+            measure_long_prefill,
+            _sizes(Size(FULL, 32768, 512), Size(QUICK, 4096, 256), Size(SMOKE, 256, 64)),
+        ),
+        Case(
+            "cfg-pag",
+            "CFG and mid-block PAG with prefix reuse, per denoiser step, over CFG alone",
+            1.38,
+            lambda size: gate_pag(size.shape, size.gate),
+            measure_pag,
+            _sizes(
+                Size(UNetShape(), 64, 32, repeats=5, patience=400.0),
+                Size(SMALL_UNET, 32, 16, repeats=5),
+                Size(TINY_UNET, 16, 16, repeats=2),
+            ),
+        ),
+    )
+}

@@ -1,0 +1,77 @@
+"""The eager dense reference of ACT: every head's full map, edited column by column; nothing of attnsteer is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "benchmarks_dense_act"
+
+
+@dataclass
+class DenseACT:
+    """ACT for one unpadded prompt without a cache behind it, as an attention function of transformers.
+
+    It works in place where it can and on one head at a time, so that it is a fair opponent: two maps at its peak.
+
+    Attributes:
+        heads: layer -> heads. beta, threshold: as in `attnsteer.ACT`. counts: sinks found, per edited head and call.
+    """
+
+    heads: dict[int, list[int]]
+    beta: float
+    threshold: float
+    counts: list[int] = field(default_factory=list)
+
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
+    ) -> tuple[Tensor, None]:
+        n, groups = q.shape[2], q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        z = torch.matmul(q, k.transpose(-1, -2)).mul_(scaling)
+        z.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu_(1), -torch.inf)
+        A = torch.softmax(z, dim=-1)
+        del z
+        for head in self.heads.get(module.layer_idx, ()):
+            for one in A[:, head]:
+                self._edit(one)
+        return torch.matmul(A, v).transpose(1, 2).contiguous(), None
+
+    def _edit(self, A: Tensor) -> None:
+        """One map [n, n], in place."""
+        n = A.shape[0]
+        mean = A.sum(dim=0) / torch.arange(n, 0, -1)
+        sinks = mean > self.threshold
+        sinks[0] = False
+        at = sinks.nonzero()[:, 0]
+        self.counts.append(len(at))
+        inside = A[:, at]
+        mass = inside.sum(dim=-1)
+        rest = A.masked_fill(sinks, 0.0).sum(dim=-1)
+        keep = rest <= 1e-6
+        grow = torch.where(keep, 1.0, 1.0 + (1.0 - self.beta) * mass / rest.clamp_min(1e-6))
+        A.mul_(grow[:, None])
+        A[:, at] = torch.where(keep[:, None], inside, self.beta * inside)
+
+
+def use(model: nn.Module, act: DenseACT) -> nn.Module:
+    """Switch a model to the dense reference; `forget` takes the name out of the library again."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface.register(NAME, act)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(NAME)
+    return model
+
+
+def forget() -> None:
+    """Unregister the reference."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    AttentionInterface._global_mapping.pop(NAME, None)
+    AttentionMaskInterface._global_mapping.pop(NAME, None)

@@ -1,0 +1,41 @@
+"""One arm of a memory measurement, in a process of its own; prints one line of JSON (see `measure.peak_memory`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from typing import Any
+
+import torch
+
+from attnsteer import steer
+from benchmarks.cases import SINKS, act
+from benchmarks.measure import peak, reset_peak
+from benchmarks.models import LlamaShape, llama, prompt
+
+
+@torch.no_grad()
+def main(request: dict[str, Any]) -> dict[str, Any]:
+    """Build, run a short prompt so that one-off allocations are over, forget the peak, run the long one."""
+    torch.set_num_threads(request["threads"])
+    shape, tokens = LlamaShape(**request["shape"]), request["tokens"]
+    model, ids = llama(shape, tokens), prompt(shape, tokens, SINKS)
+    steered = request["arm"] == "steered"
+    with steer(model, act(shape, request["share"])) if steered else contextlib.nullcontext():
+        model(ids[:, :32], use_cache=True, logits_to_keep=1)
+        baseline = reset_peak()
+        begin = time.perf_counter()
+        out = model(ids, use_cache=True, logits_to_keep=1)
+        seconds = time.perf_counter() - begin
+    return {
+        "bytes": peak() - baseline,
+        "baseline": baseline,
+        "seconds": seconds,
+        "finite": bool(torch.isfinite(out.logits).all()),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(json.loads(sys.argv[1]))))

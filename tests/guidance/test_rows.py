@@ -1,0 +1,360 @@
+"""Which rows are conditional, which step it is, and what is refused because neither is known."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnsteer import PAG, HeadGate, SoftPAG, Where, steer
+from attnsteer.errors import SelectionError, UnsupportedHost
+from attnsteer.hosts.pipelines import DOUBLED, IN_CONTEXTS, IN_TURN, NORMALISED, TRIPLED
+from attnsteer.testing import official_pag, tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
+from tests.guidance.common import BOUND, EFFECT, against_a_wrapper, at, call_of, paths, pipeline, relative
+from tests.reference.guidance_loops import Edit, combine, edited, guided_latents
+
+# ------------------------------------------------------------------------------------------ the table of pipelines
+
+TABLES = {"doubled": DOUBLED, "tripled": TRIPLED, "contexts": IN_CONTEXTS, "turn": IN_TURN}
+
+
+@functools.cache
+def pipeline_sources() -> dict[str, str]:
+    """Name -> source of every pipeline class of diffusers with a call of its own; nothing is imported."""
+    import diffusers
+
+    found = {}
+    for path in sorted((Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.ClassDef) and node.name.endswith("Pipeline"):
+                if any(isinstance(f, ast.FunctionDef) and f.name == "__call__" for f in node.body):
+                    found[node.name] = ast.get_source_segment(source, node)
+    return found
+
+
+def listed(table: str) -> list[str]:
+    return [n for n in pipeline_sources() if TABLES[table].match(n)]
+
+
+def text_of_calls(source: str) -> list[str]:
+    """The text arguments of the denoiser calls, in order of appearance."""
+    names = {f"self.{n}" for n in ("unet", "transformer", "transformer_2")} | {"current_model"}
+    calls = []
+    for node in ast.walk(ast.parse(inspect.cleandoc("\n" + source))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in names:
+            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            calls.append((node.lineno, given.get("encoder_hidden_states", "?")))
+    return [text for _, text in sorted(calls)]
+
+
+def test_every_pipeline_is_in_one_table_at_most() -> None:
+    assert [n for n in pipeline_sources() if sum(bool(t.match(n)) for t in TABLES.values()) > 1] == []
+    assert len(listed("doubled")) > 80 and len(listed("contexts")) > 20 and len(listed("turn")) > 25
+    assert len(listed("tripled")) == 2
+
+
+@pytest.mark.parametrize("name", listed("doubled"))
+def test_doubled_batches_put_the_negative_prompt_first(name: str) -> None:
+    source = pipeline_sources()[name]
+    flat = re.sub(r"\s+", " ", source)
+    assert "prepare_latents" in source and "scheduler.step" in source
+    halves = re.findall(r"(\w*uncond\w*), (\w+) = [\w.]+\.chunk\(2\)", flat)
+    joined = re.findall(r"cat\( ?\[ ?(\w*neg\w*|\w*uncond\w*), (\w+)", flat)
+    single = "LatentConsistency" in name or "Sprint" in name
+    assert single or (halves and joined), "no doubled batch"
+    assert not re.search(r"cat\( ?\[ ?prompt_embeds, negative_prompt_embeds", flat)
+    assert not re.search(r"noise_pred_(text|cond), noise_pred_uncond = ", flat)
+
+
+@pytest.mark.parametrize("name", [*listed("contexts"), *listed("turn")])
+def test_calls_of_their_own_put_the_prompt_first(name: str) -> None:
+    source = pipeline_sources()[name]
+    assert "prepare_latents" in source and "scheduler.step" in source
+    calls = text_of_calls(source)
+    assert len(calls) in (1, 2)
+    assert "neg" not in calls[0]
+    assert len(calls) == 1 or "neg" in calls[1]
+    contexts = re.findall(r'cache_context\(\s*"(\w+)"', source)
+    assert contexts == (["cond", "uncond"] if name in listed("contexts") else [])
+
+
+def test_the_pipelines_that_normalise() -> None:
+    normalising = {n for n, s in pipeline_sources().items() if re.search(r"cond_norm = torch\.norm", s)}
+    known = {n for n in normalising if any(t.match(n) for t in TABLES.values())}
+    assert {n for n in known if not NORMALISED.match(n)} == set()
+
+
+# ------------------------------------------------------------------------------------------- pipelines, by running
+
+
+def noise() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+@pytest.mark.parametrize("cfg", [True, False], ids=["cfg", "no_cfg"])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_two_calls_without_a_context(strength: float, cfg: bool) -> None:
+    """FLUX image-to-image: the conditional call and the unconditional one are told apart by their turn."""
+    from diffusers import FluxImg2ImgPipeline
+
+    text = tiny_pipeline("flux")
+    pipe = FluxImg2ImgPipeline(**text.components)
+    pipe.set_progress_bar_config(disable=True)
+    layer, state = paths(text)[2], {"call": 0}
+
+    def call() -> dict[str, Any]:
+        given = tiny_call("flux", steps=4, true_cfg_scale=4.0 if cfg else 1.0)
+        del given["latents"]
+        return {
+            **given,
+            "image": torch.rand(1, 3, 128, 128, generator=noise()),
+            "strength": strength,
+            "generator": noise(),
+        }
+
+    def guide(predict: Any, kwargs: dict[str, Any], out: Tensor) -> Tensor:
+        state["call"] += 1
+        if not cfg or state["call"] % 2 == 1:
+            with edited(pipe.transformer, [layer], Edit(), (8, 8)):
+                state["term"] = 3.0 * (out - predict(kwargs))
+        return out + state["term"]
+
+    against_a_wrapper(pipe, call, PAG(3.0, joint="joint_identity", where=at([layer])), guide)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "pndm"])
+def test_image_to_image_steps_and_fractions(scheduler: str) -> None:
+    """Steps are those that run; a window of fractions is one of the run, start included."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    text = tiny_pipeline("sd", scheduler=scheduler)
+    pipe = StableDiffusionImg2ImgPipeline(**{**text.components, "requires_safety_checker": False})
+    pipe.set_progress_bar_config(disable=True)
+    # half of eight steps; PNDM has one call more
+    count = {"ddim": 4, "pndm": 5}[scheduler]
+    layers, state = paths(text, "mid_block"), {"times": [], "inside": []}
+
+    def call() -> dict[str, Any]:
+        assert len(state["times"]) in (0, count)
+        state["times"] = []
+        given = tiny_call("sd", steps=8)
+        for name in ("latents", "height", "width"):
+            del given[name]
+        return {**given, "image": torch.rand(1, 3, 128, 128, generator=noise()), "strength": 0.5, "generator": noise()}
+
+    def guide(predict: Any, kwargs: dict[str, Any], out: Tensor) -> Tensor:
+        t = float(kwargs["timestep"])
+        if t not in state["times"]:
+            state["times"].append(t)
+        step = state["times"].index(t)
+        if step not in state["inside"]:
+            return out
+        half = {k: v[1:] if isinstance(v, Tensor) and v.ndim else v for k, v in kwargs.items()}
+        with edited(pipe.unet, layers, Edit(), (16, 16)):
+            term = 3.0 * (out[1:] - predict(half))
+        return out + term
+
+    for steps, inside in (((0.0, 0.5), (0, 1, 2)[: -(-count // 2)]), (range(2), (0, 1)), ([1, 3], (1, 3))):
+        state["inside"] = inside
+        against_a_wrapper(pipe, call, PAG(3.0, where=at(layers, steps=steps)), guide)
+
+
+@pytest.mark.parametrize("steps", [(0.25, 0.75), [1, 2], 0, (0.0, 0.01), range(3, 9)])
+def test_windows_of_steps(steps: Any) -> None:
+    pipe = pipeline("sd")
+    call = call_of("sd", steps=4)
+    inside = {(0.25, 0.75): [1, 2], (0.0, 0.01): [0]}.get(steps) if isinstance(steps, tuple) else None
+    inside = inside or ([0] if steps == 0 else [i for i in steps if i < 4])
+    expected = guided_latents(
+        "sd", pipe, call, paths(pipe, "mid_block"), Edit(), lambda step: 3.0 if step in inside else 0.0
+    )
+    with steer(pipe, PAG(3.0, where=at(paths(pipe, "mid_block"), steps=steps))) as run:
+        # twice: the second run starts at step 0 again
+        for _ in range(2):
+            assert relative(pipe(**call)[0], expected) < BOUND
+    assert run.audit.to_dict()["interventions"][0]["inside passes"] == 2 * len(inside)
+
+
+def test_fractions_need_a_schedule() -> None:
+    model = tiny_denoiser("sd")
+    run = steer(model, PAG(3.0, where=Where(modules="mid_block.*attn1", steps=(0.0, 0.5))))
+    with pytest.raises(SelectionError, match="fractions"), run.branches("cond"):
+        model(**tiny_denoiser_inputs("sd", model))
+    run.remove()
+
+
+def test_two_experts_share_one_clock() -> None:
+    """Wan 2.2: the steps of the second transformer go on where those of the first ended."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    one = tiny_pipeline("wan")
+    second = tiny_denoiser("wan", seed=3)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = WanPipeline(**{**one.components, "scheduler": scheduler, "transformer_2": second, "boundary_ratio": 0.8})
+    pipe.set_progress_bar_config(disable=True)
+    call = tiny_call("wan", steps=5)
+    seen: list[tuple[str, float]] = []
+    hooks = [
+        m.register_forward_pre_hook(lambda _, a, k, n=n: seen.append((n, float(k["timestep"][0]))), with_kwargs=True)
+        for n, m in (("transformer", pipe.transformer), ("transformer_2", second))
+    ]
+    plain = pipe(**call)[0]
+    for hook in hooks:
+        hook.remove()
+    times = list(dict.fromkeys(t for _, t in seen))
+    first = {n: [times.index(t) for m, t in seen[::2] if m == n] for n in ("transformer", "transformer_2")}
+    assert first["transformer"] and first["transformer_2"]
+    where = Where(modules=r".*blocks\.1\.attn1", steps=first["transformer_2"])
+    with steer(pipe, PAG(3.0, where=where)) as run:
+        steered = pipe(**call)[0]
+    assert relative(steered, plain) > EFFECT
+    calls = {path.split(".")[0]: r.calls for (_, path), r in run.audit.records.items()}
+    assert calls == {"transformer_2": len(first["transformer_2"])}
+
+
+def test_instruct_pix2pix_has_three_parts() -> None:
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    text = tiny_pipeline("sd", in_channels=8)
+    pipe = StableDiffusionInstructPix2PixPipeline(
+        **{k: v for k, v in text.components.items() if k != "image_encoder"}, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    layers = paths(text, "mid_block")
+
+    def call() -> dict[str, Any]:
+        embeds = {k: v for k, v in tiny_call("sd").items() if k.endswith("prompt_embeds")}
+        options = {"num_inference_steps": 3, "output_type": "latent", "return_dict": False, "generator": noise()}
+        return {
+            **embeds,
+            **options,
+            "image": torch.rand(1, 3, 128, 128, generator=noise()),
+            "image_guidance_scale": 1.5,
+        }
+
+    def guide(predict: Any, kwargs: dict[str, Any], out: Tensor) -> Tensor:
+        first = {k: v[:1] if isinstance(v, Tensor) and v.ndim else v for k, v in kwargs.items()}
+        with edited(pipe.unet, layers, Edit(), (16, 16)):
+            return out + 3.0 * (out[:1] - predict(first))
+
+    against_a_wrapper(pipe, call, PAG(3.0), guide)
+
+
+# --------------------------------------------------------------------------------------- branches, bare denoisers
+
+
+@torch.no_grad()
+def test_a_bare_denoiser_is_told_its_branches() -> None:
+    model = tiny_denoiser("sd")
+    inputs = tiny_denoiser_inputs("sd", model, batch=4)
+    method = SoftPAG(3.0, 0.5, where=Where(modules="mid_block.*attn1"))
+    plain = model(**inputs).sample
+    half = {k: v[2:] if v.ndim else v for k, v in inputs.items()}
+    with edited(model, ["mid_block.attentions.0.transformer_blocks.0.attn1"], Edit(strength=0.5), (16, 16)):
+        weak = model(**half).sample
+    run = steer(model, method)
+    with pytest.raises(UnsupportedHost, match=r"run\.branches"):
+        model(**inputs)
+    with run.branches("uncond", "cond"):
+        term = 3.0 * (plain[2:] - weak)
+        assert relative(model(**inputs).sample, plain + torch.cat([term, term])) < BOUND
+        assert relative(model(**inputs, return_dict=False)[0], plain + torch.cat([term, term])) < BOUND
+        # positional arguments too
+        given = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
+        assert relative(model(*given).sample, plain + torch.cat([term, term])) < BOUND
+    with run.branches("cond"):
+        assert relative(model(**half).sample, combine(plain[2:], None, weak, 1.0, 3.0)) < BOUND
+    with run.branches("uncond"), pytest.raises(UnsupportedHost, match="conditional branch first"):
+        model(**{**half, "timestep": torch.tensor(7)})
+    run.remove()
+    assert torch.equal(model(**inputs).sample, plain)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_gate_on_one_branch(name: str) -> None:
+    """Rows of the doubled batch, or calls of the other kind, stay as they were."""
+    pipe = pipeline(name)
+    call = call_of(name, steps=1, **({"true_cfg_scale": 4.0} if name == "flux" else {}))
+    seen: list[Tensor] = []
+    model = pipe.unet if name == "sd" else pipe.transformer
+    hook = model.register_forward_hook(lambda _, args, out: seen.append(out[0]))
+    pipe(**call)
+    plain = torch.cat(seen)
+    for branch, untouched in (("cond", "uncond"), ("uncond", "cond")):
+        seen.clear()
+        with steer(pipe, HeadGate({(2, 0): 0.0, (1, 1): 0.0}, where=Where(branches=branch))):
+            pipe(**call)
+        rows = torch.cat(seen)
+        # FLUX calls the conditional branch first
+        cond_at = 1 if name == "sd" else 0
+        same = cond_at if untouched == "cond" else 1 - cond_at
+        assert relative(rows[same], plain[same]) < 1e-6
+        assert relative(rows[1 - same], plain[1 - same]) > 1e-3
+    hook.remove()
+
+
+def test_branches_of_a_bare_denoiser_are_not_guessed() -> None:
+    model = tiny_denoiser("sd")
+    gate = HeadGate({(2, 0): 0.0}, where=Where(branches="cond"))
+    with pytest.raises(SelectionError, match=r"run\.branches"), steer(model, gate):
+        model(**tiny_denoiser_inputs("sd", model))
+
+
+# ----------------------------------------------------------------------------------------------------- refusals
+
+
+def test_unknown_pipelines_are_refused_with_a_hint() -> None:
+    from diffusers import StableDiffusionPipeline
+
+    class Same(StableDiffusionPipeline):
+        pass
+
+    class Mine(StableDiffusionPipeline):
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            return super().__call__(*args, **kwargs)
+
+    text = tiny_pipeline("sd")
+    call = tiny_call("sd", steps=1)
+    for cls in (Same, Mine):
+        pipe = cls(**text.components, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        if cls is Same:
+            with steer(pipe, PAG(3.0)):
+                pipe(**call)
+    with pytest.raises(UnsupportedHost, match=r"Mine .*run\.branches"), steer(pipe, PAG(3.0)):
+        pipe(**call)
+    expected = guided_latents("sd", text, call, paths(text, "mid_block"), Edit(), 3.0)
+    with steer(pipe, PAG(3.0)) as run, run.branches("uncond", "cond"):
+        assert relative(pipe(**call)[0], expected) < BOUND
+
+
+def test_other_guidance_that_adds_rows_or_calls_is_refused() -> None:
+    pag = official_pag("sd", tiny_pipeline("sd"))
+    with (
+        pytest.raises(UnsupportedHost, match="3 rows"),
+        steer(pag, PAG(3.0, where=Where(modules=".*up_blocks.*attn1"))),
+    ):
+        pag(**tiny_call("sd", steps=1), pag_scale=3.0)
+    pipe = tiny_pipeline("sd3")
+    call = tiny_call("sd3", steps=4)
+    with pytest.raises(UnsupportedHost, match="other guidance"), steer(pipe, PAG(3.0, where=Where(layers=[2]))):
+        pipe(**call, skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
+
+
+def test_normalised_combinations_warn() -> None:
+    pipe = tiny_pipeline("qwenimage")
+    call = tiny_call("qwenimage", steps=2)
+    plain = pipe(**call)[0]
+    method = PAG(3.0, joint="joint_identity", where=Where(layers=[1]))
+    with pytest.warns(UserWarning, match="normalise") as caught, steer(pipe, method):
+        steered = pipe(**call)[0]
+    assert len([w for w in caught if "normalise" in str(w.message)]) == 1
+    assert relative(steered, plain) > EFFECT
