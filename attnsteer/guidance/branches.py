@@ -39,7 +39,8 @@ class BranchInputs:
 
     Attributes:
         values: name -> argument. layout: names of the equal parts of the batch, in order.
-        batch: rows in all. timestep: of this call, as the scheduler counts. memory: a dictionary that lives through one sampling run.
+        batch: rows in all. timestep: of this call, as the scheduler counts.
+        memory: a dictionary that lives through one sampling run.
     """
 
     values: dict[str, Any]

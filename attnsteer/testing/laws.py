@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -602,7 +603,7 @@ def _decode(
     position = (mask.cumsum(dim=-1) - 1).clamp_min(0)
     edges = [0, *_chunk_edges(n, chunks), *range(n + 1, n + steps + 1)]
     cache, logits = None, []
-    for at, stop in zip(edges[:-1], edges[1:], strict=True):
+    for at, stop in itertools.pairwise(edges):
         more = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs and at == 0 else {}
         with run.chunked_prefill() if run is not None and stop <= n else contextlib.nullcontext():
             out = target(

@@ -45,6 +45,6 @@ def test_methods_on_tokens_refuse_denoisers(method: MethodCase, host: HostCase) 
     model = host.build()
     before = fingerprint(model)
     made = method.build([s for s in sites(model) if s.kind != "cross"], 2)
-    with pytest.raises(UnsupportedHost, match="needs tokens|linear attention|causal"):
+    with pytest.raises(UnsupportedHost, match=r"needs tokens|linear attention|causal"):
         steer(model, made.new(where=Where()))
     assert fingerprint(model) == before

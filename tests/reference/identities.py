@@ -1,6 +1,7 @@
 """Dense counterparts of what a lazy map answers without building it (``specs/llm.md`` 0.4, F1 to F9).
 
-Each function takes the full map A [B, H, n, m] and sums over it. Nothing here imports the library. Results are fp32, or fp64 when A is fp64.
+Each function takes the full map A [B, H, n, m] and sums over it. Nothing here imports the library.
+Results are fp32, or fp64 when A is fp64.
 """
 
 from __future__ import annotations
