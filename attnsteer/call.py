@@ -164,7 +164,7 @@ class AttentionMap:
         new = A * factor
         total = A.sum(dim=-1, keepdim=True)
         if edit.normalise:
-            norm = new.sum(dim=-1, keepdim=True) + (1.0 - total)
+            norm = new.sum(dim=-1, keepdim=True) + self._sink(total)
             new = torch.where(norm > 0, new / norm.clamp_min(1e-37), A)
         changed = (factor != 1.0).any(dim=-1, keepdim=True) & (total > 0)
         edited = _apply(new, self.att)
@@ -188,10 +188,14 @@ class AttentionMap:
         new = A * self._factor(edit)
         if not edit.normalise:
             return new
-        norm = new.sum(dim=-1, keepdim=True) + torch.where(
-            A.sum(dim=-1, keepdim=True) > 0, 1.0 - A.sum(dim=-1, keepdim=True), 0.0
-        )
+        norm = new.sum(dim=-1, keepdim=True) + self._sink(A.sum(dim=-1, keepdim=True))
         return torch.where(norm > 0, new / norm.clamp_min(1e-37), A)
+
+    def _sink(self, total: Tensor) -> Tensor:
+        """What a learned sink takes of rows with these sums; exactly zero where the model has none."""
+        if self.att.sinks is None:
+            return torch.zeros_like(total)
+        return torch.where(total > 0, 1.0 - total, torch.zeros_like(total))
 
     def distance(self, edit: Reweight) -> Tensor:
         """Total-variation distance per row between the map and its edit, [B, H, n]."""
@@ -204,7 +208,7 @@ class AttentionMap:
         left = (total - sum(masses, torch.zeros_like(total))).clamp_min(0.0)
         norm = torch.ones_like(total)
         if edit.normalise:
-            norm = (1.0 - total) + rest * left + sum(w * m for w, m in zip(weights, masses, strict=True))
+            norm = self._sink(total) + rest * left + sum(w * m for w, m in zip(weights, masses, strict=True))
             norm = norm.masked_fill(norm <= 0, 1.0)
         moved = (rest / norm - 1.0).abs() * left
         moved = moved + sum((w / norm - 1.0).abs() * m for w, m in zip(weights, masses, strict=True))

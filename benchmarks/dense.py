@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-NAME = "benchmarks_dense_act"
+PREFIX = "benchmarks_"
+_USED: list[str] = []
 
 
 @dataclass
@@ -57,21 +59,30 @@ class DenseACT:
         A[:, at] = torch.where(keep[:, None], inside, self.beta * inside)
 
 
-def use(model: nn.Module, act: DenseACT) -> nn.Module:
-    """Switch a model to the dense reference; `forget` takes the name out of the library again."""
+def no_attention(module: nn.Module, q: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    """The queries in place of the attention's output: what is left to time is the rest of the model."""
+    return q.transpose(1, 2).contiguous(), None
+
+
+def use(model: nn.Module, function: Callable[..., Any]) -> nn.Module:
+    """Switch a model to an attention function of ours, which sees no mask; `forget` takes its name out again."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface.register(NAME, act)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    model.set_attn_implementation(NAME)
+    name = f"{PREFIX}{len(_USED)}"
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    _USED.append(name)
+    model.set_attn_implementation(name)
     return model
 
 
 def forget() -> None:
-    """Unregister the reference."""
+    """Unregister what `use` registered."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    AttentionInterface._global_mapping.pop(NAME, None)
-    AttentionMaskInterface._global_mapping.pop(NAME, None)
+    while _USED:
+        name = _USED.pop()
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)

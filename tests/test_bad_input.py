@@ -209,7 +209,7 @@ def test_a_generic_module_that_does_not_say_its_heads() -> None:
     refused(UnsupportedHost, "no num_heads", lambda: steer(Headless(), HeadGate({(0, 0): 0.0})))
 
 
-@pytest.mark.parametrize("target", [None, 3, "gpt2", {}, [], object(), torch.zeros(2)], ids=repr)
+@pytest.mark.parametrize("target", [None, 3, "gpt2", {}, [], object(), torch.zeros(2)], ids=lambda t: type(t).__name__)
 def test_a_target_of_another_type(target: Any) -> None:
     refused(UnsupportedHost, "nothing here can steer", lambda: steer(target, ZeroTuning(gamma=2.0)))
     refused(UnsupportedHost, "Give a transformers or diffusers model", lambda: sites(target))

@@ -66,7 +66,7 @@ def test_results_have_the_documented_form(tmp_path: Path, capsys: pytest.Capture
             assert set(times["medians_s"]) == set(times["samples_s"])
             assert all(len(s) == times["rounds"] == len(times["foreign_share"]) for s in times["samples_s"].values())
     first = results[0]
-    assert [c["bar"] for c in first["checks"]] == [4.0]
+    assert [c["bar"] for c in first["checks"]] == [4.0, 4.0]
     assert first["more"]["heads_steered"] == 2 and first["more"]["mean_sinks_per_head"] >= 1
     table = capsys.readouterr().out
     assert all(name in table for name in names) and "threads" in table.splitlines()[-1]

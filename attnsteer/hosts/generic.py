@@ -65,8 +65,8 @@ class GenericHost(Host):
             )
         if not found:
             raise UnsupportedHost(
-                f"{', '.join(reaching)} call SDPA but have no attribute named {', '.join(HEADS)}; set one, so that heads can "
-                "be named."
+                f"{', '.join(reaching)}: these call SDPA but have no {', '.join(HEADS)} attribute; set one, so that heads can be "
+                "named."
             )
         return found
 

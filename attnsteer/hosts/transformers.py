@@ -25,6 +25,8 @@ from .sequence import SequenceClock, key_positions, valid_at
 PREFIX = "attnsteer_"
 BASES = ("sdpa", "eager", "flex_attention")
 RUNTIME = "_attnsteer_runtime"
+# From this many rows on, the check of a site runs the model's own kernel on the rows that it looks at only.
+LONG = 256
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 _LOCK = threading.Lock()
 # Names and configs in use, counted over all live steerings, so that the last one restores them.
@@ -206,8 +208,15 @@ def _steered(
     if name == "eager":
         ctx.maps = []
 
+    def base_rows(index: Tensor) -> Tensor:
+        if att.shape[2] < LONG or name == "flex_attention" or options.get("position_bias") is not None:
+            return run_base().index_select(2, index)
+        # A long prompt is not computed a second time for a few of its rows.
+        part = att.take(index)
+        return base(module, part.q, part.k, part.v, part.mask, *args, **kwargs)[0].transpose(1, 2)
+
     if not attached.checked:
-        _check_exact(attached.runtime.site, att, run_base)
+        _check_exact(attached.runtime.site, att, base_rows)
         attached.checked = True
     same = name == "sdpa" and same_kernel(att, FEW_ROWS)
     out = attached.runtime(att, run_base, ctx, active, same)
@@ -296,19 +305,13 @@ def _context(attached: _Attached, phase: str, att: Attention, slots: int) -> Cal
     return ctx
 
 
-def _check_exact(site: Site, att: Attention, run_base: Callable[[], Tensor]) -> None:
+def _check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor]) -> None:
     """A few rows of our own definition against the model's kernel: a transform we do not know must raise."""
     n = att.shape[2]
     index = torch.unique(torch.tensor([0, n // 3, (2 * n) // 3, n - 1], device=att.q.device))
     with torch.no_grad():
-        detached = att.replace(q=att.q.detach(), k=att.k.detach(), v=att.v.detach())
-        out = run_base().detach().index_select(2, index).to(att.stat_dtype)
-        mask = detached.mask4()
-        if mask is not None and mask.shape[2] > 1:
-            mask = mask.index_select(2, index)
-        if att.causal:
-            mask = (torch.arange(att.shape[3], device=att.q.device)[None, :] <= index[:, None])[None, None]
-        sub = detached.replace(q=detached.q.index_select(2, index), mask=mask, causal=False)
+        out = base_rows(index).detach().to(att.stat_dtype)
+        sub = att.take(index)
         A = kernels.dense(sub)
         b, h, r, m = A.shape
         ours = torch.matmul(A.reshape(b, h // att.groups, att.groups * r, m), att.v.detach().to(A.dtype))

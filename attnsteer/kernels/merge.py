@@ -47,10 +47,9 @@ def reweight(
         [B, H, n, dv] in the dtype of `out`. Where all weights are one the row is returned bit for bit.
     """
     dtype = att.stat_dtype
-    total = att.visible_total(lse)
+    total, sink = att.visible_total(lse), att.sink_share(lse)
     rest = torch.as_tensor(rest, dtype=dtype, device=out.device).expand_as(total)
     gains = [torch.as_tensor(w, dtype=dtype, device=out.device) - rest for _, w, _, _ in groups]
-    sink = torch.where(torch.isneginf(lse), 0.0, 1.0 - total)
     norm = sink + rest * total + sum(g * m for g, (_, _, m, _) in zip(gains, groups, strict=True))
     same, shrunk = rest == 1, torch.zeros_like(total, dtype=torch.bool)
     for g in gains:

@@ -197,11 +197,13 @@ class Attention:
 
         `lse` is the row log-sum-exp with minus infinity for rows that see no key.
         """
-        blind = torch.isneginf(lse)
-        total = torch.ones_like(lse)
-        if self.sinks is not None:
-            total = total - torch.exp(self.sinks.to(lse.dtype)[None, :, None] - lse.masked_fill(blind, torch.inf))
-        return total.masked_fill(blind, 0.0)
+        return (1.0 - self.sink_share(lse)).masked_fill(torch.isneginf(lse), 0.0)
+
+    def sink_share(self, lse: Tensor) -> Tensor:
+        """What the learned sink takes of each row, [B, H, n]; zero without one, and in rows that see no key."""
+        if self.sinks is None:
+            return torch.zeros_like(lse)
+        return torch.exp(self.sinks.to(lse.dtype)[None, :, None] - lse.masked_fill(torch.isneginf(lse), torch.inf))
 
 
 def pick(t: Tensor, *at: slice) -> Tensor:

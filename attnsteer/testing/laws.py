@@ -542,10 +542,14 @@ class _Tap(Intervention):
 
     def output(self, call: Any, out: Tensor) -> None:
         whole = _TAPPED.setdefault(call.site.path, out.new_zeros(out.shape[0], call.site.heads, *out.shape[2:]))
-        whole[:, list(call.heads)] = out.detach()
+        # The first call only: later steps of a pipeline start from an edited latent.
+        if (call.site.path, call.heads) not in _SEEN:
+            _SEEN.add((call.site.path, call.heads))
+            whole[:, list(call.heads)] = out.detach()
 
 
 _TAPPED: dict[str, Tensor] = {}
+_SEEN: set[tuple[str, tuple[int, ...]]] = set()
 
 
 def _head_outputs(
@@ -557,6 +561,7 @@ def _head_outputs(
     found = tuple(m for m in ("text", "vision", "image") if m == main) or (main,)
     tap = _Tap(where=Where(modalities=found))
     _TAPPED.clear()
+    _SEEN.clear()
     with steer(target, *([] if method is None else [method]), tap, reference=reference):
         host.run(target, inputs)
     return dict(_TAPPED)

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from attnsteer import PAG, SEG, HeadSet, SoftPAG, Where, sites, steer
-from attnsteer.testing import SCHEDULERS, official_pag, tiny_pipeline, tiny_scheduler
+from attnsteer.testing import (
+    SCHEDULERS,
+    official_pag,
+    tiny_denoiser,
+    tiny_denoiser_inputs,
+    tiny_pipeline,
+    tiny_scheduler,
+)
 from tests.guidance.common import BOUND, EFFECT, at, call_of, guidance, paths, pipeline, relative
 from tests.reference import guidance_loops
 from tests.reference.guidance_loops import JOINT, LOOPS, Edit, guided_latents
@@ -224,3 +231,40 @@ def test_seg_in_some_heads() -> None:
     expected = guided_latents("sd", pipe, call, paths(pipe)[1:2], Edit("seg", sigma=1.0, heads=[1]), 3.0)
     layer = next(s.layer for s in sites(pipe) if s.name == paths(pipe)[1])
     check(pipe, call, SEG(3.0, 1.0, heads={layer: [1]}, where=Where(kinds="self")), expected)
+
+
+# --------------------------------------------------------------------------------------------------- half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("sd", PAG(3.0)),
+        ("sd", SEG(3.0, 1.0)),
+        ("sd", SEG(3.0)),
+        *(("sd3", SoftPAG(3.0, 0.5, joint=joint, where=Where(layers=[2]))) for joint in JOINT),
+        ("flux", SoftPAG(3.0, 0.5, joint="ii_identity_renorm", where=Where(layers=[1, 2]))),
+        ("wan", PAG(3.0, where=Where(layers=[1], kinds="self"))),
+    ],
+    ids=lambda value: (
+        value if isinstance(value, str) else f"{type(value).__name__}-{getattr(value, 'joint', value)}"[:30]
+    ),
+)
+@torch.no_grad()
+def test_half_precision_is_close_to_single(name: str, method: Any, dtype: torch.dtype) -> None:
+    model = tiny_denoiser(name)
+    inputs = tiny_denoiser_inputs(name, model)
+
+    def guided() -> Tensor:
+        with steer(model, method) as run, run.branches("uncond", "cond"):
+            return model(**inputs, return_dict=False)[0]
+
+    plain, single = model(**inputs, return_dict=False)[0], guided()
+    model.to(dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() and k != "timestep" else v for k, v in inputs.items()}
+    rounded, half = model(**inputs, return_dict=False)[0], guided()
+    assert half.dtype == dtype and half.isfinite().all()
+    # the term is three times a difference: about as many times the rounding of the model itself
+    assert relative(half.float(), single) < 12 * relative(rounded.float(), plain)
+    assert relative(single, plain) > 1e-2

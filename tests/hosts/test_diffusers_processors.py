@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from attnsteer import PAG, HeadGate, SoftPAG, Where, sites, steer
+from attnsteer.call import AttnCall, Reweight
 from attnsteer.errors import UnsupportedHost
 from attnsteer.hosts.diffusers import DiffusersHost
 from attnsteer.hosts.processors import usable
 from attnsteer.hosts.rebind import names_called
 from attnsteer.hosts.streams import LINEAR
+from attnsteer.intervention import Intervention
 from attnsteer.site import Site
 from attnsteer.testing import tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
 from tests.guidance.common import at, relative
@@ -155,6 +158,68 @@ def test_processors_cannot_be_exchanged_while_steered() -> None:
                 change()
         pipe(**tiny_call("sd", steps=1))
     pipe.unet.set_attn_processor(AttnProcessor())
+
+
+# ------------------------------------------------------------------------------------------ attention backends
+
+
+@pytest.mark.parametrize("backend", ["_native_math", "flex"])
+@pytest.mark.parametrize("name", ["flux", "wan", "qwenimage"])
+@torch.no_grad()
+def test_the_chosen_backend_stays_the_base_kernel(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models import attention_dispatch
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    model = tiny_denoiser(name)
+    inputs = tiny_denoiser_inputs(name, model)
+    site = next(s for s in sites(model) if s.kind in ("self", "joint"))
+    methods = HeadGate({(site.layer, 1): -2.0}, where=at([site.name])), Boost(where=at([site.name], heads=(0,)))
+    plain = forward(model, inputs)
+    with steer(model, *methods):
+        expected = forward(model, inputs)
+    key, calls = AttentionBackendName(backend), [0]
+    original = _AttentionBackendRegistry._backends[key]
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls[0] += 1
+        # flex attention is not compiled here: the same function by its definition
+        return original(*args, **kwargs) if backend != "flex" else plain_attention(*args, **kwargs)
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, key, counted)
+    # setting a model's backend sets that of the process too
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    for local in (True, False):
+        calls[0] = 0
+        if local:
+            model.set_attention_backend(backend)
+            forward(model, inputs)
+            every = calls[0]
+            with steer(model, *methods):
+                ours = forward(model, inputs)
+            assert calls[0] == 2 * every
+            model.reset_attention_backend()
+        else:
+            with attention_dispatch.attention_backend(backend), steer(model, *methods):
+                ours = forward(model, inputs)
+            assert calls[0] == every
+        assert relative(ours, expected) < 5e-6
+    assert relative(expected, plain) > 1e-3
+    monkeypatch.undo()
+    assert torch.equal(forward(model, inputs), plain)
+
+
+@dataclass(frozen=True)
+class Boost(Intervention):
+    """Doubles the weight of the first three keys."""
+
+    def weights(self, call: AttnCall) -> Reweight:
+        return Reweight((((torch.arange(call.k.shape[2]) < 3)[None, None], 2.0),))
+
+
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    mask = attn_mask if attn_mask is None or attn_mask.ndim == 4 else attn_mask[:, None, None]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------- several attentions in one call

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnsteer import kernels
 from attnsteer.kernels import Attention
-from tests.kernels.common import OUTPUT, STATISTIC, close, edited, problem, truth
+from tests.kernels.common import OUTPUT, REWEIGHTED, STATISTIC, close, edited, problem, truth
 from tests.reference import dense as reference
 from tests.reference import identities
 
@@ -245,11 +245,8 @@ def test_vf7_knock_out() -> None:
     mass, u = kernels.partial(att, lse, keys)
     new = kernels.reweight(att, out, lse, [(keys, 0.0, mass, u)], 1.0, True)
     kept = att.replace(key_bias=torch.zeros(1, 1, 64).masked_fill(keys, -torch.inf))
-    close(new, kernels.attend_lse(kept)[0], REWEIGHTED_FP32)
-    close(new, truth(kept).out, REWEIGHTED_FP32)
-
-
-REWEIGHTED_FP32 = 2e-5  # rows that keep 1/64 of their mass lose six bits
+    close(new, kernels.attend_lse(kept)[0], REWEIGHTED[torch.float32])
+    close(new, truth(kept).out, REWEIGHTED[torch.float32])
 
 
 def test_vf8_entropy_inside_a_set() -> None:

@@ -134,6 +134,15 @@ def test_renormalising_keeps_the_learned_sink(dtype: torch.dtype) -> None:
         close(new, truth(biased).out, 4 * OUTPUT[dtype])
 
 
+def test_a_learned_sink_may_be_all_that_is_left() -> None:
+    att = problem("causal", sinks=True)
+    att = att.replace(sinks=att.sinks - 18.0)
+    out, lse = kernels.attend_lse(att)
+    keys = torch.ones(1, 1, 12, dtype=torch.bool)
+    new = kernels.reweight(att, out, lse, [(keys, 0.0, *kernels.partial(att, lse, keys))], 1.0, True)
+    assert not new.any()
+
+
 def test_nothing_is_written_to() -> None:
     att, keys = saturated()
     out, lse = kernels.attend_lse(att)

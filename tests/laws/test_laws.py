@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from attnsteer import Where, sites, steer
-from attnsteer.errors import UnsupportedHost
+from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.testing.fingerprint import fingerprint
 from attnsteer.testing.laws import LAWS, HostCase, MethodCase, NotApplicable, check
 
@@ -45,6 +45,6 @@ def test_methods_on_tokens_refuse_denoisers(method: MethodCase, host: HostCase) 
     model = host.build()
     before = fingerprint(model)
     made = method.build([s for s in sites(model) if s.kind != "cross"], 2)
-    with pytest.raises(UnsupportedHost, match=r"needs tokens|linear attention|causal"):
+    with pytest.raises((SelectionError, UnsupportedHost), match=r"needs tokens|linear attention|causal|is defined on"):
         steer(model, made.new(where=Where()))
     assert fingerprint(model) == before
