@@ -219,6 +219,7 @@ def _memory(size: Size, share: float, threads: int) -> dict[str, Any]:
         **{f"{name}_mib": round(a["bytes"] / 2**20, 1) for name, a in arms.items()},
         **{f"{name}_baseline_mib": round(a["baseline"] / 2**20, 1) for name, a in arms.items()},
         **{f"{name}_s": a["seconds"] for name, a in arms.items()},
+        **{f"{name}_foreign_share": a["foreign"] for name, a in arms.items()},
         "finite": all(a["finite"] for a in arms.values()),
     }
 

@@ -99,7 +99,7 @@ def interleaved(
         gc.disable()
         try:
             for name in names[shift:] + names[:shift]:
-                seconds, share = _one(arms[name], calls)
+                seconds, share = timed(arms[name], calls)
                 times[name].append(seconds)
                 shares.append(share)
         finally:
@@ -108,7 +108,7 @@ def interleaved(
     return Times(times, foreign, repeats)
 
 
-def _one(call: Callable[[], Any], calls: int) -> tuple[float, float | None]:
+def timed(call: Callable[[], Any], calls: int = 1) -> tuple[float, float | None]:
     """(seconds per call, share of the machine that other processes took meanwhile)."""
     busy, own, begin = _busy(), time.process_time(), time.perf_counter()
     for _ in range(calls):
@@ -146,7 +146,7 @@ def peak_memory(arm: str, request: Mapping[str, Any], threads: int) -> dict[str,
 
     Returns:
         `bytes`: peak resident memory above what the process held once model and inputs were built. `baseline`: that.
-        `seconds`: of the measured call. `output`: see `benchmarks.peak`.
+        `seconds`: of the measured call. `foreign`: what others took of the machine meanwhile. `finite`: the output is.
     """
     line = json.dumps({**request, "arm": arm, "threads": threads})
     done = subprocess.run(

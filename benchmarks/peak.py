@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from typing import Any
 
 import torch
 
 from attnsteer import steer
 from benchmarks.cases import SINKS, act
-from benchmarks.measure import peak, reset_peak
+from benchmarks.measure import peak, reset_peak, timed
 from benchmarks.models import LlamaShape, llama, prompt
 
 
@@ -26,14 +25,14 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     with steer(model, act(shape, request["share"])) if steered else contextlib.nullcontext():
         model(ids[:, :32], use_cache=True, logits_to_keep=1)
         baseline = reset_peak()
-        begin = time.perf_counter()
-        out = model(ids, use_cache=True, logits_to_keep=1)
-        seconds = time.perf_counter() - begin
+        outputs = []
+        seconds, foreign = timed(lambda: outputs.append(model(ids, use_cache=True, logits_to_keep=1).logits))
     return {
         "bytes": peak() - baseline,
         "baseline": baseline,
         "seconds": seconds,
-        "finite": bool(torch.isfinite(out.logits).all()),
+        "foreign": foreign,
+        "finite": bool(torch.isfinite(outputs[0]).all()),
     }
 
 

@@ -84,6 +84,7 @@ def run(case: Case, mode: str, threads: int) -> dict[str, Any]:
             "value": found.value,
             "passed": found.value <= case.bar,
             "checks": [_check(c) for c in found.checks],
+            "quiet": all(times.quiet for times in found.times.values()),
             "times": {name: times.to_dict() for name, times in found.times.items()},
             "more": found.more,
         }
@@ -100,16 +101,19 @@ def table(results: list[dict[str, Any]]) -> str:
         if r["value"] is None:
             rows.append((r["case"], "-", f"<= {r['bar']:g}", "not timed", f"FAILED, {gate}", f"{r['seconds']:.0f}"))
             continue
-        verdict = "met" if r["passed"] else "MISSED"
+        noise = "" if r["quiet"] else ", disturbed"
+        verdict = ("met" if r["passed"] else "MISSED") + noise
         rows.append((r["case"], f"{r['value']:.3f}", f"<= {r['bar']:g}", verdict, gate, f"{r['seconds']:.0f}"))
         for c in r["checks"]:
             sign = ">=" if c["at_least"] else "<="
-            verdict = "met" if c["passed"] else "MISSED"
+            verdict = ("met" if c["passed"] else "MISSED") + noise
             rows.append((f"  {c['what']}", f"{c['value']:.3f}", f"{sign} {c['bar']:g}", verdict, "", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     first = results[0]
     dirty = " (changed)" if first["dirty"] else ""
+    if not all(r.get("quiet", True) for r in results):
+        lines += ["", "disturbed: other processes used the machine during most rounds; those figures say little."]
     lines += [
         "",
         f"{first['cpu']}, {first['threads']} threads of {first['cores']} cores, torch {first['torch']}, float32, "

@@ -111,7 +111,7 @@ def test_the_gates_see_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_disturbed_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds, shares = iter([1.0, 2.0, 9.0, 9.0, 1.0, 2.0]), iter([0.0, 0.05, 0.0, 0.5, 0.0, 0.0])
-    monkeypatch.setattr(measure, "_one", lambda call, calls: (next(seconds), next(shares)))
+    monkeypatch.setattr(measure, "timed", lambda call, calls: (next(seconds), next(shares)))
     monkeypatch.setattr(measure, "_wait_for_quiet", lambda until: None)
     times = measure.interleaved({"a": list, "b": list}, 2, warmup=0, patience=60.0)
     # Each round starts with another arm, so the second one is timed the other way round.
@@ -121,7 +121,7 @@ def test_disturbed_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_too_few_undisturbed_rounds_are_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_one", lambda call, calls: (1.0, 0.9))
+    monkeypatch.setattr(measure, "timed", lambda call, calls: (1.0, 0.9))
     times = measure.interleaved({"a": list}, 3, warmup=0)
     assert times.rounds == {"a": [1.0, 1.0, 1.0]} and not times.quiet
     assert times.to_dict()["rounds_kept"] == 3

@@ -7,6 +7,7 @@ would change. While a term is held, the pipeline's own rescale is zero; the sche
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 from torch import Tensor
@@ -24,9 +25,18 @@ class Rescale:
         self._held: tuple[Tensor, Tensor] | None = None
 
     @property
-    def wanted(self) -> bool:
-        """Whether the pipeline rescales, as far as it says."""
-        return bool(self._held is not None or getattr(self.pipeline, "guidance_rescale", 0.0))
+    def factor(self) -> float:
+        """The `guidance_rescale` of the running call; some pipelines keep it as an argument only, which is read there."""
+        if self._held is not None:
+            return self._factor
+        if self.pipeline is None or hasattr(type(self.pipeline), "guidance_rescale"):
+            return float(getattr(self.pipeline, "guidance_rescale", 0.0))
+        frame = sys._getframe()
+        while frame is not None:
+            if "guidance_rescale" in frame.f_code.co_varnames and frame.f_locals.get("self") is self.pipeline:
+                return float(frame.f_locals.get("guidance_rescale", 0.0))
+            frame = frame.f_back
+        return 0.0
 
     def hold(self, prediction: Prediction, inputs: BranchInputs) -> Prediction:
         """Keep the term until the next `apply`, and return the prediction without it.
@@ -43,7 +53,7 @@ class Rescale:
             )
         if "guidance_rescale" not in names or not hasattr(pipe, "_guidance_rescale"):
             raise UnsupportedHost(
-                f"{type(pipe).__name__} with guidance_rescale={pipe.guidance_rescale}: it rescales by the conditional row's "
+                f"{type(pipe).__name__} with guidance_rescale={self.factor}: it rescales by the conditional row's "
                 "spread, which guidance on every row changes, and this cannot be taken over here. Set guidance_rescale=0."
             )
         self._factor, pipe._guidance_rescale = pipe._guidance_rescale, 0.0

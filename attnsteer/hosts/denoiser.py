@@ -157,8 +157,7 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
     """
     run, model = clock.run, clock.model
     around = [b for b in run.bounds if "around" in b.doors and _edited(clock, b)]
-    told = any(b.where.branches is not None for b in run.bounds)
-    timed = told or any(b.where.steps is not None or b.where.rows is not None for b in run.bounds)
+    timed = any(getattr(b.where, f) is not None for b in run.bounds for f in ("steps", "branches", "rows"))
     needed = any({"segments", "grid", "steps"} & set(b.method.needs) for b in run.bounds)
     compiled = owner is not model or any(m._compiled_call_impl is not None for m in model.modules())
     if compiled:
@@ -170,8 +169,7 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
     if not (around or timed or needed):
         return
     _refuse_cache(model, around)
-    if around or told:
-        clock.sampling.watch([model], journal)
+    clock.sampling.watch(model, journal)
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     place, original = _place(owner)
     # A model that is compiled as a whole runs no block of its own: nothing is replayed there.
@@ -201,7 +199,7 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
             call = _layer(clock, bound, call, bare, ways[bound.index])
         inputs = BranchInputs(values, clock.layout, clock.batch, sampling.timestep, sampling.memory)
         prediction = call(inputs)
-        if prediction.shift is not None and len(clock.layout) > 1 and sampling.rescale.wanted:
+        if prediction.shift is not None and len(clock.layout) > 1 and sampling.rescale.factor:
             return sampling.rescale.hold(prediction, inputs).wrapped
         return prediction.wrapped
 

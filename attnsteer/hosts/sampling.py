@@ -74,30 +74,43 @@ class Sampling:
             planned = planned[-running:]
         return torch.unique_consecutive(planned).tolist()
 
-    def watch(self, models: list[nn.Module], journal: Any) -> None:
-        """Learn rows, cache contexts and scheduler steps from the pipeline's own calls."""
+    def watch(self, model: nn.Module, journal: Any) -> None:
+        """Learn rows, cache contexts, runs and scheduler steps from the pipeline's own calls."""
         pipe = self.pipeline
-        for model in models:
-            if hasattr(model, "cache_context"):
-                journal.set_attr(model, "cache_context", self._named(model.cache_context))
+        if hasattr(model, "cache_context"):
+            journal.set_attr(model, "cache_context", self._named(model.cache_context))
         if self._watched:
             return
         self._watched = True
         journal.add(self.rescale.release)
-        if hasattr(pipe, "prepare_latents"):
-            journal.set_attr(pipe, "prepare_latents", self._prepared(pipe.prepare_latents))
         scheduler = getattr(pipe, "scheduler", None)
-        if scheduler is not None and hasattr(scheduler, "step"):
-            journal.set_attr(scheduler, "step", self._stepped(scheduler.step))
+        seams = (
+            (pipe, "prepare_latents", self._prepared),
+            (scheduler, "set_timesteps", self._planning),
+            (scheduler, "step", self._stepped),
+        )
+        for owner, name, wrap in seams:
+            if callable(getattr(owner, name, None)):
+                journal.set_attr(owner, name, wrap(getattr(owner, name)))
 
     def _prepared(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(prepare)
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:
             result = prepare(*args, **kwargs)
-            self.latent_rows = (result[0] if isinstance(result, (tuple, list)) else result).shape[0]
+            latents = result[0] if isinstance(result, (tuple, list)) else result
+            self.latent_rows = latents.shape[0] if isinstance(latents, Tensor) else None
             return result
 
         return prepare_latents
+
+    def _planning(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+            # A new run, also where the last one was broken off.
+            self._times = []
+            return original(*args, **kwargs)
+
+        return set_timesteps
 
     def _stepped(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -13,7 +13,7 @@ from torch import nn
 
 # Processor classes whose sequence holds image rows, then text rows.
 IMAGE_FIRST = re.compile(
-    r"((Fused|XFormers|SD3IPAdapter)?JointAttn|Mochi(?!Vae)|HunyuanVideo|HunyuanImage|JoyImageAttn|HiDream)"
+    r"((Fused|XFormers|SD3IPAdapter)?JointAttn|Mochi(?!Vae)|HunyuanVideo|HunyuanImage|JoyImageAttn)"
 )
 # Text rows, then image rows.
 TEXT_FIRST = re.compile(

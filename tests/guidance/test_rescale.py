@@ -119,3 +119,19 @@ def test_a_rescale_that_cannot_be_taken_over_is_refused() -> None:
     with pytest.raises(UnsupportedHost, match="guidance_rescale=0"), steer(pipe, method):
         pipe(**call, guidance_rescale=0.7)
     assert torch.equal(pipe(**call)[0], plain)
+
+
+def test_a_rescale_that_is_an_argument_only_is_refused_too() -> None:
+    from diffusers import StableDiffusionXLInstructPix2PixPipeline
+
+    text = tiny_pipeline("sdxl", in_channels=8)
+    parts = {k: v for k, v in text.components.items() if k not in ("feature_extractor", "image_encoder")}
+    pipe = StableDiffusionXLInstructPix2PixPipeline(**parts, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    call = {k: v for k, v in tiny_call("sdxl", steps=2).items() if k != "latents"}
+    call |= {"image": torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(2))}
+    assert not hasattr(pipe, "guidance_rescale")
+    with steer(pipe, PAG(3.0)):
+        pipe(**call)
+    with pytest.raises(UnsupportedHost, match=r"guidance_rescale=0\.7"), steer(pipe, PAG(3.0)):
+        pipe(**call, guidance_rescale=0.7)

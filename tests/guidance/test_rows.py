@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import functools
-import inspect
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,82 +10,9 @@ from torch import Tensor
 
 from attnsteer import PAG, HeadGate, SoftPAG, Where, steer
 from attnsteer.errors import SelectionError, UnsupportedHost
-from attnsteer.hosts.pipelines import DOUBLED, IN_CONTEXTS, IN_TURN, NORMALISED, TRIPLED
 from attnsteer.testing import official_pag, tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
 from tests.guidance.common import BOUND, EFFECT, against_a_wrapper, at, call_of, paths, pipeline, relative
 from tests.reference.guidance_loops import Edit, combine, edited, guided_latents
-
-# ------------------------------------------------------------------------------------------ the table of pipelines
-
-TABLES = {"doubled": DOUBLED, "tripled": TRIPLED, "contexts": IN_CONTEXTS, "turn": IN_TURN}
-
-
-@functools.cache
-def pipeline_sources() -> dict[str, str]:
-    """Name -> source of every pipeline class of diffusers with a call of its own; nothing is imported."""
-    import diffusers
-
-    found = {}
-    for path in sorted((Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")):
-        source = path.read_text(encoding="utf-8")
-        for node in ast.parse(source).body:
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Pipeline"):
-                if any(isinstance(f, ast.FunctionDef) and f.name == "__call__" for f in node.body):
-                    found[node.name] = ast.get_source_segment(source, node)
-    return found
-
-
-def listed(table: str) -> list[str]:
-    return [n for n in pipeline_sources() if TABLES[table].match(n)]
-
-
-def text_of_calls(source: str) -> list[str]:
-    """The text arguments of the denoiser calls, in order of appearance."""
-    names = {f"self.{n}" for n in ("unet", "transformer", "transformer_2")} | {"current_model"}
-    calls = []
-    for node in ast.walk(ast.parse(inspect.cleandoc("\n" + source))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in names:
-            given = {k.arg: ast.unparse(k.value) for k in node.keywords}
-            calls.append((node.lineno, given.get("encoder_hidden_states", "?")))
-    return [text for _, text in sorted(calls)]
-
-
-def test_every_pipeline_is_in_one_table_at_most() -> None:
-    assert [n for n in pipeline_sources() if sum(bool(t.match(n)) for t in TABLES.values()) > 1] == []
-    assert len(listed("doubled")) > 80 and len(listed("contexts")) > 20 and len(listed("turn")) > 25
-    assert len(listed("tripled")) == 2
-
-
-@pytest.mark.parametrize("name", listed("doubled"))
-def test_doubled_batches_put_the_negative_prompt_first(name: str) -> None:
-    source = pipeline_sources()[name]
-    flat = re.sub(r"\s+", " ", source)
-    assert "prepare_latents" in source and "scheduler.step" in source
-    halves = re.findall(r"(\w*uncond\w*), (\w+) = [\w.]+\.chunk\(2\)", flat)
-    joined = re.findall(r"cat\( ?\[ ?(\w*neg\w*|\w*uncond\w*), (\w+)", flat)
-    single = "LatentConsistency" in name or "Sprint" in name
-    assert single or (halves and joined), "no doubled batch"
-    assert not re.search(r"cat\( ?\[ ?prompt_embeds, negative_prompt_embeds", flat)
-    assert not re.search(r"noise_pred_(text|cond), noise_pred_uncond = ", flat)
-
-
-@pytest.mark.parametrize("name", [*listed("contexts"), *listed("turn")])
-def test_calls_of_their_own_put_the_prompt_first(name: str) -> None:
-    source = pipeline_sources()[name]
-    assert "prepare_latents" in source and "scheduler.step" in source
-    calls = text_of_calls(source)
-    assert len(calls) in (1, 2)
-    assert "neg" not in calls[0]
-    assert len(calls) == 1 or "neg" in calls[1]
-    contexts = re.findall(r'cache_context\(\s*"(\w+)"', source)
-    assert contexts == (["cond", "uncond"] if name in listed("contexts") else [])
-
-
-def test_the_pipelines_that_normalise() -> None:
-    normalising = {n for n, s in pipeline_sources().items() if re.search(r"cond_norm = torch\.norm", s)}
-    known = {n for n in normalising if any(t.match(n) for t in TABLES.values())}
-    assert {n for n in known if not NORMALISED.match(n)} == set()
-
 
 # ------------------------------------------------------------------------------------------- pipelines, by running
 
@@ -181,6 +103,28 @@ def test_windows_of_steps(steps: Any) -> None:
         for _ in range(2):
             assert relative(pipe(**call)[0], expected) < BOUND
     assert run.audit.to_dict()["interventions"][0]["inside passes"] == 2 * len(inside)
+
+
+def test_a_run_that_was_broken_off_does_not_count() -> None:
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    text = tiny_pipeline("sd")
+    pipe = StableDiffusionImg2ImgPipeline(**text.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    given = {k: v for k, v in tiny_call("sd", steps=4).items() if k not in ("latents", "height", "width")}
+    call = {**given, "image": torch.rand(1, 3, 128, 128, generator=noise())}
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("stop")
+
+    with steer(pipe, HeadGate({(2, 0): 0.0}, where=Where(kinds="self", steps=0))) as run:
+        hook = pipe.unet.register_forward_hook(stop)
+        with pytest.raises(RuntimeError, match="stop"):
+            pipe(**call, strength=1.0)
+        hook.remove()
+        # half the schedule: its first step is step 0, though its time is below that of the broken run
+        pipe(**call, strength=0.5)
+    assert [r.calls for r in run.audit.records.values()] == [2]
 
 
 def test_fractions_need_a_schedule() -> None:

@@ -18,7 +18,7 @@ from tests.hosts.families import Family, forward, known
 ALL = known()
 JOINT = [name for name, family in ALL.items() if family.order]
 # Joint sequences whose order differs per sample (padding between the streams), or whose rows are one stream only.
-UNTOLD = ["lumina2", "zimage", "omnigen", "prx"]
+UNTOLD = ["lumina2", "zimage", "omnigen", "prx", "hidream"]
 
 
 @functools.cache
