@@ -292,6 +292,12 @@ def test_act_padding_changes_nothing(side: str, rule: dict[str, float]) -> None:
     assert not torch.equal(careless[1], S) or not torch.allclose(careless[0], padded)
 
 
+def test_act_invalid_key_is_never_a_sink_even_where_it_is_visible() -> None:
+    valid = torch.tensor([[True, False, True, True]])  # a caller that masks nothing (specs/llm.md 0.6)
+    A2, S, _ = act(hand(), 0.5, threshold=0.4, key_valid=valid)
+    assert not S.any() and torch.equal(A2, hand())
+
+
 def test_act_explicit_first_wins() -> None:
     assert act(hand(), 0.5, threshold=0.4, first=torch.tensor([1]))[1].flatten().tolist() == [
         True,
