@@ -74,7 +74,7 @@ class Prompt:
         Raises:
             SelectionError: a phrase is not in its prompt, is there several times, or was cut off.
         """
-        if len(phrases) not in (1, max(1, len(self.samples))):
+        if self.samples and len(phrases) not in (1, len(self.samples)):
             raise SelectionError(f"{len(phrases)} lists of phrases for {len(self.samples)} prompts; give one for each.")
         each = phrases * max(1, len(self.samples)) if len(phrases) == 1 else phrases
         return [
