@@ -295,7 +295,7 @@ def _checkpointed(model: nn.Module) -> Iterator[None]:
 
 def _hooked(model: nn.Module) -> bool:
     """Whether hooks move weights about: they count on a forward that ends."""
-    return any("_hf_hook" in vars(m) or "_diffusers_hook" in vars(m) for m in model.modules())
+    return any("_hf_hook" in vars(m) or getattr(vars(m).get("_diffusers_hook"), "hooks", None) for m in model.modules())
 
 
 def unet_scale(model: nn.Module, name: str) -> int | None:

@@ -180,7 +180,9 @@ def recorded(denoiser: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, T
             hook.remove()
 
 
-def cross_map(maps: Sequence[Tensor], grid: tuple[int, int], text: slice | None = None, image: slice | None = None) -> Tensor:
+def cross_map(
+    maps: Sequence[Tensor], grid: tuple[int, int], text: slice | None = None, image: slice | None = None
+) -> Tensor:
     """A [h, w, M] of one sample: mean over layers and heads; in joint attention image rows over text keys, renormalised."""
     rows = []
     for P in maps:
@@ -208,7 +210,14 @@ def step(z: Tensor, loss: Loss, size: float) -> tuple[Tensor, Tensor, Any]:
 
 
 def attend_excite_rule(
-    z: Tensor, loss: Loss, i: int, n: int, thresholds: Mapping[int, float], until: int, most: int = 20, size: float = 20.0
+    z: Tensor,
+    loss: Loss,
+    i: int,
+    n: int,
+    thresholds: Mapping[int, float],
+    until: int,
+    most: int = 20,
+    size: float = 20.0,
 ) -> Tensor:
     """Refine while the loss is above its target, then one update."""
     eta = size * math.sqrt(np.linspace(1.0, 0.5, n)[i])
