@@ -128,7 +128,8 @@ def _in_segment(segment: Segment, text: str, which: int | None, include: str) ->
     start = places[number - 1]
     words = [(start + m.start(), start + m.end()) for m in re.finditer(r"\S+", text)]
     terms = [segment.tokens(*word) for word in (words if include == "words" else words[-1:])]
-    if not all(terms):
+    if not all(terms) or segment.offsets[terms[-1][-1] - segment.start][1] < words[-1][1]:
+        # Cut off, perhaps in the middle of a word.
         return None
     if include == "last+1":
         after = terms[0][-1] + 1

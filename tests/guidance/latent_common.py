@@ -34,7 +34,7 @@ def call_of(name: str, **options: Any) -> dict[str, Any]:
 
 def far(a: Tensor, b: Tensor) -> float:
     """Largest absolute difference."""
-    return float((a - b).abs().max())
+    return float((a.detach() - b.detach()).abs().max())
 
 
 def cross_layers(pipe: Any, side: int) -> list[str]:

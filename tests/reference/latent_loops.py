@@ -90,9 +90,9 @@ def sar_paper(S: Sequence[Tensor], regions: Sequence[Cells], grid: tuple[int, in
     for maps in S:
         m, total = maps.mean(dim=0), 0
         for region in regions:
-            outside = [(y, x) for y in range(h) for x in range(w) if (y, x) not in region]
-            for py, px in region:
-                total = total + sum(m[y * w + x, py * w + px] for y, x in outside) / len(outside)
+            outside = [y * w + x for y in range(h) for x in range(w) if (y, x) not in region]
+            for y, x in region:
+                total = total + m[outside, y * w + x].sum() / len(outside)
         layers.append(total / len(regions))
     return sum(layers) / len(layers)
 
