@@ -7,6 +7,7 @@ scheduler.step(noise, z*). The loss reads the conditional rows; each sample has 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -22,6 +23,9 @@ from ..where import Where
 from .branches import BranchInputs, Prediction
 from .maps import Capture, Enough, Maps, MapSite
 from .phrases import INCLUDE, Prompt
+
+# Of the 60 cross-attentions of SDXL with 32 x 32 maps, those of the blocks that Bounded Attention reads.
+SDXL = re.compile(r"up_blocks\.0\.attentions\.0\.transformer_blocks\.[1-6]\.attn[12]")
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class LatentLoss(Intervention):
             step that carries over between models).
         stop_loss: a sample whose loss is at or below this is left alone at this call; None: no such rule.
         size: shorter side to which larger maps are averaged down. Where `where` names neither layers nor modules, a UNet's
-            sites are those with the smallest side that is not below it, else those with the largest side. None: no
-            averaging, and the largest side.
+            sites are those with the smallest side that is not below it, else those with the largest side; of SDXL's, blocks
+            1 to 6 of up_blocks.0.attentions.0. None: no averaging, and the largest side.
         include: which tokens of a phrase count: "words", "last", "last+1" (see `Prompt.terms`). A causal text encoder
             gathers a phrase in its last word and the token after it.
         scaled: the model is asked on the latent as the scheduler scales it; False: on the bare latent, as the official
@@ -62,7 +66,8 @@ class LatentLoss(Intervention):
         early_stop: cut the forward after the last needed site. checkpointing: recompute activations in the backward pass.
             Neither changes the result.
 
-    A step size of 0 turns the method off.
+    On SD3 the default site is block 9 of 24 (the same depth in other sizes), on Flux the last double block. A step size of 0
+    turns the method off.
     """
 
     step_size: float = field(default=20.0, kw_only=True)
@@ -144,7 +149,9 @@ class LatentLoss(Intervention):
         if not sides or len(sides) == 1:
             return pool
         enough = [side for side in sides if self.size is not None and side >= self.size]
-        return [s for s in pool if s.grid is not None and min(s.grid) == (min(enough) if enough else max(sides))]
+        found = [s for s in pool if s.grid is not None and min(s.grid) == (min(enough) if enough else max(sides))]
+        deep = [s for s in found if SDXL.fullmatch(s.site.name)]
+        return deep if len({s.site.layer for s in deep}) == 6 else found
 
     def _block(self, sites: Sequence[MapSite]) -> list[MapSite]:
         """All sites of a UNet; of SD3 and Flux the one block in which words are found best."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
-from ..guidance.latent import LatentLoss, Plan
+from ..guidance.latent import LatentLoss, Plan, at
 from ..guidance.maps import Maps
 from ..guidance.regions import cells, layouts, union
 from .attend_and_excite import check_softmax, competing
@@ -108,10 +108,10 @@ class AttentionRefocusing(LatentLoss):
         """The row of the schedule that holds at this call."""
         progress = index / length + 1e-9
         for start, stop, size, updates in self.schedule:
-            if start <= progress < stop - 1e-9 and progress < self.until:
+            if start <= progress < stop and index < at(self.until, length):
                 # The released code compares the loss times its factor with 0.1, up to a fifth of the loop.
                 early = self.form == "released" and progress < LATE and size > 0
-                return Plan(size * self.step_size, updates, 0.1 / size if early else -1.0, at_once=True)
+                return Plan(size * self.step_at(index, length), updates, 0.1 / size if early else -1.0, at_once=True)
         return Plan(0.0)
 
     def met(self, maps: Maps, loss: Tensor, target: float) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from attnsteer import AttendAndExcite, AttentionRefocusing, steer
+from attnsteer import AttendAndExcite, AttentionRefocusing, Where, steer
 from attnsteer.errors import SelectionError, UnsupportedHost
-from attnsteer.guidance.maps import Maps, SiteMaps
+from attnsteer.guidance.maps import Maps, MapSite, SiteMaps
 from attnsteer.guidance.phrases import Prompt, Segment
 from attnsteer.hosts.prompts import Prompts
 from attnsteer.site import Site
@@ -209,3 +209,31 @@ def test_boxes_of_words_that_are_not_there_are_refused_before_the_first_step() -
         steer(pipe, AttentionRefocusing({"red cube": (0, 0, 0.5, 0.5), "fox": (0.5, 0.5, 1, 1)})),
     ):
         pipe(**call)
+
+
+def map_sites(*names: str, side: Any = 8, kind: str = "cross") -> list[MapSite]:
+    grids = side if isinstance(side, list) else [side] * len(names)
+    sites = [Site(n, i, kind, 4, 4, "image", "denoiser") for i, n in enumerate(names)]
+    return [MapSite(s, None, None if g is None else (g, 2 * g)) for s, g in zip(sites, grids, strict=True)]
+
+
+def chosen(sites: list[MapSite], **options: Any) -> list[str]:
+    return [s.site.name for s in AttendAndExcite("cat", **options).choose(sites)]
+
+
+def test_which_sites_are_read_where_none_are_named() -> None:
+    """UNets by the size of their maps, SDXL by the published blocks, SD3 and Flux one block; named ones are all read."""
+    names = ["down_blocks.0.a", "down_blocks.1.a", "mid_block.a", "up_blocks.1.a"]
+    unet = map_sites(*names, side=[64, 16, 8, 16])
+    assert chosen(unet) == [names[1], names[3]] and chosen(unet, size=32) == [names[0]]
+    assert chosen(unet, size=8) == [names[2]] and chosen(unet, size=None) == [names[0]]
+    assert chosen(map_sites(*names, side=[12, 6, 3, 6])) == [names[0]]
+    assert chosen(unet, where=Where(layers=[0, 2])) == names
+    blocks = [f"up_blocks.0.attentions.0.transformer_blocks.{i}.attn2" for i in range(10)]
+    assert chosen(map_sites("down_blocks.1.a", *blocks, side=[64] + [32] * 10)) == blocks[1:7]
+    double_blocks = [f"transformer_blocks.{i}.attn" for i in range(24)]
+    assert chosen(map_sites(*double_blocks, kind="joint")) == ["transformer_blocks.9.attn"]
+    single = [f"single_transformer_blocks.{i}.attn" for i in range(3)]
+    assert chosen(map_sites(*double_blocks[:19], *single, kind="joint")) == ["transformer_blocks.18.attn"]
+    with pytest.raises(SelectionError, match="needs where="):
+        chosen(map_sites("blocks.0.attn2"))
