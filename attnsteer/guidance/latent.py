@@ -247,8 +247,10 @@ class _Optimiser:
             raise self._broken("the gradient of the loss")
         step = self.plan.size * gradient
         if self.method.relative:
-            norm = lambda t: torch.linalg.vector_norm(t.flatten(1), dim=1).view(wide.shape)  # noqa: E731
-            step = step * (norm(z.detach()) / norm(gradient).clamp_min(torch.finfo(z.dtype).tiny))
+            norm = lambda t: torch.linalg.vector_norm(t.flatten(1).float(), dim=1).view(wide.shape)  # noqa: E731
+            length = norm(gradient)
+            # A gradient of zero has no direction: the sample stays where it is.
+            step = step * torch.where(length > 0, norm(z.detach()) / length, 0.0).to(z.dtype)
         moved = torch.where(wide, z.detach() - step, z.detach())
         if not bool(torch.isfinite(moved).all()):
             raise self._broken("the moved latent")

@@ -16,11 +16,12 @@ from ..guidance.phrases import Prompt, Segment
 from ..tokens import char_offsets
 from .pipelines import caller
 
-# Pipeline class -> its text keys in order: (tokenizer, arguments that give its prompt, the first that is set counts).
-CLIP = ("tokenizer", ("prompt",))
+# Pipeline class -> its text keys in order: (tokenizer; arguments that give its prompt, the first that is set counts; the
+# argument that gives its length, where it is not the tokenizer's own).
+CLIP = ("tokenizer", ("prompt",), None)
 PARTS = (
-    (re.compile(r"StableDiffusion3"), (CLIP, ("tokenizer_3", ("prompt_3", "prompt")))),
-    (re.compile(r"Flux(?!2)"), (("tokenizer_2", ("prompt_2", "prompt")),)),
+    (re.compile(r"StableDiffusion3"), (CLIP, ("tokenizer_3", ("prompt_3", "prompt"), "max_sequence_length"))),
+    (re.compile(r"Flux(?!2)"), (("tokenizer_2", ("prompt_2", "prompt"), "max_sequence_length"),)),
     (re.compile(r"StableDiffusion"), (CLIP,)),
 )
 
@@ -80,21 +81,23 @@ def _prompt(pipe: Any, given: dict[str, Any]) -> Prompt:
     if "XL" in name and given.get("prompt_2") not in (None, given["prompt"]):
         return Prompt(unknown="prompt and prompt_2 differ, and their tokens share the same text keys")
     segments, start = [], 0
-    for tokenizer, names in parts:
+    for tokenizer, names, limit in parts:
         texts = next(given[n] for n in names if given.get(n) is not None)
-        read, length = _encode(pipe, tokenizer, [texts] if isinstance(texts, str) else list(texts), given)
+        # The refiner of SDXL has the second one only.
+        tokenizer = tokenizer if limit or getattr(pipe, tokenizer, None) is not None else "tokenizer_2"
+        length = int(given[limit]) if limit else getattr(pipe, tokenizer).model_max_length
+        read = _encode(pipe, tokenizer, [texts] if isinstance(texts, str) else list(texts), length)
         segments.append([Segment(text, start, length, *rest) for text, *rest in read])
         start += length
     return Prompt(tuple(zip(*segments, strict=True)))
 
 
-def _encode(pipe: Any, name: str, texts: list[str], given: dict[str, Any]) -> tuple[list[tuple[Any, ...]], int]:
-    """Per text (text, offsets, special), and the number of text keys of this part."""
+def _encode(pipe: Any, name: str, texts: list[str], length: int) -> list[tuple[Any, ...]]:
+    """Per text (text, offsets, special)."""
     tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
-    length = tokenizer.model_max_length if name == "tokenizer" else int(given["max_sequence_length"])
     if tokenizer is None or encoder is None:
         # Stable Diffusion 3 without its T5: zeros stand there.
-        return [(text,) for text in texts], length
+        return [(text,) for text in texts]
     convert = getattr(pipe, "maybe_convert_prompt", None)
     texts = texts if convert is None else [convert(text, tokenizer) for text in texts]
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_special_tokens_mask": True}
@@ -107,4 +110,4 @@ def _encode(pipe: Any, name: str, texts: list[str], given: dict[str, Any]) -> tu
             offsets, shown = char_offsets(list(encoded["input_ids"]), tokenizer)
         special = tuple(bool(x) for x in encoded["special_tokens_mask"])
         found.append((shown, tuple((int(a), int(b)) for a, b in offsets), special))
-    return found, length
+    return found

@@ -257,6 +257,38 @@ def test_a_relative_step_is_a_fraction_of_the_latent() -> None:
     assert torch.allclose(moved["by"], torch.full((2,), 0.03, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_pipelines(dtype: torch.dtype) -> None:
+    """Maps and losses are fp32, the latent keeps the pipeline's dtype; a relative step moves it by what was asked."""
+    pipe = tiny_pipeline("sd").to(dtype)
+    call = call_of("sd", text=True, steps=2)
+    call["latents"], seen = call["latents"].to(dtype), []
+
+    class Watched(LookLeft):
+        def loss(self, maps: Maps) -> Tensor:
+            value = super().loss(maps)
+            seen.append((maps.text().dtype, value.dtype))
+            return value
+
+    plain = pipe(**call)[0]
+    with steer(pipe, Watched(step_size=0.1, relative=True, until=1.0)):
+        out = pipe(**call)[0]
+    assert out.dtype == dtype and bool(torch.isfinite(out).all())
+    assert far(out, plain) > 0.01 and set(seen) == {(torch.float32, torch.float32)}
+
+
+def test_a_flat_loss_moves_nothing() -> None:
+    pipe, call = double("sd"), call_of("sd", text=True, steps=1)
+
+    class Flat(LookLeft):
+        def loss(self, maps: Maps) -> Tensor:
+            return super().loss(maps) * 0.0
+
+    for relative in (False, True):
+        with steer(pipe, Flat(relative=relative, until=1.0)):
+            assert torch.equal(pipe(**call)[0], pipe(**call)[0])
+
+
 def test_each_sample_stops_by_itself() -> None:
     """`stop_loss` between the two samples' losses: one moves, the other ends as without the method."""
     pipe, call = double("sd"), call_of("sd", text=True, batch=2, steps=2)
