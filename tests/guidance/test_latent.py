@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnsteer import PAG, AttendAndExcite, AttentionRefocusing, Intervention, LatentLoss, Where, steer
+from attnsteer import PAG, AttendAndExcite, LatentLoss, Where, steer
 from attnsteer.errors import NotFinite, SelectionError, UnsupportedHost
 from attnsteer.guidance.maps import Maps
 from attnsteer.hosts.latents import Latents
@@ -336,21 +336,6 @@ def test_two_losses_follow_each_other() -> None:
             outs.append(pipe(**call)[0])
     assert [run.audit.extra[i]["latent updates"] for i in (0, 1)] == [1, 1]
     assert far(outs[2], outs[0]) > 1e-3 and far(outs[2], outs[1]) > 1e-3
-
-
-@pytest.mark.parametrize(
-    "method",
-    [
-        AttendAndExcite.released_code([["cube", ("ball", 2)], [(3, 5)]]),
-        AttendAndExcite(("cube",), {0.0: 0.1}, include="last+1", where=Where(layers=[0])),
-        AttentionRefocusing({"red cube": (0.0, 0.0, 0.5, 0.5), ("ball", 1): [(0.5, 0.5, 1.0, 1.0)]}, stop_share=0.6),
-        AttentionRefocusing.released_code([{"cube": (0.0, 0.0, 0.5, 0.5)}]),
-    ],
-    ids=["excite-released", "excite", "refocus", "refocus-released"],
-)
-def test_save_and_load(method: LatentLoss, tmp_path: Any) -> None:
-    again = Intervention.from_pretrained(method.save_pretrained(tmp_path))
-    assert again == method
 
 
 def test_hyper_parameters_are_checked() -> None:
