@@ -549,7 +549,7 @@ CASES = {
             measure_excite,
             _sizes(
                 Size(UNetShape(), 64, 32, repeats=3, patience=240.0),
-                Size(SMALL_UNET, 32, 32, repeats=5),
+                Size(SMALL_UNET, 32, 16, repeats=2),
                 Size(TINY_UNET, 16, 16, repeats=2),
             ),
         ),

@@ -34,7 +34,7 @@ ERRORS = [
 ]  # fmt: skip
 # Positional parameters and defaults that code and saved recipes rely on.
 LATENT = (
-    "relative=False, stop_loss=None, size=16, include='words', scaled=True, blind_calls=False, early_stop=True, "
+    "updates=1, relative=False, stop_loss=None, size=16, include='words', scaled=True, blind_calls=False, early_stop=True, "
     "checkpointing=False"
 )
 SIGNATURES = {

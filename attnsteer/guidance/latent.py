@@ -51,6 +51,7 @@ class LatentLoss(Intervention):
     Args:
         step_size: eta of the first call. decay: eta falls with the square root of a line from 1 to this, at the last call.
         until: calls of the loop from which on nothing is done: a number of calls, or a fraction (float, 0 to 1).
+        updates: gradient steps per call (one in the papers, apart from refinement).
         relative: eta is a fraction of the latent's norm and the gradient is normalised, per sample (not from a paper; a
             step that carries over between models).
         stop_loss: a sample whose loss is at or below this is left alone at this call; None: no such rule.
@@ -73,6 +74,7 @@ class LatentLoss(Intervention):
     step_size: float = field(default=20.0, kw_only=True)
     decay: float = field(default=0.5, kw_only=True)
     until: float = field(default=0.5, kw_only=True)
+    updates: int = field(default=1, kw_only=True)
     relative: bool = field(default=False, kw_only=True)
     stop_loss: float | None = field(default=None, kw_only=True)
     size: int | None = field(default=16, kw_only=True)
@@ -97,6 +99,8 @@ class LatentLoss(Intervention):
             raise SelectionError(
                 f"{name}(until={self.until!r}): give a number of calls, or a fraction from 0.0 to 1.0."
             )
+        if type(self.updates) is not int or self.updates < 1:
+            raise SelectionError(f"{name}(updates={self.updates!r}): give a number of gradient steps, at least 1.")
         if self.size is not None and (type(self.size) is not int or self.size < 2):
             raise SelectionError(f"{name}(size={self.size!r}): give the shorter side of a map, 2 or more, or None.")
         if self.include not in INCLUDE:
@@ -113,8 +117,8 @@ class LatentLoss(Intervention):
         return []
 
     def plan(self, index: int, length: int) -> Plan:
-        """What to do at call `index` of `length` of the loop; by default one update, up to `until`."""
-        return Plan(self.step_at(index, length), updates=int(index < at(self.until, length)))
+        """What to do at call `index` of `length` of the loop; by default `updates` steps at each call before `until`."""
+        return Plan(self.step_at(index, length), updates=self.updates if index < at(self.until, length) else 0)
 
     def satisfied(self, maps: Maps, loss: Tensor) -> Tensor | None:
         """bool [B]: samples that are left alone at this call, also before their first update; None: no such rule."""

@@ -191,7 +191,7 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
             f"{type(latent[0].method).__name__} takes gradients through {type(model).__name__} and cuts its forward short, which "
             "compiled code does not allow. Steer the model before it is compiled, or without torch.compile."
         )
-    clock.sampling.watch(model, journal, bool(latent))
+    clock.sampling.watch(model, journal, any("latent" in b.method.needs for b in run.bounds))
     clock.sampling.prompts.listeners += [b.method.prepare for b in latent]
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     place, original = _place(owner)

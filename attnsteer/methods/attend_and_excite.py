@@ -7,7 +7,7 @@ arXiv 2301.13826), algorithm 1; official code yuval-alaluf/Attend-and-Excite at 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,12 +82,12 @@ class AttendAndExcite(LatentLoss):
         return per_prompt(self.words)
 
     def plan(self, index: int, length: int) -> Plan:
-        """Refinement at the calls of `thresholds`, and one update before `until`."""
-        size, updates = self.step_at(index, length), int(index < at(self.until, length))
+        """Refinement at the calls of `thresholds`, and the updates of every call before `until`."""
+        plan = super().plan(index, length)
         for when, attention in reversed(list(self.thresholds.items())):
             if at(when, length) == index:
-                return Plan(size, self.max_refinements, 1.0 - attention, updates=updates)
-        return Plan(size, updates=updates)
+                return replace(plan, refine=self.max_refinements, target=1.0 - attention)
+        return plan
 
     def loss(self, maps: Maps) -> Tensor:
         A, valid = maps.words(

@@ -38,7 +38,8 @@ class AttentionRefocusing(LatentLoss):
         boxes: phrase -> (x0, y0, x1, y1) in fractions of the image (from the left and top), several boxes, or a mask [h, w]
             (then CAR's maxima are means, as the paper has it); or one such mapping per prompt.
         cross, own: weights of CAR and SAR; 0 leaves a term out, and its maps unread.
-        schedule: (from, to, step size, updates): what to do in which fraction of the loop. `step_size` multiplies it.
+        schedule: (from, to, step size, updates): what to do in which fraction of the loop. The fields `step_size` and
+            `updates` multiply it.
         aligned: from a fifth of the loop on, a sample all of whose words reach this inside is left alone ("misaligned" is
             not defined in the paper; the value is the released code's).
         stop_share: a sample is left alone at calls where, for every word, at least this share of its attention lies in its
@@ -111,7 +112,12 @@ class AttentionRefocusing(LatentLoss):
             if start <= progress < stop and index < at(self.until, length):
                 # The released code compares the loss times its factor with 0.1, up to a fifth of the loop.
                 early = self.form == "released" and progress < LATE and size > 0
-                return Plan(size * self.step_at(index, length), updates, 0.1 / size if early else -1.0, at_once=True)
+                return Plan(
+                    size * self.step_at(index, length),
+                    updates * self.updates,
+                    0.1 / size if early else -1.0,
+                    at_once=True,
+                )
         return Plan(0.0)
 
     def met(self, maps: Maps, loss: Tensor, target: float) -> Tensor:

@@ -55,17 +55,9 @@ def test_a_loss_of_ones_own_in_ten_lines_falls() -> None:
     out, seen, counts = losses_of(pipe, LookLeft(step_size=300.0, until=1.0, decay=1.0), call)
     assert counts["latent updates"] == counts["gradient passes"] == 2
     assert far(out, plain) > 1e-3
-    out, seen, _ = losses_of(pipe, _Repeated(step_size=100.0, word="ball"), call)
+    out, seen, _ = losses_of(pipe, LookLeft(step_size=100.0, word="ball", updates=6, until=1), call)
     values = [row[0] for row in seen]
     assert len(values) == 6 and values[-1] < values[0] - 0.01
-
-
-@dataclass(frozen=True)
-class _Repeated(LookLeft):
-    def plan(self, index: int, length: int) -> Any:
-        from attnsteer.guidance.latent import Plan
-
-        return Plan(self.step_size, refine=6 if index == 0 else 0, target=0.0)
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
@@ -340,7 +332,7 @@ def test_two_losses_follow_each_other() -> None:
 
 def test_hyper_parameters_are_checked() -> None:
     for bad in (
-        {"step_size": -1.0}, {"decay": 2.0}, {"until": 1.5}, {"size": 1}, {"include": "first"}, {"compete": "some"},
+        {"step_size": -1.0}, {"updates": 0}, {"decay": 2.0}, {"until": 1.5}, {"size": 1}, {"include": "first"}, {"compete": "some"},
         {"sharpness": 0.0}, {"max_refinements": -1}, {"thresholds": {0: 2.0}}, {"where": Where(rows="text")},
     ):  # fmt: skip
         with pytest.raises(SelectionError, match=next(iter(bad)) if "where" not in bad else "leave out"):

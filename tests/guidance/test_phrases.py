@@ -9,11 +9,11 @@ import torch
 
 from attnsteer import AttendAndExcite, AttentionRefocusing, Where, steer
 from attnsteer.errors import SelectionError, UnsupportedHost
-from attnsteer.guidance.maps import Maps, MapSite, SiteMaps
+from attnsteer.guidance.maps import Maps, MapSite, SiteMaps, smoothed
 from attnsteer.guidance.phrases import Prompt, Segment
 from attnsteer.hosts.prompts import Prompts
 from attnsteer.site import Site
-from attnsteer.testing import tiny_clip_tokenizer, tiny_pipeline
+from attnsteer.testing import tiny_clip_text_encoder, tiny_clip_tokenizer, tiny_pipeline
 
 from .latent_common import call_of, double
 
@@ -237,3 +237,44 @@ def test_which_sites_are_read_where_none_are_named() -> None:
     assert chosen(map_sites(*double_blocks[:19], *single, kind="joint")) == ["transformer_blocks.18.attn"]
     with pytest.raises(SelectionError, match="needs where="):
         chosen(map_sites("blocks.0.attn2"))
+
+
+def text_pipeline(name: str) -> Any:
+    """A tiny SD3 (two CLIP encoders, no T5) or FLUX (a CLIP encoder in the place of T5) that reads prompts."""
+    clip = tiny_clip_tokenizer()
+    if name == "sd3":
+        pipe = tiny_pipeline("sd3", joint_attention_dim=64, pooled_projection_dim=64)
+        encoders = {f"text_encoder{n}": tiny_clip_text_encoder(clip, 3, projection=True) for n in ("", "_2")}
+        pipe.register_modules(tokenizer=clip, tokenizer_2=tiny_clip_tokenizer(), **encoders)
+    else:
+        pipe = tiny_pipeline("flux")
+        encoders = {f"text_encoder{n}": tiny_clip_text_encoder(clip, 3) for n in ("", "_2")}
+        pipe.register_modules(tokenizer=clip, tokenizer_2=tiny_clip_tokenizer(), **encoders)
+    return pipe
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_words_in_joint_attention_are_those_of_the_embeddings(name: str) -> None:
+    """With prompts as strings, two images each: the same as with positions, among the prompt's own tokens."""
+    pipe = text_pipeline(name)
+    seen = []
+
+    class Watched(AttendAndExcite):
+        def loss(self, maps: Maps) -> torch.Tensor:
+            value = super().loss(maps)
+            P = torch.softmax(100 * maps.text()[..., 1:8], dim=-1)
+            by_hand = [P[b, ..., 2 if b < 2 else 3] for b in range(4)]
+            expected = [1 - smoothed(m[None, None]).max() for m in by_hand]
+            seen.append((value.detach(), torch.stack(expected).detach(), maps.text().shape[-1]))
+            return value
+
+    prompts = ["a red cube and a blue ball", "the small black dog on the fox"]
+    call = {"height": 128, "width": 128, "num_inference_steps": 2, "output_type": "latent", "num_images_per_prompt": 2}
+    options = {"max_sequence_length": 16, "guidance_scale": 4.0, "generator": torch.Generator().manual_seed(0)}
+    with steer(pipe, Watched([["cube"], ["dog"]], {}, until=1)) as run:
+        pipe(prompts, **call, **options)
+    ((value, expected, keys),) = seen
+    assert keys == (77 + 16 if name == "sd3" else 16) and run.audit.extra[0]["latent updates"] == 4
+    assert torch.allclose(value, expected, atol=1e-5) and value.unique().numel() == 4
+    with pytest.raises(SelectionError, match="'cube' is not in the prompt: 'the small"), steer(pipe, Watched("cube")):
+        pipe(prompts, **call, **options)
