@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from attnsteer import AttendAndExcite, Where, steer
+from attnsteer.errors import UnsupportedHost
 from attnsteer.hosts.latents import Latents
-from attnsteer.testing import PIPELINES, tiny_call
+from attnsteer.testing import PIPELINES, tiny_call, tiny_pipeline, tiny_scheduler
 from tests.reference import latent_loops as slow
 
+from . import test_more_pipelines as more
 from .latent_common import EXACT, by_sample, call_of, cross_layers, double, excite_loss, far
 
 # "a red cube and a blue ball": cube and ball.
@@ -145,3 +147,49 @@ def test_single_precision_pipeline_with_another_pipeline_size() -> None:
         out = pipe(**call)[0]
     assert out.shape == (1, 4, 16, 24) and bool(torch.isfinite(out).all())
     assert run.audit.extra[0]["latent updates"] >= 1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["image_to_image", "inpainting"])
+def test_runs_that_begin_in_the_middle_count_their_own_calls(kind: str) -> None:
+    """Image-to-image and inpainting run the last part of the schedule; `until` is a fraction of that."""
+    pipe, _, call = getattr(more, kind)()
+    pipe.scheduler = tiny_scheduler("ddim")
+    more.silent(pipe)
+    plain, indices = pipe(**call())[0], []
+    with steer(pipe, AttendAndExcite([(2, 3)], {}, until=0.5)) as run:
+        out = pipe(**call(), callback_on_step_end=lambda p, i, t, k: indices.append(i) or k)[0]
+    rows = out.shape[0]
+    assert len(indices) == {"image_to_image": 3, "inpainting": 4}[kind]
+    assert run.audit.extra[0]["latent updates"] == rows * (len(indices) // 2)
+    assert far(out, plain) > 1e-3 and torch.equal(pipe(**call())[0], plain)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_pipelines_that_use_the_latent_elsewhere_are_refused() -> None:
+    pipe, _, call = more.controlnet()
+    with pytest.raises(UnsupportedHost, match="beside a ControlNet"), steer(pipe, AttendAndExcite([(2, 3)])):
+        more.silent(pipe)(**call())
+    # Nine channels: latent, mask and masked image.
+    import diffusers
+
+    parts = {**tiny_pipeline("sd", in_channels=9).components, "requires_safety_checker": False}
+    pipe = more.silent(diffusers.StableDiffusionInpaintPipeline(**parts))
+    given = {**tiny_call("sd", steps=2), "image": torch.rand(1, 3, 128, 128), "mask_image": torch.ones(1, 1, 128, 128)}
+    with pytest.raises(UnsupportedHost, match="appends channels or tokens"), steer(pipe, AttendAndExcite([(2, 3)])):
+        pipe(**given)
+
+
+def test_a_loop_that_changes_the_latent_before_the_step_is_refused() -> None:
+    """What the scheduler is given must be what the model was asked on."""
+    pipe, call = double("sd"), call_of("sd", text=True, steps=1)
+    with (
+        pytest.raises(UnsupportedHost, match="steps from another tensor"),
+        steer(pipe, AttendAndExcite(["cube"], {}, until=1)),
+    ):
+        step = pipe.scheduler.step
+        pipe.scheduler.step = lambda noise, t, sample, **rest: step(noise, t, sample + 1.0, **rest)
+        try:
+            pipe(**call)
+        finally:
+            pipe.scheduler.step = step
