@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 INPUTS = ("sample", "hidden_states", "x")
 # Arguments that another model computed from the latent before it could be moved.
 STALE = (
-    "down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
-    "block_controlnet_hidden_states", "controlnet_block_samples", "controlnet_single_block_samples",
+    "down_block_additional_residuals", "mid_block_additional_residual", "block_controlnet_hidden_states",
+    "controlnet_block_samples", "controlnet_single_block_samples",
 )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ class Latents:
         stale = [key for key in STALE if inputs.values.get(key) is not None]
         if stale:
             raise UnsupportedHost(
-                f"{name} cannot act beside a ControlNet or adapter: {stale[0]} was computed from the latent before it moves."
+                f"{name} cannot act beside a ControlNet: {stale[0]} was computed from the latent before it moves."
             )
         source = self._sample if self._sample is not None else inputs.values[_input(inputs)]
         rows = inputs.part("cond") if source.shape[0] == inputs.batch else slice(None)
@@ -141,15 +141,6 @@ class Latents:
             raise UnsupportedHost(
                 f"{name}: the denoiser of {type(self.pipeline).__name__} was not given the scheduler's scaling of one latent per "
                 "sample, so the latent cannot be moved exactly."
-            )
-        scheduler = self.pipeline.scheduler
-        corrected = (
-            getattr(scheduler.config, "disable_corrector", None) is not None or "SASolver" in type(scheduler).__name__
-        )
-        if corrected:
-            raise UnsupportedHost(
-                f"{name}: {type(scheduler).__name__} corrects each sample from one that it kept, so a moved latent has no effect. "
-                "Use another scheduler, e.g. DPMSolverMultistepScheduler."
             )
         return self._raw
 

@@ -89,7 +89,7 @@ def test_early_stop_and_checkpointing_leave_the_gradient_unchanged(name: str) ->
     assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
 
 
-@pytest.mark.parametrize("name", [s for s in SCHEDULERS if s != "unipc"] + ["pndm-prk"])
+@pytest.mark.parametrize("name", [*SCHEDULERS, "pndm-prk"])
 def test_blind_calls_are_those_whose_latent_the_scheduler_does_not_use(name: str) -> None:
     config = {"skip_prk_steps": False} if name.endswith("prk") else {}
     scheduler = tiny_scheduler(name.split("-")[0], **config)
@@ -112,12 +112,6 @@ def test_blind_calls_are_those_whose_latent_the_scheduler_does_not_use(name: str
         assert (far(*outs) < 1e-12) == latents.blind
         z = scheduler.step(noise, t, z, **drawn).prev_sample
     assert sum(blind) == {"pndm": 1, "heun": 3, "pndm-prk": 9}.get(name, 0)
-
-
-def test_a_scheduler_that_corrects_the_sample_is_refused() -> None:
-    pipe, call = double("sd", "unipc"), call_of("sd", text=True, steps=2)
-    with pytest.raises(UnsupportedHost, match=r"UniPC.*corrects each sample"), steer(pipe, AttendAndExcite("cube")):
-        pipe(**call)
 
 
 def flags(pipe: Any) -> list[Any]:

@@ -103,12 +103,13 @@ def test_default_scales_the_model_input_and_skips_calls_that_the_scheduler_does_
     assert outs["pndm", AttendAndExcite][1] == 1 and outs["pndm", AttendAndExcite.released_code][1] == 2
 
 
-@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "flux-true-cfg"])
+@pytest.mark.parametrize("name", ["sd", "sd-unipc", "sdxl", "sd3", "flux", "flux-true-cfg"])
 def test_equal_to_a_hand_written_loop(name: str) -> None:
     """Batch of two, prompts as embeddings, words as positions; one optimisation per step, also with true CFG."""
     guide = {"true_cfg_scale": 4.0} if name.endswith("cfg") else {}
+    scheduler = "unipc" if name.endswith("unipc") else None
     name = name.split("-")[0]
-    pipe, call = double(name), call_of(name, batch=2, steps=3, **guide)
+    pipe, call = double(name, scheduler), call_of(name, batch=2, steps=3, **guide)
     text = call["prompt_embeds"].shape[1]
     denoiser = getattr(pipe, PIPELINES[name].denoiser)
     if name in ("sd", "sdxl"):
