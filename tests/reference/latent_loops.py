@@ -1,8 +1,8 @@
 """Latent optimisation, written out: losses pixel by pixel, attention maps by hand, sampling loops one sample at a time.
 
-Nothing here is fast and nothing here imports the library. Notation follows ``specs/refocus.md``: A [h, w, M] the mean
-cross-attention map of one sample, S [H, N, N] self-attention maps, z the latent before a call of the scheduler, i the
-call's number. Every map comes from a whole forward of the denoiser on one sample.
+Nothing here is fast and nothing here imports the library. A [h, w, M] is the mean cross-attention map of one sample,
+S [H, N, N] are self-attention maps, z the latent before a call of the scheduler, i the call's number. Every map comes from a
+whole forward of the denoiser on one sample.
 """
 
 from __future__ import annotations
@@ -227,18 +227,6 @@ def attend_excite_rule(
             if float(value) <= 1 - thresholds[i]:
                 break
     return step(z, loss, eta)[0] if i < until else z
-
-
-def released_rule(z: Tensor, loss: Loss, i: int) -> Tensor:
-    """The loop of the released refocusing code, for 50 steps; `loss` gives (SAR + CAR, min_inside)."""
-    scale, most = (4, 2) if i < 2 else (4, 6) if i < 5 else (3, 3) if i < 10 else (3, 2) if i < 20 else (1, 2)
-    if i >= 10 and (i % 5 or i > 35):
-        return z
-    total, inside, count = 10000.0, 0.0, 0
-    while count < most and inside < 0.2 and (i >= 10 or total > 0.1):
-        z, value, inside = step(z, loss, scale)
-        total, count = scale * float(value), count + 1
-    return z
 
 
 # ------------------------------------------------------------------------------------------------ sampling loops
