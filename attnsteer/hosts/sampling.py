@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedHost
 from ..guidance.rescale import Rescale
 from .latents import Latents
-from .prompts import Prompts
+from .prompt_text import Prompts
 
 # What the denoisers call their timestep.
 TIMES = ("timestep", "timesteps", "t", "timestep_ratio")

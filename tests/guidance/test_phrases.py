@@ -11,7 +11,7 @@ from attnsteer import AttendAndExcite, AttentionRefocusing, Where, steer
 from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.guidance.maps import Maps, MapSite, SiteMaps, smoothed
 from attnsteer.guidance.phrases import Prompt, Segment
-from attnsteer.hosts.prompts import Prompts
+from attnsteer.hosts.prompt_text import Prompts
 from attnsteer.site import Site
 from attnsteer.testing import tiny_clip_text_encoder, tiny_clip_tokenizer, tiny_pipeline
 
