@@ -355,6 +355,10 @@ class _Stage:
             edited = bound.method.output(self.call(bound), before)
             if edited is None:
                 continue
+            if edited is before:
+                # It has read the map and leaves the output as it is.
+                self.mark(bound, "read")
+                continue
             mask = self.chosen(bound)
             edited = edited.to(before.dtype)
             out = edited if mask is None else torch.where(mask[..., None], edited, before)

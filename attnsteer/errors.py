@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class AttnSteerError(Exception):
@@ -32,6 +33,14 @@ class UnsupportedHost(AttnSteerError, TypeError):
 
 class CompositionError(AttnSteerError, ValueError):
     """Two interventions, or two steerings, cannot act together."""
+
+
+class NotFinite(AttnSteerError, ArithmeticError):
+    """A loss, a map or a latent became NaN or infinite. latent: the last good one [b, ...]; index: the call of the loop."""
+
+    def __init__(self, message: str, latent: Any = None, index: int | None = None):
+        super().__init__(message)
+        self.latent, self.index = latent, index
 
 
 class NeverFired(AttnSteerError, RuntimeError):
