@@ -1,11 +1,11 @@
 """The detector: reads a scene back from any image, with no learned weights, and says nothing where it is not sure.
 
-1. A pixel is a mix of grey and one colour: its chroma (what is left when the mean of the three channels is taken
-   away) points in that colour's direction, and its length tells how much of the pixel the object covers.
-2. Connected pixels of one colour make a patch. Its area and centre of mass give the radius and position that each
-   shape would have.
+1. What is left of a pixel when the mean of its three channels is taken away (its chroma) points in the direction of a
+   colour, and its length tells how much of the pixel the object covers.
+2. Connected coloured pixels make a patch, with the soft rim around it. A patch of two colours is debris. Its area and
+   centre of mass give the radius and position that each shape would have.
 3. Each shape is drawn there by the renderer and compared (soft intersection over union). The best is taken when it
-   is good enough; otherwise the patch is debris.
+   is good enough and clearly better than the next; otherwise the patch is debris.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from .render import cover
 from .world import COLOUR_NAMES, COLOURS, RADII, SHAPES, SIZE_LIMIT, SIZES, Object
 
 # Thresholds, chosen on rendered scenes, on autoencoded ones, and on noise.
-COVERED = 0.5  # share of a pixel that must be covered to belong to a patch
-OFF_HUE = 0.5  # deviation from the colour's direction, over the covered part
+COVERED = 0.45  # share of a pixel that must be covered to belong to a patch
+PURE = 0.85  # share of a patch that must be of its colour
 SPECK = 6.0  # pixels of 64x64: smaller patches are neither objects nor counted as debris
 FIT = 0.80  # least intersection over union
-STRAY = 0.02  # debris of a clean image, over its whole area
-SLACK = 0.15  # how far a radius may lie outside the range of its size, relative
+LEAD = 0.02  # least distance to the next best shape
+SLACK = 0.12  # how far a radius may lie outside the range of its size, relative
+RIM = 2  # pixels of 64x64
 
 
 @dataclass(frozen=True)
@@ -80,55 +81,52 @@ def detect(images: Tensor) -> list[Detection]:
     if not images.isfinite().all():
         raise ValueError("detect() was given an image with values that are not finite.")
     share, colour = unmix(images)
-    labels = patches(share >= COVERED, colour)
-    return [_read(share[b], colour[b], labels[b]) for b in range(len(images))]
+    own = share.gather(1, colour[:, None])[:, 0]
+    core = patches(own >= COVERED)
+    whole = core
+    for _ in range(max(1, round(RIM * images.shape[-1] / 64))):
+        grown = torch.nn.functional.max_pool2d(whole[:, None].float(), 3, 1, 1)[:, 0].long()
+        whole = torch.where(whole == 0, grown, whole)
+    return [_read(share[b], colour[b], core[b], whole[b]) for b in range(len(images))]
 
 
 def unmix(images: Tensor) -> tuple[Tensor, Tensor]:
-    """For each pixel the share that its colour covers (0 where no colour fits) and the index of the colour."""
+    """The share of each pixel that each colour would cover [B, 6, S, S] and the nearest colour by hue [B, S, S]."""
     palette = torch.tensor(list(COLOURS.values()), device=images.device)
     palette = palette - palette.mean(dim=1, keepdim=True)
     chroma = images - images.mean(dim=1, keepdim=True)
-    share = torch.einsum("bchw,kc->bkhw", chroma, palette) / (palette**2).sum(dim=1)[None, :, None, None]
-    parts = share[:, :, None] * palette[None, :, :, None, None]
-    off = (chroma[:, None] - parts).norm(dim=2)
-    off, colour = off.min(dim=1)
-    share = share.gather(1, colour[:, None])[:, 0]
-    length = palette.norm(dim=1)[colour]
-    fits = (share > 0) & (off < OFF_HUE * share * length)
-    return torch.where(fits, share.clamp(0, 1), 0.0), colour
+    along = torch.einsum("bchw,kc->bkhw", chroma, palette)
+    length = palette.norm(dim=1)[:, None, None]
+    return (along / length**2).clamp(0, 1), (along / length).argmax(dim=1)
 
 
-def patches(mask: Tensor, colour: Tensor) -> Tensor:
-    """Number the connected patches of one colour (eight neighbours): [B, S, S] integers, 0 for none."""
+def patches(mask: Tensor) -> Tensor:
+    """Number the connected patches of a mask [B, S, S] (eight neighbours): integers, 0 for none."""
     b, h, w = mask.shape
-    own = mask[:, None] & (colour[:, None] == torch.arange(len(COLOURS), device=mask.device)[:, None, None])
-    labels = torch.arange(1, h * w + 1, device=mask.device, dtype=torch.float32).view(1, 1, h, w) * own
+    labels = torch.arange(1, h * w + 1, device=mask.device, dtype=torch.float32).view(1, h, w) * mask
     while True:
-        spread = torch.nn.functional.max_pool2d(labels, 3, 1, 1) * own
+        spread = torch.nn.functional.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * mask
         if torch.equal(spread, labels):
-            return labels.sum(dim=1).long()
+            return labels.long()
         labels = spread
 
 
-def _read(share: Tensor, colour: Tensor, labels: Tensor) -> Detection:
-    side = labels.shape[-1]
-    scale = (side / 64) ** 2
+def _read(share: Tensor, colour: Tensor, core: Tensor, whole: Tensor) -> Detection:
+    side = core.shape[-1]
     found, debris = [], 0.0
-    for label in labels.unique().tolist():
+    for label in core.unique().tolist():
         if label == 0:
             continue
-        core = labels == label
-        k = int(colour[core][0])
-        # The soft rim of the patch belongs to it: pixels beside it that are partly of its colour.
-        near = torch.nn.functional.max_pool2d(core[None, None].float(), 3, 1, 1)[0, 0] > 0
-        alpha = torch.where(near & (colour == k) & ((labels == 0) | core), share, 0.0)
-        area = float(alpha.sum())
-        if area < SPECK * scale:
+        inside = core == label
+        pixels = int(inside.sum())
+        if pixels < SPECK * (side / 64) ** 2:
             continue
-        best = _fit(alpha, area, side)
+        votes = torch.bincount(colour[inside], minlength=len(COLOURS))
+        k = int(votes.argmax())
+        alpha = torch.where(whole == label, share[k], 0.0)
+        best = _fit(alpha, float(alpha.sum()), side) if int(votes[k]) >= PURE * pixels else None
         if best is None:
-            debris += area / side**2
+            debris += pixels / side**2
             continue
         (shape, x, y, radius), fit = best
         size = SIZES[int(radius > SIZE_LIMIT)]
@@ -150,7 +148,7 @@ def _fit(alpha: Tensor, area: float, side: int) -> tuple[tuple[str, float, float
         torch.arange(n, device=alpha.device), *(torch.full((n,), v, device=alpha.device) for v in (x, y, radius)), side
     )
     fit = torch.minimum(drawn, alpha).sum(dim=(1, 2)) / torch.maximum(drawn, alpha).sum(dim=(1, 2))
-    best = int(fit.argmax())
-    if float(fit[best]) < FIT:
+    (first, second), (best, _) = (v.tolist() for v in fit.topk(2))
+    if first < FIT or first - second < LEAD:
         return None
-    return (SHAPES[best], x, y, radius), float(fit[best])
+    return (SHAPES[best], x, y, radius), first

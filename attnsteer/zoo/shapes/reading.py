@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .language import LETTERS
+from .language import LETTERS, WORDS, Phrase, join
 from .world import COLOUR_NAMES, SHAPES, SIZES, SPLITS, rng
 
 TASKS = ("lookup", "few-shot")
@@ -63,50 +63,50 @@ def reading(split: str, index: int, task: str = "lookup", facts: int | None = No
     return Reading(f"{text} {asked}", LETTERS, LETTERS.index(right), task)
 
 
-def lesson(g: np.random.Generator, questions: int, most_facts: int = FACTS[1]) -> tuple[str, list[int]]:
+def lesson(g: np.random.Generator, questions: int, copying: float = 0.0) -> tuple[str, list[int]]:
     """A training text with many supervised words: one answer per passage learns slowly.
 
-    One of three: a passage and questions, open or with options; a passage whose facts are said again in another order
-    (looking things up is learnt there first); labelled examples.
+    One of four: words that repeat (heads that look back form there first), labelled examples, a passage said again in
+    another order, a passage with questions, open or with options.
 
     Args:
         g: source of randomness.
         questions: about each passage.
-        most_facts: of a passage; it has at least two.
+        copying: share of texts that are repeated words.
 
     Returns:
         the text and the positions of its answer words.
     """
+    if g.random() < copying:
+        period = int(g.integers(6, 30))
+        words = [WORDS[int(i)] for i in g.integers(0, len(WORDS), period)] * 3
+        return " ".join(words), list(range(period + 1, len(words)))
     form = g.random()
-    if form < 0.15:
+    if form < 0.2:
         text, _, _ = _examples(g, "train", SHOTS + 1)
         words = text.split()
         return text, [i + 1 for i, w in enumerate(words) if w == "output"]
-    known, text = _passage(g, "train", int(g.integers(2, most_facts + 1)))
+    known, text = _passage(g, "train", int(g.integers(2, FACTS[1] + 1)))
     words, marks = text.split(), []
-    if form < 0.45:
+    if form < 0.35:
         for _ in range(2):
             for i in g.permutation(len(known)):
-                said = _fact(*known[int(i)]).split()
-                marks += [len(words) + said.index(known[int(i)][k]) for k in (1, 2)]
-                words += said
+                shape, colour, size = known[int(i)]
+                marks += [len(words) + k for k in (3, 5)]
+                words += f"the {shape} is {colour} and {size} .".split()
         return " ".join(words), marks
     while questions > 0:
-        fact = int(g.integers(len(known)))
+        fact = known[int(g.integers(len(known)))]
         # Now and then the same question is asked both ways: the choice is then a matter of the options alone.
         forms = ((False,), (True,), (False, True))[int(g.choice(3, p=(0.4, 0.3, 0.3)))]
         kind = g.random()
         for options in forms:
-            asked, right, _ = _question(g, known, options, known[fact], kind)
+            asked, right, _ = _question(g, known, options, fact, kind)
             words += asked.split()
             marks.append(len(words))
             words += [right, "."]
         questions -= len(forms)
     return " ".join(words), marks
-
-
-def _fact(shape: str, colour: str, size: str) -> str:
-    return f"the {shape} is {colour} and {size} ."
 
 
 def _passage(g: np.random.Generator, split: str, facts: int | None) -> tuple[list[tuple[str, str, str]], str]:
@@ -118,7 +118,7 @@ def _passage(g: np.random.Generator, split: str, facts: int | None) -> tuple[lis
     while True:
         shapes = [SHAPES[int(i)] for i in g.permutation(len(SHAPES))[:n]]
         known = [(s, COLOUR_NAMES[int(g.integers(6))], SIZES[int(g.integers(2))]) for s in shapes]
-        text = " ".join(_fact(*fact) for fact in known)
+        text = join([Phrase(c, s, z) for s, c, z in known]) + " ."
         if split_of(text) == split:
             return known, text
 

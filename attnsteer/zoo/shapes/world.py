@@ -228,6 +228,4 @@ def sample_ground(g: np.random.Generator, textured: bool = True) -> Ground:
     if not textured or g.random() < 0.5:
         return Ground(level)
     texture = TEXTURES[int(g.integers(1, len(TEXTURES)))]
-    return Ground(
-        level, texture, float(g.uniform(0.03, 0.09)), float(g.uniform(0.1, 0.25)), int(g.integers(2**31 - 1))
-    )
+    return Ground(level, texture, float(g.uniform(0.03, 0.09)), float(g.uniform(0.1, 0.25)), int(g.integers(2**31 - 1)))

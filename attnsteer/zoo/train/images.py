@@ -21,7 +21,7 @@ COUNTS = (0.25, 0.35, 0.2, 0.12, 0.08)
 SCENES = 40_000
 EMPTY = 0.1
 VAE_BATCH = 16
-VAE_PLAN = Plan(steps=2200, lr=2e-3, warmup=100, decay=0.0, ema=0.998)
+VAE_PLAN = Plan(steps=1500, lr=2e-3, warmup=100, decay=0.0, ema=0.998)
 KL = 1e-5
 # How much more a pixel at an object counts: the ground fills most of the image and is soon learnt.
 OBJECT = 4.0

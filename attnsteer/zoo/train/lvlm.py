@@ -15,7 +15,6 @@ from ..shapes.questions import lesson, picture
 from ..shapes.render import coverage, render
 from ..shapes.world import COLOUR_NAMES, SHAPES, rng
 from ..tokens import encode, word_tokenizer
-from .images import sheet
 from .loop import Plan, fit, shorten
 
 SIDE, PATCH = 64, 8
@@ -84,7 +83,9 @@ def tower_loss(model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
     full = wanted[..., 0] > 0
     weight = torch.where(full, (~full).sum() / full.sum().clamp(min=1), 1.0)
     total = sum(
-        (nn.functional.cross_entropy(f.flatten(0, 1), wanted[..., i].flatten(), reduction="none") * weight.flatten()).mean()
+        (
+            nn.functional.cross_entropy(f.flatten(0, 1), wanted[..., i].flatten(), reduction="none") * weight.flatten()
+        ).mean()
         for i, f in enumerate(found)
     )
     right = (found[0].argmax(-1) == wanted[..., 0]) & (found[1].argmax(-1) == wanted[..., 1])
@@ -169,8 +170,8 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     """Train and write the model folder `out/shapes-lvlm`; needs `out/shapes-lm`, or the embedded shapes-lm."""
     from transformers import LlamaForCausalLM
 
-    from .publish import publish
     from .. import folder
+    from .publish import publish
 
     tower_plan, plan = shorten(TOWER_PLAN, steps), shorten(PLAN, steps)
     torch.manual_seed(tower_plan.seed)

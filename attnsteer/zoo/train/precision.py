@@ -66,7 +66,9 @@ def _register() -> None:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         with torch.autocast(query.device.type, enabled=False):
-            out, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
+            out, _ = sdpa_attention_forward(
+                module, query.float(), key.float(), value.float(), attention_mask, **options
+            )
         return out.to(query.dtype), None
 
     AttentionInterface.register(NAME, forward)

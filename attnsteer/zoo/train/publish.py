@@ -12,9 +12,7 @@ import torch
 from .loop import Curve
 
 
-def publish(
-    name: str, models: dict[str, Any], others: dict[str, Any], out: Path, curves: dict[str, Curve]
-) -> Path:
+def publish(name: str, models: dict[str, Any], others: dict[str, Any], out: Path, curves: dict[str, Curve]) -> Path:
     """Save parts by sub-folder ("" is the folder itself), and the training record beside them.
 
     Returns:
