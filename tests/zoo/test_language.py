@@ -173,7 +173,7 @@ def test_chair() -> None:
 
 @pytest.mark.parametrize("bad", [("cat", 2), ("objects", 5), ("objects", 0)])
 def test_bad_layouts(bad: tuple[str, int]) -> None:
-    with pytest.raises(ValueError, match="were asked for|categor"):
+    with pytest.raises(ValueError, match=r"were asked for|categor"):
         layout("test", 0, *bad)
 
 
