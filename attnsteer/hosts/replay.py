@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,13 @@ class Decoder:
             ids: [R, n]. hidden: what the block before `block` gave for these rows, [R, n, D]; None for block 0.
             cache: from `cache`.
         """
-        with self._skipping(block, hidden):
+        changes = {i: _passed for i in range(block - 1)}
+        if block:
+            changes[block - 1] = lambda *_, **__: hidden
+        top = len(self.blocks) - 1
+        if last and block < top and ids.shape[1] > 1:
+            changes[top] = functools.partial(_last_row, self.blocks[top].forward, cache)
+        with self._exchanged(changes):
             return self._logits(ids, cache, last)
 
     def cache(self, layers: Sequence[tuple[Tensor, Tensor]]) -> Any:
@@ -122,21 +129,14 @@ class Decoder:
         return logits[:, -1:] if last else logits
 
     @contextlib.contextmanager
-    def _skipping(self, block: int, hidden: Tensor | None) -> Iterator[None]:
-        wrap = (lambda h: (h,)) if self._tuples else (lambda h: h)
-
-        def passed(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-            return wrap(hidden_states)
-
-        def played(*_: Any, **__: Any) -> Any:
-            return wrap(hidden)
-
+    def _exchanged(self, changes: dict[int, Callable[..., Any]]) -> Iterator[None]:
+        """These blocks run other functions, which may give the bare hidden state."""
         undo = []
         try:
-            for i, module in enumerate(self.blocks[:block]):
-                own = vars(module)
+            for i, change in changes.items():
+                own = vars(self.blocks[i])
                 undo.append((own, own.get("forward")))
-                own["forward"] = played if i == block - 1 else passed
+                own["forward"] = self._shaped(change)
             yield
         finally:
             for own, old in undo:
@@ -144,3 +144,64 @@ class Decoder:
                     del own["forward"]
                 else:
                     own["forward"] = old
+
+    def _shaped(self, change: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = change(*args, **kwargs)
+            return (output,) if self._tuples and isinstance(output, Tensor) else output
+
+        return forward
+
+
+def _passed(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden_states
+
+
+class _Filled(Exception):
+    """The keys and values of the last block are in the cache."""
+
+
+def _last_row(original: Callable[..., Any], cache: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The last block for its last row; of the other rows only their keys and values are computed."""
+    n = hidden_states.shape[1]
+    parts = [_rows(kwargs, n, slice(0, n - 1)), _rows(kwargs, n, slice(n - 1, n))]
+    if args or None in parts:
+        return original(hidden_states, *args, **kwargs)
+    update = cache.update
+
+    def fill(*given: Any, **options: Any) -> None:
+        update(*given, **options)
+        raise _Filled
+
+    cache.update = fill
+    try:
+        original(hidden_states[:, :-1], **parts[0])
+    except _Filled:
+        pass
+    finally:
+        del cache.update
+    return original(hidden_states[:, -1:], **parts[1])
+
+
+# Axis of the rows in the tensors that a block is given; a block with others is computed whole.
+_ROW_AXIS = {"attention_mask": -2, "position_embeddings": -2, "position_ids": -1}
+
+
+def _rows(kwargs: dict[str, Any], n: int, rows: slice) -> dict[str, Any] | None:
+    """A block's arguments for some of its `n` rows; None where that is not known."""
+
+    def cut(value: Any, axis: int) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(cut(v, axis) for v in value)
+        return value[(..., rows) + (slice(None),) * (-axis - 1)]
+
+    found = {}
+    for name, value in kwargs.items():
+        tensors = value if isinstance(value, (tuple, list)) else [value]
+        if any(isinstance(t, Tensor) for t in tensors):
+            axis = _ROW_AXIS.get(name)
+            if axis is None or not all(isinstance(t, Tensor) and t.ndim >= -axis and t.shape[axis] == n for t in tensors):
+                return None
+            value = cut(value, axis)
+        found[name] = value
+    return found
