@@ -42,6 +42,10 @@ class SerializationError(AttnSteerError, ValueError):
     """A saved intervention or head set cannot be read."""
 
 
+class MissingExtra(AttnSteerError, ImportError):
+    """A library of an optional extra is not installed."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A " Did you mean 'x'?" suffix, or an empty string when nothing is close."""
     # A wrong case is the likeliest slip, so it counts for nothing.

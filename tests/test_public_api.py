@@ -18,7 +18,7 @@ NAMES = [
     "register_host", "register_method", "sites", "steer", *METHODS,
 ]  # fmt: skip
 ERRORS = [
-    "AttnSteerError", "CompositionError", "NeverFired", "RegistrationError", "SelectionError", "SerializationError",
+    "AttnSteerError", "CompositionError", "MissingExtra", "NeverFired", "RegistrationError", "SelectionError", "SerializationError",
     "UnknownName", "UnsupportedHost",
 ]  # fmt: skip
 # Positional parameters and defaults that code and saved recipes rely on.

@@ -200,7 +200,9 @@ def _rows(kwargs: dict[str, Any], n: int, rows: slice) -> dict[str, Any] | None:
         tensors = value if isinstance(value, (tuple, list)) else [value]
         if any(isinstance(t, Tensor) for t in tensors):
             axis = _ROW_AXIS.get(name)
-            if axis is None or not all(isinstance(t, Tensor) and t.ndim >= -axis and t.shape[axis] == n for t in tensors):
+            if axis is None or not all(
+                isinstance(t, Tensor) and t.ndim >= -axis and t.shape[axis] == n for t in tensors
+            ):
                 return None
             value = cut(value, axis)
         found[name] = value

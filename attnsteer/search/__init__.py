@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# public name -> the module of this package that defines it
+# Public name -> the module that defines it. No module has the name of a function: once imported, it would stand in its place.
 _WHERE = {
     "Choice": "samples",
-    "Rung": "headhunter",
+    "Rung": "greedy",
     "SearchState": "state",
     "calibrate_act": "calibration",
     "calibrate_heads": "calibration",
     "candidate_log_likelihoods": "samples",
-    "headhunter": "headhunter",
+    "halving": "greedy",
+    "headhunter": "greedy",
 }
 
 __all__ = sorted(_WHERE)

@@ -23,6 +23,7 @@ from ..intervention import Intervention
 from ..methods.act import ACT
 from ..steering import Steering, steer
 from ..versions import library_versions
+from ..where import stack_shape
 from .alone import EachHeadAlone, Edit, Script, only
 from .samples import Choice, candidate_log_likelihoods, choices, padded, split_digest, token_sums
 from .state import SearchState, digest, model_digest, refuse_overlap
@@ -35,9 +36,7 @@ CALL = 128
 TOLERANCE, TOLERANCE_HALF = 2e-3, 0.1
 
 
-def calibrate_act(
-    model: nn.Module, samples: Iterable[Any], method: ACT | None = None, **options: Any
-) -> HeadSet:
+def calibrate_act(model: nn.Module, samples: Iterable[Any], method: ACT | None = None, **options: Any) -> HeadSet:
     """The heads in which ACT alone improves a calibration split.
 
     Args:
@@ -92,9 +91,13 @@ def calibrate_heads(
         SerializationError: `state` belongs to a search with other settings.
     """
     if metric not in METRICS or keep not in KEEP or batch < 1:
-        raise SelectionError(f"metric={metric!r} is one of {METRICS}, keep={keep!r} one of {KEEP}, batch={batch} above 0.")
+        raise SelectionError(
+            f"metric={metric!r} is one of {METRICS}, keep={keep!r} one of {KEEP}, batch={batch} above 0."
+        )
     if "around" in method.doors():
-        raise SelectionError(f"{type(method).__name__} calls the model several times; heads are calibrated for inside methods.")
+        raise SelectionError(
+            f"{type(method).__name__} calls the model several times; heads are calibrated for inside methods."
+        )
     split = choices(samples)
     if test is not None:
         refuse_overlap((s.key() for s in split), (s.key() for s in choices(test)), "samples")
@@ -170,8 +173,7 @@ class _Search:
         self.heads = {p: tuple(range(s.heads)) if chosen[p] is None else chosen[p] for p, s in self.sites.items()}
         self.pairs = [(self.sites[p].layer, h) for p, heads in self.heads.items() for h in heads]
         self.column = {pair: i for i, pair in enumerate(self.pairs)}
-        layers = run.host.sites()
-        self.shape = (1 + max(s.layer for s in layers if s.modality == "text"), max(s.heads for s in self.sites.values()))
+        self.shape = stack_shape(run.sites[0], run.host.sites())
         n, p = len(split), len(self.pairs)
         if not store.tensors:
             store.tensors = {
@@ -280,7 +282,9 @@ class _Search:
             moved[..., :-1] = False
         first = torch.where(moved.any(dim=-1), moved.int().argmax(dim=-1), n)
         if group.rest is not None:
-            rest = _changed(group.rest, path, (len(group.longer), len(self.heads[path]), group.fed.shape[1])).any(dim=-1)
+            rest = _changed(group.rest, path, (len(group.longer), len(self.heads[path]), group.fed.shape[1])).any(
+                dim=-1
+            )
             for row, (b, _) in enumerate(group.longer):
                 first[b] = torch.where(rest[row], first[b].clamp_max(n - 1), first[b])
         found = [_Variant(b, h, int(first[b, h])) for b, h in (first < n).nonzero().tolist()]
@@ -329,7 +333,8 @@ class _Search:
         fed = torch.tensor([f for _, f in rows], device=device)
         below = group.prompt[0].keys_values
         layers = [
-            (below[i][0][:1], below[i][1][:1]) if i < block else (k[which], v[which]) for i, (k, v, *_) in enumerate(cache)
+            (below[i][0][:1], below[i][1][:1]) if i < block else (k[which], v[which])
+            for i, (k, v, *_) in enumerate(cache)
         ]
         self._put(path, [variants[r] for r, _ in rows], edits, [f for _, f in rows], 0)
         with run.freeze():
@@ -360,7 +365,9 @@ class _Search:
         moved = (edited[..., 1] != plain.float()[:, None, 1]).nonzero().tolist()
         half = next(self.model.parameters()).dtype in (torch.float16, torch.bfloat16)
         limit = TOLERANCE_HALF if half else TOLERANCE
-        for row, column in {tuple(min(moved, key=lambda m: m[1])), tuple(max(moved, key=lambda m: m[1]))} if moved else ():
+        for row, column in (
+            {tuple(min(moved, key=lambda m: m[1])), tuple(max(moved, key=lambda m: m[1]))} if moved else ()
+        ):
             sample, (layer, head) = self.split[indices[row]], self.pairs[column]
             with steer(self.model, only(self.method, layer, head)) as run:
                 value = candidate_log_likelihoods(self.model, sample, run)[sample.answer]

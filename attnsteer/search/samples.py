@@ -129,5 +129,7 @@ def _ids(value: Any) -> tuple[int, ...]:
     items = tuple(items)
     wrong = [i for i in items if isinstance(i, bool) or not isinstance(i, int) or i < 0]
     if wrong:
-        raise SelectionError(f"Choice got {wrong[0]!r} among its token ids; give integers of 0 or more, without a batch axis.")
+        raise SelectionError(
+            f"Choice got {wrong[0]!r} among its token ids; give integers of 0 or more, without a batch axis."
+        )
     return items

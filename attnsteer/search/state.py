@@ -85,7 +85,9 @@ class SearchState:
         if meta.get("format") != FORMAT:
             raise SerializationError(f"{path} has format {meta.get('format')!r}, not {FORMAT!r}; give another path.")
         if not meta.get("schema", "").isdecimal() or int(meta["schema"]) > SCHEMA_VERSION:
-            raise SerializationError(f"{path} has schema {meta.get('schema')}, this version reads up to {SCHEMA_VERSION}.")
+            raise SerializationError(
+                f"{path} has schema {meta.get('schema')}, this version reads up to {SCHEMA_VERSION}."
+            )
         try:
             settings, data = json.loads(meta["settings"]), json.loads(meta["data"])
         except (KeyError, ValueError) as error:
