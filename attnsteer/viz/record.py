@@ -32,7 +32,8 @@ class WordRecorder(Intervention):
     that edits head outputs leaves the map as it was).
 
     Attributes:
-        seen: site path -> one [B, H, m] per call, the selected heads' rows. tokens: roles of the tokens so far.
+        seen: site path -> one [B, H, m] per call, the selected heads' rows. tokens: roles of the prompt's
+            tokens, in a list of one.
     """
 
     heads: HeadSet | None = None
@@ -45,10 +46,10 @@ class WordRecorder(Intervention):
     def weights(self, call: AttnCall) -> None:
         n = call.map.shape[2]
         row = call.map.rows(torch.tensor([n - 1], device=call.map.att.q.device))[:, :, 0]
-        # One call of the engine per group of heads: groups of one call are joined.
         rows = self.seen.setdefault(call.site.path, [])
         rows.append(row.detach().float().cpu())
-        self.tokens[:] = [call.context["tokens"]]
+        if not self.tokens:
+            self.tokens.append(call.context["tokens"])
 
 
 @dataclass(frozen=True)
