@@ -234,6 +234,7 @@ class _Stage:
             state=ctx.states.setdefault((bound.index, self.runtime.site.path, self.heads), {}),
             frozen=ctx.frozen,
             context=ctx.context,
+            branch_rows=ctx.branch_rows,
         )
 
     def mark(self, bound: Bound, path: str) -> None:

@@ -55,6 +55,10 @@ class ZooError(AttnSteerError, OSError):
     """A file of an embedded model is missing, cut short or changed."""
 
 
+class MissingExtra(AttnSteerError, ImportError):
+    """A library of an optional extra is not installed."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A " Did you mean 'x'?" suffix, or an empty string when nothing is close."""
     # A wrong case is the likeliest slip, so it counts for nothing.
