@@ -224,7 +224,8 @@ def bind(
     if not every:
         raise UnsupportedHost(
             f"{type(host.target).__name__} has no attention that can be reached: no module looks its attention "
-            "function up, calls torch.nn.functional.scaled_dot_product_attention, or has an attention processor."
+            "function up, calls torch.nn.functional.scaled_dot_product_attention, or has an attention processor. A map that "
+            "is written out by hand cannot be edited from outside: have the module call SDPA."
         )
     bounds: list[Bound] = []
     plan: dict[str, list[tuple[Bound, tuple[int, ...] | None]]] = {}

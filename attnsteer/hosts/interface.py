@@ -37,6 +37,12 @@ class Attached:
         self.clock = clock
         self.checked = False
 
+    def phase(self, rows: int) -> str:
+        """Whether a call of so many query rows is "prefill" or "decode"."""
+        run = self.runtime.run
+        decode = run.frozen or (self.clock.past > 0 and rows == 1 and not run.chunked)
+        return "decode" if decode else "prefill"
+
     def __deepcopy__(self, memo: Any) -> None:
         # A copy of a steered model is a plain model of another owner; it must not report to this run.
         return None
@@ -53,10 +59,7 @@ def steered_attention(
     attached = vars(module).get(RUNTIME)
     if attached is None:
         return base(module, query, key, value, attention_mask, *args, **kwargs)
-    clock = attached.clock
-    run = attached.runtime.run
-    decode = run.frozen or (clock.past > 0 and query.shape[2] == 1 and not run.chunked)
-    phase = "decode" if decode else "prefill"
+    phase = attached.phase(query.shape[2])
     active = attached.runtime.active(phase, None, None)
     if not active:
         return base(module, query, key, value, attention_mask, *args, **kwargs)
@@ -85,7 +88,7 @@ def _steered(
             "an exact edit is not defined there. Call model.eval() first."
         )
     att = _problem(module, name, query, key, value, attention_mask, options)
-    ctx = _context(attached, phase, att, key.shape[2])
+    ctx = context(attached, phase, att.shape, key.shape[2], att.q.device)
 
     weights: list[Tensor | None] = [None]
 
@@ -163,12 +166,15 @@ def _flex_mask(block_mask: Any, q: Tensor, k: Tensor) -> Tensor:
     return create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device=q.device)
 
 
-def _context(attached: Attached, phase: str, att: Attention, slots: int) -> CallContext:
+def context(
+    attached: Attached, phase: str, shape: tuple[int, int, int, int], slots: int, device: torch.device
+) -> CallContext:
+    """What the clock knows about a call of this shape (B, H, n, m); `slots`: of the cache, m or more."""
     clock, site, run = attached.clock, attached.runtime.site, attached.runtime.run
-    n, m, device = att.shape[2], att.shape[3], att.q.device
+    B, _, n, m = shape
     tokens = clock.tokens
     ctx = CallContext(phase=phase, frozen=run.frozen)
-    if tokens is None or tokens.batch != att.shape[0]:
+    if tokens is None or tokens.batch != B or clock.new != n:
         # The attention module was called on its own, or the stack folds other axes into the batch.
         ctx.row_position = torch.arange(n, device=device)
         ctx.key_position = torch.arange(m, device=device)

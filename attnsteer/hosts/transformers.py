@@ -1,4 +1,7 @@
-"""transformers: attention functions are exchanged through the library's own interface, per sub-config."""
+"""transformers: attention functions are exchanged through the library's own interface, per sub-config.
+
+Modules that call SDPA themselves are steered as in the generic host, under the same clock.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Bound
-from ..errors import CompositionError, UnsupportedHost
+from ..errors import CompositionError, UnsupportedHost, listing
 from ..site import Site
 from .base import Host, imported
+from .direct import attach_direct, check_direct
+from .generic import reaches
 from .interface import PREFIX, RUNTIME, Attached, switch
 from .sequence import SequenceClock
 
@@ -32,6 +37,8 @@ class TransformersHost(Host):
         self.model = _module(target)
         self._sites: list[Site] | None = None
         self._stacks: dict[str, str] = {}
+        # Sites whose module calls SDPA itself instead of looking its attention function up.
+        self._direct: set[str] = set()
 
     @classmethod
     def takes(cls, target: Any) -> bool:
@@ -47,21 +54,29 @@ class TransformersHost(Host):
         return self._sites
 
     def _find(self) -> list[Site]:
-        found, counters = [], {}
+        found, counters, countless = [], {}, []
         names = {name: module for name, module in self.model.named_modules()}
         for name, module in names.items():
-            if not _looks_up_attention(module) or not hasattr(getattr(module, "config", None), "_attn_implementation"):
+            interface = _looks_up_attention(module) and hasattr(getattr(module, "config", None), "_attn_implementation")
+            if not interface and not reaches(module):
+                continue
+            heads, kv = _head_counts(module)
+            if heads is None and interface:
+                raise UnsupportedHost(f"{name}: {type(module).__name__} does not say how many heads it has.")
+            if heads is None:
+                countless.append(f"{name} ({type(module).__name__})")
                 continue
             stack_name, stack = _nearest_model(name, names)
             block = re.match(r"(.*\.\d+)(\.|$)", name)
             order = counters.setdefault((stack_name, name.split(".")[0]), {})
             position = order.setdefault(block[1] if block else name, len(order))
             layer = getattr(module, "layer_idx", None)
-            heads, kv = _head_counts(module)
             cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(name))
             causal = bool(getattr(module, "is_causal", False)) and not cross
             decoder = causal or cross or "decoder" in name
             self._stacks[name] = stack_name
+            if not interface:
+                self._direct.add(name)
             found.append(
                 Site(
                     name=name,
@@ -75,9 +90,20 @@ class TransformersHost(Host):
                     module=module,
                 )
             )
+        if countless and not found:
+            raise UnsupportedHost(
+                f"{listing(countless)}: these call SDPA but do not say how many heads they have. Set num_heads on each."
+            )
         return found
 
     def check(self, site: Site, bound: Bound) -> None:
+        if RUNTIME in vars(site.module):
+            raise CompositionError(
+                f"{site.path} is steered already; give all interventions to one call: steer(model, first, second)."
+            )
+        if site.path in self._direct:
+            check_direct(site)
+            return
         name = site.module.config._attn_implementation
         base = name.removeprefix(PREFIX)
         if base not in BASES:
@@ -89,10 +115,6 @@ class TransformersHost(Host):
             raise UnsupportedHost(
                 f"{site.path} runs eager attention of {type(site.module).__name__}, whose module has no "
                 'eager_attention_forward to build on. Call model.set_attn_implementation("sdpa") if it is supported.'
-            )
-        if RUNTIME in vars(site.module):
-            raise CompositionError(
-                f"{site.path} is steered already; give all interventions to one call: steer(model, first, second)."
             )
 
     def attach(self, run: Any, journal: Any) -> None:
@@ -112,8 +134,12 @@ class TransformersHost(Host):
                 journal.add(hook.remove)
                 journal.add(names[stack].register_forward_hook(_finish_hook(clock)).remove)
                 journal.add(clock.forget)
-            journal.set_attr(module, RUNTIME, Attached(runtime, clocks[stack]))
-            switch(module.config, journal)
+            attached = Attached(runtime, clocks[stack])
+            journal.set_attr(module, RUNTIME, attached)
+            if path in self._direct:
+                attach_direct(attached, journal)
+            else:
+                switch(module.config, journal)
         outer = self.model
         hook = outer.register_forward_pre_hook(_top_hook(top, outer), with_kwargs=True)
         journal.add(hook.remove)
@@ -232,8 +258,9 @@ def _modality(stack: nn.Module) -> str:
     return "audio" if name in ("input_features", "input_values") else "text"
 
 
-def _head_counts(module: nn.Module) -> tuple[int, int]:
-    config = module.config
+def _head_counts(module: nn.Module) -> tuple[int | None, int | None]:
+    """Query heads and key-value heads, or (None, None) where the module does not say."""
+    config = getattr(module, "config", None)
     heads = None
     for name in ("num_heads", "num_attention_heads", "n_heads", "n_head"):
         heads = heads or _int(module, name)
@@ -243,9 +270,9 @@ def _head_counts(module: nn.Module) -> tuple[int, int]:
     for name in ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"):
         heads = heads or _int(config, name)
     if not heads:
-        raise UnsupportedHost(f"{type(module).__name__} does not say how many heads it has.")
+        return None, None
     groups = _int(module, "num_key_value_groups")
-    kv = heads // groups if groups else _int(module, "num_key_value_heads") or heads
+    kv = heads // groups if groups else _int(module, "num_key_value_heads") or _int(module, "num_kv_heads") or heads
     return heads, kv
 
 
