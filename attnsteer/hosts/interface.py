@@ -39,13 +39,17 @@ class Attached:
 
     def phase(self, rows: int) -> str:
         """Whether a call of so many query rows is "prefill" or "decode"."""
-        run = self.runtime.run
-        decode = run.frozen or (self.clock.past > 0 and rows == 1 and not run.chunked)
-        return "decode" if decode else "prefill"
+        return phase_of(self.runtime.run, self.clock, rows)
 
     def __deepcopy__(self, memo: Any) -> None:
         # A copy of a steered model is a plain model of another owner; it must not report to this run.
         return None
+
+
+def phase_of(run: Any, clock: SequenceClock, rows: int) -> str:
+    """Whether a call of so many query rows is "prefill" or "decode"."""
+    decode = run.frozen or (clock.past > 0 and rows == 1 and not run.chunked)
+    return "decode" if decode else "prefill"
 
 
 # Traced code would bake in whether a run is attached; a graph break here keeps compiled models honest.

@@ -20,7 +20,7 @@ from ..site import Site
 from .base import Host, imported
 from .direct import attach_direct, check_direct
 from .generic import reaches
-from .interface import PREFIX, RUNTIME, Attached, switch
+from .interface import PREFIX, RUNTIME, Attached, phase_of, switch
 from .sequence import SequenceClock
 
 BASES = ("sdpa", "eager", "flex_attention")
@@ -140,6 +140,9 @@ class TransformersHost(Host):
                 attach_direct(attached, journal)
             else:
                 switch(module.config, journal)
+        for stack, clock in clocks.items():
+            bounds = {b.index: b for p, r in run.runtimes.items() for b, _ in r.entries if self._stacks[p] == stack}
+            journal.add(names[stack].register_forward_pre_hook(_token_check(run, clock, list(bounds.values()))).remove)
         outer = self.model
         hook = outer.register_forward_pre_hook(_top_hook(top, outer), with_kwargs=True)
         journal.add(hook.remove)
@@ -183,6 +186,21 @@ def _finish_hook(clock: SequenceClock) -> Callable[..., None]:
         clock.finish(next((p for p in parts if hasattr(p, "get_seq_length")), None))
 
     return after
+
+
+def _token_check(run: Any, clock: SequenceClock, bounds: list[Bound]) -> Callable[..., None]:
+    """Refuse a call that lacks the tokens of an acting method before any layer has run."""
+
+    @torch.compiler.disable
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if clock.tokens is None:
+            return
+        phase = phase_of(run, clock, clock.new)
+        for bound in bounds:
+            if run.is_open(bound) and bound.where.active(phase, None, None):
+                bound.method.check_tokens(clock.tokens)
+
+    return before
 
 
 def _top_hook(top: _TopInputs, model: nn.Module) -> Callable[..., None]:
