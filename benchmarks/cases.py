@@ -435,7 +435,7 @@ CASES = {
             measure_act_20,
             _sizes(
                 Size(FULL, 4096, 512, repeats=5, patience=400.0),
-                Size(QUICK, 2048, 256, repeats=5),
+                Size(QUICK, 2048, 256, repeats=3),
                 Size(SMOKE, 128, 64, repeats=2, memory=False),
             ),
         ),
@@ -471,7 +471,7 @@ CASES = {
             measure_idle,
             _sizes(
                 Size(FULL, 4096, 512, repeats=25, patience=240.0),
-                Size(QUICK_DECODE, 1024, 256, repeats=7),
+                Size(QUICK_DECODE, 1024, 256, repeats=4),
                 Size(SMOKE, 128, 64, repeats=2),
             ),
         ),
@@ -481,7 +481,7 @@ CASES = {
             1.2,
             lambda size: gate_prefill(size.shape, size.gate, 0.2),
             measure_long_prefill,
-            _sizes(Size(FULL, 32768, 512), Size(QUICK, 4096, 256), Size(SMOKE, 256, 64)),
+            _sizes(Size(FULL, 32768, 512), Size(QUICK, 8192, 256), Size(SMOKE, 256, 64)),
         ),
         Case(
             "cfg-pag",
