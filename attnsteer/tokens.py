@@ -83,7 +83,7 @@ class Tokens:
         for b, wanted in enumerate(spans_list):
             row = []
             for item in wanted:
-                start, stop = self._find(b, item, tokenizer) if isinstance(item, str) else _range(item)
+                start, stop = self._find(b, item, tokenizer) if isinstance(item, str) else token_range(item)
                 if stop > counts[b] and not self.more_to_come:
                     raise SelectionError(
                         f"span ({start}, {stop}) of sample {b} ends after its {counts[b]} tokens; ranges count from "
@@ -141,7 +141,8 @@ def char_offsets(ids: list[int], tokenizer: Any) -> tuple[list[Range], str]:
     return ranges, whole
 
 
-def _range(item: Any) -> Range:
+def token_range(item: Any) -> Range:
+    """(start, stop) of one range of tokens, or a SelectionError."""
     ok = (
         isinstance(item, (tuple, list))
         and len(item) == 2
