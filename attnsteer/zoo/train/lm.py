@@ -82,5 +82,6 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     plan = shorten(PLAN, steps)
     torch.manual_seed(plan.seed)
     model = LlamaForCausalLM(config())
-    curve = fit("lm", model, loss, plan, out, device=device, compiled=steps is None)
+    curve = fit("lm", model, loss, plan, out, device=device, compiled=() if steps else (model,))
+    model.config.use_cache = True
     return publish("shapes-lm", {"": model}, {"": word_tokenizer()}, out, {"lm": curve})

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def fit(
     device: str = "auto",
     look: Callable[[nn.Module, int], None] | None = None,
     log_every: int = 25,
-    compiled: bool = False,
+    compiled: Sequence[nn.Module] = (),
 ) -> Curve:
     """Train `model` in place; on return it holds the averaged weights.
 
@@ -91,7 +91,7 @@ def fit(
         name: of the stage, for the progress bar and its folder in `out`.
         loss: (model, step) -> (loss, values to log). Draws its batch from the step.
         look: called with the averaged model at each checkpoint, to write a picture or a measure.
-        compiled: compile the forward of the model. Pays where elementwise work dominates.
+        compiled: modules whose forward is compiled. Pays where elementwise work dominates.
 
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint is from before.
@@ -120,8 +120,8 @@ def fit(
     first, curve = _resume(folder / CHECKPOINT, model, ema, optimizer, named, accelerator.device)
     if accelerator.device.type == "cpu":
         attention_in_fp32(model)
-    if compiled:
-        model.compile()
+    for module in compiled:
+        module.compile()
     optimizer = accelerator.prepare(optimizer)
     bar = tqdm(total=plan.steps, initial=first, desc=name, mininterval=10, smoothing=0.02)
     begun, saved = time.monotonic(), time.monotonic()

@@ -182,6 +182,8 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     torch.manual_seed(plan.seed)
     model = build(tower.vision, decoder)
     model.model.vision_tower.requires_grad_(False)
-    curve = fit("lvlm", model, loss, plan, out, device=device)
+    compiled = () if steps else (model.model.language_model,)
+    curve = fit("lvlm", model, loss, plan, out, device=device, compiled=compiled)
+    model.config.text_config.use_cache = True
     curves = {"lvlm-tower": tower_curve, "lvlm": curve}
     return publish("shapes-lvlm", {"": model}, {"": processor()}, out, curves)

@@ -23,6 +23,10 @@ def publish(name: str, models: dict[str, Any], others: dict[str, Any], out: Path
         model.to("cpu", torch.float16).save_pretrained(folder / part)
     for part, other in others.items():
         other.save_pretrained(folder / part)
+    # transformers computes in the dtype that a config names; halves are for storing these weights, not for computing.
+    for config in folder.rglob("config.json"):
+        text = config.read_text(encoding="utf-8")
+        config.write_text(text.replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
     record = {stage: asdict(curve) for stage, curve in curves.items()}
     (folder / "training.json").write_text(json.dumps(record), encoding="utf-8")
     return folder

@@ -1,0 +1,1 @@
+"""Evaluation: what is measured, and how sure one can be of it."""

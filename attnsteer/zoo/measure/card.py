@@ -1,0 +1,174 @@
+"""The data and model card of an embedded model, from its figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ...evals.statistics import Interval
+from .images import STEPS, middle
+
+TITLES = {
+    "shapes-lm": ("LlamaForCausalLM", "reads passages about coloured shapes and chooses answers"),
+    "shapes-lvlm": ("LlavaForConditionalGeneration", "answers questions about pictures of shapes and describes them"),
+    "shapes-sd": ("StableDiffusionPipeline", "draws 64x64 pictures of shapes from a caption"),
+    "shapes-mmdit": ("StableDiffusion3Pipeline", "draws 64x64 pictures of shapes from a caption"),
+}
+DATA = {
+    "shapes-lm": "Passages of 2 to 6 facts with questions, lists of labelled examples, repeated words "
+    "(`attnsteer.zoo.shapes.reading.lesson`). A text belongs to one split by its hash.",
+    "shapes-lvlm": "Scenes of 1 to 5 objects whose attributes come together (`world.BIASED`), with questions, six in ten "
+    "existence questions about what is there, and captions from left to right (`questions.lesson`).",
+    "shapes-sd": "Scenes of 1 to 5 objects on plain ground (`train.images.scene`), captions in random order with a size "
+    "now and then (`language.describe`), one in ten empty.",
+}
+DATA["shapes-mmdit"] = DATA["shapes-sd"]
+
+
+def write_card(folder: Path, metrics: dict[str, Any]) -> Path:
+    """Write `README.md` of a model folder; returns its path."""
+    name = folder.name
+    kind, does = TITLES[name]
+    curves = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    size = sum(f.stat().st_size for f in folder.rglob("*.safetensors"))
+    lines = [
+        f"# {name}",
+        "",
+        f"A `{kind}` that {does}. Trained by this project from scratch; weights in half precision, {size / 1e6:.1f} MB.",
+        "",
+        f"**Data.** {DATA[name]} Splits are disjoint: `train`, `calibration`, `test` (`world.rng`).",
+        "",
+        "**Training.** " + "; ".join(_stage(*s) for s in curves.items()) + f". `python -m attnsteer.zoo.train {name}`",
+        "trains it again; times are those of one core of a shared machine.",
+        "",
+        "**Use.** To try and test attention interventions. It knows shapes and nothing else.",
+        "",
+        "## Measured",
+        "",
+        f"On the test split, with 95 % intervals; `python -m attnsteer.zoo.measure {name}`.",
+        "",
+        *_figures(name, metrics),
+    ]
+    path = folder / "README.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def _stage(stage: str, curve: dict[str, Any]) -> str:
+    last = ", ".join(f"{k} {v[-1]:.3g}" for k, v in curve["values"].items())
+    return f"{stage}: {curve['step'][-1] + 1:,} steps in {curve['seconds'] / 60:.0f} minutes (at the end {last})"
+
+
+def _figures(name: str, metrics: dict[str, Any]) -> list[str]:
+    if name == "shapes-lm":
+        return _lm(metrics)
+    return _lvlm(metrics) if name == "shapes-lvlm" else _images(metrics)
+
+
+def _percent(value: Any) -> str:
+    return Interval(*value).percent()
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(r)} |" for r in (head, ["---"] * len(head), *rows)]
+
+
+def _lm(metrics: dict[str, Any]) -> list[str]:
+    sinks = metrics["sinks"]
+    layers = sorted(sinks["first token"], key=int)
+    return [
+        *_table(["reading task", "accuracy"], [[t, _percent(v)] for t, v in metrics["reading"].items()]),
+        "",
+        "### Attention sinks",
+        "",
+        "Mean attention of a column over the rows that see it, on calibration passages. A later sink is a token (neither",
+        "the first nor one of the last five) above five times the uniform share.",
+        "",
+        *_table(
+            ["layer", *map(str, layers)],
+            [
+                ["first token", *(f"{sinks['first token'][k]:.3f}" for k in layers)],
+                ["heads with later sinks", *(f"{100 * sinks['heads with later sinks'][k]:.0f} %" for k in layers)],
+            ],
+        ),
+        "",
+        "The most frequent later sinks: " + ", ".join(f"{w} ({n})" for w, n in sinks["later sinks"]) + ".",
+    ]
+
+
+def _lvlm(metrics: dict[str, Any]) -> list[str]:
+    rows = []
+    for kind, m in metrics["existence"].items():
+        plain = [f"{m[k]:.3f}" for k in ("precision", "recall", "F1")]
+        rows.append([kind, _percent(m["accuracy"]), *plain, _percent(m["yes"]), f"{m['unparsed']:.3f}"])
+    c, a = metrics["captions"], metrics["attention"]
+    layers = sorted(a["activations"], key=int)
+    return [
+        *_table(["existence, negatives", "accuracy", "precision", "recall", "F1", "yes", "unparsed"], rows),
+        "",
+        *_table(["question", "accuracy"], [[k, _percent(v)] for k, v in metrics["questions"].items()]),
+        "",
+        f"Captions: CHAIR_i {_percent(c['CHAIR_i'])}, CHAIR_s {_percent(c['CHAIR_s'])}, recall {c['recall']:.3f}, "
+        f"{c['words']:.1f} words.",
+        "",
+        "### Massive activations and visual sinks",
+        "",
+        "The largest entry of the residual stream after each layer, over the median entry; and the heads with an image token",
+        "whose attention is above five times that of an average image token.",
+        "",
+        *_table(
+            ["layer", *map(str, layers)],
+            [
+                ["largest over median", *(f"{a['activations'][k]['largest over median']:.1f}" for k in layers)],
+                ["dimension", *(str(a["activations"][k]["dimension"]) for k in layers)],
+                ["at an image token", *("yes" if a["activations"][k]["on an image token"] else "no" for k in layers)],
+                ["heads with visual sinks", *(f"{100 * a['heads with visual sinks'][k]:.0f} %" for k in layers)],
+            ],
+        ),
+    ]
+
+
+def _images(metrics: dict[str, Any]) -> list[str]:
+    rows = [
+        [name, _percent(m["right"]) if "right" in m else "", _percent(m["valid"])]
+        for name, m in metrics.items()
+        if name != "maps"
+    ]
+    maps = metrics["maps"]
+    sites = middle(maps)
+    steps = [STEPS // 5 * k for k in range(5)]
+    detail = [
+        [_site(s), w, *(f"{maps['ratios'][s][w][k]:.2f}" for k in steps)]
+        for s in maps["ratios"]
+        for w in maps["ratios"][s]
+    ]
+    return [
+        *_table(["prompts", "all objects right", "wholly valid"], rows),
+        "",
+        "Right: every object of the prompt was detected with its colour and shape. Wholly valid: every coloured patch is a",
+        f"clean known shape, and there is one. {STEPS} steps.",
+        "",
+        "### Where the text-image attention means something",
+        "",
+        "Share of a token's attention inside its object's box, over the box's share of the image, on pictures of two-object",
+        f"prompts of the calibration split that were drawn right ({maps['boxes']} boxes). Middle third of the steps:",
+        "",
+        *_table(
+            ["site", "map", "colour word", "shape word", "token after"],
+            [
+                [_site(s), "x".join(map(str, maps["sizes"][s])), *(f"{v:.2f}" for v in r.values())]
+                for s, r in sites.items()
+            ],
+        ),
+        "",
+        "![attention to each word](picture.png)",
+        "",
+        "Every site, token and some steps (of the first phrase and of the second):",
+        "",
+        *_table(["site", "token", *(f"step {k}" for k in steps)], detail),
+    ]
+
+
+def _site(path: str) -> str:
+    return path.removeprefix("unet.").removeprefix("transformer.").replace(".transformer_blocks.0", "")

@@ -1,0 +1,128 @@
+"""How good shapes-sd and shapes-mmdit are, and where their text-image attention means something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...evals.statistics import Interval, wilson
+from ...steering import steer
+from ...viz.record import PhraseRecorder, box_ratio
+from ..shapes.detect import Detection, detect
+from ..shapes.layouts import Layout, layout, satisfied
+
+BATCH, STEPS = 25, 25
+# Of the tokens of "a red circle and a blue square": start, a, colour, shape, and, a, colour, shape, end.
+WORDS = {"colour 1": 2, "shape 1": 3, "after 1": 4, "colour 2": 6, "shape 2": 7, "after 2": 8}
+
+
+def generate(
+    pipe: Any, prompts: Sequence[str], *, seeds: Sequence[int] | None = None, steps: int = STEPS, **options: Any
+) -> Tensor:
+    """Images in [0, 1], fp32 [B, 3, 64, 64]; each sample has its own seed, so batches do not matter.
+
+    Args:
+        pipe: the pipeline. prompts: one per image. seeds: one per image; 0, 1, ... unless given.
+        steps: of the sampler. options: further arguments of the pipeline, such as `guidance_scale`.
+    """
+    seeds = range(len(prompts)) if seeds is None else seeds
+    found = []
+    for start in range(0, len(prompts), BATCH):
+        part = slice(start, start + BATCH)
+        generators = [torch.Generator().manual_seed(s) for s in seeds[part]]
+        found.append(
+            pipe(
+                list(prompts[part]), generator=generators, num_inference_steps=steps, output_type="pt", **options
+            ).images.float()
+        )
+    return torch.cat(found).cpu()
+
+
+def success(wanted: Sequence[Layout], read: Sequence[Detection]) -> Interval:
+    """Share of the images in which everything that the prompt asks for was detected."""
+    return wilson(sum(satisfied(w, d.objects) for w, d in zip(wanted, read, strict=True)), len(wanted))
+
+
+def validity(read: Sequence[Detection]) -> Interval:
+    """Share of the images in which every coloured patch is a clean known shape, and there is one."""
+    return wilson(sum(d.valid for d in read), len(read))
+
+
+def several(index: int, split: str = "test") -> Layout:
+    """A prompt of two to four objects."""
+    return layout(split, index, "objects", 2 + index % 3)
+
+
+def measure(pipe: Any, count: int = 200, split: str = "test") -> dict[str, Any]:
+    """All figures of a card; about 5 x `count` images."""
+    one, two = ([layout(split, i, "objects", n) for i in range(count)] for n in (1, 2))
+    many = [several(i, split) for i in range(count)]
+    out: dict[str, Any] = {}
+    for name, wanted in (("one object", one), ("two objects", two), ("two to four objects", many)):
+        read = detect(generate(pipe, [w.prompt for w in wanted]))
+        out[f"{name}, default guidance"] = {"right": success(wanted, read), "valid": validity(read)}
+    read = detect(generate(pipe, [w.prompt for w in many], guidance_scale=1.0))
+    out["two to four objects, no guidance"] = {"right": success(many, read), "valid": validity(read)}
+    read = detect(generate(pipe, [""] * count, guidance_scale=1.0))
+    out["empty prompt, no guidance"] = {"valid": validity(read)}
+    return out
+
+
+def map_table(pipe: Any, count: int = 50, split: str = "calibration", **options: Any) -> dict[str, Any]:
+    """Share of a word's attention inside its object's box, over the box's share of the image.
+
+    The images are the pipeline's own; boxes are those of the detected objects, and phrases that were not drawn are left
+    out.
+
+    Returns:
+        {"ratios": {site: {word: [one per step]}}, "sizes": {site: [h, w]}, "images": how many boxes counted}.
+    """
+    wanted = [layout(split, i, "objects", 2) for i in range(count)]
+    keys = tuple(WORDS.values())
+    sums: dict[str, Tensor] = {}
+    sizes: dict[str, list[int]] = {}
+    boxes_used = 0
+    for start in range(0, count, BATCH):
+        part = wanted[start : start + BATCH]
+        recorder = PhraseRecorder(keys)
+        with steer(pipe, recorder):
+            images = generate(pipe, [w.prompt for w in part], seeds=range(start, start + len(part)), **options)
+        read = detect(images)
+        boxes = [[_box(p, d) for p in w.phrases] for w, d in zip(part, read, strict=True)]
+        boxes_used += sum(b is not None for pair in boxes for b in pair)
+        for record in recorder.records:
+            sizes[record.site] = list(record.maps.shape[-2:])
+            table = sums.setdefault(record.site, torch.zeros(STEPS, len(keys), 2))
+            for row, pair in enumerate(boxes):
+                for k in range(len(keys)):
+                    box = pair[k // 3]
+                    if box is not None:
+                        table[record.step, k, 0] += box_ratio(record.maps[row, k], box)
+                        table[record.step, k, 1] += 1
+    ratios = {
+        site: {
+            word: [round(v, 3) for v in (t[:, k, 0] / t[:, k, 1].clamp(min=1)).tolist()] for k, word in enumerate(WORDS)
+        }
+        for site, t in sums.items()
+    }
+    return {"ratios": ratios, "sizes": sizes, "boxes": boxes_used}
+
+
+def middle(table: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Each site's ratios at the middle third of the steps, by word: mean over both phrases."""
+    out = {}
+    for site, words in table["ratios"].items():
+        rows = {}
+        for kind in ("colour", "shape", "after"):
+            values = [v for n in (1, 2) for v in words[f"{kind} {n}"][STEPS // 3 : 2 * STEPS // 3]]
+            rows[kind] = round(sum(values) / len(values), 2)
+        out[site] = rows
+    return out
+
+
+def _box(phrase: Any, read: Detection) -> tuple[float, float, float, float] | None:
+    found = read.find(shape=phrase.shape, colour=phrase.colour)
+    return found[0].box if len(found) == 1 else None
