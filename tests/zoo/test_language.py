@@ -185,11 +185,13 @@ def test_reading_answers_are_true() -> None:
         options = dict(zip(*[iter(question.split(" options ")[1].removesuffix(" answer").split())] * 2, strict=True))
         right = options[r.choices[r.answer]]
         assert len(set(options.values())) == 4
-        if m := re.search(r"what colour is the (\w+)", question):
-            assert [p.colour for p in known if p.shape == m[1]] == [right]
+        if m := re.search(r"what colour is the (small |large )?(\w+) \?", question):
+            named = [p for p in known if p.shape == m[2] and (m[1] is None or p.size == m[1].strip())]
+            assert [p.colour for p in named] == [right]
         else:
-            m = re.search(r"which shape is (\w+)", question)
-            assert [p.shape for p in known if p.colour == m[1]] == [right]
+            m = re.search(r"which shape is (small |large )?(\w+) \?", question)
+            named = [p for p in known if p.colour == m[2] and (m[1] is None or p.size == m[1].strip())]
+            assert [p.shape for p in named] == [right]
 
 
 def test_few_shot_rule_is_in_the_examples() -> None:
@@ -222,7 +224,7 @@ def test_splits_of_texts_are_disjoint() -> None:
 
 @pytest.mark.parametrize(
     ("call", "message"),
-    [((("test", 0, "spelling")), "lookup"), (("dev", 0), "split"), (("test", 0, "lookup", 9), "2 to 6")],
+    [((("test", 0, "spelling")), "lookup"), (("dev", 0), "split"), (("test", 0, "lookup", 13), "2 to 12")],
 )
 def test_bad_reading(call: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -6,6 +6,7 @@ A passage or a list of examples belongs to one split by its hash, so no test tex
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,9 @@ from .world import COLOUR_NAMES, SHAPES, SIZES, SPLITS, rng
 TASKS = ("lookup", "few-shot")
 # Of ten texts one is for calibration and one for the test.
 BUCKETS = {"train": range(0, 8), "calibration": range(8, 9), "test": range(9, 10)}
-FACTS = (3, 6)
+# Facts of a test passage; two facts may share a shape, if they differ in size.
+FACTS = (4, 9)
+MOST = len(SHAPES) * len(SIZES)
 SHOTS = 8
 
 
@@ -50,7 +53,7 @@ def reading(split: str, index: int, task: str = "lookup", facts: int | None = No
         split: "train", "calibration" or "test".
         index: >= 0.
         task: "lookup" (four choices, by letter) or "few-shot" (two labels).
-        facts: sentences of the passage, 2 to 6; None draws 3 to 6.
+        facts: objects of the passage, 2 to 12; None draws 4 to 9.
     """
     if task not in TASKS:
         raise ValueError(f"No reading task {task!r}; there are {', '.join(TASKS)}.")
@@ -58,12 +61,12 @@ def reading(split: str, index: int, task: str = "lookup", facts: int | None = No
     if task == "few-shot":
         text, choices, answer = _examples(g, split, SHOTS + 1)
         return Reading(text.rsplit(" ", 2)[0], choices, answer, task)
-    known, text = _passage(g, split, facts)
-    asked, right, _ = _question(g, known, True, known[int(g.integers(len(known)))], g.random())
+    known, text = _passage(g, split, int(g.integers(FACTS[0], FACTS[1] + 1)) if facts is None else facts)
+    asked, right = _question(g, known, True, known[int(g.integers(len(known)))], g.random())
     return Reading(f"{text} {asked}", LETTERS, LETTERS.index(right), task)
 
 
-def lesson(g: np.random.Generator, questions: int, copying: float = 0.0) -> tuple[str, list[int]]:
+def lesson(g: np.random.Generator, questions: int, copying: float = 0.0, hard: float = 0.7) -> tuple[str, list[int]]:
     """A training text with many supervised words: one answer per passage learns slowly.
 
     One of four: words that repeat (heads that look back form there first), labelled examples, a passage said again in
@@ -73,6 +76,7 @@ def lesson(g: np.random.Generator, questions: int, copying: float = 0.0) -> tupl
         g: source of randomness.
         questions: about each passage.
         copying: share of texts that are repeated words.
+        hard: share of passages in which two objects may share a shape.
 
     Returns:
         the text and the positions of its answer words.
@@ -86,7 +90,10 @@ def lesson(g: np.random.Generator, questions: int, copying: float = 0.0) -> tupl
         text, _, _ = _examples(g, "train", SHOTS + 1)
         words = text.split()
         return text, [i + 1 for i, w in enumerate(words) if w == "output"]
-    known, text = _passage(g, "train", int(g.integers(2, FACTS[1] + 1)))
+    if g.random() < hard:
+        known, text = _passage(g, "train", int(g.integers(2, FACTS[1] + 1)))
+    else:
+        known, text = _passage(g, "train", int(g.integers(2, len(SHAPES) + 1)), twice=False)
     words, marks = text.split(), []
     if form < 0.35:
         for _ in range(2):
@@ -101,7 +108,7 @@ def lesson(g: np.random.Generator, questions: int, copying: float = 0.0) -> tupl
         forms = ((False,), (True,), (False, True))[int(g.choice(3, p=(0.4, 0.3, 0.3)))]
         kind = g.random()
         for options in forms:
-            asked, right, _ = _question(g, known, options, fact, kind)
+            asked, right = _question(g, known, options, fact, kind)
             words += asked.split()
             marks.append(len(words))
             words += [right, "."]
@@ -109,15 +116,21 @@ def lesson(g: np.random.Generator, questions: int, copying: float = 0.0) -> tupl
     return " ".join(words), marks
 
 
-def _passage(g: np.random.Generator, split: str, facts: int | None) -> tuple[list[tuple[str, str, str]], str]:
+def _passage(
+    g: np.random.Generator, split: str, facts: int, twice: bool = True
+) -> tuple[list[tuple[str, str, str]], str]:
+    """Objects (shape, colour, size), no two of one shape and size (of one shape, unless `twice`), and the text."""
     if split not in SPLITS:
         raise ValueError(f"No split {split!r}; there are {', '.join(SPLITS)}.")
-    n = int(g.integers(FACTS[0], FACTS[1] + 1)) if facts is None else facts
-    if not 2 <= n <= len(SHAPES):
-        raise ValueError(f"A passage has 2 to {len(SHAPES)} facts; {n} were asked for.")
+    if not 2 <= facts <= MOST:
+        raise ValueError(f"A passage has 2 to {MOST} facts; {facts} were asked for.")
+    pairs = list(itertools.product(SHAPES, SIZES))
     while True:
-        shapes = [SHAPES[int(i)] for i in g.permutation(len(SHAPES))[:n]]
-        known = [(s, COLOUR_NAMES[int(g.integers(6))], SIZES[int(g.integers(2))]) for s in shapes]
+        if twice:
+            chosen = [pairs[int(i)] for i in g.permutation(len(pairs))[:facts]]
+        else:
+            chosen = [(SHAPES[int(i)], SIZES[int(g.integers(2))]) for i in g.permutation(len(SHAPES))[:facts]]
+        known = [(s, COLOUR_NAMES[int(g.integers(6))], z) for s, z in chosen]
         text = join([Phrase(c, s, z) for s, c, z in known]) + " ."
         if split_of(text) == split:
             return known, text
@@ -125,29 +138,32 @@ def _passage(g: np.random.Generator, split: str, facts: int | None) -> tuple[lis
 
 def _question(
     g: np.random.Generator, known: list[tuple[str, str, str]], options: bool, fact: tuple[str, str, str], kind: float
-) -> tuple[str, str, str]:
-    """Question about a fact up to where the answer is due, the answer word, and what is asked for (by `kind` in [0, 1))."""
+) -> tuple[str, str]:
+    """Question about a fact up to where the answer is due, and the answer word; `kind` in [0, 1) decides what is asked.
+
+    An attribute that does not tell the object apart by itself is asked for together with its size.
+    """
     shape, colour, size = fact
-    colours = [c for _, c, _ in known]
-    if not options and kind < 0.2:
-        return f"question what size is the {shape} ? answer", size, "size"
-    if kind < 0.4 and colours.count(colour) == 1:
-        stem, right, pool = f"question which shape is {colour} ?", shape, [s for s, _, _ in known]
-        every, asked = SHAPES, "shape"
+    if not options and kind < 0.2 and sum(f[:2] == fact[:2] for f in known) == 1:
+        return f"question what size is the {colour} {shape} ? answer", size
+    alike = [f for f in known if f[1] == colour]
+    if kind < 0.4 and (len(alike) == 1 or sum(f[2] == size for f in alike) == 1):
+        named = colour if len(alike) == 1 else f"{size} {colour}"
+        stem, right, pool, every = f"question which shape is {named} ?", shape, [f[0] for f in known], SHAPES
     else:
-        stem, right, pool = f"question what colour is the {shape} ?", colour, list(dict.fromkeys(colours))
-        every, asked = COLOUR_NAMES, "colour"
+        named = shape if sum(f[0] == shape for f in known) == 1 else f"{size} {shape}"
+        stem, right, pool, every = f"question what colour is the {named} ?", colour, [f[1] for f in known], COLOUR_NAMES
     if not options:
-        return f"{stem} answer", right, asked
+        return f"{stem} answer", right
     # Wrong options come from the passage first: the answer cannot be had by looking for a word that occurs.
-    wrong = [w for w in pool if w != right]
+    wrong = [w for w in dict.fromkeys(pool) if w != right]
     wrong = [wrong[int(i)] for i in g.permutation(len(wrong))]
     others = [w for w in every if w != right and w not in wrong]
     wrong = (wrong + [others[int(i)] for i in g.permutation(len(others))])[:3]
     at = int(g.integers(4))
     choices = [*wrong[:at], right, *wrong[at:]]
     listed = " ".join(f"{letter} {word}" for letter, word in zip(LETTERS, choices, strict=True))
-    return f"{stem} options {listed} answer", LETTERS[at], asked
+    return f"{stem} options {listed} answer", LETTERS[at]
 
 
 def _examples(g: np.random.Generator, split: str, count: int) -> tuple[str, tuple[str, ...], int]:

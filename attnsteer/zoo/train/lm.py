@@ -17,6 +17,8 @@ LENGTH, BATCH, QUESTIONS = 128, 32, 6
 PLAN = Plan(steps=5000, lr=2e-3, warmup=200)
 # Until this step half of the texts are words that repeat.
 COPYING = 1500
+# From this step on, passages may have two objects of one shape.
+HARD = 3300
 # Share of the loss that words other than answers get; they keep the text fluent.
 OTHER = 0.1
 
@@ -49,10 +51,10 @@ def config() -> Any:
 def batch(step: int, size: int = BATCH, length: int = LENGTH) -> tuple[Tensor, Tensor]:
     """Tokens [size, length] and the weight of each as a target [size, length] of one training step."""
     g = rng("train", step)
-    copying = 0.5 if step < COPYING else 0.05
+    copying, hard = 0.5 if step < COPYING else 0.05, 0.0 if step < HARD else 0.7
     ids, weights = torch.zeros(size, length, dtype=torch.long), torch.zeros(size, length)
     for row in range(size):
-        text, marks = lesson(g, QUESTIONS, copying)
+        text, marks = lesson(g, QUESTIONS, copying, hard)
         tokens = encode(text)[:length]
         ids[row, : len(tokens)] = torch.tensor(tokens)
         weights[row, : len(tokens)] = OTHER
