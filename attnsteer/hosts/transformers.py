@@ -20,6 +20,7 @@ from ..kernels import Attention
 from ..site import Site
 from .base import Host, imported
 from .generic import same_kernel
+from .prompts import PromptWatch, outer_modules, watch_prompts
 from .sequence import SequenceClock, key_positions, valid_at
 
 PREFIX = "attnsteer_"
@@ -110,35 +111,24 @@ class TransformersHost(Host):
     def attach(self, run: Any, journal: Any) -> None:
         clocks: dict[str, SequenceClock] = {}
         names = dict(self.model.named_modules())
-        top = _TopInputs()
         looks_ahead = [b.method for b in run.bounds if b.method.looks_ahead]
+        stacks = sorted({self._stacks[path] for path in run.runtimes})
+        watch = watch_prompts(run, outer_modules(names, stacks), journal)
         for path, runtime in run.runtimes.items():
             module = runtime.site.module
             stack = self._stacks[path]
             if stack not in clocks:
-                clock = clocks[stack] = SequenceClock()
+                clock = clocks[stack] = SequenceClock(run)
                 clock.stateful = id(run)
                 clock.refuse = _refusal(looks_ahead)
-                clock.chunked = lambda: run.chunked
-                hook = names[stack].register_forward_pre_hook(_stack_hook(clock, top, names[stack]), with_kwargs=True)
+                hook = names[stack].register_forward_pre_hook(_stack_hook(clock, watch, names[stack]), with_kwargs=True)
                 journal.add(hook.remove)
-                journal.add(names[stack].register_forward_hook(_finish_hook(clock)).remove)
+                journal.add(names[stack].register_forward_hook(_finish_hook(clock, watch)).remove)
                 journal.add(clock.forget)
             journal.set_attr(module, RUNTIME, _Attached(runtime, clocks[stack]))
             _switch(module.config, journal)
-        outer = self.model
-        hook = outer.register_forward_pre_hook(_top_hook(top, outer), with_kwargs=True)
-        journal.add(hook.remove)
         if looks_ahead:
             _refuse_assisted(self.model, looks_ahead[0], journal)
-
-
-class _TopInputs:
-    """Token ids as the user's call gave them: inner stacks of vision-language models see embeddings only."""
-
-    def __init__(self) -> None:
-        self.ids: Tensor | None = None
-        self.image: Tensor | None = None
 
 
 class _Attached:
@@ -167,7 +157,7 @@ def steered_attention(
         return base(module, query, key, value, attention_mask, *args, **kwargs)
     clock = attached.clock
     run = attached.runtime.run
-    decode = run.frozen or (clock.past > 0 and query.shape[2] == 1 and not run.chunked)
+    decode = run.frozen or (clock.past > 0 and query.shape[2] == 1 and not clock.in_prompt)
     phase = "decode" if decode else "prefill"
     active = attached.runtime.active(phase, None, None)
     if not active:
@@ -385,11 +375,13 @@ def _unregister(name: str) -> None:
         AttentionMaskInterface._global_mapping.pop(name, None)
 
 
-def _stack_hook(clock: SequenceClock, top: _TopInputs, stack: nn.Module) -> Callable[..., None]:
+def _stack_hook(clock: SequenceClock, watch: PromptWatch, stack: nn.Module) -> Callable[..., None]:
     names = list(inspect.signature(stack.forward).parameters)
 
     @torch.compiler.disable
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if watch.silent:
+            return
         values = dict(zip(names, args, strict=False)) | kwargs
         data = next((values[k] for k in ("input_ids", "inputs_embeds") if isinstance(values.get(k), Tensor)), None)
         if data is None:
@@ -397,36 +389,20 @@ def _stack_hook(clock: SequenceClock, top: _TopInputs, stack: nn.Module) -> Call
             clock.tokens = None
             if data is None or "hidden_states" not in values:
                 return
-        ids = values.get("input_ids")
-        if not isinstance(ids, Tensor):
-            ids = top.ids if top.ids is not None and top.ids.shape[:2] == data.shape[:2] else None
-        image = top.image if top.image is not None and top.image.shape == data.shape[:2] else None
-        clock.start(values, data.shape[0], data.shape[1], ids, image)
+        clock.start(values, data.shape[0], data.shape[1], watch.said)
 
     return before
 
 
-def _finish_hook(clock: SequenceClock) -> Callable[..., None]:
+def _finish_hook(clock: SequenceClock, watch: PromptWatch) -> Callable[..., None]:
     @torch.compiler.disable
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if watch.silent:
+            return
         parts = output if isinstance(output, (tuple, list)) else (getattr(output, "past_key_values", None),)
         clock.finish(next((p for p in parts if hasattr(p, "get_seq_length")), None))
 
     return after
-
-
-def _top_hook(top: _TopInputs, model: nn.Module) -> Callable[..., None]:
-    names = list(inspect.signature(model.forward).parameters)
-
-    @torch.compiler.disable
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = dict(zip(names, args, strict=False)) | kwargs
-        ids = values.get("input_ids")
-        top.ids = ids if isinstance(ids, Tensor) else None
-        marker = getattr(getattr(module, "config", None), "image_token_id", None)
-        top.image = None if top.ids is None or marker is None else top.ids == marker
-
-    return before
 
 
 def _refusal(methods: list[Any]) -> Callable[[int, int], str | None]:
