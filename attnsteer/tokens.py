@@ -173,7 +173,9 @@ class Tokens:
 def checked_images(where: Any) -> Any:
     """What `run.images` was given: a mapping as it is, ranges as nested tuples."""
     if isinstance(where, Mapping):
-        if not any(isinstance(where.get(name), Tensor) for name in ("input_ids", "mm_token_type_ids", "token_type_ids")):
+        if not any(
+            isinstance(where.get(name), Tensor) for name in ("input_ids", "mm_token_type_ids", "token_type_ids")
+        ):
             raise SelectionError(
                 f"run.images: this processor output has {sorted(where)}, but neither input_ids nor mm_token_type_ids as tensors; "
                 'ask for them with return_tensors="pt".'

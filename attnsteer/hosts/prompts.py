@@ -72,7 +72,11 @@ class PromptWatch:
         data = next((v for v in (ids, values.get("inputs_embeds")) if isinstance(v, Tensor)), None)
         image = None
         if data is not None and self.family is not None and self.family.refused is None:
-            image = self._images({**values, "input_ids": ids}, data.shape[1])
+            merged = isinstance(values.get("inputs_embeds"), Tensor) and not brings_images(values)
+            if ids is not None and merged:
+                image = placeholders(self.family, self.model.config, ids)
+            else:
+                image = self._images({**values, "input_ids": ids}, data.shape[1])
             if image is not None:
                 check_whole(self.family, self.model.config, values, image)
         total = data.shape[1] if data is not None and self._lengths else None
@@ -134,7 +138,9 @@ def outer_modules(names: Mapping[str, nn.Module], stacks: list[str]) -> list[nn.
     found = {""}
     for stack in stacks:
         parts = stack.split(".")
-        found |= {".".join(parts[:i]) for i in range(len(parts)) if isinstance(names[".".join(parts[:i])], PreTrainedModel)}
+        found |= {
+            ".".join(parts[:i]) for i in range(len(parts)) if isinstance(names[".".join(parts[:i])], PreTrainedModel)
+        }
     return [names[n] for n in sorted(found - set(stacks), key=len)]
 
 
@@ -188,4 +194,4 @@ def _generator(other: Any) -> Any:
     return generate
 
 
-__all__ = ["PromptWatch", "brings_images", "outer_modules", "watch_prompts"]
+__all__ = ["PromptWatch", "outer_modules", "watch_prompts"]

@@ -459,7 +459,8 @@ def _nearest_model(name: str, names: dict[str, nn.Module]) -> tuple[str, nn.Modu
 
 def _modality(stack: nn.Module) -> str:
     name = getattr(stack, "main_input_name", "input_ids")
-    if name.startswith("pixel"):
+    # Towers that are called with patches in place of pixels, or with queries (a Q-Former's outputs are image tokens).
+    if name.startswith("pixel") or re.search(r"(Vision|VisionModel|QFormer)Config$", type(stack.config).__name__):
         return "vision"
     return "audio" if name in ("input_features", "input_values") else "text"
 
