@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from . import errors, methods
     from .heads import HeadSet
     from .intervention import Intervention
-    from .methods import ACT, PAG, PASTA, SEG, HeadGate, SoftPAG, SpotLight, ZeroTuning
+    from .methods import ACT, PAG, PASTA, SEG, VAR, VHR, HeadGate, SoftPAG, SpotLight, ZeroTuning
     from .registry import get_method, register_host, register_method
     from .site import Site
     from .steering import Steering, sites, steer
@@ -39,6 +39,8 @@ _PUBLIC = {
     "SEG": "methods",
     "SoftPAG": "methods",
     "SpotLight": "methods",
+    "VAR": "methods",
+    "VHR": "methods",
     "ZeroTuning": "methods",
 }
 

@@ -255,6 +255,7 @@ def bind(
             raise SelectionError(
                 f"{type(method).__name__}(where={method.where!r}): give a Where, e.g. Where(layers=[0])."
             )
+        method = method.prepared(host.target)
         where = method.selection()
         if where == Where():
             where = method.default_where(every) or where

@@ -58,18 +58,18 @@ class Tokens:
             SelectionError: where the images are is not known.
         """
         out = []
-        for row in self._image():
+        for row in self.image_mask():
             edges = torch.nn.functional.pad(row.to(torch.int8), (1, 1)).diff().nonzero()[:, 0].tolist()
             out.append(list(zip(edges[::2], edges[1::2], strict=True)))
         return out
 
     def before_image(self) -> Tensor:
         """bool [B, T]: valid tokens before the first image token of their row (all, in a row without one)."""
-        return (self._image().cumsum(dim=-1) == 0) & self._valid()
+        return (self.image_mask().cumsum(dim=-1) == 0) & self._valid()
 
     def after_image(self) -> Tensor:
         """bool [B, T]: valid tokens behind the last image token of their row, generated ones included."""
-        image = self._image()
+        image = self.image_mask()
         seen = image.cumsum(dim=-1)
         return (seen == seen[:, -1:]) & (seen > 0) & ~image & self._valid()
 
@@ -78,7 +78,8 @@ class Tokens:
         at = torch.arange(self.length)
         return (at >= (self.length if self.prompt is None else self.prompt)).expand(self.batch, -1)
 
-    def _image(self) -> Tensor:
+    def image_mask(self) -> Tensor:
+        """`image`, or an error that says how to name the images."""
         if self.image is None:
             raise SelectionError(
                 "where the images are is not known here: the call has no input_ids with image placeholders of a known model "
@@ -89,8 +90,8 @@ class Tokens:
 
     def _valid(self) -> Tensor:
         if self.valid is None:
-            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self._image().device)
-        return self.valid.to(self._image().device)
+            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.image_mask().device)
+        return self.valid.to(self.image_mask().device)
 
     def take(self, index: Tensor) -> None:
         """Keep the rows `index` [b], in that order: beams that were reordered, samples that were repeated or dropped."""

@@ -22,6 +22,7 @@ class PromptWatch:
 
     Attributes:
         silent: nothing is noted (a pass of our own is running).
+        roles: the call's arguments by token that shape its attention (see `Family.roles`).
         model: the innermost module of a known vision-language type above a stack of layers, and its `family`.
     """
 
@@ -30,6 +31,7 @@ class PromptWatch:
         self.model = model
         self.family: Family | None = None if model is None else family_of(model.config)
         self.silent = False
+        self.roles: dict[str, Tensor] = {}
         # The length of a prompt is that of `generate`'s input only where no encoder reads it.
         self._lengths = lengths
         self._depth = 0
@@ -44,9 +46,11 @@ class PromptWatch:
     def enter(self, module: nn.Module, values: Mapping[str, Any]) -> None:
         """An outer forward begins; nested ones add what they know."""
         if self._depth == 0:
-            self._call = (None, None)
+            self._call, self.roles = (None, None), {}
         self._depth += 1
         ids, image = self._call
+        if self._ours(module):
+            self.roles |= {name: values[name] for name in self.family.roles if isinstance(values.get(name), Tensor)}
         if isinstance(values.get("input_ids"), Tensor):
             ids = values["input_ids"]
         if image is None and self._ours(module):

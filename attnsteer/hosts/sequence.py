@@ -38,6 +38,7 @@ class SequenceClock:
         self.refuse: Callable[[int, int], str | None] | None = None
         self.run = run
         self.total: int | None = None
+        self.image_free: Any = None
         self.store: dict[Any, Any] = {}
         self._seen: list[weakref.ref] = []
 

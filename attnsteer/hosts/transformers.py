@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -20,6 +21,7 @@ from ..kernels import Attention
 from ..site import Site
 from .base import Host, imported
 from .generic import same_kernel
+from .layers import ImageFree, block_of, residual_hook
 from .prompts import PromptWatch, outer_modules, watch_prompts
 from .sequence import SequenceClock, key_positions, valid_at
 
@@ -38,7 +40,7 @@ _CONFIGS: dict[int, list[Any]] = {}
 class TransformersHost(Host):
     """Language, vision-language and encoder models of transformers, bare, in a `Pipeline`, or wrapped (peft)."""
 
-    provides = frozenset({"tokens", "phases"})
+    provides = frozenset({"tokens", "residual", "image_free", "phases"})
 
     def __init__(self, target: Any):
         super().__init__(target)
@@ -125,7 +127,17 @@ class TransformersHost(Host):
                 journal.add(hook.remove)
                 journal.add(names[stack].register_forward_hook(_finish_hook(clock, watch)).remove)
                 journal.add(clock.forget)
-            journal.set_attr(module, RUNTIME, _Attached(runtime, clocks[stack]))
+            attached = _Attached(runtime, clocks[stack])
+            journal.set_attr(module, RUNTIME, attached)
+            needs = {need for bound, _ in runtime.entries for need in bound.method.needs}
+            if "residual" in needs:
+                hook = residual_hook(attached, watch)
+                journal.add(names[block_of(path)].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if "image_free" in needs and clocks[stack].image_free is None:
+                blocks = {
+                    block_of(s.name): names[block_of(s.name)] for s in self.sites() if self._stacks[s.name] == stack
+                }
+                clocks[stack].image_free = ImageFree(watch, names[stack], list(blocks.items()))
             _switch(module.config, journal)
         if looks_ahead:
             _refuse_assisted(self.model, looks_ahead[0], journal)
@@ -138,6 +150,7 @@ class _Attached:
         self.runtime = runtime
         self.clock = clock
         self.checked = False
+        self.residual: Tensor | None = None
 
     def __deepcopy__(self, memo: Any) -> None:
         # A copy of a steered model is a plain model of another owner; it must not report to this run.
@@ -156,13 +169,19 @@ def steered_attention(
     if attached is None:
         return base(module, query, key, value, attention_mask, *args, **kwargs)
     clock = attached.clock
+    if clock.image_free is not None and clock.image_free.active:
+        out, weights = base(module, query, key, value, attention_mask, *args, **kwargs)
+        edited = clock.image_free.attention(attached.runtime.site.path, out.transpose(1, 2))
+        return edited.transpose(1, 2), weights
+    residual, attached.residual = attached.residual, None
     run = attached.runtime.run
     decode = run.frozen or (clock.past > 0 and query.shape[2] == 1 and not clock.in_prompt)
     phase = "decode" if decode else "prefill"
     active = attached.runtime.active(phase, None, None)
     if not active:
         return base(module, query, key, value, attention_mask, *args, **kwargs)
-    return _steered(attached, name, base, phase, active, module, query, key, value, attention_mask, args, kwargs)
+    more = {"residual": residual}
+    return _steered(attached, name, base, phase, active, more, module, query, key, value, attention_mask, args, kwargs)
 
 
 def _steered(
@@ -171,6 +190,7 @@ def _steered(
     base: Callable[..., Any],
     phase: str,
     active: tuple[int, ...],
+    more: dict[str, Any],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -188,6 +208,7 @@ def _steered(
         )
     att = _problem(module, name, query, key, value, attention_mask, options)
     ctx = _context(attached, phase, att, key.shape[2])
+    ctx.context |= more
 
     weights: list[Tensor | None] = [None]
 
@@ -280,6 +301,8 @@ def _context(attached: _Attached, phase: str, att: Attention, slots: int) -> Cal
         clock.fresh(site.path)
     ctx.states = clock.states()
     ctx.context = {"tokens": tokens, "past": clock.past, "cached": clock.cache is not None}
+    if clock.image_free is not None:
+        ctx.context["image_free"] = functools.partial(clock.image_free.at, site.path, tokens)
     move = lambda t: None if t is None else t.to(device)  # noqa: E731
     valid = move(tokens.valid)
     ctx.row_position = torch.arange(clock.past, clock.past + n, device=device)
@@ -400,6 +423,8 @@ def _finish_hook(clock: SequenceClock, watch: PromptWatch) -> Callable[..., None
         if watch.silent:
             return
         parts = output if isinstance(output, (tuple, list)) else (getattr(output, "past_key_values", None),)
+        if clock.image_free is not None:
+            clock.image_free.forget()
         clock.finish(next((p for p in parts if hasattr(p, "get_seq_length")), None))
 
     return after

@@ -30,6 +30,7 @@ class Family:
         types: the argument in which 1 and 2 mark exactly the image and video tokens; None: there is none, or it also marks
             delimiters (InternVL) or means something else (PaliGemma, where 0 is the bidirectional prefix).
         size: (config, arguments) -> tokens of each image; None where that differs from image to image.
+        roles: arguments by token that shape the attention of a prompt, with or without its images.
         text_alone: the model itself runs a prompt without images; else its language model has to be called.
         refused: why images of this type are not keys of self-attention.
     """
@@ -37,6 +38,7 @@ class Family:
     ids: tuple[str, ...] = ("image_token_id",)
     types: str | None = "mm_token_type_ids"
     size: Callable[[Any, Mapping[str, Any]], int | None] | None = None
+    roles: tuple[str, ...] = ()
     text_alone: bool = True
     refused: str | None = None
 
@@ -74,7 +76,9 @@ FAMILIES: dict[str, Family] = {
     # Tiles with row and column tags between them, which are text.
     "idefics3": Family(size=_shuffled),
     "smolvlm": Family(size=_shuffled),
-    "paligemma": Family(types=None, size=lambda config, values: config.text_config.num_image_tokens),
+    "paligemma": Family(
+        types=None, size=lambda config, values: config.text_config.num_image_tokens, roles=("token_type_ids",)
+    ),
     "gemma3": Family(types="token_type_ids", size=_attribute("mm_tokens_per_image")),
     # The tokens are Q-Former queries, without a place in the image. `generate` calls the language model by itself.
     "instructblip": Family(types=None, size=_attribute("num_query_tokens"), text_alone=False),

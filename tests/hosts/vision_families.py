@@ -42,39 +42,40 @@ class VisionFamily:
 
     Attributes:
         kind: prefix of the class names in transformers. config: its arguments. block: the token ids of one image.
-        pixels: number of images -> the arguments that bring them in.
-        suffix: of the class name. bidirectional: prompt rows see later keys, so chunks and continuations differ.
+        pixels: one entry for each image, True for a wide one (Qwen only) -> the arguments that bring them in.
+        types: the argument that marks image tokens. bidirectional: prompt rows see later keys.
     """
 
     kind: str
     config: Callable[[], dict[str, Any]]
     block: tuple[int, ...]
-    pixels: Callable[[int, torch.Generator], dict[str, Tensor]]
+    pixels: Callable[[list[bool], torch.Generator], dict[str, Tensor]]
     types: str | None = None
     bidirectional: bool = False
-    name: str = ""
 
 
-def _square(n: int, g: torch.Generator) -> dict[str, Tensor]:
-    return {"pixel_values": torch.randn(n, 3, 16, 16, generator=g)}
+def _square(wide: list[bool], g: torch.Generator) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(len(wide), 3, 16, 16, generator=g)}
 
 
-def _qwen(n: int, g: torch.Generator) -> dict[str, Tensor]:
+def _qwen(wide: list[bool], g: torch.Generator) -> dict[str, Tensor]:
+    grids = torch.tensor([[1, 4, 8 if w else 4] for w in wide])
     return {
-        "pixel_values": torch.randn(n * 16, 3 * 2 * 4 * 4, generator=g),
-        "image_grid_thw": torch.tensor([[1, 4, 4]] * n),
+        "pixel_values": torch.randn(int(grids.prod(dim=-1).sum()), 3 * 2 * 4 * 4, generator=g),
+        "image_grid_thw": grids,
     }
 
 
-def _llava_next(n: int, g: torch.Generator) -> dict[str, Tensor]:
+def _llava_next(wide: list[bool], g: torch.Generator) -> dict[str, Tensor]:
+    n = len(wide)
     return {
         "pixel_values": torch.randn(n, 2, 3, 16, 16, generator=g),
         "image_sizes": torch.tensor([[16, 16]] * n),
     }
 
 
-def _instructblip(n: int, g: torch.Generator) -> dict[str, Tensor]:
-    return {**_square(n, g), "qformer_input_ids": torch.full((n, 3), FIRST)}
+def _instructblip(wide: list[bool], g: torch.Generator) -> dict[str, Tensor]:
+    return {**_square(wide, g), "qformer_input_ids": torch.full((len(wide), 3), FIRST)}
 
 
 FAMILIES: dict[str, VisionFamily] = {
@@ -159,7 +160,7 @@ FAMILIES: dict[str, VisionFamily] = {
             "pad_token_id": PAD,
         },
         (START, *(IMAGE,) * 4, TAG, *(IMAGE,) * 4, START),
-        lambda n, g: {"pixel_values": torch.randn(1, 2 * n, 3, 16, 16, generator=g)},
+        lambda wide, g: {"pixel_values": torch.randn(1, 2 * len(wide), 3, 16, 16, generator=g)},
     ),
     "smolvlm": VisionFamily(
         "SmolVLM",
@@ -171,7 +172,7 @@ FAMILIES: dict[str, VisionFamily] = {
             "pad_token_id": PAD,
         },
         (START, *(IMAGE,) * 4, TAG, *(IMAGE,) * 4, START),
-        lambda n, g: {"pixel_values": torch.randn(1, 2 * n, 3, 16, 16, generator=g)},
+        lambda wide, g: {"pixel_values": torch.randn(1, 2 * len(wide), 3, 16, 16, generator=g)},
     ),
     "paligemma": VisionFamily(
         "PaliGemma",
@@ -242,37 +243,33 @@ def build(name: str) -> nn.Module:
 def prompts(
     name: str, layout: list[list[Any]], padding: str = "left", seed: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """(arguments of the model, bool [B, n] of the image tokens): each sample is a list of text lengths and "image"."""
+    """(arguments of the model, bool [B, n] of the image tokens): a sample is a list of text lengths, "image" and "wide"."""
     family, g = FAMILIES[name], torch.Generator().manual_seed(seed)
+    wide_block = (START, *(IMAGE,) * 8, TAG)
     rows = []
     for sample in layout:
         row: list[int] = []
         for part in sample:
-            row += family.block if part == "image" else torch.randint(FIRST, VOCAB, (part,), generator=g).tolist()
+            if isinstance(part, int):
+                row += torch.randint(FIRST, VOCAB, (part,), generator=g).tolist()
+            else:
+                row += wide_block if part == "wide" else family.block
         rows.append(row)
     length = max(map(len, rows))
     ids, mask = torch.full((len(rows), length), PAD), torch.zeros(len(rows), length, dtype=torch.long)
     for b, row in enumerate(rows):
         at = slice(length - len(row), length) if padding == "left" else slice(0, len(row))
         ids[b, at], mask[b, at] = torch.tensor(row), 1
-    count = sum(sample.count("image") for sample in layout)
-    inputs = {"input_ids": ids, "attention_mask": mask, **family.pixels(count, g)}
-    image = ids == IMAGE
+    counts = [sum(isinstance(part, str) for part in sample) for sample in layout]
+    wide = [part == "wide" for sample in layout for part in sample if isinstance(part, str)]
+    inputs = {"input_ids": ids, "attention_mask": mask, **family.pixels(wide, g)}
     if name in ("idefics3", "smolvlm"):
-        # [samples, images of each, ...]: samples with fewer get empty ones.
-        most = max(sample.count("image") for sample in layout) * 2
-        given, pixels = inputs["pixel_values"][0], torch.zeros(len(rows), most, 3, 16, 16)
-        for b, sample in enumerate(layout):
-            pixels[b, : 2 * sample.count("image")], given = given.split(
-                [2 * sample.count("image"), len(given) - 2 * sample.count("image")]
-            )
-        inputs["pixel_values"] = pixels
-    if family.types:
+        # [samples, tiles of each, ...]: samples with fewer get empty ones.
+        given = inputs["pixel_values"][0].split([2 * n for n in counts])
+        inputs["pixel_values"] = nn.utils.rnn.pad_sequence(given, batch_first=True)
+    image = ids == IMAGE
+    if family.types and name not in ("llava", "llava_next"):
         inputs[family.types] = image.long()
-    if name == "llava_next":
-        inputs.pop("mm_token_type_ids")
-    if name == "llava":
-        inputs.pop("mm_token_type_ids")
     if name == "paligemma":
         inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs, image
