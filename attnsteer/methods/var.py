@@ -2,8 +2,8 @@
 
 Kang, Kim, Kim, Hwang, "See What You Are Told: Visual Attention Sink in Large Multimodal Models" (ICLR 2025, arXiv
 2503.03321); official code seilk/VisAttnSink. The paper's statements are known through secondary texts (unverified), the
-code's were read: it moves 0.4 where the paper moves 0.6, reads rho as the share that sinks may have, modifies the last
-layer, and keeps the first sample's sinks for later ones (a bug, not offered); see `released_code`. Others report mixed results on MME.
+code was read: it moves 0.4 where the paper moves 0.6, reads rho as the share that sinks may have, modifies the last layer,
+and keeps the first sample's sinks for later ones (a bug, not offered); see `released_code`. Others report mixed results on MME.
 """
 
 from __future__ import annotations

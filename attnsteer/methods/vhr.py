@@ -1,8 +1,9 @@
 """VHR: multiplies the outputs of the heads that look at the image, chosen once by what removing the image changes.
 
 He et al., "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence" (ACL 2025, arXiv 2412.13949),
-equations of section 3; the official code (jinghan1he/VHR) was not seen. Not stated in the text, so options here: which prompt rows are
-scaled, and whether the image-free prompt is reinforced too. The spread is that of all heads of a layer (not of a sample of them).
+equations of section 3; the official code (jinghan1he/VHR) was not seen. Not stated in the text, so options here: which rows
+of the prompt are scaled, and whether the image-free prompt is reinforced too. The image's tokens are dropped from that prompt,
+and the standard deviation is that of a population (both unverified).
 """
 
 from __future__ import annotations

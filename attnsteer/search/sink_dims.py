@@ -7,6 +7,7 @@ backbone, and its thresholds, are this library's own.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -218,7 +219,7 @@ def _leading(order: list[int], mean: Tensor, share: Tensor) -> tuple[tuple[int, 
             f"no sink dimensions: the strongest one, {strongest}, reaches tau in {float(share[strongest]):.0%} of the prompts "
             f"and layers only; {SHARE:.0%} are asked for"
         )
-    for count, (here, after) in enumerate(zip(order, order[1:], strict=False), start=1):
+    for count, (here, after) in enumerate(itertools.pairwise(order), start=1):
         if float(mean[here]) >= DROP * float(mean[after]):
             return tuple(order[:count]), ""
         if float(share[after]) < SHARE:
