@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnsteer import ACT, PAG, PASTA, SEG, HeadGate, HeadSet, SoftPAG, SpotLight, Where, ZeroTuning
+from attnsteer import ACT, PAG, PASTA, SEG, VAR, VHR, HeadGate, HeadSet, SoftPAG, SpotLight, Where, ZeroTuning
 from attnsteer.site import Site
 from attnsteer.testing import (
     tiny_call,
@@ -67,6 +67,19 @@ METHODS = [
         "PASTA",
         lambda heads, where, b: PASTA([SPAN] * b, heads, 0.02, where=where),
         lambda heads, where, b: PASTA([SPAN] * b, heads, 1.0, where=where),
+    ),
+]
+# On hosts whose prompts have images.
+VISION = [
+    heads_case(
+        "VAR",
+        lambda heads, where, b: VAR((3, 17), 1.6, 0.2, 0.2, 0.6, where=where & Where(heads=heads)),
+        lambda heads, where, b: VAR((3, 17), 1.6, 0.2, 0.2, 0.0, where=where & Where(heads=heads)),
+    ),
+    heads_case(
+        "VHR",
+        lambda heads, where, b: VHR(1.7, where=where & Where(heads=heads)),
+        lambda heads, where, b: VHR(1.0, where=where & Where(heads=heads)),
     ),
 ]
 GUIDANCE = [
