@@ -15,6 +15,8 @@ from attnsteer import (
     PAG,
     PASTA,
     SEG,
+    VAR,
+    VHR,
     HeadGate,
     HeadSet,
     Intervention,
@@ -41,6 +43,12 @@ LANGUAGE: dict[str, Intervention] = {
     "spotlight-pooled": SpotLight([[(1, 3)], [(1, 3)]], 0.5, pooled=True, where=Where(layers=-1, rows=(2, 9))),
     "headgate": HeadGate({(0, 1): -1.5, (2, 3): 0}, where=Where(rows="last")),
 }
+# On models with images; where they are is said for the language model of the other tests.
+VISION: dict[str, Intervention] = {
+    "var": VAR((3, 17), 1.6, 0.2, 0.1, where=Where(layers=[0, 2])),
+    "var-released": VAR.released_code((3, 17), 1.6, rho=0.9, where=Where(heads=HEADS)),
+    "vhr": VHR(0.5, rows="last", last=2, outliers=False),
+}
 GUIDANCE: dict[str, Intervention] = {
     "pag": PAG(2.0, where=Where(steps=(0.0, 0.5))),
     "softpag": SoftPAG(3.0, 0.4, "ii_identity", target="uniform", where=Where(modules=r"unet\.mid_block\..*attn1")),
@@ -48,7 +56,7 @@ GUIDANCE: dict[str, Intervention] = {
     "seg-blur": SEG(2.5, sigma=1.5, where=Where(modules=r".*mid_block.*attn1", branches="cond", steps=[0, 2])),
     "seg-adaptive": SEG(adaptive=0.001, heads=HeadSet({3: [0]})),
 }
-ALL = LANGUAGE | GUIDANCE
+ALL = LANGUAGE | VISION | GUIDANCE
 
 
 def test_every_built_in_method_is_here() -> None:

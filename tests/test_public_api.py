@@ -12,7 +12,7 @@ import pytest
 import attnsteer
 from attnsteer import Intervention, errors
 
-METHODS = ["ACT", "HeadGate", "PAG", "PASTA", "SEG", "SoftPAG", "SpotLight", "ZeroTuning"]
+METHODS = ["ACT", "HeadGate", "PAG", "PASTA", "SEG", "SoftPAG", "SpotLight", "VAR", "VHR", "ZeroTuning"]
 NAMES = [
     "HeadSet", "Intervention", "Site", "Steering", "Tokens", "Where", "errors", "get_method", "methods",
     "register_host", "register_method", "sites", "steer", *METHODS,
@@ -30,6 +30,8 @@ SIGNATURES = {
     "SEG": "scale=3.0, sigma=inf, *, where, adaptive=0.0, heads=None",
     "SoftPAG": "scale=3.0, strength=1.0, joint='joint_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "SpotLight": "spans, target=0.2, pooled=False, *, where, tokenizer=None",
+    "VAR": "sink_dims=None, tau=20.0, rho=0.5, min_image_mass=0.2, move_fraction=0.6, *, where, released=False",
+    "VHR": "alpha=2.0, *, where, rows='all', last=14, outliers=True, reinforce_both=True",
     "ZeroTuning": "heads=None, gamma=1.0, *, where",
     "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "
     "modalities=None",

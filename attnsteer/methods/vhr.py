@@ -74,8 +74,9 @@ class VHR(Intervention):
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
         if self.alpha == 1.0:
             return None
-        if "chosen" in call.state:
-            return self._scaled(out, call.state["chosen"])
+        factor = call.state.get("factor")
+        if factor is not None:
+            return out * factor
         if call.phase == "decode" or call.frozen:
             raise UnsupportedHost(
                 f"VHR at {call.site.path}: heads are chosen at the prompt's last token, which was not seen. Run the prefill "
@@ -92,7 +93,7 @@ class VHR(Intervention):
             return self._for_rows(own, found[0], last) if self.reinforce_both else None
 
         self._beside(call, out, at, edit)
-        call.state["chosen"] = found[0]
+        call.state["factor"] = self._factor(out, found[0])
         return self._for_rows(out, found[0], at)
 
     def measured(self, call: AttnCall, out: Tensor) -> Tensor:
@@ -126,13 +127,15 @@ class VHR(Intervention):
         call.context["image_free"](compare)
 
     def _for_rows(self, out: Tensor, chosen: Tensor, last: Tensor) -> Tensor:
+        scaled = out * self._factor(out, chosen)
         if self.rows == "all":
-            return self._scaled(out, chosen)
+            return scaled
         rows = torch.arange(out.shape[2], device=out.device) >= last[:, None]
-        return torch.where(rows[:, None, :, None], self._scaled(out, chosen), out)
+        return torch.where(rows[:, None, :, None], scaled, out)
 
-    def _scaled(self, out: Tensor, chosen: Tensor) -> Tensor:
-        return out * torch.where(chosen, self.alpha, 1.0).to(out.dtype)[:, :, None, None]
+    def _factor(self, out: Tensor, chosen: Tensor) -> Tensor:
+        """[B, H, 1, 1], in the dtype of `out`."""
+        return torch.where(chosen, self.alpha, 1.0).to(out.dtype)[:, :, None, None]
 
 
 def divergence(seen: Tensor, free: Tensor, outliers: bool = True) -> Tensor:

@@ -25,7 +25,7 @@ from ..where import Where
 
 # The paper's tau of 20 is for this width.
 WIDTH, TAU = 4096, 20.0
-# A dimension must reach tau in this share of (prompt, layer) pairs; the list ends at the first drop by this factor.
+# A dimension must reach tau in this share of (prompt, layer) pairs; the list ends at the first drop by a factor.
 SHARE, DROP = 0.8, 3.0
 
 
@@ -157,7 +157,11 @@ class _Strength(Intervention):
 
 @torch.no_grad()
 def find_sink_dims(
-    model: Any, batches: Iterable[Mapping[str, Any]], tau: float | None = None, layers: Iterable[int] | None = None
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    tau: float | None = None,
+    layers: Iterable[int] | None = None,
+    drop: float = DROP,
 ) -> SinkDims:
     """Find the sink dimensions of a model's language backbone.
 
@@ -169,6 +173,8 @@ def find_sink_dims(
         model: a language or vision-language model of transformers.
         batches: processor or tokenizer outputs, passed to the model as they are; eight varied prompts or more.
         tau: threshold; None: `scaled_tau` of the model's width. layers: to look at; None: the third to the last but one.
+        drop: how far the last dimension must stand above the next one. |x_d| / rms(x) is at most the square root of the
+            width, and near 4 for the strongest of many ordinary tokens, so that models of a few hundred dimensions need less.
 
     Raises:
         SelectionError: no batches, or a tau that no hidden state can reach.
@@ -198,7 +204,7 @@ def find_sink_dims(
         )
     mean, share = every.mean(dim=0), (every >= tau).float().mean(dim=0)
     order = mean.argsort(descending=True)
-    dims, reason = _leading(order.tolist(), mean, share)
+    dims, reason = _leading(order.tolist(), mean, share, drop)
     top = order[:10].tolist()
     return SinkDims(
         dims,
@@ -211,7 +217,7 @@ def find_sink_dims(
     )
 
 
-def _leading(order: list[int], mean: Tensor, share: Tensor) -> tuple[tuple[int, ...], str]:
+def _leading(order: list[int], mean: Tensor, share: Tensor, drop: float) -> tuple[tuple[int, ...], str]:
     """The dimensions before the first large drop, all of them candidates; else none, and why."""
     strongest = order[0]
     if float(share[strongest]) < SHARE:
@@ -220,7 +226,7 @@ def _leading(order: list[int], mean: Tensor, share: Tensor) -> tuple[tuple[int, 
             f"and layers only; {SHARE:.0%} are asked for"
         )
     for count, (here, after) in enumerate(itertools.pairwise(order), start=1):
-        if float(mean[here]) >= DROP * float(mean[after]):
+        if float(mean[here]) >= drop * float(mean[after]):
             return tuple(order[:count]), ""
         if float(share[after]) < SHARE:
             return (), (
