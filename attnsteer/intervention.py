@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from .call import AttnCall, KeyBias, Reweight
     from .site import Site
+    from .tokens import Tokens
 
 SCHEMA_VERSION = 1
 RECORD, HEADS = "steer.json", "heads.safetensors"
@@ -67,6 +68,9 @@ class Intervention:
     def around(self, forward: Callable[..., Any], inputs: Any, run: Any) -> Any:
         """Call `forward` any number of times, with inside edits on where `run.inside(self)` is entered."""
         return forward(inputs)
+
+    def check_tokens(self, tokens: Tokens) -> None:
+        """Raise a SelectionError if a call lacks tokens that the method speaks of; asked before the model's layers run."""
 
     def default_where(self, sites: Sequence[Site]) -> Where | None:
         """The selection that stands for an empty `where` on these sites; None: the host's main sites."""

@@ -212,8 +212,14 @@ def steer(target: Any, *interventions: Intervention, measure: bool = False, refe
         raise SelectionError("steer() got no intervention; give at least one, e.g. steer(model, HeadGate({...})).")
     for method in interventions:
         if not isinstance(method, Intervention):
-            hint = " It is a class: make an instance." if isinstance(method, type) else ""
-            raise SelectionError(f"steer() got {method!r}, which is no Intervention.{hint}")
+            hint, shown = "", repr(method)
+            if isinstance(method, type):
+                hint = " It is a class: make an instance."
+            elif isinstance(target, Intervention):
+                hint = " The target comes first: steer(model, method)."
+            if len(shown) > 80:
+                shown = f"a {type(method).__name__}"
+            raise SelectionError(f"steer() got {shown}, which is no Intervention.{hint}")
     return Steering(target, interventions, measure, reference)
 
 
@@ -246,7 +252,8 @@ def bind(
     if not every:
         raise UnsupportedHost(
             f"{type(host.target).__name__} has no attention that can be reached: no module looks its attention "
-            "function up, calls torch.nn.functional.scaled_dot_product_attention, or has an attention processor."
+            "function up, calls torch.nn.functional.scaled_dot_product_attention, or has an attention processor. A map that "
+            "is written out by hand cannot be edited from outside: have the module call SDPA."
         )
     bounds: list[Bound] = []
     plan: dict[str, list[tuple[Bound, tuple[int, ...] | None]]] = {}

@@ -131,7 +131,7 @@ class Tokens:
         for b, wanted in enumerate(spans_list):
             row = []
             for item in wanted:
-                start, stop = self._find(b, item, tokenizer) if isinstance(item, str) else _range(item)
+                start, stop = self._find(b, item, tokenizer) if isinstance(item, str) else token_range(item)
                 if stop > counts[b] and not self.more_to_come:
                     raise SelectionError(
                         f"span ({start}, {stop}) of sample {b} ends after its {counts[b]} tokens; ranges count from "
@@ -187,7 +187,7 @@ def checked_images(where: Any) -> Any:
         raise SelectionError(
             f"run.images({where!r}): give the processor's output, or for each sample a list of (start, stop) token ranges."
         )
-    return tuple(tuple(_range(item) for item in row) for row in where)
+    return tuple(tuple(token_range(item) for item in row) for row in where)
 
 
 def char_offsets(ids: list[int], tokenizer: Any) -> tuple[list[Range], str]:
@@ -208,7 +208,8 @@ def char_offsets(ids: list[int], tokenizer: Any) -> tuple[list[Range], str]:
     return ranges, whole
 
 
-def _range(item: Any) -> Range:
+def token_range(item: Any) -> Range:
+    """(start, stop) of one range of tokens, or a SelectionError."""
     ok = (
         isinstance(item, (tuple, list))
         and len(item) == 2

@@ -17,7 +17,8 @@ _USED: list[str] = []
 class DenseACT:
     """ACT for one unpadded prompt without a cache behind it, as an attention function of transformers.
 
-    It works in place where it can and on one head at a time, so that it is a fair opponent: two maps at its peak.
+    The map is made as the library's eager attention makes it, which is what a published fork does. `lean` works in place
+    instead, as well as a dense reference can: two maps at its peak. The edit is in place, one head at a time, in both.
 
     Attributes:
         heads: layer -> heads. beta, threshold: as in `attnsteer.ACT`. counts: sinks found, per edited head and call.
@@ -26,6 +27,7 @@ class DenseACT:
     heads: dict[int, list[int]]
     beta: float
     threshold: float
+    lean: bool = False
     counts: list[int] = field(default_factory=list)
 
     def __call__(
@@ -33,9 +35,14 @@ class DenseACT:
     ) -> tuple[Tensor, None]:
         n, groups = q.shape[2], q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
-        z = torch.matmul(q, k.transpose(-1, -2)).mul_(scaling)
-        z.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu_(1), -torch.inf)
-        A = torch.softmax(z, dim=-1)
+        if self.lean:
+            z = torch.matmul(q, k.transpose(-1, -2)).mul_(scaling)
+            z.masked_fill_(torch.ones(n, n, dtype=torch.bool).triu_(1), -torch.inf)
+            A = torch.softmax(z, dim=-1)
+        else:
+            z = torch.matmul(q, k.transpose(2, 3)) * scaling
+            z = z + mask
+            A = torch.softmax(z, dim=-1, dtype=torch.float32).to(q.dtype)
         del z
         for head in self.heads.get(module.layer_idx, ()):
             for one in A[:, head]:
@@ -64,14 +71,18 @@ def no_attention(module: nn.Module, q: Tensor, *_: Any, **__: Any) -> tuple[Tens
     return q.transpose(1, 2).contiguous(), None
 
 
-def use(model: nn.Module, function: Callable[..., Any]) -> nn.Module:
-    """Switch a model to an attention function of ours, which sees no mask; `forget` takes its name out again."""
+def use(model: nn.Module, function: Callable[..., Any], masks: str = "sdpa") -> nn.Module:
+    """Switch a model to an attention function of ours; `forget` takes its name out again.
+
+    Args:
+        masks: the library's attention whose mask it sees: "sdpa" (none for a plain prompt) or "eager" (all of it).
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
     name = f"{PREFIX}{len(_USED)}"
     AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks])
     _USED.append(name)
     model.set_attn_implementation(name)
     return model

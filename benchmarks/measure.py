@@ -21,14 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 
 
-# A round counts when other processes took at most this share of the machine during each of its calls. With as many threads
-# as cores, one foreign process stalls every parallel region, and code of many small regions most.
+# A round counts when other processes took at most this share of the machine during each of its calls, besides the cores
+# that our threads leave free. With as many threads as cores, one foreign process stalls every parallel region, and code of
+# many small regions most.
 FOREIGN = 0.1
 
 
 @dataclass
 class Times:
-    """Seconds per call, by arm, one per round in the same order, and the share of the machine that others took.
+    """Seconds per call, by arm, one per round in the same order, and the share of the machine that others took
+    beyond the cores that our threads leave free.
 
     Attributes:
         rounds: arm -> seconds. foreign: per round, the largest share seen during one of its calls; None: not known.
@@ -109,7 +111,7 @@ def interleaved(
 
 
 def timed(call: Callable[[], Any], calls: int = 1) -> tuple[float, float | None]:
-    """(seconds per call, share of the machine that other processes took meanwhile)."""
+    """(seconds per call, share of the machine that other processes took meanwhile, less the cores that we leave free)."""
     busy, own, begin = _busy(), time.process_time(), time.perf_counter()
     for _ in range(calls):
         call()
@@ -117,7 +119,14 @@ def timed(call: Callable[[], Any], calls: int = 1) -> tuple[float, float | None]
     own, after = time.process_time() - own, _busy()
     if busy is None or after is None:
         return took / calls, None
-    return took / calls, max(0.0, after - busy - own) / (took * (os.cpu_count() or 1))
+    return took / calls, max(0.0, (after - busy - own) / took - _free()) / (os.cpu_count() or 1)
+
+
+def _free() -> int:
+    """Cores that torch's threads leave to others."""
+    import torch
+
+    return max(0, (os.cpu_count() or 1) - torch.get_num_threads())
 
 
 def _wait_for_quiet(until: float) -> None:
@@ -128,7 +137,8 @@ def _wait_for_quiet(until: float) -> None:
         if busy is None:
             return
         time.sleep(0.2)
-        calm = calm + 1 if (_busy() - busy) / (0.2 * (os.cpu_count() or 1)) <= FOREIGN else 0
+        others = max(0.0, (_busy() - busy) / 0.2 - _free())
+        calm = calm + 1 if others / (os.cpu_count() or 1) <= FOREIGN else 0
 
 
 def _busy() -> float | None:

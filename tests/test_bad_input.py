@@ -149,6 +149,12 @@ def test_an_unknown_method(name: str, words: str) -> None:
         (lambda: PASTA("a", alpha=0.0), "alpha=0.0"),
         (lambda: SpotLight(None), r"SpotLight\(spans=None\)"),
         (lambda: SpotLight("a", target=1.0), "target=1.0"),
+        (lambda: SpotLight([[(3, 1)]]), "0 <= start < stop"),
+        (lambda: SpotLight([[(-3, 1)]]), "0 <= start < stop"),
+        (lambda: PASTA([["fox", (1.5, 3)]]), "start, stop"),
+        (lambda: SpotLight([[7]]), "start, stop"),
+        (lambda: PASTA([(0, 4)]), r"one list of ranges per sample, e\.g\. \[\[\(0, 4\)\]\]"),
+        (lambda: SpotLight(["fox", [(0, 4)]]), r"SpotLight\(spans="),
         (lambda: PAG(float("nan")), "finite"),
         (lambda: SEG(sigma=0.0), "sigma=0.0"),
         (lambda: Where(layers="1-"), "FIRST-LAST"),
@@ -308,15 +314,34 @@ class Letters:
         (SpotLight([[(0, 3)], [(2, 8)]]), r"span \(2, 8\) of sample 1 ends after its 7 tokens"),
         (PASTA([[(0, 9)]]), r"span \(0, 9\) of sample 0 ends after its 8 tokens"),
         (SpotLight([[(0, 1)], [(0, 1)], [(0, 1)]]), "spans has 3 samples, the batch has 2"),
-        (SpotLight([[(3, 1)]]), "0 <= start < stop"),
-        (SpotLight([[7]]), "start, stop"),
         (ZeroTuning(gamma=2.0, where=Where(rows="image")), "row roles none"),
     ],
 )
 def test_a_span_or_role_that_the_batch_does_not_have(
     method: Any, words: str, model: Any, inputs: Any, unchanged: None
 ) -> None:
+    watched = Watched(model.model.layers[0])
     refused(SelectionError, words, run(model, method, **inputs))
+    assert watched.stop() == 0 or isinstance(method, ZeroTuning)
+
+
+@torch.no_grad()
+def test_spans_are_asked_for_only_where_the_method_acts(model: Any, inputs: Any, unchanged: None) -> None:
+    later = SpotLight([[(0, 99)]], 0.5, where=Where(phases="decode"))
+    with pytest.raises(NeverFired), steer(model, later):
+        cache = model(**inputs, use_cache=True).past_key_values
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        refused(
+            SelectionError,
+            r"span \(0, 99\)",
+            lambda: model(input_ids=inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache),
+        )
+
+
+def test_the_target_comes_first(model: Any, unchanged: None) -> None:
+    refused(
+        SelectionError, r"got a LlamaForCausalLM.*The target comes first", lambda: steer(ZeroTuning(gamma=2.0), model)
+    )
 
 
 def test_a_string_span_without_token_ids(model: Any, inputs: Any, unchanged: None) -> None:

@@ -127,6 +127,20 @@ def test_too_few_undisturbed_rounds_are_said_to_be_so(monkeypatch: pytest.Monkey
     assert times.to_dict()["rounds_kept"] == 3
 
 
+@pytest.mark.parametrize(("threads", "share"), [(1, 0.0), (2, 0.375), (4, 0.375)])
+def test_cores_that_our_threads_leave_free_are_no_disturbance(
+    monkeypatch: pytest.MonkeyPatch, threads: int, share: float
+) -> None:
+    """Two cores, four seconds, five seconds of work on the machine, two of them ours: others took 0.75 cores on average."""
+    monkeypatch.setattr(measure.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    clocks = {"_busy": iter([100.0, 105.0]), "perf": iter([10.0, 14.0]), "own": iter([1.0, 3.0])}
+    monkeypatch.setattr(measure, "_busy", lambda: next(clocks["_busy"]))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clocks["perf"]))
+    monkeypatch.setattr(measure.time, "process_time", lambda: next(clocks["own"]))
+    assert measure.timed(lambda: None) == (4.0, pytest.approx(share))
+
+
 def test_a_twin_shares_weights_and_nothing_else() -> None:
     shape = cases.SMOKE
     model = llama(shape, 64)

@@ -33,7 +33,7 @@ class GenericHost(Host):
     @classmethod
     def takes(cls, target: Any) -> bool:
         module = getattr(target, "_orig_mod", target)
-        return isinstance(module, nn.Module) and any(_reaches(m) for m in module.modules())
+        return isinstance(module, nn.Module) and any(reaches(m) for m in module.modules())
 
     def sites(self) -> list[Site]:
         if self._sites is None:
@@ -44,7 +44,7 @@ class GenericHost(Host):
     def _find(self) -> list[Site]:
         found: list[Site] = []
         blocks: dict[str, int] = {}
-        reaching = {n or type(m).__name__: m for n, m in self.model.named_modules() if _reaches(m)}
+        reaching = {n or type(m).__name__: m for n, m in self.model.named_modules() if reaches(m)}
         for name, module in reaching.items():
             heads = _heads(module)
             if heads is None:
@@ -75,30 +75,35 @@ class GenericHost(Host):
             raise CompositionError(
                 f"{site.path} is steered already; give all interventions to one call: steer(model, first, second)."
             )
-        forward = type(site.module).forward
-        place = "_old_forward" if "_old_forward" in vars(site.module) else "forward"
-        own = vars(site.module).get(place)
-        if hasattr(forward, "__wrapped__") or (own is not None and getattr(own, "__func__", None) is not forward):
-            raise UnsupportedHost(
-                f"{site.path}: the forward of {type(site.module).__name__} is decorated or was exchanged on the module, which a "
-                "copy of its code would lose. Steer before that, or take it off."
-            )
+        check_copyable(site)
 
     def attach(self, run: Any, journal: Any) -> None:
         for runtime in run.runtimes.values():
             module = runtime.site.module
             journal.set_attr(module, RUNTIME, runtime)
-            patch_forward(module, _counting(runtime), journal)
+            primitive = sdpa_primitive(runtime, lambda rows, batch: CallContext(), always)
+            patch_forward(module, counting(runtime.site, primitive, functools.partial(always, runtime)), journal)
+
+
+def check_copyable(site: Site) -> None:
+    """Raise where a copy of the forward's code would not be the forward."""
+    forward = type(site.module).forward
+    place = "_old_forward" if "_old_forward" in vars(site.module) else "forward"
+    own = vars(site.module).get(place)
+    if hasattr(forward, "__wrapped__") or (own is not None and getattr(own, "__func__", None) is not forward):
+        raise UnsupportedHost(
+            f"{site.path}: the forward of {type(site.module).__name__} is decorated or was exchanged on the module, which a "
+            "copy of its code would lose. Steer before that, or take it off."
+        )
 
 
 def _heads(module: nn.Module) -> int | None:
     return next((getattr(module, n) for n in HEADS if isinstance(getattr(module, n, None), int)), None)
 
 
-def _counting(runtime: SiteRuntime) -> Callable[..., Any]:
-    """The forward of a site with the primitive exchanged; raises where that was called no time, or more than once."""
-    site, calls = runtime.site, [0]
-    primitive = sdpa_primitive(runtime, lambda rows, batch: CallContext(), always)
+def counting(site: Site, primitive: Callable[..., Tensor], acting: Callable[[], Any]) -> Callable[..., Any]:
+    """The forward of a site with SDPA exchanged; raises where that was called no time, or more than once, while acting."""
+    calls = [0]
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         calls[0] += 1
@@ -110,10 +115,10 @@ def _counting(runtime: SiteRuntime) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         calls[0] = 0
         out = copied(*args, **kwargs)
-        if calls[0] != 1 and always(runtime):
+        if calls[0] != 1 and acting():
             raise UnsupportedHost(
                 f"{site.path}: one forward of {type(site.module).__name__} called SDPA {calls[0]} times by a name that can be "
-                "exchanged; exactly one is needed. Leave this site out of Where."
+                "exchanged; exactly one is needed. Call it without output_attentions, or leave this site out of Where."
             )
         return out
 
@@ -184,7 +189,9 @@ def sdpa_primitive(
         ctx = make_context(query.shape[2], query.shape[0])
         positions(ctx, query.shape[2], key.shape[2], query.device)
         att = problem(query, key, value, attn_mask, is_causal, scale)
-        return runtime(att, run_base, ctx, active, same_kernel(att))
+        # Without `enable_gqa` the broadcast of one kv head runs another kernel than ours.
+        same = (enable_gqa or att.groups == 1) and same_kernel(att)
+        return runtime(att, run_base, ctx, active, same)
 
     return primitive
 
@@ -209,5 +216,6 @@ def same_kernel(att: Attention, few: int = 0) -> bool:
     return choice == wanted
 
 
-def _reaches(module: nn.Module) -> bool:
+def reaches(module: nn.Module) -> bool:
+    """Whether the module's own forward names SDPA."""
     return SDPA in names_called(type(module).forward)

@@ -26,6 +26,8 @@ class SequenceClock:
     Attributes:
         past: tokens in the cache before this call. new: tokens of this call. tokens: their roles.
         cross_valid: bool [B, S] validity of the encoder's tokens, for cross-attention.
+        total: slots of the whole prompt, where they were announced. image_free: the prompt without its images, if needed.
+        places: what is known of the call's rows and keys, kept for its layers.
     """
 
     def __init__(self, run: Any) -> None:
@@ -39,6 +41,7 @@ class SequenceClock:
         self.run = run
         self.total: int | None = None
         self.image_free: Any = None
+        self.places: dict[Any, Any] = {}
         self.store: dict[Any, Any] = {}
         self._seen: list[weakref.ref] = []
 
@@ -48,6 +51,7 @@ class SequenceClock:
         self.cache = cache if hasattr(cache, "get_seq_length") else None
         self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
         self.new = new
+        self.places = {}
         self.cross_valid = _two_d(values.get("encoder_attention_mask"))
         length = self.past + new
         store = self.store = self._follow(self.cache, fresh=self.past == 0) if self.cache is not None else {}
@@ -162,6 +166,7 @@ class SequenceClock:
                     vars(cache).pop(name, None)
         self._seen.clear()
         self.cache = self.tokens = self.cross_valid = None
+        self.places = {}
         self.store = {}
 
 

@@ -10,6 +10,19 @@ from ..errors import SelectionError, UnsupportedHost
 from ..tokens import Tokens
 
 
+def check_images(tokens: Tokens, name: str) -> None:
+    """Raise a SelectionError where a sample of a whole prompt has no image, or where its images are is not known."""
+    image = tokens.image_mask()
+    if tokens.more_to_come:
+        return
+    rows = (~image.any(dim=-1)).nonzero()[:, 0].tolist()
+    if rows:
+        raise SelectionError(
+            f"{name}: there is no image in the prompt of sample {', '.join(map(str, rows))} of {tokens.batch}. Steer the "
+            "calls with images only; if the prompt comes in chunks, enter run.chunked_prefill() for them."
+        )
+
+
 def image_tokens(call: AttnCall, name: str) -> tuple[Tokens, Tensor]:
     """The tokens of a call, and bool [B, T] of those that are images, on the call's device.
 
@@ -21,15 +34,9 @@ def image_tokens(call: AttnCall, name: str) -> tuple[Tokens, Tensor]:
         raise UnsupportedHost(
             f"{call.site.path} ran outside its model's forward, so tokens and images are not known; call the model itself."
         )
-    spans = tokens.image_mask()
-    none = ~spans.any(dim=-1)
-    if call.phase == "prefill" and not tokens.more_to_come and bool(none.any()):
-        rows = none.nonzero()[:, 0].tolist()
-        raise SelectionError(
-            f"{name}: there is no image in the prompt of sample {', '.join(map(str, rows))} of {tokens.batch}. Steer the "
-            "calls with images only; if the prompt comes in chunks, enter run.chunked_prefill() for them."
-        )
-    return tokens, spans.to(call.key_position.device)
+    if call.phase == "prefill":
+        check_images(tokens, name)
+    return tokens, tokens.image_mask().to(call.key_position.device)
 
 
 def at_keys(mask: Tensor, call: AttnCall) -> Tensor:

@@ -16,7 +16,8 @@ from ..call import AttnCall, Reweight
 from ..errors import SelectionError
 from ..heads import HeadSet
 from ..intervention import Intervention
-from ._spans import checked_spans, prompt_length, span_keys, valid_rows
+from ..tokens import Tokens
+from ._spans import check_spans, checked_spans, prompt_length, span_keys, valid_rows
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class PASTA(Intervention):
             raise SelectionError(f"PASTA(alpha={self.alpha}): give a finite factor above 0 (the paper avoids 0 too).")
         if self.scale_position not in ("exclude", "include"):
             raise SelectionError(f"PASTA(scale_position={self.scale_position!r}): 'exclude' or 'include'.")
+
+    def check_tokens(self, tokens: Tokens) -> None:
+        check_spans(tokens, self.spans, self.tokenizer)
 
     def weights(self, call: AttnCall) -> Reweight | None:
         highlighted = span_keys(call, self.spans, self.tokenizer)

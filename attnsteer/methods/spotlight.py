@@ -14,7 +14,8 @@ import torch
 from ..call import AttnCall, Reweight
 from ..errors import SelectionError
 from ..intervention import Intervention
-from ._spans import checked_spans, span_keys, valid_rows
+from ..tokens import Tokens
+from ._spans import check_spans, checked_spans, span_keys, valid_rows
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,9 @@ class SpotLight(Intervention):
         object.__setattr__(self, "spans", checked_spans("SpotLight", self.spans))
         if not 0.0 <= self.target < 1.0:
             raise SelectionError(f"SpotLight(target={self.target}): give a share from 0 up to, not including, 1.")
+
+    def check_tokens(self, tokens: Tokens) -> None:
+        check_spans(tokens, self.spans, self.tokenizer)
 
     def weights(self, call: AttnCall) -> Reweight | None:
         keys = span_keys(call, self.spans, self.tokenizer)

@@ -20,8 +20,9 @@ from ..call import AttnCall, Reweight
 from ..errors import SelectionError, UnsupportedHost
 from ..intervention import Intervention
 from ..site import Site
+from ..tokens import Tokens
 from ..where import Where
-from ._images import at_keys, image_tokens
+from ._images import at_keys, check_images, image_tokens
 
 RMS_EPSILON = 1e-6
 # The official code adds this to each image token's attention before it takes the share.
@@ -80,6 +81,10 @@ class VAR(Intervention):
     ) -> VAR:
         """The official code's form, with its parameters: `rho` is the share that sinks may have, `p` the fraction kept."""
         return cls(sink_dims, tau, 1.0 - rho, move_fraction=1.0 - p, released=True, **other)
+
+    def check_tokens(self, tokens: Tokens) -> None:
+        if tokens.prompt == tokens.length:
+            check_images(tokens, "VAR")
 
     def default_where(self, sites: Sequence[Site]) -> Where | None:
         layers = sorted({s.layer for s in sites if s.modality == "text" and s.kind == "self"})

@@ -19,8 +19,9 @@ from ..call import AttnCall
 from ..errors import SelectionError, UnsupportedHost
 from ..intervention import Intervention
 from ..site import Site
+from ..tokens import Tokens
 from ..where import Where
-from ._images import image_tokens
+from ._images import check_images, image_tokens
 
 ROWS = ("all", "last")
 
@@ -66,6 +67,12 @@ class VHR(Intervention):
             raise SelectionError(f"VHR(rows={self.rows!r}): one of {ROWS}.")
         if self.last < 1:
             raise SelectionError(f"VHR(last={self.last}): give a number of layers, 1 or more.")
+
+    def check_tokens(self, tokens: Tokens) -> None:
+        if self.alpha == 1.0:
+            return
+        if tokens.prompt == tokens.length:
+            check_images(tokens, "VHR")
 
     def default_where(self, sites: Sequence[Site]) -> Where | None:
         layers = sorted({s.layer for s in sites if s.modality == "text" and s.kind == "self"})

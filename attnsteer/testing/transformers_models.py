@@ -25,7 +25,7 @@ LOGIT_STD = 1.5
 # Parameters that form q and k in these families; a fused qkv matrix is scaled whole (v is then a bit large).
 _QK = re.compile(
     r"(?:^|\.)(?:q_proj|k_proj|query|key|to_q|to_k|add_q_proj|add_k_proj|linear_q|linear_k"
-    r"|qkv|qkv_proj|c_attn|in_proj|SelfAttention\.[qk]|EncDecAttention\.[qk])(?:\.weight|_weight)$"
+    r"|qkv|qkv_proj|query_key_value|c_attn|in_proj|SelfAttention\.[qk]|EncDecAttention\.[qk])(?:\.weight|_weight)$"
 )
 _QK_NORM = re.compile(r"(?:^|\.)(?:q_norm|k_norm|norm_q|norm_k|norm_added_q|norm_added_k)\.weight$")
 
@@ -325,6 +325,23 @@ TRANSFORMERS: dict[str, TinyTransformers] = {
                 "tie_word_embeddings": False,
             },
             inputs=_text_absolute,
+            towers=("transformer",),
+        ),
+        TinyTransformers(
+            # Its modules call SDPA themselves; one kv head, broadcast without `enable_gqa`.
+            "falcon",
+            "FalconForCausalLM",
+            "FalconConfig",
+            lambda: {
+                **_TOKENS,
+                "hidden_size": 64,
+                "ffn_hidden_size": 96,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "multi_query": True,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": False,
+            },
             towers=("transformer",),
         ),
         TinyTransformers(

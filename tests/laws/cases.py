@@ -132,7 +132,7 @@ def pipeline(name: str) -> HostCase:
 
 
 LANGUAGE = [
-    *(language(n, True) for n in ("llama", "mistral", "qwen3", "gemma2", "gpt_oss", "gpt2", "llava")),
+    *(language(n, True) for n in ("llama", "mistral", "qwen3", "gemma2", "gpt_oss", "gpt2", "falcon", "llava")),
     language("bert", False),
     # BART counts padding in its learned positions, so a padded row is another input for it.
     language("bart", False, ()),

@@ -1,7 +1,8 @@
 """A transformers model whose attention is the slow dense definition, with maps edited by the reference functions.
 
 Nothing of attnsteer is used here: an attention function of our own is registered with the library, builds the
-whole map from the model's arguments, hands it to the reference of a method, and multiplies it by V.
+whole map from the model's arguments, hands it to the reference of a method, and multiplies it by V. Modules that
+call `F.scaled_dot_product_attention` themselves find it in that name's place for the block.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.modeling_utils import AttentionInterface
@@ -56,6 +58,7 @@ class Dense:
         self.sequence: Sequence | None = None
         self.memory: dict[str, dict[str, Any]] = {}
         self.applied = 0
+        self.running: nn.Module | None = None
 
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> Any:
         scale = options.get("scaling")
@@ -78,6 +81,21 @@ class Dense:
             self.applied += 1
         return out.to(v.dtype).transpose(1, 2).contiguous(), A
 
+    def sdpa(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """In place of torch's function, for the module that is running."""
+        if is_causal:
+            attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        return self.attention(self.running, q, k, v, attn_mask, scaling=scale)[0].transpose(1, 2)
+
     def _absolute(self, edit: Edit, A: Tensor, name: str) -> Tensor:
         """Run an edit in absolute key slots: a window cache hands out only its last ones."""
         sequence = self.sequence
@@ -87,17 +105,30 @@ class Dense:
         return edit(full, sequence, self.memory.setdefault(name, {}))[..., length - A.shape[3] :]
 
 
+def _calls_sdpa(module: nn.Module) -> bool:
+    return "scaled_dot_product_attention" in getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+
+
 @contextlib.contextmanager
 def dense_model(model: nn.Module, dense: Dense, configs: list[Any]) -> Iterator[Dense]:
-    """Switch the given configs to the dense attention for the block."""
+    """Switch the given configs, or the modules that call SDPA themselves, to the dense attention for the block."""
+    direct = [m for m in model.modules() if _calls_sdpa(m)]
+    configs = [] if direct else configs
     before = [c._attn_implementation_internal for c in configs]
     AttentionInterface.register(NAME, dense.attention)
     AttentionMaskInterface.register(NAME, eager_mask)
     for config in configs:
         config._attn_implementation_internal = NAME
+    hooks = [m.register_forward_pre_hook(lambda module, args: setattr(dense, "running", module)) for m in direct]
+    original = F.scaled_dot_product_attention
+    if direct:
+        F.scaled_dot_product_attention = dense.sdpa
     try:
         yield dense
     finally:
+        F.scaled_dot_product_attention = original
+        for hook in hooks:
+            hook.remove()
         for config, old in zip(configs, before, strict=True):
             config._attn_implementation_internal = old
         AttentionInterface._global_mapping.pop(NAME)

@@ -24,7 +24,7 @@ from tests.laws.dense_model import (
 )
 
 TOLERANCE = 1e-5
-DECODERS = ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "gpt2", "llava"]
+DECODERS = ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "gpt2", "falcon", "llava"]
 OTHERS = ["bert", "bart", "t5"]
 SPAN = [(1, 3), (4, 5)]
 
