@@ -402,7 +402,7 @@ CASES = {
             lambda size: vision.gate_var(size.shape, size.gate),
             vision.measure_var,
             _sizes(
-                Size(LLAVA, 2048, 1024, repeats=5, patience=120.0),
+                Size(LLAVA, 2048, 512, repeats=5, patience=120.0),
                 Size(SMALL_LLAVA, 2048, 512, repeats=5),
                 Size(SMOKE, 128, 128, repeats=2),
             ),

@@ -24,6 +24,7 @@ from .interface import PREFIX, RUNTIME, Attached, phase_of, switch
 from .layers import ImageFree, block_of, residual_hook
 from .prompts import PromptWatch, outer_modules, watch_prompts
 from .sequence import SequenceClock
+from .vision import family_of
 
 BASES = ("sdpa", "eager", "flex_attention")
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
@@ -32,7 +33,7 @@ _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 class TransformersHost(Host):
     """Language, vision-language and encoder models of transformers, bare, in a `Pipeline`, or wrapped (peft)."""
 
-    provides = frozenset({"tokens", "residual", "image_free", "phases"})
+    provides = frozenset({"tokens", "images", "residual", "image_free", "phases"})
 
     def __init__(self, target: Any):
         super().__init__(target)
@@ -103,6 +104,10 @@ class TransformersHost(Host):
             raise CompositionError(
                 f"{site.path} is steered already; give all interventions to one call: steer(model, first, second)."
             )
+        families = (family_of(getattr(m, "config", None)) for m in self.model.modules())
+        reason = next((f.refused for f in families if f is not None and f.refused), None)
+        if reason and "images" in bound.method.needs:
+            raise UnsupportedHost(f"{type(bound.method).__name__} acts on image tokens; in this model {reason}.")
         needs = set(bound.method.needs) & {"residual", "image_free"}
         if needs and not block_of(site.name):
             raise UnsupportedHost(

@@ -61,7 +61,7 @@ def _attribute(name: str) -> Callable[[Any, Mapping[str, Any]], int | None]:
 
 
 _VIDEO = ("image_token_id", "video_token_id")
-_CROSS = Family(refused="its images are the keys of cross-attention layers; no self-attention key is an image")
+_CROSS = Family(refused="images are the keys of cross-attention layers, and no key of self-attention is one")
 
 FAMILIES: dict[str, Family] = {
     "llava": Family(size=_patches),

@@ -64,7 +64,7 @@ class VAR(Intervention):
     released: bool = field(default=False, kw_only=True)
 
     kinds = ("self",)
-    needs = ("tokens", "residual")
+    needs = ("tokens", "images", "residual")
 
     def __post_init__(self) -> None:
         if self.sink_dims is not None:

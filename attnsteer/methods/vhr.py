@@ -56,7 +56,7 @@ class VHR(Intervention):
     reinforce_both: bool = field(default=True, kw_only=True)
 
     kinds = ("self",)
-    needs = ("tokens", "image_free")
+    needs = ("tokens", "images", "image_free")
     looks_ahead = True
     whole_heads = True
 

@@ -187,6 +187,19 @@ def test_beams(name: str, method: str) -> None:
     assert not torch.equal(plain.sequences_scores, theirs.sequences_scores)
 
 
+@pytest.mark.parametrize("method", ["var", "vhr"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_static_caches(name: str, method: str) -> None:
+    """A static cache has slots for tokens to come, and its masks are four-dimensional."""
+    setup = Setup(name, "places" if name == "llava" else "lengths")
+    made = getattr(setup, method)(setup.dense()) if method == "var" else VHR(1.7, where=Where(layers=LAYERS))
+    with steer(setup.model, made):
+        dynamic = setup.generate()
+        static = setup.generate(cache_implementation="static", disable_compile=True)
+    assert torch.equal(static.sequences, dynamic.sequences)
+    assert far(torch.stack(static.logits), torch.stack(dynamic.logits)) <= TOLERANCE
+
+
 def check_generation(setup: Setup, make: Any, ours_with: dict[str, Any], theirs_with: dict[str, Any]) -> None:
     dense = setup.dense()
     plain = setup.generate()

@@ -171,6 +171,16 @@ def test_a_language_model_is_asked_for_spans(name: str) -> None:
         model(input_ids=torch.randint(8, VOCAB, (1, 7)))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_whose_images_are_no_self_attention_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for Mllama and Idefics, whose images are in cross-attention layers."""
+    from attnsteer.hosts import vision
+
+    monkeypatch.setitem(vision.FAMILIES, "llava", vision.FAMILIES["mllama"])
+    with pytest.raises(UnsupportedHost, match=rf"{name} acts on image tokens; .*cross-attention"):
+        steer(build("llava"), METHODS[name])
+
+
 def test_an_unknown_backbone_without_sink_dims() -> None:
     model = build("llava")
     before = fingerprint(model)
