@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import types
 from collections.abc import Iterator, Mapping
@@ -158,7 +159,7 @@ def watch_prompts(run: Any, outer: list[nn.Module], journal: Any) -> PromptWatch
         journal.add(module.register_forward_hook(_leave_hook(watch), always_call=True).remove)
         if callable(getattr(module, "generate", None)):
             journal.set_attr(module, WATCH, watch)
-            journal.set_attr(module, "generate", types.MethodType(_generator(vars(module).get("generate")), module))
+            journal.set_attr(module, "generate", types.MethodType(_generator(module), module))
     return watch
 
 
@@ -182,18 +183,20 @@ def _leave_hook(watch: PromptWatch) -> Any:
     return after
 
 
-def _generator(other: Any) -> Any:
-    """`generate` of a model, with its arguments noted; `other` is what an instance had there before."""
+def _generator(module: Any) -> Any:
+    """`generate` of a model, with its arguments noted."""
+    there = vars(module).get("generate")
+    # A bound function of the copy's own: a deep copy of a steered model generates with itself.
+    plain = there.__func__ if hasattr(there, "__func__") else type(module).generate
 
+    @functools.wraps(plain)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A bound function of the copy's own: a deep copy of a steered model generates with itself.
-        inner = types.MethodType(other.__func__ if hasattr(other, "__func__") else type(self).generate, self)
         watch = vars(self).get(WATCH)
         if watch is None:
-            return inner(*args, **kwargs)
-        values = dict(zip(list(inspect.signature(inner).parameters), args, strict=False)) | kwargs
-        with watch.generation(self, values):
-            return inner(*args, **kwargs)
+            return plain(self, *args, **kwargs)
+        names = list(inspect.signature(plain).parameters)[1:]
+        with watch.generation(self, dict(zip(names, args, strict=False)) | kwargs):
+            return plain(self, *args, **kwargs)
 
     return generate
 

@@ -227,6 +227,30 @@ def test_chunks_without_a_declared_length_are_refused_at_the_first_token() -> No
     assert torch.allclose(out, whole, atol=1e-5)
 
 
+def test_the_last_token_must_be_in_the_last_chunk() -> None:
+    """Padding on the right moves a short sample's last token into an earlier chunk."""
+    model, (inputs, image) = build("llava"), prompts("llava", [[2, "image", 8], ["image", 2]], "right")
+    ids, mask, n = inputs["input_ids"], inputs["attention_mask"], image.shape[1]
+    first = {"pixel_values": inputs["pixel_values"], "attention_mask": mask[:, :20]}
+    with steer(model, METHODS["VHR"]) as run, run.chunked_prefill(tokens=n):
+        cache = model(input_ids=ids[:, :20], **first, use_cache=True).past_key_values
+        with pytest.raises(UnsupportedHost, match="Pad on the left"):
+            model(input_ids=ids[:, 20:], attention_mask=mask, past_key_values=cache)
+
+
+def test_the_image_free_prompt_needs_token_ids() -> None:
+    model = build("llava").model.language_model
+    embeds = torch.randn(1, 9, 32)
+    run = steer(model, METHODS["VHR"])
+    try:
+        with pytest.raises(UnsupportedHost, match="built from input_ids"), run.images([[(2, 6)]]):
+            model(inputs_embeds=embeds)
+        with pytest.raises(UnsupportedHost, match="no token besides its image"), run.images([[(0, 5)]]):
+            model(input_ids=torch.randint(8, VOCAB, (1, 5)))
+    finally:
+        run.remove()
+
+
 def test_heads_that_are_compared_must_not_be_divided() -> None:
     model, (inputs, _) = build("llava"), prompts("llava", [[2, "image", 3]])
     with pytest.raises(CompositionError, match=r"VHR compares all of its heads .* HeadGate acts on some"):
