@@ -104,9 +104,8 @@ class TransformersHost(Host):
             raise CompositionError(
                 f"{site.path} is steered already; give all interventions to one call: steer(model, first, second)."
             )
-        families = (family_of(getattr(m, "config", None)) for m in self.model.modules())
-        reason = next((f.refused for f in families if f is not None and f.refused), None)
-        if reason and "images" in bound.method.needs:
+        reason = _no_image_keys(self.model) if "images" in bound.method.needs else None
+        if reason:
             raise UnsupportedHost(f"{type(bound.method).__name__} acts on image tokens; in this model {reason}.")
         needs = set(bound.method.needs) & {"residual", "image_free"}
         if needs and not block_of(site.name):
@@ -218,6 +217,12 @@ def _token_check(run: Any, clock: SequenceClock, watch: PromptWatch, bounds: lis
                 bound.method.check_tokens(clock.tokens)
 
     return before
+
+
+def _no_image_keys(model: nn.Module) -> str | None:
+    """Why images are no keys of this model's self-attention, or None."""
+    families = (family_of(getattr(m, "config", None)) for m in model.modules())
+    return next((f.refused for f in families if f is not None and f.refused), None)
 
 
 def _refusal(methods: list[Any]) -> Callable[[int, int], str | None]:
