@@ -8,9 +8,23 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import errors, methods
+    from .guidance.latent import LatentLoss
     from .heads import HeadSet
     from .intervention import Intervention
-    from .methods import ACT, PAG, PASTA, SEG, VAR, VHR, HeadGate, SoftPAG, SpotLight, ZeroTuning
+    from .methods import (
+        ACT,
+        PAG,
+        PASTA,
+        SEG,
+        VAR,
+        VHR,
+        AttendAndExcite,
+        AttentionRefocusing,
+        HeadGate,
+        SoftPAG,
+        SpotLight,
+        ZeroTuning,
+    )
     from .registry import get_method, register_host, register_method
     from .site import Site
     from .steering import Steering, sites, steer
@@ -21,6 +35,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "HeadSet": "heads",
     "Intervention": "intervention",
+    "LatentLoss": "guidance.latent",
     "Site": "site",
     "Steering": "steering",
     "Tokens": "tokens",
@@ -33,6 +48,8 @@ _PUBLIC = {
     "sites": "steering",
     "steer": "steering",
     "ACT": "methods",
+    "AttendAndExcite": "methods",
+    "AttentionRefocusing": "methods",
     "HeadGate": "methods",
     "PAG": "methods",
     "PASTA": "methods",

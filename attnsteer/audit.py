@@ -16,7 +16,7 @@ class Record:
         calls: attention calls seen while the selection held. edits: calls in which an edit was applied.
         rows: query rows of those calls (batch times rows). heads: heads selected at this site.
         path: "output", "inputs", "bias", "fused", "rows" or "dense": how the last edit was computed; joined by "+"
-            where head groups went different ways.
+            where head groups went different ways. "read": the map was taken for a loss, and nothing edited.
         distance: mean total-variation distance between the map before and after, when measured.
         compiled: the site runs in compiled code, where calls are not counted (a count that is read would compile anew
             at every call).

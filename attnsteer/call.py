@@ -257,6 +257,7 @@ class AttnCall:
         state: a dict of this method at this site for this sequence; survives from prefill to decode.
         frozen: True where statistics must not move (a continuation is being scored).
         context: what else the host provides, by name (see `Intervention.needs`).
+        branch_rows: branch name -> bool [B], where `where` selects branches and the host can tell the rows apart.
     """
 
     site: Site
@@ -274,6 +275,7 @@ class AttnCall:
     state: dict[str, Any] = field(default_factory=dict)
     frozen: bool = False
     context: dict[str, Any] = field(default_factory=dict)
+    branch_rows: dict[str, Tensor] | None = None
 
     @property
     def q(self) -> Tensor:

@@ -245,6 +245,7 @@ class _Stage:
             state=ctx.states.setdefault((bound.index, self.runtime.site.path, self.heads), {}),
             frozen=ctx.frozen,
             context=ctx.context,
+            branch_rows=ctx.branch_rows,
         )
 
     def mark(self, bound: Bound, path: str) -> None:
@@ -365,6 +366,10 @@ class _Stage:
             before = self.map.out if out is None else out
             edited = bound.method.output(self.call(bound), before)
             if edited is None:
+                continue
+            if edited is before:
+                # It has read the map and leaves the output as it is.
+                self.mark(bound, "read")
                 continue
             mask = self.chosen(bound)
             edited = edited.to(before.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class AttnSteerError(Exception):
@@ -34,12 +35,28 @@ class CompositionError(AttnSteerError, ValueError):
     """Two interventions, or two steerings, cannot act together."""
 
 
+class NotFinite(AttnSteerError, ArithmeticError):
+    """A loss, a map or a latent became NaN or infinite. latent: the last good one [b, ...]; index: the call of the loop."""
+
+    def __init__(self, message: str, latent: Any = None, index: int | None = None):
+        super().__init__(message)
+        self.latent, self.index = latent, index
+
+
 class NeverFired(AttnSteerError, RuntimeError):
     """A steering was left although one of its interventions never acted."""
 
 
 class SerializationError(AttnSteerError, ValueError):
     """A saved intervention or head set cannot be read."""
+
+
+class ZooError(AttnSteerError, OSError):
+    """A file of an embedded model is missing, cut short or changed."""
+
+
+class MissingExtra(AttnSteerError, ImportError):
+    """A library of an optional extra is not installed."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -38,7 +38,8 @@ class Intervention:
             names no kind).
         needs: names of what the host must provide in `call.context` or `call.segments`: "tokens" (`Tokens`), "images"
             (their image roles), "residual" (hidden states [B, n, D] that enter the layer), "image_free" (a function that runs
-            the prompt without its images up to this site, and its outputs [B, H, n', d] through the edit it is given).
+            the prompt without its images up to this site, and its outputs [B, H, n', d] through the edit it is given);
+            "latent": in `inputs.loop`, the latent of the sampling loop.
         causal_only: the method is defined on causal self-attention only.
         follows_crop: whether the state stays right when the cache is cut back behind the prompt.
         linear: whether the method only edits values and outputs, so that linear attention can take it.

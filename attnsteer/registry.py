@@ -11,6 +11,8 @@ from .errors import RegistrationError, UnknownName, did_you_mean
 # "module:Class" strings, so that asking for the list imports nothing.
 _METHODS: dict[str, str | type] = {
     "ACT": "attnsteer.methods.act:ACT",
+    "AttendAndExcite": "attnsteer.methods.attend_and_excite:AttendAndExcite",
+    "AttentionRefocusing": "attnsteer.methods.attention_refocusing:AttentionRefocusing",
     "HeadGate": "attnsteer.methods.headgate:HeadGate",
     "PAG": "attnsteer.methods.pag:PAG",
     "PASTA": "attnsteer.methods.pasta:PASTA",

@@ -196,6 +196,11 @@ def _stack(site: Site) -> Stack:
     return site.component, site.modality, site.stack
 
 
+def stack_shape(site: Site, sites: Iterable[Site]) -> tuple[int, int]:
+    """(layers, heads of the widest layer) of the stack that `site` belongs to: the `shape` of a `HeadSet` for it."""
+    return _shapes(sites)[_stack(site)]
+
+
 def _shapes(sites: Iterable[Site]) -> dict[Stack, tuple[int, int]]:
     """(layers, heads of the widest layer) of each stack."""
     shapes: dict[Stack, tuple[int, int]] = {}

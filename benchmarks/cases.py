@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from attnsteer import ACT, PAG, HeadSet, SpotLight, Where, steer
+from attnsteer import ACT, PAG, AttendAndExcite, HeadSet, SpotLight, Where, steer
 from attnsteer.call import AttnCall, Reweight
 from benchmarks import dense, vision
 from benchmarks.measure import Times, interleaved, peak_memory
-from benchmarks.models import LlamaShape, UNetShape, llama, prompt, twin, unet
+from benchmarks.models import LlamaShape, UNetShape, excite_call, excite_pipelines, llama, prompt, twin, unet
 from benchmarks.parts import MODES, TOLERANCE, Case, Check, Decoder, Gate, Outcome, Size, error
 
 # The column means of the planted sinks are 2 to 7 % (see `benchmarks.models`).
@@ -321,6 +323,56 @@ def measure_pag(size: Size, threads: int) -> Outcome:
     return Outcome(times.ratio("CFG + PAG", "CFG"), [], {"step": times}, more)
 
 
+# Latent optimisation: two words, one update before each step, no refinement, so that every step does the same work.
+WORDS = [2, 5]
+
+
+class Excite:
+    """The Attend-and-Excite loss on a stock pipeline, beside diffusers' own pipeline."""
+
+    def __init__(self, shape: UNetShape, side: int, steps: int):
+        self.stock, self.official = excite_pipelines(unet(shape))
+        self.call, self.steps = excite_call(shape, side, steps), steps
+        self.method = AttendAndExcite.released_code([(w, w + 1) for w in WORDS], thresholds={}, until=steps)
+
+    def built_in(self) -> Tensor:
+        """diffusers' pipeline."""
+        rule = {"token_indices": WORDS, "thresholds": {}, "max_iter_to_alter": self.steps, "attn_res": (16, 16)}
+        with warnings.catch_warnings():
+            # It calls torch.meshgrid in the old way.
+            warnings.simplefilter("ignore")
+            return self.official(**self.call, **rule)[0]
+
+    def plain(self) -> Tensor:
+        """The stock pipeline; where it is steered, the steered one."""
+        return self.stock(**self.call)[0]
+
+
+@functools.lru_cache
+def gate_excite(shape: UNetShape, side: int) -> Gate:
+    """The latents after one optimised step, in double precision."""
+    arms = Excite(shape, side, 1)
+    for pipe in (arms.stock, arms.official):
+        pipe.unet.double()
+    arms.call = {k: v.double() if isinstance(v, Tensor) else v for k, v in arms.call.items()}
+    plain = arms.plain()
+    with steer(arms.stock, arms.method):
+        ours = arms.plain()
+    return Gate(error(ours, arms.built_in()), 1e-8, error(ours, plain), "diffusers' own pipeline, one step in float64")
+
+
+def measure_excite(size: Size, threads: int) -> Outcome:
+    """One whole step: the gradient pass, its backward pass, the guided prediction, the scheduler."""
+    arms = Excite(size.shape, size.tokens, 1)
+    bare = copy.copy(arms)
+    bare.stock = excite_pipelines(twin(arms.stock.unet))[0]
+    with steer(arms.stock, arms.method):
+        timed = {"built-in": arms.built_in, "steered": arms.plain, "without": bare.plain}
+        times = interleaved(timed, size.repeats, patience=size.patience)
+    more = {"over_a_step_without": times.ratio("steered", "without")}
+    return Outcome(times.ratio("steered", "built-in"), [], {"step": times}, more)
+
+
 FULL, QUICK = LlamaShape(), LlamaShape(hidden=512, heads=8, kv_heads=2, mlp=2048, vocab=256)
 # Decoding is about reading weights: with too few of them the time is that of Python alone.
 QUICK_DECODE = LlamaShape(hidden=1024, heads=16, kv_heads=4, mlp=4096, vocab=256)
@@ -428,6 +480,18 @@ CASES = {
             _sizes(
                 Size(UNetShape(), 64, 32, repeats=5, patience=400.0),
                 Size(SMALL_UNET, 32, 16, repeats=5),
+                Size(TINY_UNET, 16, 16, repeats=2),
+            ),
+        ),
+        Case(
+            "latent-step",
+            "a step with one update along the Attend-and-Excite loss, over the same step of diffusers' own pipeline",
+            0.75,
+            lambda size: gate_excite(size.shape, size.gate),
+            measure_excite,
+            _sizes(
+                Size(UNetShape(), 64, 32, repeats=3, patience=240.0),
+                Size(SMALL_UNET, 32, 16, repeats=2),
                 Size(TINY_UNET, 16, 16, repeats=2),
             ),
         ),

@@ -133,6 +133,43 @@ def unet(shape: UNetShape, seed: int = 0) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def excite_pipelines(model: nn.Module) -> tuple[Any, Any]:
+    """(stock Stable Diffusion pipeline, diffusers' own Attend-and-Excite pipeline), on UNets that share weights.
+
+    Parameters ask for gradients, as `from_pretrained` leaves them.
+    """
+    import diffusers
+
+    model.requires_grad_(True)
+    names = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+    found = []
+    for kind, unet in (("StableDiffusion", model), ("StableDiffusionAttendAndExcite", twin(model))):
+        betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        scheduler = diffusers.DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+        parts = {"unet": unet, "scheduler": scheduler, **dict.fromkeys(names)}
+        pipe = getattr(diffusers, f"{kind}Pipeline")(**parts, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        found.append(pipe)
+    return found[0], found[1]
+
+
+def excite_call(shape: UNetShape, side: int, steps: int, seed: int = 0) -> dict[str, Any]:
+    """Arguments of one call of either pipeline, on a latent of `side`, with classifier-free guidance."""
+    g = torch.Generator().manual_seed(seed)
+    text = torch.randn(2, 1, 77, shape.text_dim, generator=g)
+    return {
+        "prompt": None,
+        "prompt_embeds": text[0],
+        "negative_prompt_embeds": text[1],
+        "latents": torch.randn(1, 4, side, side, generator=g),
+        "height": 8 * side,
+        "width": 8 * side,
+        "num_inference_steps": steps,
+        "output_type": "latent",
+        "return_dict": False,
+    }
+
+
 def twin(model: nn.Module) -> nn.Module:
     """A second model on the same weights, with a config of its own: one is steered while the other stays as it is."""
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}

@@ -18,7 +18,7 @@ from benchmarks import cases, measure, run
 from benchmarks.models import llama, prompt, twin
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["act-20", "act-all", "decode", "idle", "prefill-32k", "var", "vhr", "cfg-pag"]
+NAMES = ["act-20", "act-all", "decode", "idle", "prefill-32k", "var", "vhr", "cfg-pag", "latent-step"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_the_list_names_every_case_and_its_bar() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == NAMES == list(cases.CASES)
-    assert "1.15x" in lines[0] and "1.38x" in lines[-1]
+    assert "1.15x" in lines[0] and "1.38x" in lines[-2] and "0.75x" in lines[-1]
 
 
 def test_an_unknown_case_is_refused_with_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +154,15 @@ def test_a_twin_shares_weights_and_nothing_else() -> None:
 def test_heads_are_spread_over_the_layers() -> None:
     heads = cases.share_of_heads(cases.FULL, 0.2)
     assert len(heads) == 13 and sorted(len(heads[layer]) for layer in heads.layers) == [6, 7]
+
+
+def test_the_latent_case_compares_with_the_built_in_pipeline() -> None:
+    case = cases.CASES["latent-step"]
+    size = case.sizes["smoke"]
+    gate = case.gate(size)
+    assert gate.passed and gate.error < 1e-8 < 1e-3 < gate.moved
+    found = case.measure(size, 1)
+    assert set(found.times["step"].rounds) == {"built-in", "steered", "without"} and found.value > 0
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from attnsteer import (
     SEG,
     VAR,
     VHR,
+    AttendAndExcite,
+    AttentionRefocusing,
     HeadGate,
     HeadSet,
     Intervention,
@@ -56,7 +58,14 @@ GUIDANCE: dict[str, Intervention] = {
     "seg-blur": SEG(2.5, sigma=1.5, where=Where(modules=r".*mid_block.*attn1", branches="cond", steps=[0, 2])),
     "seg-adaptive": SEG(adaptive=0.001, heads=HeadSet({3: [0]})),
 }
-ALL = LANGUAGE | VISION | GUIDANCE
+BOXES = {"red cube": (0.0, 0.0, 0.5, 0.5), ("ball", 1): [(0.5, 0.5, 1.0, 1.0), (0.0, 0.5, 0.5, 1.0)]}
+LATENT: dict[str, Intervention] = {
+    "excite": AttendAndExcite(("cube",), {0.0: 0.1, 3: 0.2}, include="last+1", where=Where(layers=[0])),
+    "excite-released": AttendAndExcite.released_code([["cube", ("ball", 2)], [(3, 5)]]),
+    "refocusing": AttentionRefocusing(BOXES, stop_share=0.6, schedule=[(0.0, 0.5, 4.0, 2)]),
+    "refocusing-released": AttentionRefocusing.released_code([BOXES, {"fox": (0, 0, 1, 0.5)}]),
+}
+ALL = LANGUAGE | VISION | GUIDANCE | LATENT
 
 
 def test_every_built_in_method_is_here() -> None:

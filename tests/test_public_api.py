@@ -12,17 +12,37 @@ import pytest
 import attnsteer
 from attnsteer import Intervention, errors
 
-METHODS = ["ACT", "HeadGate", "PAG", "PASTA", "SEG", "SoftPAG", "SpotLight", "VAR", "VHR", "ZeroTuning"]
+METHODS = [
+    "ACT",
+    "AttendAndExcite",
+    "AttentionRefocusing",
+    "HeadGate",
+    "PAG",
+    "PASTA",
+    "SEG",
+    "SoftPAG",
+    "SpotLight",
+    "VAR",
+    "VHR",
+    "ZeroTuning",
+]
 NAMES = [
-    "HeadSet", "Intervention", "Site", "Steering", "Tokens", "Where", "errors", "get_method", "methods",
+    "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "errors", "get_method", "methods",
     "register_host", "register_method", "sites", "steer", *METHODS,
 ]  # fmt: skip
 ERRORS = [
-    "AttnSteerError", "CompositionError", "NeverFired", "RegistrationError", "SelectionError", "SerializationError",
-    "UnknownName", "UnsupportedHost",
+    "AttnSteerError", "CompositionError", "MissingExtra", "NeverFired", "NotFinite", "RegistrationError", "SelectionError",
+    "SerializationError", "UnknownName", "UnsupportedHost", "ZooError",
 ]  # fmt: skip
 # Positional parameters and defaults that code and saved recipes rely on.
+LATENT = (
+    "updates=1, relative=False, stop_loss=None, size=16, include='words', scaled=True, blind_calls=False, early_stop=True, "
+    "checkpointing=False"
+)
 SIGNATURES = {
+    "AttendAndExcite": "words, thresholds, max_refinements=20, *, where, step_size=20.0, decay=0.5, until=0.5, "
+    f"{LATENT}, sharpness=100.0, compete=None, smooth=True",
+    "LatentLoss": f"*, where, step_size=20.0, decay=0.5, until=0.5, {LATENT}",
     "ACT": "heads=None, beta=0.4, threshold=None, alpha=None, decode='frozen', min_rows=1, *, where, exclude='first_token'",
     "HeadGate": "gates, *, where",
     "PAG": "scale=3.0, strength=1.0, joint='ii_identity', *, where, adaptive=0.0, heads=None, target='identity'",

@@ -41,6 +41,8 @@ class BranchInputs:
         values: name -> argument. layout: names of the equal parts of the batch, in order.
         batch: rows in all. timestep: of this call, as the scheduler counts.
         memory: a dictionary that lives through one sampling run.
+        loop: the sampling loop and its latent, where the host provides "latent" (see `Intervention.needs`).
+        latent: what the model is asked on, where that is another latent than the loop's.
     """
 
     values: dict[str, Any]
@@ -48,6 +50,8 @@ class BranchInputs:
     batch: int
     timestep: float | None
     memory: dict[Any, Any]
+    loop: Any = None
+    latent: Tensor | None = None
 
     def part(self, name: str) -> slice:
         """The rows of the last part called `name`."""

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from ..engine import CallContext, SiteRuntime
 from ..errors import UnsupportedHost
 from ..guidance.branches import BranchInputs, Prediction
+from ..guidance.maps import Capture, Enough
 from ..guidance.prefix import PrefixCache, way_to
 from ..site import Site
+from .latents import INPUTS, Loop, unet_scale
 from .pipelines import NORMALISED, caller, layout
 from .sampling import TIMES, Sampling
 from .streams import order_of, segments
-
-# What the denoisers call their input.
-INPUTS = ("sample", "hidden_states", "x")
 
 
 class DenoiserClock:
@@ -32,6 +31,7 @@ class DenoiserClock:
         layout: names of the equal parts of the batch, e.g. ("uncond", "cond"); None when not known.
         batch: rows in all. image_tokens: rows of an image in its sequences, where the input tells.
         size: (height, width) of the latent, in units whose ratio is that of the token grid.
+        capture: where the maps of the running pass go. cut: whether that pass ends as soon as all are there.
     """
 
     def __init__(self, run: Any, name: str, model: nn.Module, sampling: Sampling):
@@ -46,6 +46,8 @@ class DenoiserClock:
         self.batch = 0
         self.image_tokens: int | None = None
         self.size: tuple[int, int] | None = None
+        self.capture: Capture | None = None
+        self.cut = False
 
     def begin(self, values: dict[str, Any]) -> None:
         """Read the arguments of one forward of the denoiser."""
@@ -88,6 +90,20 @@ class DenoiserClock:
         found = self._acting.get(runtime.site.path)
         return runtime.active(None, None, None) if found is None else found
 
+    def finished(self) -> None:
+        """A site's attention is done: end the pass if it was run for its maps, and all are there."""
+        if self.cut and self.capture is not None and self.capture.complete:
+            raise Enough
+
+    def grid_at(self, site: Site) -> tuple[int, int] | None:
+        """(height, width) of the image rows of a site in this call, where it can be told before it runs."""
+        if self.size is None:
+            return None
+        scale = unet_scale(self.model, site.name)
+        if scale is not None:
+            return -(-self.size[0] // scale), -(-self.size[1] // scale)
+        return None if self.image_tokens is None else _grid_of(self.image_tokens, self.size)
+
     def context(self, site: Site, rows: int, batch: int, image: int | None) -> CallContext:
         """The context of one attention call with `rows` query rows of `batch` sequences.
 
@@ -95,7 +111,7 @@ class DenoiserClock:
             image: rows of the stream that the processor got apart from its text; None when it got one sequence.
         """
         roles = segments(self._orders[site.path], rows, self.image_tokens if image is None else image)
-        ctx = CallContext(segments=roles)
+        ctx = CallContext(segments=roles, context={} if self.capture is None else {"capture": self.capture})
         if self._stepwise or not torch.compiler.is_compiling():
             ctx.step, ctx.steps = self.sampling.step, self.sampling.steps
         if self._branched and self.layout is not None and batch % max(self.batch, 1) == 0:
@@ -169,12 +185,20 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
     if not (around or timed or needed):
         return
     _refuse_cache(model, around)
-    clock.sampling.watch(model, journal)
+    latent = [b for b in around if "latent" in b.method.needs]
+    if latent and compiled:
+        raise UnsupportedHost(
+            f"{type(latent[0].method).__name__} takes gradients through {type(model).__name__} and cuts its forward short, which "
+            "compiled code does not allow. Steer the model before it is compiled, or without torch.compile."
+        )
+    clock.sampling.watch(model, journal, any("latent" in b.method.needs for b in run.bounds))
+    clock.sampling.prompts.listeners += [b.method.prepare for b in latent]
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     place, original = _place(owner)
     # A model that is compiled as a whole runs no block of its own: nothing is replayed there.
     whole = owner is not model or model._compiled_call_impl is not None
-    ways = {b.index: None if whole else way_to(model, _edited(clock, b)) for b in around}
+    # A pass for gradients shares nothing with the one that is stepped from.
+    ways = {b.index: None if whole or b in latent else way_to(model, _edited(clock, b)) for b in around}
     had, live = place in vars(owner), [True]
 
     @torch.compiler.disable
@@ -197,7 +221,7 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
         bare = call = functools.partial(_predict, clock, original)
         for bound in reversed(working):
             call = _layer(clock, bound, call, bare, ways[bound.index])
-        inputs = BranchInputs(values, clock.layout, clock.batch, sampling.timestep, sampling.memory)
+        inputs = BranchInputs(values, clock.layout, clock.batch, sampling.timestep, sampling.memory, Loop(clock))
         prediction = call(inputs)
         if prediction.shift is not None and len(clock.layout) > 1 and sampling.rescale.factor:
             return sampling.rescale.hold(prediction, inputs).wrapped
@@ -229,6 +253,7 @@ def _place(owner: nn.Module) -> tuple[str, Callable[..., Any]]:
 
 def _predict(clock: DenoiserClock, original: Callable[..., Any], inputs: BranchInputs) -> Prediction:
     """One pass of the model itself; containers are copied, because some models empty the lists that they get."""
+    inputs = clock.sampling.latents.applied(inputs)
     with clock.of(inputs.layout, inputs.batch):
         return Prediction(original(**{name: _copied(value) for name, value in inputs.values.items()}))
 

@@ -25,12 +25,15 @@ DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 class DiffusersHost(Host):
     """Pipelines and denoisers of diffusers: UNets and every transformer with attention processors."""
 
-    provides = frozenset({"segments", "grid", "steps", "branches", "around"})
+    provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent"})
 
     def __init__(self, target: Any):
         super().__init__(target)
         self.main = ("image",)
         self.pipeline = target if _is_pipeline(target) else None
+        if self.pipeline is None:
+            # The latent belongs to the sampling loop, which a bare model does not have.
+            self.provides = type(self).provides - {"latent"}
         self.owners = _denoisers(target)
         self.models = {name: _plain(owner) for name, owner in self.owners.items()}
         self._sites: list[Site] | None = None

@@ -86,6 +86,7 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Any) -
                 f"{site.path}: {type(self).__name__} computed its attention without the primitive that it names, so nothing "
                 "was edited. Leave this site out of Where, or set another processor or attention backend."
             )
+        clock.finished()
         return out
 
     _exchange(module, _twin(processor, __call__), journal)

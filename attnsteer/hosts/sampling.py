@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedHost
 from ..guidance.rescale import Rescale
+from .latents import Latents
+from .prompt_text import Prompts
 
 # What the denoisers call their timestep.
 TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
@@ -25,6 +27,7 @@ class Sampling:
         timestep: the scheduler's for this step, where a pipeline is steered, else what the model was given.
         turn: calls of a denoiser since the last step of the scheduler. latent_rows: rows of the pipeline's latents.
         context: name of the running cache context. memory: a dictionary that lives through one run.
+        latents: what the scheduler is about to step from. prompts: what the pipeline was asked for.
     """
 
     def __init__(self, pipeline: Any):
@@ -37,6 +40,8 @@ class Sampling:
         self.context: str | None = None
         self.memory: dict[Any, Any] = {}
         self.rescale = Rescale(pipeline)
+        self.latents = Latents(pipeline)
+        self.prompts = Prompts(pipeline)
         self._times: list[float] = []
         self._plan: list[float] = []
         self._watched = False
@@ -74,8 +79,8 @@ class Sampling:
             planned = planned[-running:]
         return torch.unique_consecutive(planned).tolist()
 
-    def watch(self, model: nn.Module, journal: Any) -> None:
-        """Learn rows, cache contexts, runs and scheduler steps from the pipeline's own calls."""
+    def watch(self, model: nn.Module, journal: Any, latent: bool = False) -> None:
+        """Learn rows, cache contexts, runs and scheduler steps from the pipeline's own calls; with `latent`, its latent too."""
         pipe = self.pipeline
         if hasattr(model, "cache_context"):
             journal.set_attr(model, "cache_context", self._named(model.cache_context))
@@ -88,10 +93,20 @@ class Sampling:
             (pipe, "prepare_latents", self._prepared),
             (scheduler, "set_timesteps", self._planning),
             (scheduler, "step", self._stepped),
+            *(self._latent_seams(pipe, scheduler) if latent else ()),
         )
         for owner, name, wrap in seams:
             if callable(getattr(owner, name, None)):
                 journal.set_attr(owner, name, wrap(getattr(owner, name)))
+
+    def _latent_seams(self, pipe: Any, scheduler: Any) -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
+        return (
+            (pipe, "check_inputs", self.prompts.checking),
+            (pipe, "encode_prompt", self.prompts.encoding),
+            (scheduler, "scale_model_input", self.latents.scaling),
+            # Around the step above: what is substituted is what the other one passes on.
+            (scheduler, "step", self.latents.stepping),
+        )
 
     def _prepared(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(prepare)
@@ -108,6 +123,7 @@ class Sampling:
         def set_timesteps(*args: Any, **kwargs: Any) -> Any:
             # A new run, also where the last one was broken off.
             self._times = []
+            self.latents.restart()
             return original(*args, **kwargs)
 
         return set_timesteps

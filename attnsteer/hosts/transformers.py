@@ -59,9 +59,12 @@ class TransformersHost(Host):
     def _find(self) -> list[Site]:
         found, counters, countless = [], {}, []
         names = {name: module for name, module in self.model.named_modules()}
+        interfaces = {name for name, module in names.items() if _looks_up_attention(module)}
+        # Beside layers that use the interface, a call of SDPA is something else: a pooling head, a mix of residuals.
+        served = {_nearest_model(name, names)[0] for name in interfaces}
         for name, module in names.items():
-            interface = _looks_up_attention(module) and hasattr(getattr(module, "config", None), "_attn_implementation")
-            if not interface and not reaches(module):
+            interface = name in interfaces
+            if not interface and (not reaches(module) or _nearest_model(name, names)[0] in served):
                 continue
             heads, kv = _head_counts(module)
             if heads is None and interface:
@@ -263,6 +266,8 @@ def _module(target: Any) -> Any:
 
 
 def _looks_up_attention(module: nn.Module) -> bool:
+    if not hasattr(getattr(module, "config", None), "_attn_implementation"):
+        return False
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and ("ALL_ATTENTION_FUNCTIONS" in code.co_names or "get_interface" in code.co_names)
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .act import ACT
+    from .attend_and_excite import AttendAndExcite
+    from .attention_refocusing import AttentionRefocusing
     from .headgate import HeadGate
     from .pag import PAG
     from .pasta import PASTA

@@ -1,12 +1,20 @@
-"""Searches over heads and models: each ends in a `HeadSet` or a small record of what it found. Imported on first use."""
+"""Searches over heads and models: each ends in a `HeadSet`, or a small record of what it found. Imported on first use."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-# public name -> the module of this package that defines it
+# Public name -> the module that defines it. No module has the name of a function: once imported, it would stand in its place.
 _WHERE = {
+    "Choice": "samples",
+    "Rung": "greedy",
+    "SearchState": "state",
+    "calibrate_act": "calibration",
+    "calibrate_heads": "calibration",
+    "candidate_log_likelihoods": "samples",
+    "halving": "greedy",
+    "headhunter": "greedy",
     "SINK_DIMS": "sink_dims",
     "Backbone": "sink_dims",
     "SinkDims": "sink_dims",

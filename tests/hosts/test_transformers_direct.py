@@ -154,6 +154,16 @@ def test_both_kinds_in_one_target() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model(ids, image()), plain, strict=True))
 
 
+def test_a_pooling_head_beside_layers_is_no_site() -> None:
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel
+
+    config = Aimv2VisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    names = [s.name for s in sites(Aimv2VisionModel(config).eval())]
+    assert names == ["encoder.layers.0.attention", "encoder.layers.1.attention"]
+
+
 def test_its_own_eager_attention_is_refused() -> None:
     model = tiny_transformers("falcon", attn_implementation="eager")
     before = fingerprint(model)

@@ -7,7 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
-from attnsteer import ACT, PAG, PASTA, SEG, VAR, VHR, HeadGate, HeadSet, SoftPAG, SpotLight, Where, ZeroTuning
+from attnsteer import (
+    ACT,
+    PAG,
+    PASTA,
+    SEG,
+    VAR,
+    VHR,
+    AttendAndExcite,
+    AttentionRefocusing,
+    HeadGate,
+    HeadSet,
+    SoftPAG,
+    SpotLight,
+    Where,
+    ZeroTuning,
+)
 from attnsteer.site import Site
 from attnsteer.testing import (
     tiny_call,
@@ -91,6 +106,23 @@ GUIDANCE = [
     ),
     heads_case("SEG", lambda heads, where, b: SEG(2.0, where=where), lambda heads, where, b: SEG(0.0, where=where)),
 ]
+# Moves of the latent, with words as positions, because the prompts are embeddings; two steps.
+LATENT = [
+    heads_case(
+        "AttendAndExcite",
+        # A milder softmax than the published one, whose gradient vanishes on some of these random maps.
+        lambda heads, where, b: AttendAndExcite(
+            [(2, 3), (4, 5)], {}, compete="all", sharpness=20.0, where=where & Where(heads=heads)
+        ),
+        lambda heads, where, b: AttendAndExcite([(2, 3), (4, 5)], step_size=0.0, where=where & Where(heads=heads)),
+    ),
+    heads_case(
+        "AttentionRefocusing",
+        lambda heads, where, b: AttentionRefocusing(BOXES, compete="all", schedule=[(0.0, 0.5, 4.0, 2)], where=where),
+        lambda heads, where, b: AttentionRefocusing(BOXES, step_size=0.0, where=where),
+    ),
+]
+BOXES = {(2, 4): (0.0, 0.0, 0.5, 0.5), (5, 6): (0.25, 0.5, 1.0, 1.0)}
 
 
 def language(name: str, decoder: bool, padded: tuple[str, ...] = ("left", "right")) -> HostCase:
@@ -139,4 +171,5 @@ LANGUAGE = [
     language("t5", False),
 ]
 DENOISERS = [denoiser(n) for n in ("sd", "sdxl", "sd3", "flux", "pixart", "sana", "wan")]
+LATENT_PIPELINES = [pipeline(n) for n in ("sd", "sdxl", "sd3", "flux")]
 PIPELINES = [pipeline(n) for n in ("sd", "sdxl", "sd3", "flux", "pixart", "sana", "wan")]

@@ -1,0 +1,301 @@
+"""The latent of a sampling loop: read before a denoiser call, moved, and given to the scheduler's step instead of the old.
+
+The loop's own variable is out of reach, because most pipelines give the denoiser a copy. What it decides is where it goes:
+into the denoiser, and into `scheduler.step`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedHost
+from ..guidance.branches import BranchInputs
+from ..guidance.maps import Capture, MapSite
+from ..guidance.phrases import Prompt
+
+if TYPE_CHECKING:
+    from .denoiser import DenoiserClock
+
+# What the denoisers call their input.
+INPUTS = ("sample", "hidden_states", "x")
+# Arguments that another model computed from the latent before it could be moved.
+STALE = (
+    "down_block_additional_residuals", "mid_block_additional_residual", "block_controlnet_hidden_states",
+    "controlnet_block_samples", "controlnet_single_block_samples",
+)  # fmt: skip
+
+
+class Latents:
+    """What the scheduler is about to step from, in the sampling run of one pipeline.
+
+    Attributes:
+        index: calls of `scheduler.step` so far in this run. moved: the latent that takes the loop's place in this call.
+    """
+
+    def __init__(self, pipeline: Any):
+        self.pipeline = pipeline
+        self.index = 0
+        self.moved: Tensor | None = None
+        self.acted: set[int] = set()
+        self._raw: Tensor | None = None
+        self._sample: Tensor | None = None
+        self._scale: Callable[[Tensor], Tensor] | None = None
+
+    def restart(self) -> None:
+        """A new sampling run."""
+        self.index = 0
+        self._next()
+
+    def _next(self) -> None:
+        self.moved, self._raw, self._sample, self._scale = None, None, None, None
+        self.acted.clear()
+
+    @property
+    def length(self) -> int:
+        """Calls of `scheduler.step` in this run."""
+        planned = getattr(self.pipeline.scheduler, "timesteps", ())
+        running = getattr(self.pipeline, "_num_timesteps", None)
+        return running if isinstance(running, int) and 0 < running <= len(planned) else max(1, len(planned))
+
+    @property
+    def blind(self) -> bool:
+        """Whether the scheduler steps from a latent that it kept, so that this call's own has no effect on the sample."""
+        scheduler = self.pipeline.scheduler
+        if hasattr(scheduler, "pndm_order"):
+            if scheduler.config.skip_prk_steps:
+                return scheduler.counter == 1
+            return scheduler.counter < len(scheduler.prk_timesteps) and scheduler.counter % 4 != 0
+        return getattr(scheduler, "state_in_first_order", True) is False
+
+    def scaling(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Around `scheduler.scale_model_input`: remembers what is scaled, and how."""
+
+        @functools.wraps(original)
+        def scale_model_input(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self._sample = sample
+            self._scale = lambda z: original(z, *args, **kwargs)
+            return original(sample, *args, **kwargs)
+
+        return scale_model_input
+
+    def stepping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Around `scheduler.step`: the moved latent takes the place of the loop's."""
+        names = list(inspect.signature(original).parameters)
+        place = names.index("sample") if "sample" in names else None
+
+        @functools.wraps(original)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self.moved is not None:
+                args, kwargs = self._substituted(args, kwargs, place)
+            result = original(*args, **kwargs)
+            self.index += 1
+            self._next()
+            return result
+
+        return step
+
+    def _substituted(self, args: tuple[Any, ...], kwargs: dict[str, Any], place: int | None) -> tuple[Any, Any]:
+        given = kwargs.get("sample") if place is None or place >= len(args) else args[place]
+        if not isinstance(given, Tensor) or given.shape != self.moved.shape or not self._is_raw(given):
+            raise UnsupportedHost(
+                f"{type(self.pipeline).__name__} steps from another tensor than the one that its denoiser was given, so a moved "
+                "latent cannot take its place exactly."
+            )
+        z = self.stepped(given)
+        if place is not None and place < len(args):
+            return (*args[:place], z, *args[place + 1 :]), kwargs
+        return args, {**kwargs, "sample": z}
+
+    def stepped(self, given: Tensor) -> Tensor:
+        """The latent to step from, in the place of `given`."""
+        if given.dtype == self.moved.dtype:
+            return self.moved
+        # The loop keeps more digits than the model was given: what was not moved stays as it was.
+        return given + (self.moved - self._raw).to(given.dtype)
+
+    def _is_raw(self, given: Tensor) -> bool:
+        return torch.equal(given.to(self._raw.dtype), self._raw)
+
+    def current(self, inputs: BranchInputs, name: str) -> Tensor:
+        """The latent of this call, [b, ...]: as it was moved, or as the loop has it."""
+        if self.moved is not None:
+            return self.moved
+        stale = [key for key in STALE if inputs.values.get(key) is not None]
+        if stale:
+            raise UnsupportedHost(
+                f"{name} cannot act beside a ControlNet: {stale[0]} was computed from the latent before it moves."
+            )
+        source = self._sample if self._sample is not None else inputs.values[_input(inputs)]
+        rows = inputs.part("cond") if source.shape[0] == inputs.batch else slice(None)
+        self._raw = source[rows].detach()
+        again = self.put(inputs, self._raw).values[_input(inputs)]
+        if not torch.equal(again, inputs.values[_input(inputs)]):
+            raise UnsupportedHost(
+                f"{name}: the denoiser of {type(self.pipeline).__name__} was not given the scheduler's scaling of one latent per "
+                "sample, so the latent cannot be moved exactly."
+            )
+        return self._raw
+
+    def put(self, inputs: BranchInputs, z: Tensor, scaled: bool = True) -> BranchInputs:
+        """The same call of the model on the latent z [b, ...], scaled for each part of its rows."""
+        name = _input(inputs)
+        old = inputs.values[name]
+        if old.shape[1:] != z.shape[1:]:
+            raise UnsupportedHost(
+                f"the denoiser of {type(self.pipeline).__name__} is given {tuple(old.shape[1:])} per row, its latent is "
+                f"{tuple(z.shape[1:])}: it appends channels or tokens, so the latent cannot be moved exactly."
+            )
+        rows = z if len(inputs.layout) == 1 else torch.cat([z] * len(inputs.layout))
+        if scaled and self._scale is not None:
+            rows = self._scale(rows)
+        return replace(inputs, values={**inputs.values, name: rows.to(old.dtype)}, latent=z)
+
+    def applied(self, inputs: BranchInputs) -> BranchInputs:
+        """`inputs` on the moved latent, unless they name one of their own."""
+        return inputs if self.moved is None or inputs.latent is not None else self.put(inputs, self.moved)
+
+
+class Loop:
+    """What an `around` method that needs "latent" sees of the sampling loop, in one call of a denoiser."""
+
+    def __init__(self, clock: DenoiserClock):
+        self._clock, self._latents = clock, clock.sampling.latents
+
+    @property
+    def index(self) -> int:
+        """This call of `scheduler.step`, from 0."""
+        return self._latents.index
+
+    @property
+    def length(self) -> int:
+        """How many calls there will be."""
+        return self._latents.length
+
+    @property
+    def blind(self) -> bool:
+        """See `Latents.blind`."""
+        return self._latents.blind
+
+    @property
+    def prompt(self) -> Prompt:
+        """What the pipeline was asked for."""
+        return self._clock.sampling.prompts.current
+
+    def acted(self, method: Any) -> bool:
+        """Whether `method` has had its turn in this call of the loop: a second pass (true CFG) finds the latent moved."""
+        return id(method) in self._latents.acted
+
+    def latent(self, inputs: BranchInputs, name: str) -> Tensor:
+        """The latent of this call, [b, ...]."""
+        if torch.is_inference_mode_enabled():
+            raise UnsupportedHost(
+                f"{name} needs gradients, which torch.inference_mode() forbids. Call the pipeline outside it (it uses no_grad "
+                "by itself)."
+            )
+        return self._latents.current(inputs, name)
+
+    def put(self, inputs: BranchInputs, z: Tensor, scaled: bool = True) -> BranchInputs:
+        """The same call of the model on another latent."""
+        return self._latents.put(inputs, z, scaled)
+
+    def move(self, method: Any, z: Tensor) -> None:
+        """From here on, this call of the loop is about z: further passes, and the scheduler's step."""
+        self._latents.acted.add(id(method))
+        self._latents.moved = z
+
+    def count(self, method: Any, what: str, by: int = 1) -> None:
+        """Count in the audit."""
+        self._clock.run.audit.count(self._bound(method).index, what, by)
+
+    def _bound(self, method: Any) -> Any:
+        return next(b for b in self._clock.run.bounds if b.method is method)
+
+    def sites(self, method: Any) -> list[MapSite]:
+        """The sites of this denoiser that `where` selects, in the order of execution, with their grids."""
+        clock, found = self._clock, []
+        for runtime in clock.runtimes.values():
+            for bound, heads in runtime.entries:
+                if bound.method is method:
+                    found.append(MapSite(runtime.site, heads, clock.grid_at(runtime.site)))
+        return found
+
+    @contextlib.contextmanager
+    def differentiating(self, method: Any, inputs: BranchInputs, capture: Capture) -> Iterator[None]:
+        """In this block passes keep their graph, and the maps of `capture` are taken; all is put back at its end.
+
+        The backward pass belongs inside too: with checkpointing it computes parts of the model again.
+        """
+        clock = self._clock
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_frozen(clock.model))
+            if method.checkpointing:
+                stack.enter_context(_checkpointed(clock.model))
+            stack.enter_context(clock.run.inside(method))
+            stack.enter_context(clock.of(inputs.layout, inputs.batch))
+            before = clock.capture, clock.cut
+            clock.capture, clock.cut = capture, method.early_stop and not _hooked(clock.model)
+            try:
+                yield
+            finally:
+                clock.capture, clock.cut = before
+
+
+def _input(inputs: BranchInputs) -> str:
+    return next(n for n in INPUTS if inputs.values.get(n) is not None)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients of parameters: they cost memory and time, and nobody asks for them."""
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    for p in wanted:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanted:
+            p.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def _checkpointed(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing is on in this block."""
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        raise UnsupportedHost(f"{type(model).__name__} has no gradient checkpointing; leave checkpointing=True out.")
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    modules = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    before = [(m, {n: vars(m)[n] for n in names if n in vars(m)}) for m in modules]
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        for module, old in before:
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(old)
+
+
+def _hooked(model: nn.Module) -> bool:
+    """Whether hooks move weights about: they count on a forward that ends."""
+    return any("_hf_hook" in vars(m) or getattr(vars(m).get("_diffusers_hook"), "hooks", None) for m in model.modules())
+
+
+def unet_scale(model: nn.Module, name: str) -> int | None:
+    """How many times smaller than the latent, per side, the image of a UNet's attention is; None for other models."""
+    if not hasattr(model, "down_blocks") or not hasattr(model, "up_blocks"):
+        return None
+    place, _, rest = name.partition(".")
+    halves = [getattr(b, "downsamplers", None) is not None for b in model.down_blocks]
+    if place == "down_blocks":
+        return 2 ** sum(halves[: int(rest.split(".")[0])])
+    doubles = [getattr(b, "upsamplers", None) is not None for b in model.up_blocks]
+    return 2 ** (sum(halves) - (sum(doubles[: int(rest.split(".")[0])]) if place == "up_blocks" else 0))
