@@ -16,6 +16,8 @@ if TYPE_CHECKING:
         PAG,
         PASTA,
         SEG,
+        VAR,
+        VHR,
         AttendAndExcite,
         AttentionRefocusing,
         HeadGate,
@@ -54,6 +56,8 @@ _PUBLIC = {
     "SEG": "methods",
     "SoftPAG": "methods",
     "SpotLight": "methods",
+    "VAR": "methods",
+    "VHR": "methods",
     "ZeroTuning": "methods",
 }
 

@@ -88,6 +88,21 @@ class SiteRuntime:
         self.site = site
         self.entries = entries
         self._partitions: dict[tuple[int, ...], list[tuple[Heads | None, list[Bound]]]] = {}
+        self._by_methods: dict[tuple[int, ...], list[int]] = {}
+        for head in range(site.heads):
+            key = tuple(i for i, (_, heads) in enumerate(entries) if heads is None or head in heads)
+            self._by_methods.setdefault(key, []).append(head)
+        self._check_whole()
+
+    def _check_whole(self) -> None:
+        for i, (bound, _) in enumerate(self.entries):
+            if bound.method.whole_heads and sum(i in key for key in self._by_methods) > 1:
+                others = {j for key in self._by_methods for j in key} - {i}
+                names = [type(self.entries[j][0].method).__name__ for j in sorted(others)]
+                raise CompositionError(
+                    f"{self.site.path}: {type(bound.method).__name__} compares all of its heads with each other, and "
+                    f"{', '.join(names)} acts on some of them only. Give both the same heads at this layer, or different layers."
+                )
 
     def active(self, ctx_phase: str | None, step: int | None, steps: int | None) -> tuple[int, ...]:
         """Positions in `entries` of the interventions that act in this call."""
@@ -158,14 +173,10 @@ class SiteRuntime:
         if found is None:
             # By all methods, also those that do not act now: a group keeps its state under its heads, and must find it
             # again when another phase or step brings other methods in.
-            by_methods: dict[tuple[int, ...], list[int]] = {}
-            for head in range(self.site.heads):
-                key = tuple(i for i, (_, heads) in enumerate(self.entries) if heads is None or head in heads)
-                by_methods.setdefault(key, []).append(head)
-            acting = {key: [self.entries[i][0] for i in key if i in active] for key in by_methods}
+            acting = {key: [self.entries[i][0] for i in key if i in active] for key in self._by_methods}
             found = [
                 (None if len(heads) == self.site.heads else tuple(heads), acting[key])
-                for key, heads in by_methods.items()
+                for key, heads in self._by_methods.items()
                 if acting[key]
             ]
             self._partitions[active] = found

@@ -36,11 +36,14 @@ class Intervention:
         looks_ahead: statistics run over the whole prompt, so a later prompt token moves an earlier row.
         kinds: the kinds of site the method is defined on; others are refused (or left out when `where`
             names no kind).
-        needs: names of what the host must provide in `call.context` or `call.segments`; "latent": in `inputs.loop`, the
-            latent of the sampling loop.
+        needs: names of what the host must provide in `call.context` or `call.segments`: "tokens" (`Tokens`), "images"
+            (their image roles), "residual" (hidden states [B, n, D] that enter the layer), "image_free" (a function that runs
+            the prompt without its images up to this site, and its outputs [B, H, n', d] through the edit it is given);
+            "latent": in `inputs.loop`, the latent of the sampling loop.
         causal_only: the method is defined on causal self-attention only.
         follows_crop: whether the state stays right when the cache is cut back behind the prompt.
         linear: whether the method only edits values and outputs, so that linear attention can take it.
+        whole_heads: its statistics run over all of its heads at a site, so another method must not divide them.
     """
 
     where: Where = field(default_factory=Where, kw_only=True)
@@ -51,6 +54,7 @@ class Intervention:
     linear: ClassVar[bool] = False
     causal_only: ClassVar[bool] = False
     follows_crop: ClassVar[bool] = True
+    whole_heads: ClassVar[bool] = False
 
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return edited (q, k, v), or None for no edit."""
@@ -73,6 +77,10 @@ class Intervention:
 
     def default_where(self, sites: Sequence[Site]) -> Where | None:
         """The selection that stands for an empty `where` on these sites; None: the host's main sites."""
+
+    def prepared(self, target: Any) -> Intervention:
+        """The method with what it looks up about `target` filled in; called when it is attached, before any patch."""
+        return self
 
     def selection(self) -> Where:
         """`where`, with the method's own `heads` folded in."""

@@ -19,6 +19,8 @@ _METHODS: dict[str, str | type] = {
     "SEG": "attnsteer.methods.seg:SEG",
     "SoftPAG": "attnsteer.methods.softpag:SoftPAG",
     "SpotLight": "attnsteer.methods.spotlight:SpotLight",
+    "VAR": "attnsteer.methods.var:VAR",
+    "VHR": "attnsteer.methods.vhr:VHR",
     "ZeroTuning": "attnsteer.methods.zerotuning:ZeroTuning",
 }
 # Asked in this order; the generic host takes any module, so it comes last.

@@ -13,6 +13,7 @@ from .errors import AttnSteerError, NeverFired, SelectionError, UnsupportedHost,
 from .intervention import Intervention
 from .registry import get_host, hosts
 from .site import Site, SiteList
+from .tokens import checked_images
 from .where import Where
 
 # What `Where` selects over time; a host that cannot tell one of them refuses a selection by it.
@@ -72,6 +73,8 @@ class Steering:
         self.branch: str | None = None
         self.frozen = False
         self.chunked = False
+        self.chunk_total: int | None = None
+        self.told: Any = None
         self.row_layout: tuple[str, ...] | None = None
         self.audit = Audit([_describe(m) for m in interventions])
         self._open: list[int] = []
@@ -120,13 +123,32 @@ class Steering:
             self.frozen = before
 
     @contextlib.contextmanager
-    def chunked_prefill(self) -> Iterator[None]:
-        """The calls in this block are chunks of one prompt: one-token calls too, and spans may lie in later chunks."""
-        before, self.chunked = self.chunked, True
+    def chunked_prefill(self, tokens: int | None = None) -> Iterator[None]:
+        """The calls in this block are chunks of one prompt: one-token calls too, and spans may lie in later chunks.
+
+        Args:
+            tokens: slots of the whole prompt, padding included; methods that act at its last token need it.
+        """
+        before = self.chunked, self.chunk_total
+        self.chunked, self.chunk_total = True, tokens
         try:
             yield
         finally:
-            self.chunked = before
+            self.chunked, self.chunk_total = before
+
+    @contextlib.contextmanager
+    def images(self, where: Any) -> Iterator[None]:
+        """Say where the images are for the calls in this block, which the calls themselves do not tell (`inputs_embeds`).
+
+        Args:
+            where: the processor's output (its `input_ids` are read, or `mm_token_type_ids`), or for each sample a list of
+                (start, stop) token ranges counted from its first token that is not padding.
+        """
+        before, self.told = self.told, checked_images(where)
+        try:
+            yield
+        finally:
+            self.told = before
 
     @contextlib.contextmanager
     def branches(self, *names: str) -> Iterator[None]:
@@ -240,6 +262,7 @@ def bind(
             raise SelectionError(
                 f"{type(method).__name__}(where={method.where!r}): give a Where, e.g. Where(layers=[0])."
             )
+        method = method.prepared(host.target)
         where = method.selection()
         if where == Where():
             where = method.default_where(every) or where

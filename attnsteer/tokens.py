@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ class Tokens:
     Attributes:
         batch: number of rows B. length: tokens seen so far, padding included.
         valid: bool [B, T], False for padding; None: all valid. ids: int [B, T] token ids, or None.
-        image: bool [B, T], image placeholder tokens; None when not known.
+        image: bool [B, T], tokens that stand for (parts of) images or videos; None when not known.
+        prompt: slots of the prompt seen so far; tokens behind them were generated, or are being scored.
         more_to_come: a chunked prefill is under way, so spans may lie in later chunks.
     """
 
@@ -29,6 +31,7 @@ class Tokens:
     valid: Tensor | None = None
     ids: Tensor | None = None
     image: Tensor | None = None
+    prompt: int | None = None
     more_to_come: bool = False
     _resolved: dict[int, tuple[Any, list[list[Range]]]] = field(default_factory=dict, repr=False)
 
@@ -44,6 +47,51 @@ class Tokens:
         if self.valid is None:
             return torch.full((self.batch,), upto, dtype=torch.long)
         return self.valid[:, :upto].sum(dim=-1)
+
+    def image_spans(self) -> list[list[Range]]:
+        """Slot ranges of the image tokens of each row, in order: one for each unbroken run.
+
+        An image whose tiles are kept apart by text tags (Idefics 3) has several; images without any text between
+        them have one together.
+
+        Raises:
+            SelectionError: where the images are is not known.
+        """
+        out = []
+        for row in self.image_mask():
+            edges = torch.nn.functional.pad(row.to(torch.int8), (1, 1)).diff().nonzero()[:, 0].tolist()
+            out.append(list(zip(edges[::2], edges[1::2], strict=True)))
+        return out
+
+    def before_image(self) -> Tensor:
+        """bool [B, T]: valid tokens before the first image token of their row (all, in a row without one)."""
+        return (self.image_mask().cumsum(dim=-1) == 0) & self._valid()
+
+    def after_image(self) -> Tensor:
+        """bool [B, T]: valid tokens behind the last image token of their row, generated ones included."""
+        image = self.image_mask()
+        seen = image.cumsum(dim=-1)
+        return (seen == seen[:, -1:]) & (seen > 0) & ~image & self._valid()
+
+    def generated(self) -> Tensor:
+        """bool [B, T]: tokens behind the prompt."""
+        at = torch.arange(self.length)
+        return (at >= (self.length if self.prompt is None else self.prompt)).expand(self.batch, -1)
+
+    def image_mask(self) -> Tensor:
+        """`image`, or an error that says how to name the images."""
+        if self.image is None:
+            raise SelectionError(
+                "where the images are is not known here: the call has no input_ids with image placeholders of a known model "
+                "type, or its cache was filled before. Enter run.images(...) around the calls, with the processor's output or "
+                "with a list of (start, stop) token ranges for each sample."
+            )
+        return self.image
+
+    def _valid(self) -> Tensor:
+        if self.valid is None:
+            return torch.ones(self.batch, self.length, dtype=torch.bool, device=self.image_mask().device)
+        return self.valid.to(self.image_mask().device)
 
     def take(self, index: Tensor) -> None:
         """Keep the rows `index` [b], in that order: beams that were reordered, samples that were repeated or dropped."""
@@ -121,6 +169,25 @@ class Tokens:
             shown = whole if len(whole) <= 200 else whole[:200] + "..."
             raise SelectionError(f"the span {text!r} is not in the text of sample {b}: {shown!r}.")
         return inside[0], inside[-1] + 1
+
+
+def checked_images(where: Any) -> Any:
+    """What `run.images` was given: a mapping as it is, ranges as nested tuples."""
+    if isinstance(where, Mapping):
+        if not any(
+            isinstance(where.get(name), Tensor) for name in ("input_ids", "mm_token_type_ids", "token_type_ids")
+        ):
+            raise SelectionError(
+                f"run.images: this processor output has {sorted(where)}, but neither input_ids nor mm_token_type_ids as tensors; "
+                'ask for them with return_tensors="pt".'
+            )
+        return where
+    good = isinstance(where, (list, tuple)) and where and all(isinstance(row, (list, tuple)) for row in where)
+    if not good:
+        raise SelectionError(
+            f"run.images({where!r}): give the processor's output, or for each sample a list of (start, stop) token ranges."
+        )
+    return tuple(tuple(token_range(item) for item in row) for row in where)
 
 
 def char_offsets(ids: list[int], tokenizer: Any) -> tuple[list[Range], str]:

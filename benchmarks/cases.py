@@ -6,7 +6,6 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,84 +13,13 @@ from torch import Tensor, nn
 
 from attnsteer import ACT, PAG, AttendAndExcite, HeadSet, SpotLight, Where, steer
 from attnsteer.call import AttnCall, Reweight
-from benchmarks import dense
+from benchmarks import dense, vision
 from benchmarks.measure import Times, interleaved, peak_memory
 from benchmarks.models import LlamaShape, UNetShape, excite_call, excite_pipelines, llama, prompt, twin, unet
+from benchmarks.parts import MODES, TOLERANCE, Case, Check, Decoder, Gate, Outcome, Size, error
 
-MODES = ("full", "quick", "smoke")
-TOLERANCE = 1e-5
 # The column means of the planted sinks are 2 to 7 % (see `benchmarks.models`).
 BETA, THRESHOLD, SINKS = 0.4, 0.02, 12
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a case is.
-
-    Attributes:
-        shape: of the model. tokens: of the prompt, or in the cache. gate: tokens (or latent side) of the gate.
-        repeats: undisturbed rounds of interleaved timing. patience: seconds to wait for them (see `measure.interleaved`).
-        memory: measure the peak too.
-    """
-
-    shape: LlamaShape | UNetShape
-    tokens: int = 0
-    gate: int = 0
-    repeats: int = 5
-    patience: float = 0.0
-    memory: bool = True
-
-
-@dataclass(frozen=True)
-class Check:
-    """A further figure of a case with a bar of its own; `at_least` turns the bar round."""
-
-    what: str
-    value: float
-    bar: float
-    at_least: bool = False
-
-    @property
-    def passed(self) -> bool:
-        """Whether the bar is met."""
-        return self.value >= self.bar if self.at_least else self.value <= self.bar
-
-
-@dataclass(frozen=True)
-class Gate:
-    """The result of a correctness gate: the largest error against the reference, and how far the edit moves the output."""
-
-    error: float
-    tolerance: float
-    moved: float
-    against: str
-
-    @property
-    def passed(self) -> bool:
-        """Whether the error is small and the edit is not: a gate over an edit that does nothing proves nothing."""
-        return self.error <= self.tolerance and (self.moved > 100 * self.tolerance or self.tolerance == 0.0)
-
-
-@dataclass
-class Outcome:
-    """What a case measured: the ratio, further checks, the times behind them by name, and figures worth keeping."""
-
-    value: float
-    checks: list[Check] = field(default_factory=list)
-    times: dict[str, Times] = field(default_factory=dict)
-    more: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One case: the ratio `value` must be at most `bar`."""
-
-    name: str
-    what: str
-    bar: float
-    gate: Callable[[Size], Gate]
-    measure: Callable[[Size, int], Outcome]
-    sizes: dict[str, Size]
 
 
 class CountedACT(ACT):
@@ -121,11 +49,6 @@ def share_of_heads(shape: LlamaShape, share: float, seed: int = 0) -> HeadSet:
 def act(shape: LlamaShape, share: float, kind: type[ACT] = ACT, **options: Any) -> ACT:
     """ACT on a share of the heads, with the benchmark's settings."""
     return kind(share_of_heads(shape, share), BETA, THRESHOLD, **options)
-
-
-def error(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference."""
-    return float((a - b).abs().max())
 
 
 # Prefill: ACT on a share of the heads.
@@ -269,20 +192,6 @@ def measure_long_prefill(size: Size, threads: int) -> Outcome:
 
 def _spotlight(tokens: int) -> SpotLight:
     return SpotLight([[(tokens // 8, tokens // 8 + tokens // 16)]], 0.3)
-
-
-class Decoder:
-    """A model, its filled cache, and one more token at a time."""
-
-    def __init__(self, model: nn.Module, ids: Tensor):
-        self.model, self.ids = model, ids
-        self.cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-        self.next = 0
-
-    def __call__(self) -> Tensor:
-        token = self.ids[:, self.next : self.next + 1]
-        self.next = (self.next + 1) % self.ids.shape[1]
-        return self.model(token, past_key_values=self.cache, use_cache=True).logits
 
 
 @functools.lru_cache
@@ -468,6 +377,9 @@ FULL, QUICK = LlamaShape(), LlamaShape(hidden=512, heads=8, kv_heads=2, mlp=2048
 # Decoding is about reading weights: with too few of them the time is that of Python alone.
 QUICK_DECODE = LlamaShape(hidden=1024, heads=16, kv_heads=4, mlp=4096, vocab=256)
 SMOKE = LlamaShape(hidden=128, heads=4, kv_heads=2, head_dim=32, mlp=256, vocab=64)
+# LLaVA-1.5's proportions at half of its width, where attention weighs twice as much; and the same, smaller.
+LLAVA = LlamaShape(hidden=2048, heads=16, kv_heads=16, head_dim=128, mlp=5504)
+SMALL_LLAVA = LlamaShape(hidden=512, heads=8, kv_heads=8, mlp=1376, vocab=256)
 SMALL_UNET = UNetShape((80, 160, 320, 320), 192, 32)
 TINY_UNET = UNetShape((32, 32, 64, 64), 32, 16)
 
@@ -534,6 +446,30 @@ CASES = {
             lambda size: gate_prefill(size.shape, size.gate, 0.2),
             measure_long_prefill,
             _sizes(Size(FULL, 32768, 512), Size(QUICK, 8192, 256), Size(SMOKE, 256, 64)),
+        ),
+        Case(
+            "var",
+            "VAR on every layer and head, prefill with 576 image keys in 2,048, over the unsteered SDPA model",
+            1.2,
+            lambda size: vision.gate_var(size.shape, size.gate),
+            vision.measure_var,
+            _sizes(
+                Size(LLAVA, 2048, 512, repeats=5, patience=120.0),
+                Size(SMALL_LLAVA, 2048, 512, repeats=5),
+                Size(SMOKE, 128, 128, repeats=2),
+            ),
+        ),
+        Case(
+            "vhr",
+            "a decode step over the cache with VHR on every layer, over the unsteered model",
+            1.02,
+            lambda size: vision.gate_vhr(size.shape, size.gate),
+            vision.measure_vhr,
+            _sizes(
+                Size(LLAVA, 2048, 512, repeats=12, patience=120.0),
+                Size(SMALL_LLAVA, 2048, 256, repeats=5),
+                Size(SMOKE, 128, 128, repeats=2),
+            ),
         ),
         Case(
             "cfg-pag",

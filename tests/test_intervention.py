@@ -15,6 +15,8 @@ from attnsteer import (
     PAG,
     PASTA,
     SEG,
+    VAR,
+    VHR,
     AttendAndExcite,
     AttentionRefocusing,
     HeadGate,
@@ -43,6 +45,12 @@ LANGUAGE: dict[str, Intervention] = {
     "spotlight-pooled": SpotLight([[(1, 3)], [(1, 3)]], 0.5, pooled=True, where=Where(layers=-1, rows=(2, 9))),
     "headgate": HeadGate({(0, 1): -1.5, (2, 3): 0}, where=Where(rows="last")),
 }
+# On models with images; where they are is said for the language model of the other tests.
+VISION: dict[str, Intervention] = {
+    "var": VAR((3, 17), 1.6, 0.2, 0.1, where=Where(layers=[0, 2])),
+    "var-released": VAR.released_code((3, 17), 1.6, rho=0.9, where=Where(heads=HEADS)),
+    "vhr": VHR(0.5, rows="last", last=2, outliers=False),
+}
 GUIDANCE: dict[str, Intervention] = {
     "pag": PAG(2.0, where=Where(steps=(0.0, 0.5))),
     "softpag": SoftPAG(3.0, 0.4, "ii_identity", target="uniform", where=Where(modules=r"unet\.mid_block\..*attn1")),
@@ -57,7 +65,7 @@ LATENT: dict[str, Intervention] = {
     "refocusing": AttentionRefocusing(BOXES, stop_share=0.6, schedule=[(0.0, 0.5, 4.0, 2)]),
     "refocusing-released": AttentionRefocusing.released_code([BOXES, {"fox": (0, 0, 1, 0.5)}]),
 }
-ALL = LANGUAGE | GUIDANCE | LATENT
+ALL = LANGUAGE | VISION | GUIDANCE | LATENT
 
 
 def test_every_built_in_method_is_here() -> None:

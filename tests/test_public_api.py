@@ -22,6 +22,8 @@ METHODS = [
     "SEG",
     "SoftPAG",
     "SpotLight",
+    "VAR",
+    "VHR",
     "ZeroTuning",
 ]
 NAMES = [
@@ -48,6 +50,8 @@ SIGNATURES = {
     "SEG": "scale=3.0, sigma=inf, *, where, adaptive=0.0, heads=None",
     "SoftPAG": "scale=3.0, strength=1.0, joint='joint_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "SpotLight": "spans, target=0.2, pooled=False, *, where, tokenizer=None",
+    "VAR": "sink_dims=None, tau=20.0, rho=0.5, min_image_mass=0.2, move_fraction=0.6, *, where, released=False",
+    "VHR": "alpha=2.0, *, where, rows='all', last=14, outliers=True, reinforce_both=True",
     "ZeroTuning": "heads=None, gamma=1.0, *, where",
     "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "
     "modalities=None",

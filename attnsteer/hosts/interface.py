@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class Attached:
         self.runtime = runtime
         self.clock = clock
         self.checked = False
+        self.residual: Tensor | None = None
 
     def phase(self, rows: int) -> str:
         """Whether a call of so many query rows is "prefill" or "decode"."""
@@ -48,7 +50,7 @@ class Attached:
 
 def phase_of(run: Any, clock: SequenceClock, rows: int) -> str:
     """Whether a call of so many query rows is "prefill" or "decode"."""
-    decode = run.frozen or (clock.past > 0 and rows == 1 and not run.chunked)
+    decode = run.frozen or (clock.past > 0 and rows == 1 and not clock.in_prompt)
     return "decode" if decode else "prefill"
 
 
@@ -63,9 +65,14 @@ def steered_attention(
     attached = vars(module).get(RUNTIME)
     if attached is None:
         return base(module, query, key, value, attention_mask, *args, **kwargs)
+    beside = attached.clock.image_free
+    if beside is not None and beside.active:
+        out, weights = base(module, query, key, value, attention_mask, *args, **kwargs)
+        return beside.attention(attached.runtime.site.path, out.transpose(1, 2)).transpose(1, 2), weights
     phase = attached.phase(query.shape[2])
     active = attached.runtime.active(phase, None, None)
     if not active:
+        attached.residual = None
         return base(module, query, key, value, attention_mask, *args, **kwargs)
     return _steered(attached, name, base, phase, active, module, query, key, value, attention_mask, args, kwargs)
 
@@ -178,6 +185,7 @@ def context(
     B, _, n, m = shape
     tokens = clock.tokens
     ctx = CallContext(phase=phase, frozen=run.frozen)
+    residual, attached.residual = attached.residual, None
     if tokens is None or tokens.batch != B or clock.new != n:
         # The attention module was called on its own, or the stack folds other axes into the batch.
         ctx.row_position = torch.arange(n, device=device)
@@ -187,20 +195,32 @@ def context(
     if clock.past == 0:
         clock.fresh(site.path)
     ctx.states = clock.states()
-    ctx.context = {"tokens": tokens, "past": clock.past, "cached": clock.cache is not None}
-    move = lambda t: None if t is None else t.to(device)  # noqa: E731
-    valid = move(tokens.valid)
-    ctx.row_position = torch.arange(clock.past, clock.past + n, device=device)
-    if valid is not None:
-        ctx.row_valid = valid[:, clock.past : clock.past + n]
+    ctx.context = {"tokens": tokens, "past": clock.past, "cached": clock.cache is not None, "residual": residual}
+    if clock.image_free is not None:
+        ctx.context["image_free"] = functools.partial(clock.image_free.at, site.path, tokens)
     if site.kind == "cross":
-        ctx.key_position = torch.arange(m, device=device)
-        ctx.key_valid = move(clock.cross_valid)
         ctx.context["cross"] = True
-        return ctx
-    ctx.key_position = key_positions(clock.past, clock.new, slots, device)[:m]
-    ctx.key_valid = valid_at(valid, ctx.key_position, tokens.length)
+    # The same for all layers with as many keys.
+    key = (site.kind == "cross", m, slots, device)
+    if key not in clock.places:
+        clock.places[key] = _places(clock, *key)
+    ctx.row_position, ctx.row_valid, ctx.key_position, ctx.key_valid = clock.places[key]
     return ctx
+
+
+def _places(
+    clock: SequenceClock, cross: bool, m: int, slots: int, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Row positions [n] and validity, key positions [m] and validity, of the running call."""
+    move = lambda t: None if t is None else t.to(device)  # noqa: E731
+    valid = move(clock.tokens.valid)
+    stop = clock.past + clock.new
+    rows = torch.arange(clock.past, stop, device=device)
+    row_valid = None if valid is None else valid[:, clock.past : stop]
+    if cross:
+        return rows, row_valid, torch.arange(m, device=device), move(clock.cross_valid)
+    keys = key_positions(clock.past, clock.new, slots, device)[:m]
+    return rows, row_valid, keys, valid_at(valid, keys, clock.tokens.length)
 
 
 def _check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor]) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 from ..errors import UnsupportedHost
 from ..tokens import Tokens
 
+# (arguments of the stack, batch, new tokens, cached tokens) -> token ids and image tokens of the call [B, n], both None
+# where not known, and the length of the whole prompt where it was announced.
+Said = Callable[[dict[str, Any], int, int, int], tuple[Tensor | None, Tensor | None, int | None]]
 STATE = "_attnsteer_states"
 FOLLOWED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "reset")
 
@@ -23,9 +26,11 @@ class SequenceClock:
     Attributes:
         past: tokens in the cache before this call. new: tokens of this call. tokens: their roles.
         cross_valid: bool [B, S] validity of the encoder's tokens, for cross-attention.
+        total: slots of the whole prompt, where they were announced. image_free: the prompt without its images, if needed.
+        places: what is known of the call's rows and keys, kept for its layers.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run: Any) -> None:
         self.past = 0
         self.new = 0
         self.tokens: Tokens | None = None
@@ -33,16 +38,20 @@ class SequenceClock:
         self.cache: Any = None
         self.stateful: int | None = None
         self.refuse: Callable[[int, int], str | None] | None = None
-        self.chunked: Callable[[], bool] = lambda: False
+        self.run = run
+        self.total: int | None = None
+        self.image_free: Any = None
+        self.places: dict[Any, Any] = {}
         self.store: dict[Any, Any] = {}
         self._seen: list[weakref.ref] = []
 
-    def start(self, values: dict[str, Any], batch: int, new: int, ids: Tensor | None, image: Tensor | None) -> None:
-        """Read one call's arguments (by name) of the stack's forward."""
+    def start(self, values: dict[str, Any], batch: int, new: int, said: Said) -> None:
+        """Read one call's arguments (by name) of the stack's forward; `said` is what the outer calls told."""
         cache = values.get("past_key_values")
         self.cache = cache if hasattr(cache, "get_seq_length") else None
         self.past = int(self.cache.get_seq_length()) if self.cache is not None else 0
         self.new = new
+        self.places = {}
         self.cross_valid = _two_d(values.get("encoder_attention_mask"))
         length = self.past + new
         store = self.store = self._follow(self.cache, fresh=self.past == 0) if self.cache is not None else {}
@@ -59,6 +68,7 @@ class SequenceClock:
             reason = self.refuse(self.past, previous.length)
             if reason:
                 raise UnsupportedHost(reason)
+        ids, image, self.total = said(values, batch, new, self.past)
         if self.past and previous is not None and ids is not None and previous.ids is not None:
             ids = (
                 torch.cat([previous.ids[:, : self.past].to(ids.device), ids], dim=1)
@@ -67,12 +77,42 @@ class SequenceClock:
             )
         elif self.past:
             ids = None
-        self.tokens = Tokens(batch=batch, length=length, valid=valid, ids=ids, image=image)
-        self.tokens.more_to_come = self.chunked()
+        self.tokens = Tokens(batch=batch, length=length, valid=valid, ids=ids)
+        self.tokens.more_to_come = length < self.total if self.total is not None else self.run.chunked
+        self.tokens.prompt = self._prompt(previous, length)
         if previous is not None and self.past:
             self.tokens._resolved = previous._resolved
-            self.tokens.image = previous.image if image is None else image
+        self.tokens.image = self._image(previous, image)
         store["tokens"] = self.tokens
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether this call is declared to be a part of the prompt, however many tokens it has."""
+        return self.run.chunked or (self.total is not None and self.past + self.new <= self.total)
+
+    def _prompt(self, previous: Tokens | None, length: int) -> int | None:
+        """Slots of the prompt after this call."""
+        if self.past and (self.run.frozen or (self.new == 1 and not self.in_prompt)):
+            return None if previous is None else previous.prompt
+        # Assisted decoding feeds candidates together with the prompt.
+        return length if self.total is None else min(length, self.total)
+
+    def _image(self, previous: Tokens | None, new: Tensor | None) -> Tensor | None:
+        """bool [B, T] over all tokens so far; `new` [B, n] are those of this call."""
+        tokens = self.tokens
+        moving = not self.past or (not self.run.frozen and (self.new > 1 or self.in_prompt))
+        if isinstance(self.run.told, tuple) and moving:
+            image = torch.zeros(tokens.batch, tokens.length, dtype=torch.bool)
+            for row, ranges in zip(image, tokens.spans(self.run.told), strict=True):
+                for start, stop in ranges:
+                    row[start:stop] = True
+            return image
+        if not self.past:
+            return new
+        if previous is None or previous.image is None or len(previous.image) != tokens.batch:
+            return None
+        old = previous.image[:, : self.past]
+        return torch.cat([old, old.new_zeros(tokens.batch, self.new) if new is None else new.to(old.device)], dim=1)
 
     def _valid(self, mask: Any, previous: Tokens | None, batch: int) -> Tensor | None:
         """bool [B, T] over all tokens so far, from a 2-D mask or from the 4-D ones of `generate` on static caches."""
@@ -126,6 +166,7 @@ class SequenceClock:
                     vars(cache).pop(name, None)
         self._seen.clear()
         self.cache = self.tokens = self.cross_valid = None
+        self.places = {}
         self.store = {}
 
 

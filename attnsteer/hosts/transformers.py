@@ -21,7 +21,10 @@ from .base import Host, imported
 from .direct import attach_direct, check_direct
 from .generic import reaches
 from .interface import PREFIX, RUNTIME, Attached, phase_of, switch
+from .layers import ImageFree, block_of, residual_hook
+from .prompts import PromptWatch, outer_modules, watch_prompts
 from .sequence import SequenceClock
+from .vision import family_of
 
 BASES = ("sdpa", "eager", "flex_attention")
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
@@ -30,7 +33,7 @@ _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 class TransformersHost(Host):
     """Language, vision-language and encoder models of transformers, bare, in a `Pipeline`, or wrapped (peft)."""
 
-    provides = frozenset({"tokens", "phases"})
+    provides = frozenset({"tokens", "images", "residual", "image_free", "phases"})
 
     def __init__(self, target: Any):
         super().__init__(target)
@@ -104,7 +107,20 @@ class TransformersHost(Host):
             raise CompositionError(
                 f"{site.path} is steered already; give all interventions to one call: steer(model, first, second)."
             )
+        reason = _no_image_keys(self.model) if "images" in bound.method.needs else None
+        if reason:
+            raise UnsupportedHost(f"{type(bound.method).__name__} acts on image tokens; in this model {reason}.")
+        needs = set(bound.method.needs) & {"residual", "image_free"}
+        if needs and not block_of(site.name):
+            raise UnsupportedHost(
+                f"{site.path} is in no numbered layer, so {type(bound.method).__name__} lacks {needs}."
+            )
         if site.path in self._direct:
+            if "image_free" in needs:
+                raise UnsupportedHost(
+                    f"{site.path} calls SDPA by itself; a prompt without its images cannot be run beside it, which "
+                    f"{type(bound.method).__name__} needs."
+                )
             check_direct(site)
             return
         name = site.module.config._attn_implementation
@@ -123,49 +139,49 @@ class TransformersHost(Host):
     def attach(self, run: Any, journal: Any) -> None:
         clocks: dict[str, SequenceClock] = {}
         names = dict(self.model.named_modules())
-        top = _TopInputs()
         looks_ahead = [b.method for b in run.bounds if b.method.looks_ahead]
+        stacks = sorted({self._stacks[path] for path in run.runtimes})
+        watch = watch_prompts(run, outer_modules(names, stacks), journal)
         for path, runtime in run.runtimes.items():
             module = runtime.site.module
             stack = self._stacks[path]
             if stack not in clocks:
-                clock = clocks[stack] = SequenceClock()
+                clock = clocks[stack] = SequenceClock(run)
                 clock.stateful = id(run)
                 clock.refuse = _refusal(looks_ahead)
-                clock.chunked = lambda: run.chunked
-                hook = names[stack].register_forward_pre_hook(_stack_hook(clock, top, names[stack]), with_kwargs=True)
+                hook = names[stack].register_forward_pre_hook(_stack_hook(clock, watch, names[stack]), with_kwargs=True)
                 journal.add(hook.remove)
-                journal.add(names[stack].register_forward_hook(_finish_hook(clock)).remove)
+                journal.add(names[stack].register_forward_hook(_finish_hook(clock, watch)).remove)
                 journal.add(clock.forget)
             attached = Attached(runtime, clocks[stack])
             journal.set_attr(module, RUNTIME, attached)
+            needs = {need for bound, _ in runtime.entries for need in bound.method.needs}
+            if "residual" in needs:
+                hook = residual_hook(attached, watch)
+                journal.add(names[block_of(path)].register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if "image_free" in needs and clocks[stack].image_free is None:
+                own = [s.name for s in self.sites() if self._stacks[s.name] == stack]
+                blocks = {block_of(name): names[block_of(name)] for name in own}
+                clocks[stack].image_free = ImageFree(watch, names[stack], list(blocks.items()))
             if path in self._direct:
                 attach_direct(attached, journal)
             else:
                 switch(module.config, journal)
         for stack, clock in clocks.items():
             bounds = {b.index: b for p, r in run.runtimes.items() for b, _ in r.entries if self._stacks[p] == stack}
-            journal.add(names[stack].register_forward_pre_hook(_token_check(run, clock, list(bounds.values()))).remove)
-        outer = self.model
-        hook = outer.register_forward_pre_hook(_top_hook(top, outer), with_kwargs=True)
-        journal.add(hook.remove)
+            check = _token_check(run, clock, watch, list(bounds.values()))
+            journal.add(names[stack].register_forward_pre_hook(check).remove)
         if looks_ahead:
             _refuse_assisted(self.model, looks_ahead[0], journal)
 
 
-class _TopInputs:
-    """Token ids as the user's call gave them: inner stacks of vision-language models see embeddings only."""
-
-    def __init__(self) -> None:
-        self.ids: Tensor | None = None
-        self.image: Tensor | None = None
-
-
-def _stack_hook(clock: SequenceClock, top: _TopInputs, stack: nn.Module) -> Callable[..., None]:
+def _stack_hook(clock: SequenceClock, watch: PromptWatch, stack: nn.Module) -> Callable[..., None]:
     names = list(inspect.signature(stack.forward).parameters)
 
     @torch.compiler.disable
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if watch.silent:
+            return
         values = dict(zip(names, args, strict=False)) | kwargs
         data = next((values[k] for k in ("input_ids", "inputs_embeds") if isinstance(values.get(k), Tensor)), None)
         if data is None:
@@ -173,30 +189,30 @@ def _stack_hook(clock: SequenceClock, top: _TopInputs, stack: nn.Module) -> Call
             clock.tokens = None
             if data is None or "hidden_states" not in values:
                 return
-        ids = values.get("input_ids")
-        if not isinstance(ids, Tensor):
-            ids = top.ids if top.ids is not None and top.ids.shape[:2] == data.shape[:2] else None
-        image = top.image if top.image is not None and top.image.shape == data.shape[:2] else None
-        clock.start(values, data.shape[0], data.shape[1], ids, image)
+        clock.start(values, data.shape[0], data.shape[1], watch.said)
 
     return before
 
 
-def _finish_hook(clock: SequenceClock) -> Callable[..., None]:
+def _finish_hook(clock: SequenceClock, watch: PromptWatch) -> Callable[..., None]:
     @torch.compiler.disable
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if watch.silent:
+            return
         parts = output if isinstance(output, (tuple, list)) else (getattr(output, "past_key_values", None),)
+        if clock.image_free is not None:
+            clock.image_free.forget()
         clock.finish(next((p for p in parts if hasattr(p, "get_seq_length")), None))
 
     return after
 
 
-def _token_check(run: Any, clock: SequenceClock, bounds: list[Bound]) -> Callable[..., None]:
+def _token_check(run: Any, clock: SequenceClock, watch: PromptWatch, bounds: list[Bound]) -> Callable[..., None]:
     """Refuse a call that lacks the tokens of an acting method before any layer has run."""
 
     @torch.compiler.disable
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if clock.tokens is None:
+        if watch.silent or clock.tokens is None:
             return
         phase = phase_of(run, clock, clock.new)
         for bound in bounds:
@@ -206,18 +222,10 @@ def _token_check(run: Any, clock: SequenceClock, bounds: list[Bound]) -> Callabl
     return before
 
 
-def _top_hook(top: _TopInputs, model: nn.Module) -> Callable[..., None]:
-    names = list(inspect.signature(model.forward).parameters)
-
-    @torch.compiler.disable
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        values = dict(zip(names, args, strict=False)) | kwargs
-        ids = values.get("input_ids")
-        top.ids = ids if isinstance(ids, Tensor) else None
-        marker = getattr(getattr(module, "config", None), "image_token_id", None)
-        top.image = None if top.ids is None or marker is None else top.ids == marker
-
-    return before
+def _no_image_keys(model: nn.Module) -> str | None:
+    """Why images are no keys of this model's self-attention, or None."""
+    families = (family_of(getattr(m, "config", None)) for m in model.modules())
+    return next((f.refused for f in families if f is not None and f.refused), None)
 
 
 def _refusal(methods: list[Any]) -> Callable[[int, int], str | None]:
@@ -276,7 +284,8 @@ def _nearest_model(name: str, names: dict[str, nn.Module]) -> tuple[str, nn.Modu
 
 def _modality(stack: nn.Module) -> str:
     name = getattr(stack, "main_input_name", "input_ids")
-    if name.startswith("pixel"):
+    # Towers that are called with patches in place of pixels, or with queries (a Q-Former's outputs are image tokens).
+    if name.startswith("pixel") or re.search(r"(Vision|VisionModel|QFormer)Config$", type(stack.config).__name__):
         return "vision"
     return "audio" if name in ("input_features", "input_values") else "text"
 

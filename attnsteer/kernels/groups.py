@@ -13,6 +13,10 @@ from .problem import Attention, additive, assemble, exponential, pick
 
 # Below this many keys a gathered product beats a second fused call.
 FUSED_SLICE = 256
+# A set with at most one hole in so many keys of its span is taken as the span less its holes,
+HOLES = 8
+# but for the rows that have less than this part of the span's mass outside of the holes: a difference would lose digits.
+LEFT = 0.1
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,14 @@ class KeyIndex:
     Attributes:
         index: [b, h, s] positions, padded with 0. valid: [b, h, s] bool, False for the padding.
         full: no padding. span: (start, stop) when every batch row and head has this one contiguous range.
+        runs: for large sets with few holes, by batch row (or one entry for all): (start, stop, holes); None: not of that form.
     """
 
     index: Tensor
     valid: Tensor
     full: bool
     span: tuple[int, int] | None
+    runs: tuple[tuple[int, int, KeyIndex | None], ...] | None = None
 
     @property
     def size(self) -> int:
@@ -45,7 +51,22 @@ def index_keys(keys: Tensor) -> KeyIndex:
     span = None
     if size and keys.shape[:2] == (1, 1) and int(index[0, 0, -1]) - int(index[0, 0, 0]) == size - 1:
         span = (int(index[0, 0, 0]), int(index[0, 0, -1]) + 1)
-    return KeyIndex(index.masked_fill(~valid, 0), valid, least == size, span)
+    runs = _runs(keys, index, counts) if keys.shape[1] == 1 and least >= FUSED_SLICE else None
+    return KeyIndex(index.masked_fill(~valid, 0), valid, least == size, span, runs)
+
+
+def _runs(keys: Tensor, index: Tensor, counts: Tensor) -> tuple[tuple[int, int, KeyIndex | None], ...] | None:
+    """(start, stop, holes) of each batch row, if none has many holes."""
+    last = index.gather(-1, counts[..., None] - 1)[:, 0, 0].tolist()
+    found = []
+    for b, (start, stop, count) in enumerate(zip(index[:, 0, 0].tolist(), last, counts[:, 0].tolist(), strict=True)):
+        missing = stop + 1 - start - count
+        if missing * HOLES > count:
+            return None
+        holes = torch.zeros_like(keys[b : b + 1])
+        holes[..., start : stop + 1] = ~keys[b : b + 1, :, start : stop + 1]
+        found.append((start, stop + 1, index_keys(holes) if missing else None))
+    return tuple(found)
 
 
 def mass(att: Attention, lse: Tensor, keys: Tensor | KeyIndex) -> Tensor:
@@ -99,9 +120,39 @@ def complement(
 
 def _group(att: Attention, lse: Tensor, keys: Tensor | KeyIndex, want_values: bool) -> tuple[Tensor, Tensor]:
     chosen = keys if isinstance(keys, KeyIndex) else index_keys(keys)
-    if chosen.span is not None and chosen.size >= FUSED_SLICE and not att.requires_grad:
-        return _fused_span(att, lse, chosen.span)
-    return _gathered(att, lse, chosen, want_values)
+    if chosen.runs is None or att.requires_grad:
+        return _gathered(att, lse, chosen, want_values)
+    if len(chosen.runs) == 1:
+        return _run(att, lse, chosen, chosen.runs[0])
+    parts = []
+    for b, run in enumerate(chosen.runs):
+        one = KeyIndex(chosen.index[b : b + 1], chosen.valid[b : b + 1], chosen.full, None)
+        parts.append(_run(_batch_row(att, b), lse[b : b + 1], one, run))
+    return torch.cat([m for m, _ in parts]), torch.cat([u for _, u in parts])
+
+
+def _run(att: Attention, lse: Tensor, chosen: KeyIndex, run: tuple[int, int, KeyIndex | None]) -> tuple[Tensor, Tensor]:
+    """A span by fused calls, less its few holes; rows where that would lose digits from the set itself."""
+    start, stop, holes = run
+    whole, out = _fused_span(att, lse, (start, stop))
+    if holes is None:
+        return whole, out
+    inside, values = _gathered(att, lse, holes, True)
+    share = (whole - inside).clamp_min_(0.0)
+    out = out.sub_(values)
+    thin = share < LEFT * whole
+    for b, h in thin.any(dim=-1).nonzero().tolist():
+        rows = thin[b, h].nonzero()[:, 0]
+        own = KeyIndex(pick(chosen.index, slice(b, b + 1)), pick(chosen.valid, slice(b, b + 1)), chosen.full, None)
+        part = _gathered(att.one(b, h).take(rows), lse[b : b + 1, h : h + 1, rows], own, True)
+        share[b, h, rows], out[b, h, rows] = part[0][0, 0], part[1][0, 0]
+    return share, out
+
+
+def _batch_row(att: Attention, b: int) -> Attention:
+    row = slice(b, b + 1)
+    at = lambda t: None if t is None else pick(t, row)  # noqa: E731
+    return att.replace(q=att.q[row], k=att.k[row], v=att.v[row], mask=at(att.mask4()), key_bias=at(att.key_bias))
 
 
 def _gathered(att: Attention, lse: Tensor, chosen: KeyIndex, want_values: bool) -> tuple[Tensor, Tensor]:

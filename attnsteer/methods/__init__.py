@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .seg import SEG
     from .softpag import SoftPAG
     from .spotlight import SpotLight
+    from .var import VAR
+    from .vhr import VHR
     from .zerotuning import ZeroTuning
 
 

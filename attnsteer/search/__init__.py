@@ -1,4 +1,4 @@
-"""Searches over heads: each ends in a `HeadSet` with scores and provenance. Names are imported on first use."""
+"""Searches over heads and models: each ends in a `HeadSet`, or a small record of what it found. Imported on first use."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ _WHERE = {
     "candidate_log_likelihoods": "samples",
     "halving": "greedy",
     "headhunter": "greedy",
+    "SINK_DIMS": "sink_dims",
+    "Backbone": "sink_dims",
+    "SinkDims": "sink_dims",
+    "find_sink_dims": "sink_dims",
+    "scaled_tau": "sink_dims",
+    "vhd": "divergence",
 }
 
 __all__ = sorted(_WHERE)

@@ -232,16 +232,26 @@ def law_rows(method: MethodCase, host: HostCase) -> None:
     made = make(method, target, 2)
     if "around" in made.doors() or made.where.rows is not None:
         raise NotApplicable("what it changes is no head output of the strong pass; tests/guidance compares it whole")
-    limited = made.new(where=made.where & type(made.where)(rows=(3, 5)))
     inputs = host.inputs(target, 2, None, 3)
     before = _head_outputs(target, host, inputs, None)
-    after = _head_outputs(target, host, inputs, limited)
     with steer(target, made) as run:
         first = run.sites[0].path
         host.run(target, inputs)
-    keep = [i for i in range(before[first].shape[2]) if i not in (3, 4)]
+    # Two rows that the method edits: some act on a part of the rows by their nature.
+    moved = (
+        (_head_outputs(target, host, inputs, made)[first] != before[first])
+        .transpose(1, 2)
+        .flatten(2)
+        .any(dim=-1)
+        .any(dim=0)
+    )
+    pairs = [i for i in range(3, len(moved) - 1) if moved[i] and moved[i + 1]]
+    own = [pairs[0], pairs[0] + 1]
+    limited = made.new(where=made.where & type(made.where)(rows=(own[0], own[0] + 2)))
+    after = _head_outputs(target, host, inputs, limited)
+    keep = [i for i in range(before[first].shape[2]) if i not in own]
     assert torch.equal(after[first][:, :, keep], before[first][:, :, keep])
-    assert not torch.equal(after[first][:, :, [3, 4]], before[first][:, :, [3, 4]])
+    assert not torch.equal(after[first][:, :, own], before[first][:, :, own])
 
 
 @torch.no_grad()
@@ -292,6 +302,9 @@ def law_causal(method: MethodCase, host: HostCase) -> None:
     if not made.looks_ahead:
         changed = {**inputs, "input_ids": _other_tokens(ids, n - 2)}
         same = _same_as(target, host.run(target, inputs)[:, : n - 2], host.run(target, changed)[:, : n - 2])
+        if "residual" in made.needs:
+            # Key sets found in hidden states: a later member is masked away, but changes the size of the gathered products.
+            same = lambda a, b: _far(a, b) <= EXACT  # noqa: E731
         with steer(target, made):
             first, second = host.run(target, inputs), host.run(target, changed)
         assert same(first[:, : n - 2], second[:, : n - 2])
@@ -614,7 +627,7 @@ def _decode(
     cache, logits = None, []
     for at, stop in itertools.pairwise(edges):
         more = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs and at == 0 else {}
-        with run.chunked_prefill() if run is not None and stop <= n else contextlib.nullcontext():
+        with run.chunked_prefill(tokens=n) if run is not None and stop <= n else contextlib.nullcontext():
             out = target(
                 input_ids=ids[:, at:stop],
                 attention_mask=mask[:, :stop],

@@ -71,6 +71,35 @@ def test_large_spans_take_the_fused_path(mask: str, quirk: str) -> None:
     check(att)
 
 
+@pytest.mark.parametrize("quirk", ["plain", "soft-capped", "sinks", "bias per head"])
+@pytest.mark.parametrize("mask", ["none", "causal", "left padding, causal flag", "bool", "float min"])
+def test_large_spans_with_holes(mask: str, quirk: str) -> None:
+    """Another span with other holes in each batch row; some rows see hardly anything but holes."""
+    att = problem(mask, B=2, n=320, m=320, **QUIRKS[quirk])
+    keys = torch.zeros(2, 1, 320, dtype=torch.bool)
+    keys[0, 0, 30:300], keys[1, 0, 2:305] = True, True
+    holes = [[30, 31, 77], [2, 100, 101, 102, 301]]
+    for b, at in enumerate(holes):
+        keys[b, 0, at] = False
+        att.k[b, :, at] *= 3.0
+    keys[0, 0, 30] = True
+    lse = kernels.attend_lse(att)[1]
+    index = kernels.index_keys(keys)
+    assert [(start, stop, holes.size) for start, stop, holes in index.runs] == [(30, 300, 2), (3, 305, 4)]
+    gathered = kernels.groups._gathered(att, lse, index, True)
+    for fused, slow in zip(kernels.partial(att, lse, keys), gathered, strict=True):
+        close(fused, slow, STATISTIC[torch.float32])
+    assert torch.equal(kernels.mass(att, lse, keys), kernels.partial(att, lse, keys)[0])
+
+
+def test_a_set_with_many_holes_is_gathered() -> None:
+    keys = torch.ones(1, 1, 600, dtype=torch.bool)
+    keys[..., 5:400:4] = False
+    assert kernels.index_keys(keys).runs is None
+    keys[..., 5:400] = True
+    assert kernels.index_keys(keys).runs == ((0, 600, None),)
+
+
 @pytest.mark.parametrize("shape", [(200, 900), (900, 200), (300, 300)])
 def test_large_spans_under_causality(shape: tuple[int, int]) -> None:
     """Rows before, inside and after a span of keys, and a span that ends after the last row."""

@@ -12,6 +12,8 @@ from attnsteer import (
     PAG,
     PASTA,
     SEG,
+    VAR,
+    VHR,
     AttendAndExcite,
     AttentionRefocusing,
     HeadGate,
@@ -80,6 +82,19 @@ METHODS = [
         "PASTA",
         lambda heads, where, b: PASTA([SPAN] * b, heads, 0.02, where=where),
         lambda heads, where, b: PASTA([SPAN] * b, heads, 1.0, where=where),
+    ),
+]
+# On hosts whose prompts have images.
+VISION = [
+    heads_case(
+        "VAR",
+        lambda heads, where, b: VAR((3, 17), 1.6, 0.2, 0.2, 0.6, where=where & Where(heads=heads)),
+        lambda heads, where, b: VAR((3, 17), 1.6, 0.2, 0.2, 0.0, where=where & Where(heads=heads)),
+    ),
+    heads_case(
+        "VHR",
+        lambda heads, where, b: VHR(1.7, where=where & Where(heads=heads)),
+        lambda heads, where, b: VHR(1.0, where=where & Where(heads=heads)),
     ),
 ]
 GUIDANCE = [

@@ -11,7 +11,7 @@ from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.testing.fingerprint import fingerprint
 from attnsteer.testing.laws import LAWS, HostCase, MethodCase, NotApplicable, check
 
-from .cases import DENOISERS, GUIDANCE, LANGUAGE, LATENT, LATENT_PIPELINES, METHODS, PIPELINES
+from .cases import DENOISERS, GUIDANCE, LANGUAGE, LATENT, LATENT_PIPELINES, METHODS, PIPELINES, VISION
 
 SKIPS = (Path(__file__).parents[1] / "SKIPS.md").read_text(encoding="utf-8")
 # Tracing a model takes seconds; what it meets is the host, so one method of each door and a few hosts tell all.
@@ -21,6 +21,7 @@ COMPILED = {("HeadGate", h) for h in ("llama", "bert", "t5", "llava", "sd", "flu
 }
 ALL = [
     *((law, m, h) for law in LAWS for h in LANGUAGE for m in METHODS),
+    *((law, m, h) for law in LAWS for h in LANGUAGE if h.name == "llava" for m in VISION),
     *((law, METHODS[0], h) for law in LAWS for h in DENOISERS),
     *((law, m, h) for law in LAWS for h in PIPELINES for m in [*GUIDANCE, METHODS[0]]),
     *((law, LATENT[0], h) for law in LAWS for h in LATENT_PIPELINES),

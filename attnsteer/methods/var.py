@@ -1,0 +1,192 @@
+"""VAR: takes attention away from sink tokens and gives it to the image tokens that are no sinks.
+
+Kang, Kim, Kim, Hwang, "See What You Are Told: Visual Attention Sink in Large Multimodal Models" (ICLR 2025, arXiv
+2503.03321); official code seilk/VisAttnSink. The paper's statements are known through secondary texts (unverified), the
+code was read: it moves 0.4 where the paper moves 0.6, reads rho as the share that sinks may have, modifies the last layer,
+and keeps the first sample's sinks for later ones (a bug, not offered); see `released_code`. Others report mixed results on MME.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import AttnCall, Reweight
+from ..errors import SelectionError, UnsupportedHost
+from ..intervention import Intervention
+from ..site import Site
+from ..tokens import Tokens
+from ..where import Where
+from ._images import at_keys, check_images, image_tokens
+
+RMS_EPSILON = 1e-6
+# The official code adds this to each image token's attention before it takes the share.
+SHARE_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class VAR(Intervention):
+    """Visual attention redistribution in image-centric heads, for the text rows after an image.
+
+    A token is a sink of a layer where |x_d| / rms(x) > tau for one of the sink dimensions d, x the hidden state entering
+    the layer. With S the sinks, V the image tokens and N = V without S, the row i of a head is edited where
+    a_V >= min_image_mass and a_N >= rho a_V: A' = (1 - c) A on S, and A' = A (1 + c a_S / a_N) on N; row sums stay.
+
+    Args:
+        sink_dims: the hidden dimensions of massive activations, a property of the language model; None: looked up
+            for backbones that the authors name (`attnsteer.search.SINK_DIMS`; `find_sink_dims` finds others).
+        tau: threshold on |x_d| / rms(x), above 0. It is at most the square root of the hidden size; 20 is the
+            paper's, for a width of 4,096 (`attnsteer.search.scaled_tau` for others).
+        rho: least share of the image's attention that lies on no sink, 0 to 1 (paper: 0.8 general, 0.5
+            hallucination, 0.9 vision-centric tasks).
+        min_image_mass: least attention to the image, 0 to 1.
+        move_fraction: c, the fraction of the sinks' attention that is moved, 0 to 1; 0 changes nothing.
+        released: the official code's other differences: layers from the third on, the last one included; rows that
+            see no visual sink are left alone; 1e-6 is added to each image token's attention in the share.
+
+    Without `where` it acts on all layers but the last (paper). Sinks are those of the prompt; generated tokens do not
+    become sinks. Text between the tiles of an image counts as text after an image.
+
+    Raises:
+        SelectionError: a value out of range; an unknown backbone without sink_dims; no image in a prompt.
+    """
+
+    sink_dims: Sequence[int] | None = None
+    tau: float = 20.0
+    rho: float = 0.5
+    min_image_mass: float = 0.2
+    move_fraction: float = 0.6
+    released: bool = field(default=False, kw_only=True)
+
+    kinds = ("self",)
+    needs = ("tokens", "images", "residual")
+
+    def __post_init__(self) -> None:
+        if self.sink_dims is not None:
+            object.__setattr__(self, "sink_dims", _dims(self.sink_dims))
+        if not (math.isfinite(self.tau) and self.tau > 0):
+            raise SelectionError(f"VAR(tau={self.tau}): give a finite threshold above 0.")
+        for name in ("rho", "min_image_mass", "move_fraction"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise SelectionError(f"VAR({name}={getattr(self, name)}): give a number from 0 to 1.")
+
+    @classmethod
+    def released_code(
+        cls, sink_dims: Sequence[int] | None = None, tau: float = 20.0, rho: float = 0.5, p: float = 0.6, **other: Any
+    ) -> VAR:
+        """The official code's form, with its parameters: `rho` is the share that sinks may have, `p` the fraction kept."""
+        return cls(sink_dims, tau, 1.0 - rho, move_fraction=1.0 - p, released=True, **other)
+
+    def check_tokens(self, tokens: Tokens) -> None:
+        if tokens.prompt == tokens.length:
+            check_images(tokens, "VAR")
+
+    def default_where(self, sites: Sequence[Site]) -> Where | None:
+        layers = sorted({s.layer for s in sites if s.modality == "text" and s.kind == "self"})
+        kept = layers[2:] if self.released else layers[:-1]
+        return Where(layers=kept, kinds="self") if kept else None
+
+    def prepared(self, target: Any) -> VAR:
+        if self.sink_dims is not None:
+            return self
+        from ..search.sink_dims import known_sink_dims
+
+        return self.new(sink_dims=known_sink_dims(target))
+
+    def weights(self, call: AttnCall) -> Reweight | None:
+        tokens, image = image_tokens(call, "VAR")
+        self._find_sinks(call, tokens.prompt)
+        if self.move_fraction == 0.0 or not call.state["any"]:
+            return None
+        visual, sinks = at_keys(image, call), at_keys(call.state["sinks"], call)
+        if call.key_valid is not None:
+            visual, sinks = visual & call.key_valid[:, None], sinks & call.key_valid[:, None]
+        visual_sinks, other_sinks, rest = visual & sinks, sinks & ~visual, visual & ~sinks
+        on_visual_sinks, on_other_sinks = call.map.mass(visual_sinks), call.map.mass(other_sinks)
+        on_rest = call.map.mass(rest)
+        on_image = on_rest + on_visual_sinks
+        edit = self._rows(call, image)[:, None]
+        edit = edit & (on_image >= self.min_image_mass) & (on_rest > 0)
+        share_of = on_image + SHARE_EPSILON * visual.sum(dim=-1, keepdim=True) if self.released else on_image
+        edit = edit & (on_visual_sinks <= (1.0 - self.rho) * share_of)
+        one = torch.ones_like(on_rest)
+        keep = torch.where(edit, 1.0 - self.move_fraction, one)
+        moved = self.move_fraction * (on_visual_sinks + on_other_sinks)
+        grow = torch.where(edit, 1.0 + moved / on_rest.masked_fill(~edit, 1.0), one)
+        return Reweight(((visual_sinks, keep), (other_sinks, keep), (rest, grow)), normalise=False)
+
+    def _find_sinks(self, call: AttnCall, prompt: int | None) -> None:
+        """Keep the sinks among the prompt's tokens, bool [B, T], in the state."""
+        state, past = call.state, call.context["past"]
+        decoding = call.phase == "decode" or call.frozen
+        if past and ("sinks" not in state or (not decoding and state["sinks"].shape[1] < past)):
+            raise UnsupportedHost(
+                f"VAR at {call.site.path}: the cache was filled before steering began, so which of the {past} tokens in it are "
+                "sinks is not known. Run the whole prefill inside the steering context."
+            )
+        # Where the cache was cut back, other tokens now stand behind the cut.
+        known = state["sinks"][:, :past] if past else None
+        if decoding:
+            state["sinks"] = known
+            return
+        flags = sink_tokens(call.context["residual"], self.sink_dims, self.tau)
+        flags = flags & (call.row_position < (prompt or 0))
+        if call.row_valid is not None:
+            flags = flags & call.row_valid
+        state["sinks"] = torch.cat([known, flags], dim=1) if past else flags
+        state["any"] = bool(state["sinks"].any())
+
+    def _rows(self, call: AttnCall, image: Tensor) -> Tensor:
+        """bool [B, n]: text rows behind an image token (a visual sink that they see, in the official code)."""
+        position = call.row_position
+        own = image[:, position]
+        if self.released:
+            first = _first(call.state["sinks"] & image[:, : call.state["sinks"].shape[1]])
+        else:
+            first = _first(image)
+        rows = ~own & (position > first[:, None])
+        return rows if call.row_valid is None else rows & call.row_valid
+
+
+def sink_tokens(hidden: Tensor, dims: Sequence[int], tau: float) -> Tensor:
+    """bool [B, n]: tokens whose hidden state [B, n, D] has |x_d| / rms(x) > tau for one of the dimensions.
+
+    Raises:
+        SelectionError: a dimension that does not exist, or a tau that no hidden state can reach.
+    """
+    width = hidden.shape[-1]
+    if max(dims) >= width:
+        raise SelectionError(f"sink_dims {tuple(dims)}: the hidden states have {width} dimensions, 0 to {width - 1}.")
+    if tau >= math.sqrt(width):
+        raise SelectionError(
+            f"tau={tau}: |x_d| / rms(x) is at most {math.sqrt(width):.1f} with {width} dimensions, so no token can be a sink. "
+            "Use attnsteer.search.scaled_tau(hidden_size)."
+        )
+    return normalised(hidden, dims).amax(dim=-1) > tau
+
+
+def normalised(hidden: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    """|x_d| / rms(x) in fp32, [B, n, D], or for some dimensions only."""
+    x = hidden.float() if hidden.dtype != torch.float64 else hidden
+    rms = (x.square().mean(dim=-1, keepdim=True) + RMS_EPSILON).sqrt()
+    return (x if dims is None else x[..., list(dims)]).abs() / rms
+
+
+def _first(mask: Tensor) -> Tensor:
+    """Index [B] of the first True of each row; the length where there is none."""
+    return torch.where(mask.any(dim=-1), mask.to(torch.int8).argmax(dim=-1), mask.shape[1])
+
+
+def _dims(dims: Iterable[int]) -> tuple[int, ...]:
+    found = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, str) else ()
+    if not found or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in found):
+        raise SelectionError(
+            f"VAR(sink_dims={dims!r}): give one or more hidden dimensions, e.g. (1415, 2533); "
+            "attnsteer.search.find_sink_dims(model, batches) finds them."
+        )
+    return found

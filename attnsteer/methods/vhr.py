@@ -1,0 +1,180 @@
+"""VHR: multiplies the outputs of the heads that look at the image, chosen once by what removing the image changes.
+
+He et al., "Cracking the Code of Hallucination in LVLMs with Vision-aware Head Divergence" (ACL 2025, arXiv 2412.13949),
+equations of section 3; the official code (jinghan1he/VHR) was not seen. Not stated in the text, so options here: which rows
+of the prompt are scaled, and whether the image-free prompt is reinforced too. The image's tokens are dropped from that prompt,
+and the standard deviation is that of a population (both unverified).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..call import AttnCall
+from ..errors import SelectionError, UnsupportedHost
+from ..intervention import Intervention
+from ..site import Site
+from ..tokens import Tokens
+from ..where import Where
+from ._images import check_images, image_tokens
+
+ROWS = ("all", "last")
+
+
+@dataclass(frozen=True)
+class VHR(Intervention):
+    """Vision-aware head reinforcement: o_h <- alpha o_h for the heads whose divergence is above the layer's median.
+
+    VHD_h = || o_h(last prompt token) - o_h(the same without the image) ||_2, set to zero where both VHD_h and the squared
+    norm of the image-free output exceed their mean plus one standard deviation over the layer's heads. Layer by layer, with the
+    earlier layers' reinforcement in place in both prompts. Heads are chosen at the first step and stay for the sequence.
+
+    Args:
+        alpha: factor, finite; 1 changes nothing. The paper's range is 0.2 to 4, and 4 degenerates (Table 6).
+        rows: the prompt rows that are scaled: "all" of the call that ends the prompt, or from its "last" token on.
+        last: layers counted from the end that act besides the second one: 14 for LLaVA-1.5 and LLaVA-NeXT, 18
+            for InstructBLIP (paper). With `where` given, that selects instead.
+        outliers: whether the outlier rule is applied.
+        reinforce_both: whether the chosen heads are scaled in the image-free prompt too.
+
+    The choice needs the whole prompt, so it looks ahead. In a chunked prefill the chunks before the last one are not
+    scaled; declare the length with run.chunked_prefill(tokens=...) (`generate` does so by itself).
+
+    Raises:
+        SelectionError: a value out of range; no image in a prompt.
+    """
+
+    alpha: float = 2.0
+    rows: str = field(default="all", kw_only=True)
+    last: int = field(default=14, kw_only=True)
+    outliers: bool = field(default=True, kw_only=True)
+    reinforce_both: bool = field(default=True, kw_only=True)
+
+    kinds = ("self",)
+    needs = ("tokens", "images", "image_free")
+    looks_ahead = True
+    whole_heads = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.alpha, bool) or not math.isfinite(self.alpha):
+            raise SelectionError(f"VHR(alpha={self.alpha}): give a finite factor.")
+        if self.rows not in ROWS:
+            raise SelectionError(f"VHR(rows={self.rows!r}): one of {ROWS}.")
+        if self.last < 1:
+            raise SelectionError(f"VHR(last={self.last}): give a number of layers, 1 or more.")
+
+    def check_tokens(self, tokens: Tokens) -> None:
+        if self.alpha == 1.0:
+            return
+        if tokens.prompt == tokens.length:
+            check_images(tokens, "VHR")
+
+    def default_where(self, sites: Sequence[Site]) -> Where | None:
+        layers = sorted({s.layer for s in sites if s.modality == "text" and s.kind == "self"})
+        return Where(layers=sorted({*layers[1:2], *layers[-self.last :]}), kinds="self") if layers else None
+
+    def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
+        if self.alpha == 1.0:
+            return None
+        factor = call.state.get("factor")
+        if factor is not None:
+            return out * factor
+        if call.phase == "decode" or call.frozen:
+            raise UnsupportedHost(
+                f"VHR at {call.site.path}: heads are chosen at the prompt's last token, which was not seen. Run the prefill "
+                "inside the steering context; if it comes in chunks, say how long it is: run.chunked_prefill(tokens=...)."
+            )
+        tokens, _ = image_tokens(call, "VHR")
+        if tokens.more_to_come:
+            return None
+        at = _last_row(call, out)
+        found: list[Tensor] = []
+
+        def edit(vhd: Tensor, own: Tensor, last: Tensor) -> Tensor | None:
+            found.append(above_median(vhd))
+            return self._for_rows(own, found[0], last) if self.reinforce_both else None
+
+        self._beside(call, out, at, edit)
+        call.state["factor"] = self._factor(out, found[0])
+        return self._for_rows(out, found[0], at)
+
+    def measured(self, call: AttnCall, out: Tensor) -> Tensor:
+        """VHD [B, H] of this call, whose end is the prompt's; nothing is scaled."""
+        image_tokens(call, "VHD")
+        found: list[Tensor] = []
+        self._beside(call, out, _last_row(call, out), lambda vhd, own, last: found.append(vhd))
+        return found[0]
+
+    def _beside(
+        self, call: AttnCall, out: Tensor, at: Tensor, edit: Callable[[Tensor, Tensor, Tensor], Tensor | None]
+    ) -> None:
+        """Run the image-free prompt to this site; `edit` gets (VHD, its outputs of our heads, index of its last rows)."""
+        seen = out[torch.arange(len(at), device=at.device), :, at]
+
+        def compare(free: Tensor, last: Tensor) -> Tensor | None:
+            if free.shape[1] != call.site.heads:
+                raise UnsupportedHost(
+                    f"VHR at {call.site.path}: this process has {free.shape[1]} of {call.site.heads} heads (tensor parallelism), "
+                    "and a median over a part of them is another one. Load the model unsharded."
+                )
+            own = free[:, list(call.heads)]
+            rows = own[torch.arange(len(last), device=last.device), :, last]
+            edited = edit(divergence(seen, rows, self.outliers), own, last)
+            if edited is None:
+                return None
+            free = free.clone()
+            free[:, list(call.heads)] = edited
+            return free
+
+        call.context["image_free"](compare)
+
+    def _for_rows(self, out: Tensor, chosen: Tensor, last: Tensor) -> Tensor:
+        scaled = out * self._factor(out, chosen)
+        if self.rows == "all":
+            return scaled
+        rows = torch.arange(out.shape[2], device=out.device) >= last[:, None]
+        return torch.where(rows[:, None, :, None], scaled, out)
+
+    def _factor(self, out: Tensor, chosen: Tensor) -> Tensor:
+        """[B, H, 1, 1], in the dtype of `out`."""
+        return torch.where(chosen, self.alpha, 1.0).to(out.dtype)[:, :, None, None]
+
+
+def divergence(seen: Tensor, free: Tensor, outliers: bool = True) -> Tensor:
+    """VHD [B, H] from head outputs with and without the image, each [B, H, d], in fp32 or better.
+
+    `outliers`: zero for the heads whose divergence and image-free energy both exceed mean plus one standard deviation.
+    """
+    wide = torch.promote_types(seen.dtype, torch.float32)
+    seen, free = seen.to(wide), free.to(wide)
+    vhd, energy = (seen - free).norm(dim=-1), free.square().sum(dim=-1)
+    if not outliers:
+        return vhd
+    return vhd.masked_fill(_far(vhd) & _far(energy), 0.0)
+
+
+def above_median(scores: Tensor) -> Tensor:
+    """bool [B, H]: the heads above their layer's median (the mean of the middle two)."""
+    return scores > scores.quantile(0.5, dim=-1, keepdim=True)
+
+
+def _far(x: Tensor) -> Tensor:
+    return x > x.mean(dim=-1, keepdim=True) + x.std(dim=-1, correction=0, keepdim=True)
+
+
+def _last_row(call: AttnCall, out: Tensor) -> Tensor:
+    """Index [B] of each sample's last valid row in this call."""
+    n = out.shape[2]
+    if call.row_valid is None:
+        return torch.full((out.shape[0],), n - 1, device=out.device)
+    valid = call.row_valid.expand(out.shape[0], -1)
+    if not bool(valid.any(dim=-1).all()):
+        raise UnsupportedHost(
+            "VHR: the last token of a sample lies in an earlier chunk of the prompt. Pad on the left, or prefill at once."
+        )
+    return n - 1 - valid.flip(-1).to(torch.int8).argmax(dim=-1)

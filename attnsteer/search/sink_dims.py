@@ -1,0 +1,236 @@
+"""Sink dimensions: the hidden dimensions in which a language model's sink tokens have massive activations.
+
+They belong to the text backbone and survive multimodal tuning. Kang et al. (ICLR 2025, arXiv 2503.03321) inherit them from
+Sun et al., "Massive Activations in Large Language Models" (2024, arXiv 2402.17762); how `find_sink_dims` finds them for a new
+backbone, and its thresholds, are this library's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import AttnCall
+from ..errors import SelectionError
+from ..intervention import Intervention
+from ..methods.var import normalised
+from ..steering import sites, steer
+from ..where import Where
+
+# The paper's tau of 20 is for this width.
+WIDTH, TAU = 4096, 20.0
+# A dimension must reach tau in this share of (prompt, layer) pairs; the list ends at the first drop by a factor.
+SHARE, DROP = 0.8, 3.0
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Sink dimensions of one language model, and how to recognise it.
+
+    Attributes:
+        dims: hidden dimensions. stated: by the authors of VAR (paper or code); False: seen in other people's code only.
+        type: `model_type` of the text config ("" where transformers has none). hidden, layers: its sizes.
+        kv_heads: key and value heads, where that tells it from another one; None: not looked at.
+    """
+
+    dims: tuple[int, ...]
+    stated: bool
+    type: str = ""
+    hidden: int = 0
+    layers: int = 0
+    kv_heads: int | None = None
+
+
+SINK_DIMS: dict[str, Backbone] = {
+    "Llama-2-7B, Vicuna-7B": Backbone((1415, 2533), True, "llama", 4096, 32, 32),
+    "Llama-2-13B, Vicuna-13B": Backbone((2100, 4743), True, "llama", 5120, 40, 40),
+    "Qwen2-VL-7B": Backbone((458, 2570), True, "qwen2_vl_text", 3584, 28),
+    # Its InternLM2 backbone is remote code, which is not loaded here.
+    "InternVL2-8B": Backbone((3584,), True),
+    "Qwen2-VL-2B": Backbone((1073, 534, 940), False, "qwen2_vl_text", 1536, 28),
+    "Qwen2.5-VL-3B": Backbone((318, 1874, 1819), False, "qwen2_5_vl_text", 2048, 36),
+    "Qwen2.5-VL-7B": Backbone((458, 2570), False, "qwen2_5_vl_text", 3584, 28),
+    "Qwen2.5-VL-32B": Backbone((4675, 3094), False, "qwen2_5_vl_text", 5120, 64),
+    "Qwen3-VL-2B": Backbone((1793, 1999, 1401), False, "qwen3_vl_text", 2048, 28),
+    "Qwen3-VL-4B": Backbone((0,), False, "qwen3_vl_text", 2560, 36),
+    "Qwen3-VL-8B": Backbone((1838,), False, "qwen3_vl_text", 4096, 36),
+    "InternVL3.5-1B": Backbone((35, 13), False, "qwen3", 1024, 28),
+    "InternVL3.5-4B": Backbone((4, 396, 0), False, "qwen3", 2560, 36),
+    "InternVL3.5-8B": Backbone((2276, 233), False, "qwen3", 4096, 36),
+    "InternVL3.5-38B": Backbone((731,), False, "qwen3", 5120, 64),
+    "Llama-3-8B, Llama-3.1-8B": Backbone((788, 1384, 4062), False, "llama", 4096, 32, 8),
+}
+
+
+def known_sink_dims(target: Any) -> tuple[int, ...]:
+    """The sink dimensions that the authors of VAR state for a model's language backbone, recognised by type and sizes.
+
+    Raises:
+        SelectionError: it is not in `SINK_DIMS`, or only with dimensions that the authors do not state.
+    """
+    config = _text_config(target)
+    found = {name: b for name, b in SINK_DIMS.items() if b.type and _is(b, config)}
+    for backbone in found.values():
+        if backbone.stated:
+            return backbone.dims
+    about = ", ".join(f"{k}={getattr(config, k, None)}" for k in ("model_type", "hidden_size", "num_hidden_layers"))
+    rumour = "".join(f" Others use {b.dims} for {name}, which is unverified." for name, b in found.items())
+    raise SelectionError(
+        f"VAR: the sink dimensions of this backbone ({about}) are not known.{rumour} Give sink_dims=(...), or find them: "
+        "attnsteer.search.find_sink_dims(model, batches)."
+    )
+
+
+def _text_config(target: Any) -> Any:
+    module = getattr(target, "model", target) if not hasattr(target, "config") else target
+    config = getattr(module, "config", None)
+    for name in ("get_text_config",):
+        if hasattr(config, name):
+            config = getattr(config, name)()
+    return config
+
+
+def _is(backbone: Backbone, config: Any) -> bool:
+    at = lambda name: getattr(config, name, None)  # noqa: E731
+    same = (at("model_type"), at("hidden_size"), at("num_hidden_layers")) == (
+        backbone.type,
+        backbone.hidden,
+        backbone.layers,
+    )
+    return same and backbone.kv_heads in (None, at("num_key_value_heads"))
+
+
+def scaled_tau(hidden_size: int) -> float:
+    """VAR's threshold for another width: 20 sqrt(D / 4096), the same share of a token's energy in one dimension."""
+    return TAU * math.sqrt(hidden_size / WIDTH)
+
+
+@dataclass(frozen=True)
+class SinkDims(Sequence[int]):
+    """The sink dimensions of a model, strongest first: a sequence of ints, so `VAR(sink_dims=found)` takes it.
+
+    Attributes:
+        dims: empty where no dimension stands out. strength: mean over prompts and layers of max_j |x_d| / rms(x), by
+            dimension, for the strongest ten. share: of the (prompt, layer) pairs in which a dimension reaches tau.
+        tau: the threshold. prompts: number of prompts. layers: looked at. reason: why dims is empty.
+    """
+
+    dims: tuple[int, ...]
+    strength: Mapping[int, float]
+    share: Mapping[int, float]
+    tau: float
+    prompts: int
+    layers: tuple[int, ...]
+    reason: str = ""
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dims[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.dims)
+
+    def __len__(self) -> int:
+        return len(self.dims)
+
+
+@dataclass(frozen=True)
+class _Strength(Intervention):
+    """Keeps max_j |x_d| / rms(x) over the valid tokens of each prompt, at each layer; edits nothing."""
+
+    found: list[tuple[int, Tensor]] = field(default_factory=list, compare=False, repr=False)
+
+    kinds = ("self",)
+    needs = ("tokens", "residual")
+
+    def output(self, call: AttnCall, out: Tensor) -> None:
+        x = normalised(call.context["residual"].detach())
+        if call.row_valid is not None:
+            x = x * call.row_valid[..., None]
+        self.found.append((call.site.layer, x.amax(dim=1).cpu()))
+
+
+@torch.no_grad()
+def find_sink_dims(
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    tau: float | None = None,
+    layers: Iterable[int] | None = None,
+    drop: float = DROP,
+) -> SinkDims:
+    """Find the sink dimensions of a model's language backbone.
+
+    A dimension is a candidate where M_d = max_j |x_d| / rms(x) reaches tau in 80 % of all (prompt, layer) pairs, x the hidden
+    states that enter a layer; candidates are ranked by the mean of M_d and kept up to the first drop by a factor of three.
+    The first token alone is a sink in most models, so that prompts without images do as well.
+
+    Args:
+        model: a language or vision-language model of transformers.
+        batches: processor or tokenizer outputs, passed to the model as they are; eight varied prompts or more.
+        tau: threshold; None: `scaled_tau` of the model's width. layers: to look at; None: the third to the last but one.
+        drop: how far the last dimension must stand above the next one. |x_d| / rms(x) is at most the square root of the
+            width, and near 4 for the strongest of many ordinary tokens, so that models of a few hundred dimensions need less.
+
+    Raises:
+        SelectionError: no batches, or a tau that no hidden state can reach.
+    """
+    text = sorted({s.layer for s in sites(model) if s.modality == "text" and s.kind == "self"})
+    if not text:
+        raise SelectionError("find_sink_dims: the model has no self-attention over text.")
+    chosen = tuple(layers) if layers is not None else tuple(text[2:-1] or text[1:] or text)
+    probe = _Strength(where=Where(layers=chosen, kinds="self"))
+    prompts = 0
+    run = steer(model, probe)
+    try:
+        for batch in batches:
+            before = len(probe.found)
+            model(**batch)
+            prompts += 0 if len(probe.found) == before else len(probe.found[-1][1])
+    finally:
+        run.remove()
+    if not prompts:
+        raise SelectionError("find_sink_dims got no batches; give the processor's outputs for eight prompts or more.")
+    every = torch.cat([strengths for _, strengths in probe.found])
+    tau = scaled_tau(every.shape[1]) if tau is None else tau
+    if tau >= math.sqrt(every.shape[1]):
+        raise SelectionError(
+            f"find_sink_dims(tau={tau}): |x_d| / rms(x) is at most {math.sqrt(every.shape[1]):.1f} with {every.shape[1]} "
+            "dimensions; leave tau out for the scaled one."
+        )
+    mean, share = every.mean(dim=0), (every >= tau).float().mean(dim=0)
+    order = mean.argsort(descending=True)
+    dims, reason = _leading(order.tolist(), mean, share, drop)
+    top = order[:10].tolist()
+    return SinkDims(
+        dims,
+        {d: float(mean[d]) for d in top},
+        {d: float(share[d]) for d in top},
+        float(tau),
+        prompts,
+        chosen,
+        reason,
+    )
+
+
+def _leading(order: list[int], mean: Tensor, share: Tensor, drop: float) -> tuple[tuple[int, ...], str]:
+    """The dimensions before the first large drop, all of them candidates; else none, and why."""
+    strongest = order[0]
+    if float(share[strongest]) < SHARE:
+        return (), (
+            f"no sink dimensions: the strongest one, {strongest}, reaches tau in {float(share[strongest]):.0%} of the prompts "
+            f"and layers only; {SHARE:.0%} are asked for"
+        )
+    for count, (here, after) in enumerate(itertools.pairwise(order), start=1):
+        if float(mean[here]) >= drop * float(mean[after]):
+            return tuple(order[:count]), ""
+        if float(share[after]) < SHARE:
+            return (), (
+                f"no sink dimensions: {count} dimensions reach tau, but none stands out (the next one has "
+                f"{float(mean[after] / mean[here]):.0%} of the last one's strength)"
+            )
+    return (), "no sink dimensions: all dimensions reach tau"

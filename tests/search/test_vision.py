@@ -1,0 +1,145 @@
+"""`find_sink_dims` on planted dimensions, the table of backbones, and `vhd` against outputs read at the projections."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnsteer.search
+from attnsteer import VAR, VHR, HeadSet, Where, steer
+from attnsteer.errors import SelectionError
+from attnsteer.search import SINK_DIMS, find_sink_dims, scaled_tau, vhd
+from attnsteer.search.sink_dims import known_sink_dims
+from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
+from attnsteer.testing.fingerprint import fingerprint
+from tests.hosts.vision_families import build, prompts
+from tests.reference import lvlm_methods
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def planted(name: str, dims: tuple[int, ...], size: float = 300.0) -> nn.Module:
+    """A tiny model whose token 1 has massive activations, which the residual stream keeps."""
+    # Wide enough for a gap: the ratio of one dimension to the whole is at most the square root of the width.
+    model = tiny_transformers(name, hidden_size=1024, intermediate_size=64)
+    words = model.get_input_embeddings().weight
+    words[1, list(dims)] = size * torch.linspace(1.0, 0.8, len(dims))
+    return model
+
+
+def batches(name: str, model: nn.Module, count: int = 4) -> list[dict[str, Tensor]]:
+    found = []
+    for seed in range(count):
+        inputs = tiny_transformers_inputs(name, model, batch=2, length=12, padding="left", seed=seed)
+        inputs["input_ids"][torch.arange(2), inputs["attention_mask"].argmax(dim=-1)] = 1
+        found.append(inputs)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+@pytest.mark.parametrize("dims", [(5,), (20, 7)])
+def test_planted_dimensions_are_found(name: str, dims: tuple[int, ...]) -> None:
+    model = planted(name, dims)
+    model(**batches(name, model, 1)[0])  # the library installs hooks of its own at the first call
+    mark = fingerprint(model)
+    found = find_sink_dims(model, batches(name, model))
+    assert found.dims == dims == tuple(found) and not found.reason
+    assert found.prompts == 8 and found.tau == pytest.approx(scaled_tau(1024)) == 10.0 and found.layers == (1, 2)
+    assert all(found.share[d] == 1.0 and found.strength[d] > 3 for d in dims)
+    assert fingerprint(model) == mark
+    assert VAR(found).sink_dims == dims
+
+
+def test_a_model_without_sinks_is_said_to_have_none() -> None:
+    model = tiny_transformers("llama")
+    inputs = [tiny_transformers_inputs("llama", model, batch=4, seed=s) for s in range(2)]
+    found = find_sink_dims(model, inputs, tau=4.5)
+    assert found.dims == () and "no sink dimensions" in found.reason and len(found.strength) == 10
+    with pytest.raises(SelectionError, match="find_sink_dims"):
+        VAR(found)
+    # Here the strongest dimension is the strongest by chance; asked for next to no gap, the search returns one.
+    assert len(find_sink_dims(model, inputs, tau=1.0, drop=1.0)) == 1
+
+
+def test_the_found_dimensions_make_var_act() -> None:
+    model = planted("llava", (20, 7))
+    inputs = batches("llava", model, 1)[0]
+    method = VAR(find_sink_dims(model, [inputs]), scaled_tau(1024), 0.3, 0.1)
+    plain = model(**inputs).logits
+    with steer(model, method) as run:
+        out = model(**inputs).logits
+    assert not torch.equal(out, plain) and all(r.edits for r in run.audit.records.values())
+
+
+def test_what_the_search_refuses() -> None:
+    model = tiny_transformers("llama")
+    with pytest.raises(SelectionError, match="no batches"):
+        find_sink_dims(model, [])
+    with pytest.raises(SelectionError, match=r"tau=20.*at most 8\.0"):
+        find_sink_dims(model, [tiny_transformers_inputs("llama", model)], tau=20)
+    with pytest.raises(SelectionError, match="no batches"):
+        vhd(build("llava"), [])
+    with pytest.raises(SelectionError, match="no image in the prompt"):
+        vhd(build("llava"), [prompts("llava", [[5]])[0] | {"pixel_values": None}])
+
+
+def test_the_table_of_backbones() -> None:
+    from transformers import LlamaConfig, LlavaConfig, Qwen2VLConfig
+
+    llama = {"hidden_size": 4096, "num_hidden_layers": 32, "num_key_value_heads": 32}
+    seven = LlavaConfig(text_config=LlamaConfig(**llama))
+    assert known_sink_dims(SimpleNamespace(config=seven)) == (1415, 2533)
+    thirteen = LlamaConfig(hidden_size=5120, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=40)
+    assert known_sink_dims(SimpleNamespace(config=thirteen)) == (2100, 4743)
+    qwen = Qwen2VLConfig(text_config={"hidden_size": 3584, "num_hidden_layers": 28})
+    assert known_sink_dims(SimpleNamespace(config=qwen)) == (458, 2570)
+    third = LlamaConfig(**{**llama, "num_key_value_heads": 8})
+    with pytest.raises(SelectionError, match=r"not known\. Others use \(788, 1384, 4062\) .* unverified"):
+        known_sink_dims(SimpleNamespace(config=third))
+    assert scaled_tau(4096) == 20.0 and all(b.dims for b in SINK_DIMS.values())
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_vhd_is_the_divergence_at_the_projections(outliers: bool) -> None:
+    model = build("llava")
+    layers = model.model.language_model.layers
+    seen: dict[int, Tensor] = {}
+    hooks = [
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, args, i=i: seen.update({i: args[0].unflatten(-1, (4, 8))})
+        )
+        for i, layer in enumerate(layers)
+    ]
+    data = [prompts("llava", [[2, "image", 3], [5, "image", 1]], seed=s)[0] for s in range(2)]
+    expected = []
+    for inputs in data:
+        model(**inputs)
+        whole = dict(seen)
+        for b in range(2):
+            ids, valid = inputs["input_ids"][b], inputs["attention_mask"][b].bool()
+            model(input_ids=ids[valid & (ids != 3)][None])
+            pairs = [(whole[i][b : b + 1, -1], seen[i][:, -1]) for i in range(2)]
+            expected.append(torch.cat([lvlm_methods.vhd(a, f, outliers) for a, f in pairs]))
+    for hook in hooks:
+        hook.remove()
+    found = vhd(model, data, outliers=outliers)
+    assert isinstance(found, HeadSet) and found.shape == (2, 4) and len(found) == 8
+    mean = torch.stack(expected).mean(dim=0)
+    assert all(found.scores[i, h] == pytest.approx(float(mean[i, h]), abs=1e-5) for i in range(2) for h in range(4))
+    assert found.provenance["samples"] == 4 and found.provenance["score"] == "vhd"
+    with steer(model, VHR(where=Where(heads=found.top(4)))):
+        model(**data[0])
+
+
+def test_the_package_names_are_lazy() -> None:
+    assert {"find_sink_dims", "vhd", "SINK_DIMS"} <= set(attnsteer.search.__all__) <= set(dir(attnsteer.search))
+    with pytest.raises(AttributeError, match="find_sink_dims"):
+        attnsteer.search.find_sinks  # noqa: B018
