@@ -179,8 +179,8 @@ def test_bad_layouts(bad: tuple[str, int]) -> None:
 
 def test_reading_answers_are_true() -> None:
     for index in range(300):
-        r = R.reading("test", index)
-        passage, question = r.prompt.split(" . ", 1)
+        r = R.reading("test", index, "lookup" if index % 2 else "one-shot")
+        passage, question = r.prompt.split(" . ")[-2:]
         known = parse(passage)
         options = dict(zip(*[iter(question.split(" options ")[1].removesuffix(" answer").split())] * 2, strict=True))
         right = options[r.choices[r.answer]]

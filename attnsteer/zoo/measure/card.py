@@ -18,7 +18,7 @@ TITLES = {
 DATA = {
     "shapes-lm": "Passages of 2 to 6 facts with questions, lists of labelled examples, repeated words "
     "(`attnsteer.zoo.shapes.reading.lesson`). A text belongs to one split by its hash.",
-    "shapes-lvlm": "Scenes of 1 to 5 objects whose attributes come together (`world.BIASED`), with questions, six in ten "
+    "shapes-lvlm": "Scenes of 1 to 5 objects whose attributes come together (`world.BIASED`), with questions, seven in ten "
     "existence questions about what is there, and captions from left to right (`questions.lesson`).",
     "shapes-sd": "Scenes of 1 to 5 objects on plain ground (`train.images.scene`), captions in random order with a size "
     "now and then (`language.describe`), one in ten empty.",

@@ -14,7 +14,7 @@ import numpy as np
 from .language import LETTERS, WORDS, Phrase, join
 from .world import COLOUR_NAMES, SHAPES, SIZES, SPLITS, rng
 
-TASKS = ("lookup", "few-shot")
+TASKS = ("lookup", "one-shot", "few-shot")
 # Of ten texts one is for calibration and one for the test.
 BUCKETS = {"train": range(0, 8), "calibration": range(8, 9), "test": range(9, 10)}
 # Facts of a test passage; two facts may share a shape, if they differ in size.
@@ -31,7 +31,7 @@ class Reading:
         prompt: ends where the answer is due.
         choices: the possible answers, one token each.
         answer: index of the right one.
-        task: "lookup" or "few-shot".
+        task: of `TASKS`.
     """
 
     prompt: str
@@ -52,7 +52,9 @@ def reading(split: str, index: int, task: str = "lookup", facts: int | None = No
     Args:
         split: "train", "calibration" or "test".
         index: >= 0.
-        task: "lookup" (four choices, by letter) or "few-shot" (two labels).
+        task: "lookup": a passage and a question with four choices, by letter; "one-shot": the same after another
+            passage with its question and right answer (no lesson has two passages, so this is new to the model);
+            "few-shot": labelled examples, two labels.
         facts: objects of the passage, 2 to 12; None draws 4 to 9.
     """
     if task not in TASKS:
@@ -61,9 +63,12 @@ def reading(split: str, index: int, task: str = "lookup", facts: int | None = No
     if task == "few-shot":
         text, choices, answer = _examples(g, split, SHOTS + 1)
         return Reading(text.rsplit(" ", 2)[0], choices, answer, task)
-    known, text = _passage(g, split, int(g.integers(FACTS[0], FACTS[1] + 1)) if facts is None else facts)
-    asked, right = _question(g, known, True, known[int(g.integers(len(known)))], g.random())
-    return Reading(f"{text} {asked}", LETTERS, LETTERS.index(right), task)
+    parts: list[str] = []
+    for _ in range(2 if task == "one-shot" else 1):
+        known, text = _passage(g, split, int(g.integers(FACTS[0], FACTS[1] + 1)) if facts is None else facts)
+        asked, right = _question(g, known, True, known[int(g.integers(len(known)))], g.random())
+        parts += [text, asked, right, "."]
+    return Reading(" ".join(parts[:-2]), LETTERS, LETTERS.index(right), task)
 
 
 def lesson(g: np.random.Generator, questions: int, copying: float = 0.0, hard: float = 0.7) -> tuple[str, list[int]]:

@@ -21,10 +21,11 @@ SIDE, PATCH = 64, 8
 GRID = SIDE // PATCH
 TOKENS = GRID * GRID
 TOWER_BATCH, BATCH, LENGTH, QUESTIONS = 32, 32, 64, 4
-TOWER_PLAN = Plan(steps=2000, lr=1e-3, warmup=200)
-PLAN = Plan(steps=3500, lr=1.5e-3, warmup=300)
+# A tower trained for three times as long names nearly every patch, and leaves nothing to hallucinate.
+TOWER_PLAN = Plan(steps=600, lr=1e-3, warmup=100)
+PLAN = Plan(steps=1500, lr=1.5e-3, warmup=200)
 # More questions about what is there than about what is not: the bias that vision-language models are known for.
-POSITIVE = 0.6
+POSITIVE = 0.7
 # Least part of a patch that an object covers to name it.
 COVERED = 0.2
 
