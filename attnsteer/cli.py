@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -130,28 +131,38 @@ def doctor(as_json: JSON = False) -> None:
 
 
 @app.command()
-def demo() -> None:
-    """Check the kernels in short, then steer a small random Llama and print what changed.
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the contact sheet.")] = Path("outputs/demo"),
+) -> None:
+    """Check the kernels, then steer the embedded models and show what changed, before and after.
 
     Needs no download. Exits with 1 when a check fails or the steering did not do what it should.
     """
     from .demo import run_demo
     from .doctor import examine
+    from .showcase import showcase
 
     report = examine()
     print(_verdict(report))
-    result = run_demo()
-    print(f"\nA random Llama:\n\n{result.sites}\n\nsteered by {result.method}\n")
-    print("attention of the last token to the marked span, mean over heads:")
-    _print_table(("layer", "before", "after"), [(k, f"{a:.4f}", f"{b:.4f}") for k, (a, b) in result.mass.items()])
-    print("\nlikeliest next tokens:")
-    tops = zip(*result.top, strict=True)
-    _print_table(("before", "p", "after", "p"), [(i, f"{p:.4f}", j, f"{q:.4f}") for (i, p), (j, q) in tops])
-    print(f"\nthe next-token distribution moved by {result.distance:.4f} (total variation)")
-    print(f"largest difference of a logit from the same edit over the full map: {result.exact:.1e}")
-    print(f"after removal the logits are the first ones, bit for bit: {'yes' if result.restored else 'NO'}")
-    print(f"\naudit:\n{result.audit}")
-    if not (report.ok and result.ok):
+    if not report.ok:
+        raise typer.Exit(FAILED)
+    exact = run_demo()
+    print(f"\n{exact.method} on a random Llama:")
+    print(f"  largest difference of a logit from the same edit over the full map: {exact.exact:.1e}")
+    print(f"  after removal the logits are the first ones, bit for bit: {'yes' if exact.restored else 'NO'}")
+    print("\nThe embedded models, before and after (95 % intervals of the paired change; few samples):\n", flush=True)
+    lines, sheet = showcase(out)
+    rows = []
+    for line in lines:
+        change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*line.change)
+        name = line.method.split("(")[0]
+        rows.append(
+            (line.model, name, line.figure, f"{line.before:.3f}", f"{line.after:.3f}", change, f"{line.seconds:.0f} s")
+        )
+    _print_table(("model", "method", "figure", "before", "after", "change", "time"), rows)
+    if sheet is not None:
+        print(f"\npictures before and after: {sheet.resolve()}")
+    if not (exact.ok and all(line.fired for line in lines)):
         raise typer.Exit(FAILED)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import zoo
@@ -59,7 +58,7 @@ def showcase(out: Path) -> tuple[list[Line], Path | None]:
     lines: list[Line] = []
     tiles: list[Tile] = []
     for name in zoo.available():
-        found, rows = SCENES_OF[name](name)
+        found, rows = PARTS[name](name)
         lines.append(found)
         tiles += rows
     if not tiles:
@@ -73,14 +72,12 @@ def showcase(out: Path) -> tuple[list[Line], Path | None]:
     return lines, path
 
 
-def _compare(
-    name: str, target: Any, method: Any, figure: str, measure: Callable[[], list[float]]
-) -> Line:
+def _compare(name: str, target: Any, method: Any, figure: str, measure: Callable[[], list[float]]) -> Line:
     begun = time.monotonic()
     before = measure()
     with steer(target, method) as run:
         after = measure()
-    fired = sum(row.edited_calls for row in run.audit.rows)
+    fired = sum(record.edits for record in run.audit.records.values())
     mean = lambda v: sum(v) / len(v)  # noqa: E731
     change = paired_bootstrap(before, after, draws=2000)
     spent = time.monotonic() - begun
@@ -115,3 +112,68 @@ def _vision(name: str) -> tuple[Line, list[Tile]]:
         return [float(q.answer == w) for (_, q), w in zip(asked, said, strict=True)]
 
     return _compare(name, model, VHR(), f"existence accuracy, {len(asked)} adversarial questions", measure), []
+
+
+def _boxes(name: str) -> tuple[Line, list[Tile]]:
+    from .methods.attention_refocusing import AttentionRefocusing
+    from .where import Where
+    from .zoo.measure.images import generate
+    from .zoo.shapes.detect import detect
+    from .zoo.shapes.layouts import in_boxes, layout
+
+    pipe = zoo.load(name)
+    wanted = [layout("test", i) for i in range(PICTURES)]
+    method = AttentionRefocusing(
+        [{p.words: b for p, b in zip(w.phrases, w.boxes, strict=True)} for w in wanted],
+        own=0.0,
+        relative=True,
+        step_size=0.0025,
+        sharpness=None,
+        where=Where(modules=[r".*down_blocks\.1.*attn2", r".*up_blocks\.0.*attn2"]),
+    )
+    rows = []
+
+    def measure() -> list[float]:
+        images = generate(pipe, [w.prompt for w in wanted])
+        rows.append([_framed(i, w.boxes) for i, w in zip(images, wanted, strict=True)])
+        read = detect(images)
+        return [sum(in_boxes(w, d.objects)) / len(w.boxes) for w, d in zip(wanted, read, strict=True)]
+
+    line = _compare(name, pipe, method, f"objects in their boxes, {2 * PICTURES} boxes", measure)
+    labels = (f"{name}", "AttentionRefocusing (frames: the boxes asked for)")
+    return line, [Tile(label, images) for label, images in zip(labels, rows, strict=True)]
+
+
+def _unguided(name: str) -> tuple[Line, list[Tile]]:
+    from .methods.softpag import SoftPAG
+    from .where import Where
+    from .zoo.measure.images import generate, several
+    from .zoo.shapes.detect import detect
+
+    pipe = zoo.load(name)
+    prompts = [several(i).prompt for i in range(PICTURES)]
+    method = SoftPAG(scale=1.5, strength=0.5, where=Where(layers=[2, 3]))
+    rows = []
+
+    def measure() -> list[float]:
+        images = generate(pipe, prompts, guidance_scale=1.0, max_sequence_length=32)
+        rows.append(list(images))
+        return [float(d.valid) for d in detect(images)]
+
+    line = _compare(name, pipe, method, f"wholly valid pictures without CFG, {PICTURES} prompts", measure)
+    return line, [Tile(label, images) for label, images in zip((f"{name}, no guidance", "SoftPAG"), rows, strict=True)]
+
+
+def _framed(image: Tensor, boxes: Any) -> Tensor:
+    """The image twice as large, with the boxes' outlines in white and black."""
+    large = image.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).clone()
+    side = large.shape[-1]
+    for k, box in enumerate(boxes):
+        x0, y0, x1, y1 = (min(side - 1, round(v * side)) for v in box)
+        tone = 1.0 - k
+        large[:, y0, x0 : x1 + 1] = large[:, y1, x0 : x1 + 1] = tone
+        large[:, y0 : y1 + 1, x0] = large[:, y0 : y1 + 1, x1] = tone
+    return large
+
+
+PARTS = {"shapes-lm": _text, "shapes-lvlm": _vision, "shapes-sd": _boxes, "shapes-mmdit": _unguided}

@@ -259,11 +259,16 @@ def test_doctor_and_demo_fail_when_a_check_fails(monkeypatch: pytest.MonkeyPatch
     assert run("demo").exit_code == 1
 
 
-def test_demo_steers_and_says_what_changed() -> None:
-    done = run("demo")
+@pytest.mark.slow
+def test_demo_steers_and_says_what_changed(tmp_path: Path) -> None:
+    from attnsteer import zoo
+
+    done = run("demo", "--out", str(tmp_path))
     assert done.exit_code == 0, done.output
-    for words in ("21/21 kernel checks", "SpotLight", "before", "audit:", "1/1 calls", "bit for bit: yes"):
+    for words in ("21/21 kernel checks", "SpotLight", "before", "bit for bit: yes", *zoo.available()):
         assert words in done.output
+    drawn = {"shapes-sd", "shapes-mmdit"} & set(zoo.available())
+    assert (tmp_path / "before-after.png").exists() == bool(drawn)
 
 
 def test_the_demonstration_holds_what_it_shows() -> None:

@@ -21,8 +21,8 @@ SIDE, PATCH = 64, 8
 GRID = SIDE // PATCH
 TOKENS = GRID * GRID
 TOWER_BATCH, BATCH, LENGTH, QUESTIONS = 32, 32, 64, 4
-# A tower trained for three times as long names nearly every patch, and leaves nothing to hallucinate.
-TOWER_PLAN = Plan(steps=600, lr=1e-3, warmup=100)
+# A tower trained for twice as long names nearly every patch, and leaves nothing to hallucinate.
+TOWER_PLAN = Plan(steps=750, lr=1e-3, warmup=100)
 PLAN = Plan(steps=1500, lr=1.5e-3, warmup=200)
 # More questions about what is there than about what is not: the bias that vision-language models are known for.
 POSITIVE = 0.7
