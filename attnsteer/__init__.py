@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import errors, methods
+    from . import errors, methods, zoo
     from .guidance.latent import LatentLoss
     from .heads import HeadSet
     from .intervention import Intervention
@@ -47,6 +47,7 @@ _PUBLIC = {
     "register_method": "registry",
     "sites": "steering",
     "steer": "steering",
+    "zoo": "zoo",
     "ACT": "methods",
     "AttendAndExcite": "methods",
     "AttentionRefocusing": "methods",
@@ -70,7 +71,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'attnsteer' has no attribute {name!r}; public names: {', '.join(__all__)}")
     module = importlib.import_module(f".{_PUBLIC[name]}", __name__)
-    value = module if name in ("errors", "methods") else getattr(module, name)
+    value = module if name in ("errors", "methods", "zoo") else getattr(module, name)
     globals()[name] = value
     return value
 

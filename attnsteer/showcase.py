@@ -111,7 +111,7 @@ def _vision(name: str) -> tuple[Line, list[Tile]]:
         said = answer(model, processor, [s for s, _ in asked], [q for _, q in asked])
         return [float(q.answer == w) for (_, q), w in zip(asked, said, strict=True)]
 
-    return _compare(name, model, VHR(), f"existence accuracy, {len(asked)} adversarial questions", measure), []
+    return _compare(name, model, VHR(alpha=1.3), f"existence accuracy, {len(asked)} adversarial questions", measure), []
 
 
 def _boxes(name: str) -> tuple[Line, list[Tile]]:

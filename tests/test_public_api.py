@@ -28,7 +28,7 @@ METHODS = [
 ]
 NAMES = [
     "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "errors", "get_method", "methods",
-    "register_host", "register_method", "sites", "steer", *METHODS,
+    "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
 ]  # fmt: skip
 ERRORS = [
     "AttnSteerError", "CompositionError", "MissingExtra", "NeverFired", "NotFinite", "RegistrationError", "SelectionError",

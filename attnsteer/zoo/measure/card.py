@@ -16,7 +16,7 @@ TITLES = {
     "shapes-mmdit": ("StableDiffusion3Pipeline", "draws 64x64 pictures of shapes from a caption"),
 }
 DATA = {
-    "shapes-lm": "Passages of 2 to 6 facts with questions, lists of labelled examples, repeated words "
+    "shapes-lm": "Passages of 2 to 9 facts with questions, lists of labelled examples, repeated words "
     "(`attnsteer.zoo.shapes.reading.lesson`). A text belongs to one split by its hash.",
     "shapes-lvlm": "Scenes of 1 to 5 objects whose attributes come together (`world.BIASED`), with questions, seven in ten "
     "existence questions about what is there, and captions from left to right (`questions.lesson`).",
