@@ -1,0 +1,55 @@
+"""Metrics, one per file: a function of one record, and aggregates that are functions of all samples.
+
+A record is a flat dict that can be written as JSON. `sample(record)` turns it into a few numbers, which can be stored
+beside it; `aggregate(samples)` turns the numbers of all samples into estimates with intervals; `compare(before, after)`
+gives the paired differences of the same estimates. Importing this package loads neither torch nor a metric.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ...errors import RecordError, UnknownName, did_you_mean
+
+if TYPE_CHECKING:
+    from .base import Metric
+
+# Name -> (module, its function that builds the metric), so that asking for the list imports nothing.
+METRICS: dict[str, str] = {
+    "choice": "attnsteer.evals.metrics.choice",
+    "letter": "attnsteer.evals.metrics.letter",
+}
+
+
+def metrics() -> tuple[str, ...]:
+    """The names of all metrics, sorted."""
+    return tuple(sorted(METRICS))
+
+
+def get_metric(name: str, **options: Any) -> Metric:
+    """The metric called `name`, with its options (each module's `metric` function documents them).
+
+    Raises:
+        UnknownName: there is no such metric, or it has no such option; the message lists what exists.
+        RecordError: an option has a value that the metric does not take, or names a file that it cannot read.
+    """
+    if name not in METRICS:
+        raise UnknownName(
+            f"there is no metric {name!r}; there are {', '.join(metrics())}.{did_you_mean(name, METRICS)}"
+        )
+    build = importlib.import_module(METRICS[name]).metric
+    known = build.__code__.co_varnames[: build.__code__.co_argcount + build.__code__.co_kwonlyargcount]
+    for option in options:
+        if option not in known:
+            there = ", ".join(known) or "none"
+            raise UnknownName(
+                f"the metric {name} has no option {option!r}; there are: {there}.{did_you_mean(option, known)}"
+            )
+    return build(**options)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Metric", "Ratio", "Mean", "UndefinedMetric"):
+        return getattr(importlib.import_module(".base", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
