@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 # Name -> (module, its function that builds the metric), so that asking for the list imports nothing.
 METRICS: dict[str, str] = {
+    "chair": "attnsteer.evals.metrics.chair",
     "choice": "attnsteer.evals.metrics.choice",
     "letter": "attnsteer.evals.metrics.letter",
+    "pope": "attnsteer.evals.metrics.pope",
 }
 
 
