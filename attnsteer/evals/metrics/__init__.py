@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 # Name -> (module, its function that builds the metric), so that asking for the list imports nothing.
 METRICS: dict[str, str] = {
+    "binding": "attnsteer.evals.metrics.binding",
     "chair": "attnsteer.evals.metrics.chair",
     "choice": "attnsteer.evals.metrics.choice",
+    "hrs": "attnsteer.evals.metrics.hrs",
+    "layout": "attnsteer.evals.metrics.layout",
     "letter": "attnsteer.evals.metrics.letter",
     "pope": "attnsteer.evals.metrics.pope",
 }
