@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 
 # Name -> (module, its function that builds the metric), so that asking for the list imports nothing.
 METRICS: dict[str, str] = {
+    "attention_iou": "attnsteer.evals.metrics.attention_iou",
     "binding": "attnsteer.evals.metrics.binding",
     "chair": "attnsteer.evals.metrics.chair",
     "choice": "attnsteer.evals.metrics.choice",
+    "fluency": "attnsteer.evals.metrics.fluency",
+    "grounding": "attnsteer.evals.metrics.grounding",
     "hrs": "attnsteer.evals.metrics.hrs",
     "layout": "attnsteer.evals.metrics.layout",
     "letter": "attnsteer.evals.metrics.letter",
+    "perplexity": "attnsteer.evals.metrics.perplexity",
+    "pointing": "attnsteer.evals.metrics.pointing",
     "pope": "attnsteer.evals.metrics.pope",
 }
 
