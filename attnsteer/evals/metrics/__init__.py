@@ -8,6 +8,7 @@ gives the paired differences of the same estimates. Importing this package loads
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RecordError, UnknownName, did_you_mean
@@ -21,6 +22,8 @@ METRICS: dict[str, str] = {
     "binding": "attnsteer.evals.metrics.binding",
     "chair": "attnsteer.evals.metrics.chair",
     "choice": "attnsteer.evals.metrics.choice",
+    "clip_score": "attnsteer.evals.metrics.clip_score",
+    "fid": "attnsteer.evals.metrics.fid",
     "fluency": "attnsteer.evals.metrics.fluency",
     "grounding": "attnsteer.evals.metrics.grounding",
     "hrs": "attnsteer.evals.metrics.hrs",
@@ -29,6 +32,7 @@ METRICS: dict[str, str] = {
     "perplexity": "attnsteer.evals.metrics.perplexity",
     "pointing": "attnsteer.evals.metrics.pointing",
     "pope": "attnsteer.evals.metrics.pope",
+    "precision_recall": "attnsteer.evals.metrics.precision_recall",
 }
 
 
@@ -49,14 +53,20 @@ def get_metric(name: str, **options: Any) -> Metric:
             f"there is no metric {name!r}; there are {', '.join(metrics())}.{did_you_mean(name, METRICS)}"
         )
     build = importlib.import_module(METRICS[name]).metric
-    known = build.__code__.co_varnames[: build.__code__.co_argcount + build.__code__.co_kwonlyargcount]
+    known = inspect.signature(build).parameters
     for option in options:
         if option not in known:
             there = ", ".join(known) or "none"
             raise UnknownName(
                 f"the metric {name} has no option {option!r}; there are: {there}.{did_you_mean(option, known)}"
             )
-    return build(**options)
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise RecordError(f"the metric {name} needs the option {option!r}; its other options: {', '.join(known)}.")
+    try:
+        return build(**options)
+    except (TypeError, AttributeError) as error:
+        raise RecordError(f"the metric {name} does not take the options {options!r}: {error}.") from error
 
 
 def __getattr__(name: str) -> Any:

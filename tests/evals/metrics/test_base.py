@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from attnsteer.errors import RecordError, UnknownName
 from attnsteer.evals.metrics import METRICS, Metric, get_metric, metrics
@@ -30,8 +31,10 @@ def test_importing_the_table_loads_no_torch() -> None:
 def test_every_metric_is_documented_and_builds(name: str) -> None:
     guide = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     assert f"| `{name}` |" in guide
-    found = get_metric(name)
-    assert found.name == name and found.needs and (set(found.better) | set(found.when)) <= set(found.statistics)
+    sets = name in ("fid", "precision_recall")
+    found = get_metric(name, **({"reference": torch.eye(5)} if sets else {}))
+    assert found.name == name and found.needs and found.better
+    assert sets or (set(found.better) | set(found.when)) <= set(found.statistics)
 
 
 def test_names_and_options_that_do_not_exist() -> None:
@@ -40,6 +43,10 @@ def test_names_and_options_that_do_not_exist() -> None:
         get_metric("choise")
     with pytest.raises(UnknownName, match=r"letter has no option 'parsr'; there are: parser. Did you mean 'parser'"):
         get_metric("letter", parsr="own")
+    with pytest.raises(RecordError, match="fid needs the option 'reference'"):
+        get_metric("fid", features="x")
+    with pytest.raises(RecordError, match="does not take the options"):
+        get_metric("chair", synonyms=3)
 
 
 def test_estimates_are_those_of_the_statistics_module() -> None:
