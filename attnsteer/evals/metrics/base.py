@@ -104,7 +104,7 @@ class Metric:
             self._finite(found)
         except RecordError:
             raise
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise RecordError(
                 f"the metric {self.name} cannot read this record ({type(error).__name__}: {error}); see docs/metrics.md "
                 "for what it takes."
