@@ -23,6 +23,7 @@ METRICS: dict[str, str] = {
     "chair": "attnsteer.evals.metrics.chair",
     "choice": "attnsteer.evals.metrics.choice",
     "clip_score": "attnsteer.evals.metrics.clip_score",
+    "contains": "attnsteer.evals.metrics.contains",
     "fid": "attnsteer.evals.metrics.fid",
     "fluency": "attnsteer.evals.metrics.fluency",
     "grounding": "attnsteer.evals.metrics.grounding",
@@ -33,6 +34,7 @@ METRICS: dict[str, str] = {
     "pointing": "attnsteer.evals.metrics.pointing",
     "pope": "attnsteer.evals.metrics.pope",
     "precision_recall": "attnsteer.evals.metrics.precision_recall",
+    "vqa": "attnsteer.evals.metrics.vqa",
 }
 
 

@@ -13,8 +13,8 @@ from attnsteer.errors import RecordError
 from attnsteer.evals.metrics import METRICS, get_metric
 
 KEYS = (
-    "answer boxes bytes category choices detected features finished generated label level log_likelihood map objects "
-    "part_similarities phrases point predicted relations scores side similarity target tokens valid words"
+    "answer answers boxes bytes category choices detected features finished generated label level log_likelihood map name objects "
+    "part_similarities phrases point predicted relations scores side similarity synonyms target tokens valid words"
 ).split()
 PLAIN = (
     None, True, False, 0, 1, -1, 2, 0.5, -3.5, 1e308, 10**400, math.inf, math.nan, "", "yes", "no", "A", "a red circle",
