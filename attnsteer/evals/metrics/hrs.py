@@ -114,6 +114,8 @@ def _shapes(record: Mapping[str, Any], category: str) -> dict[str, float]:
 
 def _labelled(record: Mapping[str, Any], category: str, official: bool) -> dict[str, float]:
     missing, objects = record["detected"] is None, merge(record["detected"] or ())
+    if category in ("count", "colour") and not record.get("phrases"):
+        raise RecordError(f"hrs: {category} needs phrases, a list of {{'label', 'count', 'colour'}}.")
     if category == "count":
         if missing and official:
             return {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...errors import RecordError
 from .base import Mean, Metric, Ratio
 
 
@@ -40,7 +41,9 @@ def _read(record: Mapping[str, Any]) -> dict[str, float]:
     from ..detections import shapes, wanted
 
     layout, objects = wanted(record), shapes(record["detected"])
-    found = {"right": int(satisfied(layout, objects)), "valid": int(bool(record["valid"]))}
+    if record["valid"] not in (True, False):
+        raise RecordError(f"layout: valid is {record['valid']!r}; true or false is needed.")
+    found = {"right": int(satisfied(layout, objects)), "valid": int(record["valid"])}
     if layout.boxes:
         inside = in_boxes(layout, objects)
         found |= {"boxed": len(inside), "in_box": sum(inside), "has_boxes": 1, "all_in_box": int(all(inside))}

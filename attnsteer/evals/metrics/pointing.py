@@ -42,9 +42,9 @@ def _read(record: Mapping[str, Any]) -> dict[str, float]:
     from ..maps import box, grid, inside, nested
 
     target = record["target"]
-    if ("point" in record) == ("map" in record):
+    if (record.get("point") is None) == (record.get("map") is None):
         raise RecordError("pointing: a record has either a point or a map.")
-    if "point" in record:
+    if record.get("point") is not None:
         x, y = (float(v) for v in record["point"])
         boxes = [box(b, "a target") for b in (target if nested(target) else [target])]
         return {"hit": int(any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in boxes))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,28 @@ def test_groups_are_resampled_together() -> None:
     assert tuple(found) == pytest.approx((0.5, 1 / 6, 5 / 6))
     with pytest.raises(RecordError, match="24 samples and 2 groups"):
         metric.aggregate(samples, groups=[0, 1])
+
+
+def test_stored_samples_give_the_same_figures_whole_or_in_shards() -> None:
+    metric = get_metric("pope")
+    rows = [("yes", "Yes."), ("no", "No."), ("yes", "no"), ("no", "Yes"), ("yes", "?")]
+    samples = [metric.sample({"label": y, "generated": a}) for y, a in rows]
+    stored = [json.loads(json.dumps(s)) for s in samples]
+    whole = metric.aggregate(samples, draws=200)
+    assert metric.aggregate(stored[:2] + stored[2:], draws=200) == whole
+    # Zero columns may be left out, and the order of the columns does not matter.
+    short = [{k: v for k, v in reversed(s.items()) if v} for s in samples]
+    assert metric.aggregate(short, draws=200) == whole
+
+
+def test_the_example_of_the_guide() -> None:
+    guide = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    code = guide.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code, names)
+    pope, baseline, steered = (names[k] for k in ("pope", "baseline", "steered"))
+    assert tuple(pope.aggregate(steered)["accuracy"]) == pytest.approx((1.0, 0.34, 1.0), abs=0.005)
+    assert pope.compare(baseline, steered)["accuracy"].value == 0.5 and pope.mcnemar(baseline, steered).gained == 1
 
 
 def test_zero_over_zero_is_reported() -> None:

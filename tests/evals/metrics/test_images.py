@@ -220,6 +220,8 @@ def test_refuses() -> None:
         ("layout", {"side": None}, "'spatial' needs two"),
         ("layout", {"category": "texture"}, "category is 'texture'"),
         ("layout", {"detected": [{"shape": "circle"}]}, "a detected object"),
+        ("layout", {"valid": "no"}, "true or false"),
+        ("hrs", {"category": "count", "phrases": []}, "needs phrases"),
         ("hrs", {"category": "objects"}, "category is 'objects'"),
         ("hrs", {"phrases": None}, "needs relations"),
         ("hrs", {"phrases": None, "relations": [["a", "left", "b"]], "detected": [{"label": "a"}]}, "KeyError"),
