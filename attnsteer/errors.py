@@ -55,6 +55,10 @@ class ZooError(AttnSteerError, OSError):
     """A file of an embedded model is missing, cut short or changed."""
 
 
+class RecordError(AttnSteerError, ValueError):
+    """A record, a file or an option of a metric is not what the metric reads."""
+
+
 class MissingExtra(AttnSteerError, ImportError):
     """A library of an optional extra is not installed."""
 

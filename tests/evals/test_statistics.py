@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnsteer.evals.statistics import paired_bootstrap, ratio_bootstrap, wilson
+from attnsteer.evals.statistics import (
+    McNemar,
+    holm,
+    jackknife,
+    mcnemar,
+    over_seeds,
+    paired_bootstrap,
+    ratio_bootstrap,
+    resampled_totals,
+    student_t,
+    wilson,
+)
 
 
 def test_wilson() -> None:
@@ -55,3 +66,65 @@ def test_bootstrap_refuses() -> None:
         paired_bootstrap([0, 1], [1])
     with pytest.raises(ValueError, match="0 numerators"):
         ratio_bootstrap([], [])
+
+
+def test_resampled_totals_are_sums_of_drawn_rows() -> None:
+    columns = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+    found = resampled_totals(columns, draws=700, seed=3)
+    assert found.shape == (700, 2) and torch.equal(found[:, 1], 10 * found[:, 0])
+    g = torch.Generator().manual_seed(3)
+    index = torch.cat([torch.randint(3, (500, 3), generator=g), torch.randint(3, (200, 3), generator=g)])
+    assert torch.equal(found, columns.double()[index].sum(dim=1))
+
+
+def test_jackknife_of_a_mean_is_the_classical_interval() -> None:
+    values = [1.0, 2.0, 4.0, 7.0, 11.0]
+    found = jackknife(5, lambda index: sum(values[i] for i in index) / len(index), groups=5)
+    # Mean 5, sum of squared deviations 66: error sqrt(66 / 4 / 5), t(4) = 2.7764.
+    assert found.value == 5.0
+    assert found.high - 5 == pytest.approx(2.776445 * (66 / 20) ** 0.5, abs=1e-5) and found.low == 10 - found.high
+    with pytest.raises(ValueError, match="6 groups of 5"):
+        jackknife(5, len, groups=6)
+
+
+def test_mcnemar() -> None:
+    before = [1] * 4 + [0] * 9 + [1] * 1 + [0] * 2
+    after = [1] * 4 + [1] * 9 + [0] * 1 + [0] * 2
+    # 9 gained, 1 lost: 2 (1 + 10) / 1024.
+    assert mcnemar(before, after) == McNemar(9, 1, 22 / 1024) and mcnemar(after, before) == McNemar(1, 9, 22 / 1024)
+    assert mcnemar([1, 0], [1, 0]) == McNemar(0, 0, 1.0) and mcnemar([1, 0], [0, 1]).p == 1.0
+    # Beyond the range of floats on the way, and still a number.
+    assert mcnemar([0] * 5000, [0] * 2500 + [1] * 2500).p == 0.0
+    assert 0 < mcnemar([0] * 1000, [1] * 1000).p < 1e-300
+    assert str(mcnemar(before, after)) == "9 gained, 1 lost, p = 0.0215"
+    with pytest.raises(ValueError, match="1 answers before and 2 after"):
+        mcnemar([1], [1, 0])
+    with pytest.raises(ValueError, match="nothing else"):
+        mcnemar([0.5], [1])
+
+
+def test_holm() -> None:
+    """4 x 0.005, 3 x 0.01, 2 x 0.03, and 0.04 is raised to its predecessor; never above one."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == [] and holm([0.05]) == [0.05]
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        holm([1.5])
+
+
+@pytest.mark.parametrize(
+    ("freedom", "point"), [(1, 12.706205), (2, 4.302653), (3, 3.182446), (4, 2.776445), (19, 2.093024), (30, 2.042272)]
+)
+def test_student_t(freedom: int, point: float) -> None:
+    assert student_t(freedom) == pytest.approx(point, abs=1e-5)
+
+
+def test_over_seeds() -> None:
+    found = over_seeds([0.50, 0.54, 0.52])
+    assert found.mean == pytest.approx(0.52) and found.deviation == pytest.approx(0.02)
+    assert (found.least, found.most, found.count) == (0.50, 0.54, 3)
+    assert found.interval.high == pytest.approx(0.52 + 4.302653 * 0.02 / 3**0.5, abs=1e-6)
+    assert str(found) == "0.520 ± 0.020 (3 seeds)"
+    one = over_seeds([0.5])
+    assert one.deviation is None and one.interval is None and str(one) == "0.500 (one seed)"
+    with pytest.raises(ValueError, match="one per seed"):
+        over_seeds([])
