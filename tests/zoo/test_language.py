@@ -9,7 +9,7 @@ import pytest
 
 from attnsteer.zoo.shapes import reading as R
 from attnsteer.zoo.shapes.language import WORDS, Phrase, caption, describe, join, parse, phrases
-from attnsteer.zoo.shapes.layouts import CATEGORIES, Layout, chair, in_boxes, layout, satisfied
+from attnsteer.zoo.shapes.layouts import CATEGORIES, Layout, chair, exact, in_boxes, layout, satisfied
 from attnsteer.zoo.shapes.questions import (
     KINDS,
     NEGATIVES,
@@ -163,6 +163,10 @@ def test_count_layouts() -> None:
     assert satisfied(wanted, objects("small red star", "large red star"))
     assert not satisfied(wanted, objects("small red star"))
     assert not satisfied(wanted, objects("small red star", "large red star", "small red star"))
+    plain = Layout("a red star", (Phrase("red", "star"),), (), "objects")
+    assert exact(plain, objects("small red star")) and exact(wanted, objects("small red star", "large red star"))
+    for more in (("small red star", "large red star"), ("small red star", "small blue star"), ()):
+        assert not exact(plain, objects(*more))
 
 
 def test_chair() -> None:

@@ -131,7 +131,7 @@ def _lvlm(metrics: dict[str, Any]) -> list[str]:
 
 def _images(metrics: dict[str, Any]) -> list[str]:
     rows = [
-        [name, _percent(m["right"]) if "right" in m else "", _percent(m["valid"])]
+        [name, *(_percent(m[k]) if k in m else "" for k in ("all there", "right", "exact", "valid"))]
         for name, m in metrics.items()
         if name != "maps"
     ]
@@ -144,10 +144,11 @@ def _images(metrics: dict[str, Any]) -> list[str]:
         for w in maps["ratios"][s]
     ]
     return [
-        *_table(["prompts", "all objects right", "wholly valid"], rows),
+        *_table(["prompts", "all there", "right", "exact", "wholly valid"], rows),
         "",
-        "Right: every object of the prompt was detected with its colour and shape. Wholly valid: every coloured patch is a",
-        f"clean known shape, and there is one. {STEPS} steps.",
+        "All there: the detector finds every object of the prompt in its colour and shape. Right: that, in a wholly valid",
+        "picture. Exact: and no other object. Wholly valid: every coloured patch is a clean known shape, and there is one.",
+        f"{STEPS} steps.",
         "",
         "### Where the text-image attention means something",
         "",

@@ -12,7 +12,7 @@ from ...evals.statistics import Interval, wilson
 from ...steering import steer
 from ...viz.record import PhraseRecorder, box_ratio
 from ..shapes.detect import Detection, detect
-from ..shapes.layouts import Layout, layout, satisfied
+from ..shapes.layouts import Layout, exact, layout, satisfied
 
 BATCH, STEPS = 25, 25
 # Of the tokens of "a red circle and a blue square": start, a, colour, shape, and, a, colour, shape, end.
@@ -41,9 +41,21 @@ def generate(
     return torch.cat(found).cpu()
 
 
-def success(wanted: Sequence[Layout], read: Sequence[Detection]) -> Interval:
-    """Share of the images in which everything that the prompt asks for was detected."""
-    return wilson(sum(satisfied(w, d.objects) for w, d in zip(wanted, read, strict=True)), len(wanted))
+def success(wanted: Sequence[Layout], read: Sequence[Detection]) -> dict[str, Interval]:
+    """Share of the images that show what the prompt asks for.
+
+    "all there": every object in its colour and shape; "right": that, in a wholly valid picture; "exact": and no other
+    object (captions count, so "a red circle" means one).
+    """
+    pairs = list(zip(wanted, read, strict=True))
+    there = [satisfied(w, d.objects) for w, d in pairs]
+    just = [exact(w, d.objects) for w, d in pairs]
+    found = {
+        "all there": sum(there),
+        "right": sum(t and d.valid for t, (_, d) in zip(there, pairs, strict=True)),
+        "exact": sum(j and d.valid for j, (_, d) in zip(just, pairs, strict=True)),
+    }
+    return {name: wilson(n, len(pairs)) for name, n in found.items()}
 
 
 def validity(read: Sequence[Detection]) -> Interval:
@@ -63,9 +75,9 @@ def measure(pipe: Any, count: int = 200, split: str = "test") -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, wanted in (("one object", one), ("two objects", two), ("two to four objects", many)):
         read = detect(generate(pipe, [w.prompt for w in wanted]))
-        out[f"{name}, default guidance"] = {"right": success(wanted, read), "valid": validity(read)}
+        out[f"{name}, default guidance"] = {**success(wanted, read), "valid": validity(read)}
     read = detect(generate(pipe, [w.prompt for w in many], guidance_scale=1.0))
-    out["two to four objects, no guidance"] = {"right": success(many, read), "valid": validity(read)}
+    out["two to four objects, no guidance"] = {**success(many, read), "valid": validity(read)}
     read = detect(generate(pipe, [""] * count, guidance_scale=1.0))
     out["empty prompt, no guidance"] = {"valid": validity(read)}
     return out

@@ -103,6 +103,15 @@ def satisfied(wanted: Layout, objects: tuple[Object, ...]) -> bool:
     return any(holds(a, wanted.side, b) for a in first for b in second)
 
 
+def exact(wanted: Layout, objects: tuple[Object, ...]) -> bool:
+    """`satisfied`, and nothing else in the picture: captions count, so "a red circle" means one of them."""
+    seen = Counter((o.colour, o.shape) for o in objects)
+    asked: Counter[tuple[str, str]] = Counter()
+    for phrase in wanted.phrases:
+        asked[phrase.colour, phrase.shape] += phrase.count
+    return seen == asked and satisfied(wanted, objects)
+
+
 def in_boxes(wanted: Layout, objects: tuple[Object, ...]) -> tuple[bool, ...]:
     """For each phrase with a box: whether an object of its colour and shape has its centre in the box."""
     return tuple(
