@@ -132,7 +132,7 @@ def doctor(as_json: JSON = False) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the contact sheet.")] = Path("outputs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the contact sheets.")] = Path("outputs/demo"),
 ) -> None:
     """Check the kernels, then steer the embedded models and show what changed, before and after.
 
@@ -151,7 +151,7 @@ def demo(
     print(f"  largest difference of a logit from the same edit over the full map: {exact.exact:.1e}")
     print(f"  after removal the logits are the first ones, bit for bit: {'yes' if exact.restored else 'NO'}")
     print("\nThe embedded models, before and after (95 % intervals of the paired change; few samples):\n", flush=True)
-    lines, sheet = showcase(out)
+    lines, sheets = showcase(out)
     rows = []
     for line in lines:
         change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*line.change)
@@ -160,7 +160,7 @@ def demo(
             (line.model, name, line.figure, f"{line.before:.3f}", f"{line.after:.3f}", change, f"{line.seconds:.0f} s")
         )
     _print_table(("model", "method", "figure", "before", "after", "change", "time"), rows)
-    if sheet is not None:
+    for sheet in sheets:
         print(f"\npictures before and after: {sheet.resolve()}")
     if not (exact.ok and all(line.fired for line in lines)):
         raise typer.Exit(FAILED)

@@ -42,34 +42,32 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """A row of the contact sheet: images before and after, with a label each."""
+class Sheet:
+    """Pictures of one model: a label for each row, a prompt for each column."""
 
-    label: str
-    images: list[Tensor]
+    rows: list[tuple[str, list[Tensor]]]
+    prompts: list[str]
 
 
-def showcase(out: Path) -> tuple[list[Line], Path | None]:
+def showcase(out: Path) -> tuple[list[Line], list[Path]]:
     """Run what the installed models allow.
 
     Returns:
-        the lines, and the path of the contact sheet (None where no model draws pictures).
+        the lines, and the paths of the contact sheets, one for each model that draws pictures.
     """
     lines: list[Line] = []
-    tiles: list[Tile] = []
+    paths: list[Path] = []
     for name in zoo.available():
-        found, rows = PARTS[name](name)
-        lines.append(found)
-        tiles += rows
-    if not tiles:
-        return lines, None
-    from .viz import contact_sheet
+        line, sheet = PARTS[name](name)
+        lines.append(line)
+        if sheet is not None:
+            from .viz import contact_sheet
 
-    width = max(len(t.images) for t in tiles)
-    images = [[*t.images, *[None] * (width - len(t.images))] for t in tiles]
-    path = out / "before-after.png"
-    contact_sheet(images, rows=[t.label for t in tiles], columns=[str(i + 1) for i in range(width)], path=path)
-    return lines, path
+            path = out / f"{name}.png"
+            labels, images = zip(*sheet.rows, strict=True)
+            contact_sheet(images, rows=labels, columns=sheet.prompts, path=path)
+            paths.append(path)
+    return lines, paths
 
 
 def _compare(name: str, target: Any, method: Any, figure: str, measure: Callable[[], list[float]]) -> Line:
@@ -84,22 +82,22 @@ def _compare(name: str, target: Any, method: Any, figure: str, measure: Callable
     return Line(name, repr(method), figure, mean(before), mean(after), change, fired, spent)
 
 
-def _text(name: str) -> tuple[Line, list[Tile]]:
+def _text(name: str) -> tuple[Line, Sheet | None]:
     from .intervention import Intervention
     from .zoo.measure.text import choose
     from .zoo.shapes.reading import reading
 
     model, tokenizer = zoo.load(name)
-    items = [reading("test", i) for i in range(READINGS)]
+    items = [reading("test", i, "one-shot") for i in range(READINGS)]
     method = Intervention.from_pretrained(zoo.folder(name) / "act")
 
     def measure() -> list[float]:
         return [float(r.answer == c) for r, c in zip(items, choose(model, tokenizer, items), strict=True)]
 
-    return _compare(name, model, method, f"reading accuracy, {READINGS} passages", measure), []
+    return _compare(name, model, method, f"one-shot reading accuracy, {READINGS} passages", measure), None
 
 
-def _vision(name: str) -> tuple[Line, list[Tile]]:
+def _vision(name: str) -> tuple[Line, Sheet | None]:
     from .methods.vhr import VHR
     from .zoo.measure.text import answer
     from .zoo.shapes.questions import pope
@@ -111,10 +109,12 @@ def _vision(name: str) -> tuple[Line, list[Tile]]:
         said = answer(model, processor, [s for s, _ in asked], [q for _, q in asked])
         return [float(q.answer == w) for (_, q), w in zip(asked, said, strict=True)]
 
-    return _compare(name, model, VHR(alpha=1.3), f"existence accuracy, {len(asked)} adversarial questions", measure), []
+    return _compare(
+        name, model, VHR(alpha=1.3), f"existence accuracy, {len(asked)} adversarial questions", measure
+    ), None
 
 
-def _boxes(name: str) -> tuple[Line, list[Tile]]:
+def _boxes(name: str) -> tuple[Line, Sheet | None]:
     from .methods.attention_refocusing import AttentionRefocusing
     from .where import Where
     from .zoo.measure.images import generate
@@ -141,10 +141,10 @@ def _boxes(name: str) -> tuple[Line, list[Tile]]:
 
     line = _compare(name, pipe, method, f"objects in their boxes, {2 * PICTURES} boxes", measure)
     labels = (f"{name}", "AttentionRefocusing (frames: the boxes asked for)")
-    return line, [Tile(label, images) for label, images in zip(labels, rows, strict=True)]
+    return line, Sheet(list(zip(labels, rows, strict=True)), [w.prompt for w in wanted])
 
 
-def _unguided(name: str) -> tuple[Line, list[Tile]]:
+def _unguided(name: str) -> tuple[Line, Sheet | None]:
     from .methods.softpag import SoftPAG
     from .where import Where
     from .zoo.measure.images import generate, several
@@ -161,7 +161,7 @@ def _unguided(name: str) -> tuple[Line, list[Tile]]:
         return [float(d.valid) for d in detect(images)]
 
     line = _compare(name, pipe, method, f"wholly valid pictures without CFG, {PICTURES} prompts", measure)
-    return line, [Tile(label, images) for label, images in zip((f"{name}, no guidance", "SoftPAG"), rows, strict=True)]
+    return line, Sheet(list(zip((f"{name}, no guidance", "SoftPAG"), rows, strict=True)), prompts)
 
 
 def _framed(image: Tensor, boxes: Any) -> Tensor:

@@ -114,6 +114,8 @@ def load(name: str, *, dtype: Any = None, device: Any = "cpu") -> Any:
 
     kind = diffusers.StableDiffusionPipeline if name == "shapes-sd" else diffusers.StableDiffusion3Pipeline
     extra = {"safety_checker": None} if name == "shapes-sd" else {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = kind.from_pretrained(path, **extra).to(device, dtype)
+    pipe = kind.from_pretrained(path, **extra).to(device)
+    if dtype != torch.float32:
+        pipe = pipe.to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
