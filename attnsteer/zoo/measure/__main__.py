@@ -44,6 +44,8 @@ def run(name: str, count: int | None = None) -> Path:
 
         metrics = images.measure(loaded, **options)
         metrics["maps"] = images.map_table(loaded)
+        # The figures took minutes: they are kept whatever becomes of the picture.
+        write(target, metrics)
         picture = map_picture(loaded, metrics["maps"])
     return write(target, metrics, picture)
 

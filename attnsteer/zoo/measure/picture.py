@@ -28,7 +28,7 @@ def map_picture(pipe: Any, table: dict[str, Any], rows: int = 6, seed: int = 0) 
         maps = maps.mean(dim=0)
         maps = maps / maps.amax(dim=(-2, -1), keepdim=True)
         tiles.append([_large(image), *(_large(m[None].expand(3, -1, -1)) for m in maps)])
-        labels.append(f"{_short(site)}\n{scores[site]:.1f}x")
+        labels.append(f"{_short(site)}: {scores[site]:.1f}x")
     return contact_sheet(tiles, rows=labels, columns=["image", *TOKENS])
 
 
