@@ -152,8 +152,9 @@ def _images(metrics: dict[str, Any]) -> list[str]:
         "",
         "### Where the text-image attention means something",
         "",
-        "Share of a token's attention inside its object's box, over the box's share of the image, on pictures of two-object",
-        f"prompts of the calibration split that were drawn right ({maps['boxes']} boxes). Middle third of the steps:",
+        "Share of a token's attention inside its object, over the object's share of the image, on pictures of two-object",
+        f"prompts of the calibration split ({maps['objects']} objects that were drawn once). Middle third of the steps, over",
+        "both phrases:",
         "",
         *_table(
             ["site", "map", "colour word", "shape word", "token after"],

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ...evals.statistics import Interval, wilson
 from ...steering import steer
-from ...viz.record import PhraseRecorder, box_ratio
+from ...viz.record import PhraseRecorder
 from ..shapes.detect import Detection, detect
 from ..shapes.layouts import Layout, exact, layout, satisfied
+from ..shapes.render import coverage
+from ..shapes.world import Scene
 
 BATCH, STEPS = 25, 25
 # Of the tokens of "a red circle and a blue square": start, a, colour, shape, and, a, colour, shape, end.
@@ -84,35 +86,35 @@ def measure(pipe: Any, count: int = 200, split: str = "test") -> dict[str, Any]:
 
 
 def map_table(pipe: Any, count: int = 50, split: str = "calibration", **options: Any) -> dict[str, Any]:
-    """Share of a word's attention inside its object's box, over the box's share of the image.
+    """Share of a word's attention inside its object, over the object's share of the image.
 
-    The images are the pipeline's own; boxes are those of the detected objects, and phrases that were not drawn are left
-    out.
+    The images are the pipeline's own; the objects are the detected ones, drawn by the renderer at the size of the map (a
+    cell that an object covers in part counts in part). Phrases that were not drawn, or twice, are left out.
 
     Returns:
-        {"ratios": {site: {word: [one per step]}}, "sizes": {site: [h, w]}, "images": how many boxes counted}.
+        {"ratios": {site: {word: [one per step]}}, "sizes": {site: [h, w]}, "objects": how many counted}.
     """
     wanted = [layout(split, i, "objects", 2) for i in range(count)]
     keys = tuple(WORDS.values())
     sums: dict[str, Tensor] = {}
     sizes: dict[str, list[int]] = {}
-    boxes_used = 0
+    counted = 0
     for start in range(0, count, BATCH):
         part = wanted[start : start + BATCH]
         recorder = PhraseRecorder(keys)
         with steer(pipe, recorder):
             images = generate(pipe, [w.prompt for w in part], seeds=range(start, start + len(part)), **options)
         read = detect(images)
-        boxes = [[_box(p, d) for p in w.phrases] for w, d in zip(part, read, strict=True)]
-        boxes_used += sum(b is not None for pair in boxes for b in pair)
+        masks = [[_mask(p, d) for p in w.phrases] for w, d in zip(part, read, strict=True)]
+        counted += sum(m is not None for pair in masks for m in pair)
         for record in recorder.records:
             sizes[record.site] = list(record.maps.shape[-2:])
             table = sums.setdefault(record.site, torch.zeros(STEPS, len(keys), 2))
-            for row, pair in enumerate(boxes):
+            for row, pair in enumerate(masks):
                 for k in range(len(keys)):
-                    box = pair[k // 3]
-                    if box is not None:
-                        table[record.step, k, 0] += box_ratio(record.maps[row, k], box)
+                    mask = pair[k // 3]
+                    if mask is not None:
+                        table[record.step, k, 0] += mask_ratio(record.maps[row, k], mask)
                         table[record.step, k, 1] += 1
     ratios = {
         site: {
@@ -120,7 +122,7 @@ def map_table(pipe: Any, count: int = 50, split: str = "calibration", **options:
         }
         for site, t in sums.items()
     }
-    return {"ratios": ratios, "sizes": sizes, "boxes": boxes_used}
+    return {"ratios": ratios, "sizes": sizes, "objects": counted}
 
 
 def middle(table: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -135,6 +137,17 @@ def middle(table: dict[str, Any]) -> dict[str, dict[str, float]]:
     return out
 
 
-def _box(phrase: Any, read: Detection) -> tuple[float, float, float, float] | None:
+def mask_ratio(maps: Tensor, mask: Tensor) -> Tensor:
+    """Share of a map's mass inside a mask, over the mask's share of the image: 1 means that the map ignores it.
+
+    Args:
+        maps: [..., h, w], not negative. mask: [H, W] in [0, 1], H and W multiples of h and w.
+    """
+    h, w = maps.shape[-2:]
+    share = mask.unflatten(0, (h, -1)).unflatten(2, (w, -1)).mean(dim=(1, 3))
+    return (maps * share).sum(dim=(-2, -1)) / maps.sum(dim=(-2, -1)).clamp(min=1e-12) / mask.mean()
+
+
+def _mask(phrase: Any, read: Detection) -> Tensor | None:
     found = read.find(shape=phrase.shape, colour=phrase.colour)
-    return found[0].box if len(found) == 1 else None
+    return coverage([Scene((found[0],))])[0][0] if len(found) == 1 else None
