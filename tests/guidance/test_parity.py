@@ -61,6 +61,17 @@ def test_pag_is_the_official_pipeline(name: str, cfg: bool) -> None:
     check(pipe, call, PAG(3.0, where=where), official)
 
 
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_pag_is_official_with_every_scheduler_in_fp32(kind: str) -> None:
+    pipe = tiny_pipeline("sd", scheduler=tiny_scheduler(kind))
+    official = official_pag("sd", pipe)(**call_of("sd", kind), pag_scale=3.0)[0]
+    plain = pipe(**call_of("sd", kind))[0]
+    with steer(pipe, PAG(3.0)):
+        steered = pipe(**call_of("sd", kind))[0]
+    assert relative(steered, official) < BOUND
+    assert relative(plain, official) > EFFECT
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_pag_is_official_with_every_scheduler(kind: str, prediction: str) -> None:
