@@ -59,6 +59,14 @@ class RecordError(AttnSteerError, ValueError):
     """A record, a file or an option of a metric is not what the metric reads."""
 
 
+class RecipeError(AttnSteerError, ValueError):
+    """A recipe, its data or its parameters are not what can be run."""
+
+
+class RunError(AttnSteerError, RuntimeError):
+    """A run folder belongs to another recipe, is in use, is damaged, or cannot be written."""
+
+
 class MissingExtra(AttnSteerError, ImportError):
     """A library of an optional extra is not installed."""
 
