@@ -1,0 +1,371 @@
+"""The search of a recipe's calibration section, and its cache: what was found once is not searched again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import AttnSteerError, RecipeError, RunError, SerializationError, did_you_mean, listing
+from ..heads import HeadSet
+from ..intervention import Intervention
+from .parameters import Method, Sample, method
+from .points import points
+from .schema import CALIBRATED, DataSpec, Recipe, digest
+
+# Names of a sample are not what it is.
+NAMES = ("id", "group", "index")
+# Batches of samples -> what the model is called with.
+Inputs = Callable[[Sequence[Sample]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is searched.
+
+    Attributes:
+        target: the model or pipeline. tokenizer: of a language model. inputs: makes a model's inputs from samples with
+            images; needed by the searches over vision-language models.
+    """
+
+    target: Any
+    tokenizer: Any = None
+    inputs: Inputs | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One search: what to search, for which method, on which samples."""
+
+    recipe: Recipe
+    subject: Subject
+    samples: list[Sample]
+    progress: bool = True
+    method: Intervention | None = None
+    state: Path | None = None
+
+    def options(self) -> dict[str, Any]:
+        """A copy of the recipe's options."""
+        return dict(self.recipe.calibration.options)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that a recipe can name.
+
+    Attributes:
+        run: gives the result. kinds: of model. options: names that `calibration.options` may have.
+        heads: whether it finds heads. for_method: whether the result depends on the method.
+    """
+
+    run: Callable[[Task], Any]
+    kinds: tuple[str, ...]
+    options: tuple[str, ...]
+    heads: bool = True
+    for_method: bool = True
+
+
+def needed(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """The different searches of a recipe and its sweep: (key, the point's recipe); empty without a calibration."""
+    if recipe.calibration is None:
+        return []
+    found: dict[str, Recipe] = {}
+    for point in points(recipe):
+        found.setdefault(calibration_key(point.recipe), point.recipe)
+    return list(found.items())
+
+
+def calibrate(
+    recipe: Recipe,
+    subject: Subject,
+    samples: Callable[[DataSpec], Sequence[Sample]],
+    cache: str | Path | None = None,
+    *,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run all searches of a recipe, or take them from the cache.
+
+    Args:
+        recipe: with its sweep. subject: the loaded model. samples: gives the samples of a data section.
+        cache: a folder; results are kept there under a hash of the recipe's part, the samples and the weights. None:
+            nothing is kept.
+
+    Returns:
+        {`calibration_key`: HeadSet, or a tuple of numbers}: what `attnsteer.runner.build.plan` takes as `found`.
+
+    Raises:
+        RecipeError: the search does not take these samples, options or methods, or finds nothing; RunError: the cache cannot
+            be written.
+    """
+    found = {}
+    for key, one in needed(recipe):
+        split = list(samples(one.calibration.data))
+        _refuse_overlap(split, samples(one.data))
+        found[key] = _cached(key, Task(one, subject, split, progress), cache)
+    return found
+
+
+def _refuse_overlap(split: Sequence[Sample], test: Sequence[Sample]) -> None:
+    """Names of splits are only names: what counts is whether a sample is in both."""
+    seen, tested = ({digest({k: v for k, v in s.items() if k not in NAMES}) for s in part} for part in (split, test))
+    both = len(seen & tested)
+    if both:
+        raise RecipeError(
+            f"calibration.data: {both} of its {len(split)} samples are in the test split too; what is found on them would be "
+            "tested on itself. Take others."
+        )
+
+
+def calibration_key(recipe: Recipe) -> str:
+    """What the result of a recipe's search is known by: a hash of all that it depends on but samples and weights."""
+    parts = recipe.dump()
+    # The strength of the method that is searched for changes the result; that of another one does not.
+    own = search_of(recipe).for_method
+    searched = [s for s in parts["interventions"] if s["heads"] == CALIBRATED][:1] if own else []
+    kept = ("calibration", "model", "decoding") if own else ("calibration", "model")
+    return digest({"methods": searched, **{k: parts[k] for k in kept}})
+
+
+def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
+    search = search_of(task.recipe)
+    if cache is None:
+        return _run(search, task)
+    name = digest({"key": key, "samples": task.samples, "weights": weights(task.subject.target)})
+    folder = Path(cache)
+    path = folder / f"{name}.{'safetensors' if search.heads else 'json'}"
+    try:
+        if path.is_file():
+            return HeadSet.load(path) if search.heads else tuple(json.loads(path.read_text(encoding="utf-8")))
+    except (SerializationError, ValueError, TypeError):
+        # A damaged file of a cache is as good as none.
+        pass
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the cache {folder} cannot be made ({error.strerror}); give another folder.") from error
+    state = folder / f"{name}.state.safetensors"
+    found = _run(search, replace(task, state=state))
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if search.heads:
+            found.save(part)
+        else:
+            part.write_text(json.dumps(list(found)), encoding="utf-8")
+        os.replace(part, path)
+        state.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}).") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return found
+
+
+def _run(search: Search, task: Task) -> Any:
+    spec = task.recipe.calibration
+    if search.for_method:
+        task = replace(task, method=searched_method(task.recipe).make((), None))
+    try:
+        found = search.run(task)
+        if search.heads and spec.top is not None and len(found) > spec.top:
+            found = found.top(spec.top)
+    except RecipeError:
+        raise
+    except (AttnSteerError, TypeError, ValueError, KeyError) as error:
+        raise RecipeError(f"calibration ({spec.search}): {error}") from error
+    return found
+
+
+def search_of(recipe: Recipe) -> Search:
+    """The search that a recipe names, its options checked by name.
+
+    Raises:
+        RecipeError: it is not known, is for another kind of model, or has no such option.
+    """
+    spec = recipe.calibration
+    if spec.search not in SEARCHES:
+        raise RecipeError(
+            f"calibration.search: there is no search {spec.search!r}; there are {', '.join(SEARCHES)}."
+            f"{did_you_mean(spec.search, SEARCHES)}"
+        )
+    search = SEARCHES[spec.search]
+    if recipe.model.kind not in search.kinds:
+        raise RecipeError(
+            f"calibration.search: {spec.search} is for models of kind {' or '.join(search.kinds)}; model.kind is "
+            f"{recipe.model.kind}."
+        )
+    for name in spec.options:
+        if name not in search.options:
+            raise RecipeError(
+                f"calibration.options.{name}: {spec.search} has {', '.join(search.options)}.{did_you_mean(name, search.options)}"
+            )
+    if search.heads != (spec.into == "heads"):
+        kind = "heads" if search.heads else "no heads"
+        raise RecipeError(f"calibration.into: {spec.search} finds {kind}; into is {spec.into!r}.")
+    return search
+
+
+def searched_method(recipe: Recipe) -> Method:
+    """The method that a search is for: the first whose heads are to be found.
+
+    Raises:
+        RecipeError: its parameters depend on samples, so it cannot be built for all of them.
+    """
+    index = next(i for i, s in enumerate(recipe.interventions) if s.heads == CALIBRATED)
+    found = method(recipe.interventions[index], f"interventions.{index}", recipe.folder, recipe.model, None)
+    if found.per_sample():
+        raise RecipeError(
+            f"{found.place}: heads cannot be searched for a method whose parameters come from the samples."
+        )
+    return found
+
+
+def weights(target: Any) -> str:
+    """A hash that tells models apart; see `attnsteer.search.state.model_digest`."""
+    from torch import nn
+
+    from ..search.state import model_digest
+
+    if isinstance(target, nn.Module):
+        return model_digest(target)
+    parts = getattr(target, "components", {})
+    return model_digest(*(m for _, m in sorted(parts.items()) if isinstance(m, nn.Module)))
+
+
+def _choices(subject: Subject, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Samples with prompt, choices and answer, as token ids."""
+    tokenizer = subject.tokenizer
+    out = []
+    for sample in samples:
+        missing = [k for k in ("prompt", "choices", "answer") if k not in sample]
+        if missing:
+            raise RecipeError(
+                f"calibration: sample {sample.get('id')!r} has no {listing(missing)}; heads are calibrated on samples with "
+                "choices."
+            )
+        prompt = tokenizer(sample["prompt"]).input_ids
+        candidates = [tokenizer(c, add_special_tokens=False).input_ids for c in sample["choices"]]
+        out.append({"prompt": prompt, "candidates": candidates, "answer": sample["answer"]})
+    return out
+
+
+def _calibrate_heads(task: Task) -> HeadSet:
+    from ..search import calibrate_act, calibrate_heads
+
+    model, split = task.subject.target, _choices(task.subject, task.samples)
+    options = {
+        **task.options(),
+        "state": task.state,
+        "progress": task.progress,
+    }
+    if task.recipe.calibration.search == "calibrate_act":
+        return calibrate_act(model, split, task.method, **options)
+    return calibrate_heads(model, task.method, split, **options)
+
+
+def _headhunter(task: Task) -> HeadSet:
+    from ..search import halving, headhunter
+
+    recipe, options = task.recipe, task.options()
+    call = {k: v for k, v in recipe.decoding.items() if k != "num_inference_steps"} | {"output_type": "pt"}
+    name = options.pop("score", "valid")
+    if name not in SCORES:
+        raise RecipeError(f"calibration.options.score: {name!r}; there are {', '.join(SCORES)}.")
+    rungs = options.pop("rungs", 0)
+    prompts = [(s["prompt"], i) for i, s in enumerate(task.samples)]
+    options.setdefault("steps", recipe.decoding.get("num_inference_steps", 20))
+    if recipe.calibration.top is not None:
+        options["top"] = recipe.calibration.top
+    screen = halving(len(prompts), options["steps"], rungs) if rungs else ()
+    return headhunter(
+        task.subject.target,
+        prompts,
+        SCORES[name],
+        task.method,
+        screen=screen,
+        options=call,
+        state=task.state,
+        progress=task.progress,
+        **options,
+    )
+
+
+def _vhd(task: Task) -> HeadSet:
+    from ..search import vhd
+    from ..where import Where
+
+    options = task.options()
+    size, layers = options.pop("batch", 8), options.pop("layers", None)
+    where = None if layers is None else Where(layers=layers, kinds="self")
+    return vhd(task.subject.target, _batches(task, size), where=where, **options)
+
+
+def _find_sink_dims(task: Task) -> tuple[int, ...]:
+    from ..search import find_sink_dims
+
+    options = task.options()
+    size = options.pop("batch", 8)
+    found = find_sink_dims(task.subject.target, _batches(task, size), **options)
+    if not found.dims:
+        raise RecipeError(f"calibration (find_sink_dims): {found.reason}.")
+    return tuple(found.dims)
+
+
+def _batches(task: Task, size: int) -> Iterator[Mapping[str, Any]]:
+    subject = task.subject
+    for start in range(0, len(task.samples), size):
+        part = task.samples[start : start + size]
+        if subject.inputs is not None:
+            yield subject.inputs(part)
+        else:
+            texts = [s["prompt"] for s in part]
+            batch = subject.tokenizer(texts, padding=len(texts) > 1, return_tensors="pt")
+            device = next(subject.target.parameters()).device
+            yield {k: v.to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+
+
+def valid(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    """1 for a picture of the shapes world that has objects and nothing else, else 0."""
+    return [float(d.valid) for d in _detected(images)]
+
+
+def there(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    """The share of a prompt's phrases whose object is in the picture."""
+    from ..zoo.shapes.language import parse
+
+    scores = []
+    for found, prompt in zip(_detected(images), prompts, strict=True):
+        seen = {(o.colour, o.shape) for o in found.objects}
+        wanted = {(p.colour, p.shape) for p in parse(prompt)}
+        scores.append(len(wanted & seen) / max(len(wanted), 1))
+    return scores
+
+
+def right(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    """1 for a valid picture with all of the prompt's objects, plus their share: a finer score than either."""
+    shares = there(images, prompts)
+    return [(v * (s == 1.0) + s) / 2 for v, s in zip(valid(images, prompts), shares, strict=True)]
+
+
+def _detected(images: Sequence[Any]) -> list[Any]:
+    import torch
+
+    from ..zoo.shapes.detect import detect
+
+    return detect(torch.stack(list(images)).float().cpu())
+
+
+# Judges of images that need nothing but the exact detector.
+SCORES = {"valid": valid, "there": there, "right": right}
+_HEADS = ("metric", "keep", "batch")
+SEARCHES = {
+    "calibrate_act": Search(_calibrate_heads, ("lm",), _HEADS),
+    "calibrate_heads": Search(_calibrate_heads, ("lm",), _HEADS),
+    "headhunter": Search(_headhunter, ("image",), ("rounds", "steps", "rungs", "score", "batch")),
+    "vhd": Search(_vhd, ("vlm",), ("outliers", "layers", "batch"), for_method=False),
+    "find_sink_dims": Search(
+        _find_sink_dims, ("lm", "vlm"), ("tau", "layers", "drop", "batch"), heads=False, for_method=False
+    ),
+}
