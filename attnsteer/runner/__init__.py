@@ -17,6 +17,7 @@ _WHERE = {
     "load_recipe": "loading",
     "plan": "build",
     "resolve": "checks",
+    "run": "runs",
     "with_values": "points",
 }
 

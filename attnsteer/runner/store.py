@@ -234,5 +234,4 @@ def parts(folder: Path, name: str) -> list[Path]:
 
 def part(folder: Path, name: str, rank: int) -> Path:
     """The part of one process."""
-    stem, _, ending = name.partition(".")
-    return folder / f"{stem}-{rank}.{ending}"
+    return folder / f"{name.partition('.')[0]}-{rank}.jsonl"
