@@ -51,8 +51,8 @@ def folders(tmp_path_factory: Any) -> dict[str, Path]:
 def test_help_names_every_command_that_exists_and_no_other() -> None:
     done = run("--help")
     assert done.exit_code == 0
-    assert {c.callback.__name__ for c in cli.app.registered_commands} == {"methods", "sites", "doctor", "demo"}
-    for name in ("methods", "sites", "doctor", "demo"):
+    assert {c.callback.__name__ for c in cli.app.registered_commands} == {"methods", "sites", "doctor", "demo", "run"}
+    for name in ("methods", "sites", "doctor", "demo", "run"):
         assert name in done.output
         page = run(name, "--help")
         assert page.exit_code == 0 and "--help" in page.output

@@ -13,6 +13,11 @@ from .store import AGAIN
 PATIENCE = timedelta(days=7)
 
 
+def first() -> bool:
+    """Whether this process speaks for the run."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 class Ranks:
     """Attributes: rank: of this process, from 0. world: how many there are. device: of this process, or None to choose."""
 
