@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +66,25 @@ def load(spec: ModelSpec, *, device: str | None = None, tiny: Data | None = None
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"model.device: {device} was asked for, and there is no CUDA device here; use auto or cpu.")
     dtype = getattr(torch, spec.dtype)
+    with _quiet():
+        return _load(spec, dtype, device, tiny, folder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars that transformers shows for each file."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: Path | None) -> Loaded:
     if spec.zoo is not None:
         return _zoo(spec.zoo, spec.kind, dtype, device)
     if tiny is not None:

@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict
 from typing import Any
 
-from ...errors import RecipeError
+from ...errors import RecipeError, RunError
 from .. import store
 from ..models import Loaded
 from . import Ask, kept
@@ -37,7 +37,7 @@ def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
     pictures = pictures.detach().float().cpu()
     if not bool(pictures.isfinite().all()):
         bad = [s["id"] for s, p in zip(ask.samples, pictures, strict=True) if not bool(p.isfinite().all())]
-        raise RecipeError(
+        raise RunError(
             f"the pictures of {', '.join(bad[:3])} have values that are not finite; use model.dtype float32, or a smaller "
             "strength."
         )
