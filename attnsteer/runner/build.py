@@ -79,7 +79,7 @@ def plan(recipe: Recipe, sites: Iterable[Site] | None = None, found: Mapping[str
     Raises:
         RecipeError: a method, parameter, selection or file that is not there; a control that the method does not allow.
     """
-    sizes = head_counts(sites)
+    sizes = head_counts(sites, recipe.model.kind)
     slots: list[tuple[int, str, Arm]] = []
     every = points(recipe)
     for point in every:
@@ -163,13 +163,15 @@ def zeroed(recipe: Recipe, chosen: Sequence[Method]) -> tuple[Method, ...]:
     return tuple(out)
 
 
-def head_counts(sites: Iterable[Site] | None) -> dict[int, int] | None:
-    """Heads by layer, the least where several stacks have a layer of one number; None where sites are not known."""
+def head_counts(sites: Iterable[Site] | None, kind: str) -> dict[int, int] | None:
+    """Heads by layer of the stack that recipes of this kind of model steer; None where sites are not known."""
     if sites is None:
         return None
     counts: dict[int, int] = {}
     for site in sites:
-        counts[site.layer] = min(site.heads, counts.get(site.layer, site.heads))
+        # A vision-language model has layers of the same numbers in its vision tower.
+        if site.modality == ("image" if kind == "image" else "text"):
+            counts[site.layer] = min(site.heads, counts.get(site.layer, site.heads))
     return counts
 
 

@@ -12,8 +12,8 @@ from ..heads import HeadSet
 from .build import methods_of, randomised, zeroed
 from .calibration import calibration_key, search_of, searched_method
 from .parameters import ZOO
-from .points import points
-from .schema import CALIBRATED, DataSpec, Recipe
+from .points import points, with_values
+from .schema import CALIBRATED, Recipe
 
 # Options of metrics that are files, relative to the recipe.
 METRIC_FILES = {
@@ -41,9 +41,13 @@ def check(recipe: Recipe, *, files: bool = True) -> list[str]:
         except AttnSteerError as error:
             problems.append(str(error))
 
-    for point in points(recipe):
+    here = recipe if files else _without_missing_heads(recipe)
+    for point in points(here):
         with noted():
             _check_arms(point.recipe)
+    if recipe.tiny:
+        with noted():
+            _check_arms(resolve(here, tiny=True))
     with noted():
         _check_metrics(recipe, files)
     with noted():
@@ -51,6 +55,20 @@ def check(recipe: Recipe, *, files: bool = True) -> list[str]:
     if files:
         problems += _missing_files(recipe)
     return list(dict.fromkeys(problems))
+
+
+def _without_missing_heads(recipe: Recipe) -> Recipe:
+    """The recipe with a head set in place of files of heads that have to be made first."""
+    values = {
+        f"interventions.{i}.heads": {"0": [0]}
+        for i, s in enumerate(recipe.interventions)
+        if _is_file(s.heads) and not (recipe.folder / s.heads).is_file()
+    }
+    return with_values(recipe, values) if values else recipe
+
+
+def _is_file(heads: Any) -> bool:
+    return isinstance(heads, str) and heads != CALIBRATED and not heads.startswith(ZOO)
 
 
 def _check_arms(recipe: Recipe) -> None:
@@ -168,14 +186,15 @@ def _missing_files(recipe: Recipe) -> list[str]:
 def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
     """The recipe that is run: paths absolute; with `tiny`, a few samples and steps, one seed, on the CPU.
 
-    A tiny run tests the recipe, not the method: the model is the random one of `model.architecture` unless it is embedded.
+    A tiny run tests the recipe, not the method: the model is the random one of `model.architecture` unless it is embedded,
+    and `tiny` of the recipe says what does not fit it.
 
     Raises:
         RecipeError: a value does not fit.
     """
     from .loading import validate
 
-    data = recipe.dump()
+    data = (with_values(recipe, recipe.tiny) if tiny else recipe).dump() | {"tiny": {}}
     folder = recipe.folder
     put: Callable[[dict[str, Any], str], None] = lambda part, key: part.update(  # noqa: E731
         {key: str((folder / part[key]).absolute())} if part.get(key) is not None else {}
@@ -186,7 +205,7 @@ def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
         put(section, "file")
         put(section, "images")
     for spec in data["interventions"]:
-        if isinstance(spec["heads"], str) and spec["heads"] != CALIBRATED and not spec["heads"].startswith(ZOO):
+        if _is_file(spec["heads"]):
             put(spec, "heads")
     data["metrics"] = [{"name": m.name, **absolute_options(m.name, m.options, folder)} for m in recipe.metrics]
     if tiny:
@@ -202,8 +221,3 @@ def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
     made = validate(data)
     made._source = recipe.source
     return made
-
-
-def tiny_data(data: DataSpec) -> bool:
-    """Whether a tiny run needs made-up samples: what it names may not be on this machine."""
-    return data.zoo is None

@@ -252,6 +252,10 @@ class Recipe(Spec):
     sweep: dict[str, list[JsonValue]] = Field(
         {}, description="Values by path (interventions.0.params.beta): every combination is a point."
     )
+    tiny: Options = Field(
+        {},
+        description="Values by path for --tiny, where those of the real model do not fit a tiny one (heads, layers).",
+    )
     claims: list[ClaimSpec] = Field([], description="The paper's figures.")
     notes: str = Field("", description="Known deviations from the paper.")
 
