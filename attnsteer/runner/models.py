@@ -181,7 +181,14 @@ def _transformers(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loa
     else:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
     return Loaded(
-        spec.kind, model, prepared(tokenizer), processor, hashes(source), None, model.device if placed else device, dtype
+        spec.kind,
+        model,
+        prepared(tokenizer),
+        processor,
+        hashes(source),
+        None,
+        model.device if placed else device,
+        dtype,
     )
 
 

@@ -69,7 +69,9 @@ class Ranks:
         try:
             torch.distributed.broadcast_object_list(box, src=0, group=self._group)
         except RuntimeError as error:
-            raise RunError(f"the first process of this run has ended; its own message says why. Then {AGAIN}.") from error
+            raise RunError(
+                f"the first process of this run has ended; its own message says why. Then {AGAIN}."
+            ) from error
         return box[0]
 
     def close(self) -> None:

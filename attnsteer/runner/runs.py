@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtra, RecipeError, RunError
-from . import store
+from . import judges, store
 from .build import Arm, Plan, plan
 from .checks import check, resolve
 from .data import Data, Sample
@@ -85,7 +85,7 @@ class Job:
         if self.tiny and spec.zoo is None:
             from .tiny import tiny_spec
 
-            spec = tiny_spec(spec)
+            spec = tiny_spec(spec, other=spec != self.recipe.data)
         return load_data(spec, self.recipe.task, prompt=self.recipe.prompt, folder=self.recipe.folder)
 
 
@@ -107,15 +107,26 @@ def prepare(recipe: Recipe, folder: Path, tiny: bool = False, limit: int | None 
     resolved = resolve(recipe, tiny)
     job = Job(resolved, recipe, folder, Data([], lambda s: None), tiny)
     data = job.load(resolved.data)
-    task = get_task(resolved.task)
-    there = ["arm", "seed", "id", *(k for k in task.KEEPS if all(k in s for s in data.samples)), *task.WRITES]
-    # An image of a model without an exact detector has nothing detected in it.
-    measures(resolved, there)
+    if tiny:
+        from .tiny import tiny_metrics
+
+        resolved = tiny_metrics(resolved)
+    measures(resolved, keys(resolved, data, tiny))
     if resolved.data.limit is None:
-        resolved = resolved.model_copy(
-            update={"data": resolved.data.model_copy(update={"limit": len(data.samples)})}
-        )
+        resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"limit": len(data.samples)})})
     return Job(resolved, recipe, folder, data, tiny)
+
+
+def keys(recipe: Recipe, data: Data, tiny: bool) -> list[str]:
+    """What every record will have."""
+    task = get_task(recipe.task)
+    out = ["arm", "seed", "id", *(k for k in task.KEEPS if all(k in s for s in data.samples)), *task.WRITES]
+    if recipe.task == "image":
+        if tiny or recipe.model.zoo is not None:
+            out += task.DETECTED
+        if judges.wanted(recipe) is not None:
+            out += judges.WRITES
+    return out
 
 
 @contextmanager
@@ -271,12 +282,11 @@ def _subject(job: Job, loaded: Loaded) -> Any:
 class Work:
     """The batches of one process."""
 
-    def __init__(
-        self, job: Job, loaded: Loaded, arms: Sequence[Arm], ranks: Ranks, status: Status, progress: bool
-    ):
+    def __init__(self, job: Job, loaded: Loaded, arms: Sequence[Arm], ranks: Ranks, status: Status, progress: bool):
         self.job, self.loaded, self.arms, self.ranks, self.status = job, loaded, arms, ranks, status
         self.task = get_task(job.recipe.task)
         self.progress = progress and ranks.first
+        self.judge = judges.load(job.recipe, tiny=job.tiny, device=loaded.device)
         self._begun: set[str] = set()
 
     def all(self, done: dict[str, dict[tuple[int, str], Any]]) -> None:
@@ -337,7 +347,7 @@ class Work:
 
         decoding = {**self.task.DECODING, **arm.decoding}
         images = f"{store.IMAGES}/{arm.id}/{seed}"
-        ask = lambda run: Ask(part, self.job.data, decoding, seed, run, self.job.folder, images)  # noqa: E731
+        ask = lambda run: Ask(part, self.job.data, decoding, seed, run, self.judge, self.job.folder, images)  # noqa: E731
         methods = arm.make(part, self.loaded)
         if not methods:
             return (*self.task.ask(self.loaded, ask(None)), [])

@@ -195,9 +195,7 @@ class Scores:
         differ = 0
         for zero, base in pairs:
             for key in self.keys:
-                a, b = (
-                    {k: v for k, v in self.records[arm][key].items() if k not in OWN} for arm in (zero, base)
-                )
+                a, b = ({k: v for k, v in self.records[arm][key].items() if k not in OWN} for arm in (zero, base))
                 differ += a != b
         if differ:
             self.warnings.append(

@@ -18,9 +18,7 @@ def table(folder: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]], l
     found = json.loads((folder / store.METRICS).read_text(encoding="utf-8"))
     metric, _, name = found["primary"].partition(".")
     differences = {
-        (d["point"], d["arm"]): d
-        for d in found["differences"]
-        if d["against"] == "baseline" and d["metric"] == metric
+        (d["point"], d["arm"]): d for d in found["differences"] if d["against"] == "baseline" and d["metric"] == metric
     }
     rows = []
     for point in found["points"]:

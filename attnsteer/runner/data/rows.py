@@ -15,7 +15,7 @@ from . import Sample
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LEVELS = ("easy", "medium", "hard")
 # Prompts where a recipe gives none.
-CHOICES, LETTERED = "Question: {question}\nAnswer:", "{question}\n{options}\nAnswer:"
+CHOICES, LETTERED = "Question: {question}\nAnswer:", "{question}\n{choices}\nAnswer:"
 DESCRIBE = "Please help me describe the image in detail."
 
 
@@ -30,7 +30,10 @@ class Row:
 
     def has(self, field: str) -> bool:
         """Whether there is such a column with a value in it."""
-        return self.values.get(self.columns.get(field, field)) not in (None, "")
+        try:
+            return self.get(field) not in (None, "")
+        except RecipeError:
+            return False
 
     def get(self, field: str) -> Any:
         """The value of a field.
@@ -40,6 +43,10 @@ class Row:
         """
         column = self.columns.get(field, field)
         if column not in self.values:
+            outer, dot, inner = column.partition(".")
+            nested = self.values.get(outer) if dot else None
+            if isinstance(nested, Mapping) and inner in nested:
+                return nested[inner]
             mapped = "" if column in self.columns.values() else f" Say which column it is: columns: {{{field}: NAME}}."
             raise RecipeError(
                 f"{self.place}: the column {column!r} ({field}) is missing; there are {listing(self.values)}."
@@ -142,30 +149,41 @@ def _said(value: Any) -> str:
 
 
 def choices(row: Row, options: Mapping[str, Any], prompt: str | None) -> Sample:
-    """question, choices, answer. letters: the letters are scored, in place of the texts of the choices."""
-    question = row.text("question")
-    texts, labels = _choices(row)
+    """question (or prompt), choices, answer; perhaps labels, of the choices.
+
+    choices: the same for all rows. letters: whether the labels are scored, in place of the texts; unless it is given, they are
+    where the prompt has the choices in it ({choices}: a line "A. text" for each).
+    """
+    whole = prompt is None and not row.has("question") and row.has("prompt")
+    question = row.text("prompt" if whole else "question")
+    texts, labels = _choices(row, options)
     answer = _answer(row, texts, labels)
-    letters = list(LETTERS[: len(texts)])
-    lettered = "\n".join(f"{a}. {t}" for a, t in zip(letters, texts, strict=True))
-    by_letter = options.get("letters", False)
+    by_letter = options.get("letters", prompt is not None and "choices" in template_fields(prompt))
     if not isinstance(by_letter, bool):
         raise RecipeError(f"data.options.letters: {by_letter!r}; true or false.")
-    values = {"question": question, "choices": texts, "options": lettered, "letters": letters}
+    listed = "\n".join(f"{a}. {t}" for a, t in zip(labels, texts, strict=True))
+    template = prompt or ("{question}" if whole else LETTERED if by_letter else CHOICES)
     return {
-        **row.others("question", "choices", "answer"),
+        **row.others("question", "choices", "answer", "labels"),
         "id": row.name("question_id"),
-        "prompt": filled(prompt or (LETTERED if by_letter else CHOICES), row, values),
+        "prompt": filled(template, row, {"question": question, "choices": listed}),
         "question": question,
-        "choices": letters if by_letter else texts,
+        "choices": labels if by_letter else texts,
         "texts": texts,
         "answer": answer,
     }
 
 
-def _choices(row: Row) -> tuple[list[str], list[str]]:
+def _choices(row: Row, options: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Texts and labels: a list; {"text": [...], "label": [...]}; or columns A, B, C, ..."""
     labels = list(LETTERS)
+    fixed = options.get("choices")
+    if fixed is not None:
+        if not isinstance(fixed, list) or len(fixed) < 2 or not all(isinstance(c, str) and c for c in fixed):
+            raise RecipeError(f"data.options.choices: {fixed!r}; a list of at least two texts is needed.")
+        return list(fixed), labels[: len(fixed)]
+    if row.has("labels"):
+        labels = [str(v) for v in row.listed("labels")]
     if row.columns.get("choices", "choices") not in row.values:
         found = []
         for letter in LETTERS:
@@ -244,8 +262,8 @@ def captions(row: Row, options: Mapping[str, Any], prompt: str | None) -> Sample
 
 
 def questions(row: Row, options: Mapping[str, Any], prompt: str | None) -> Sample:
-    """question (or text); image, answer or answers, where there are such."""
-    question = row.text("question", "text")
+    """question (or text, or prompt); image, answer or answers, where there are such."""
+    question = row.text("question", "text", "prompt")
     out = {
         **row.others("question", "image"),
         "id": row.name("question_id"),
@@ -269,12 +287,22 @@ def prompts(row: Row, options: Mapping[str, Any], prompt: str | None) -> Sample:
 
 
 def boxes(row: Row, options: Mapping[str, Any], prompt: str | None) -> Sample:
-    """prompt, phrases (texts) and boxes, one (x0, y0, x1, y1) for each phrase. side: of the canvas that they are in."""
+    """prompt, phrases (texts) and boxes, one (x0, y0, x1, y1) for each phrase; or regions: {phrase: box or boxes}.
+
+    side: of the canvas that they are in, in pixels.
+    """
     out = prompts(row, {k: v for k, v in options.items() if k != "side"}, prompt)
     side = options.get("side", 1)
     if isinstance(side, bool) or not isinstance(side, (int, float)) or not side > 0:
         raise RecipeError(f"data.options.side: {side!r}; a number above 0 is needed.")
-    texts, found = row.listed("phrases"), row.listed("boxes")
+    if row.has("regions"):
+        given = row.get("regions")
+        if not isinstance(given, Mapping) or not given:
+            raise row.wrong("regions", given, "{phrase: box}")
+        every = [(t, b) for t, own in given.items() for b in (own if own and isinstance(own[0], list) else [own])]
+        texts, found = [t for t, _ in every], [b for _, b in every]
+    else:
+        texts, found = row.listed("phrases"), row.listed("boxes")
     if len(texts) != len(found) or not all(isinstance(t, str) and t.strip() for t in texts):
         raise row.wrong("phrases", texts, f"a list of texts, as many as there are boxes ({len(found)})")
     regions: dict[str, Any] = {}
@@ -297,7 +325,9 @@ def _box(row: Row, box: Any, side: float) -> list[float]:
         raise row.wrong("boxes", box, "(x0, y0, x1, y1)")
     x0, y0, x1, y1 = (v / side for v in box)
     if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
-        where = f"in a canvas of {side:g}" if side != 1 else "in fractions of the image (or give options: {side: PIXELS})"
+        where = (
+            f"in a canvas of {side:g}" if side != 1 else "in fractions of the image (or give options: {side: PIXELS})"
+        )
         raise row.wrong("boxes", box, f"x0 < x1 and y0 < y1, {where},")
     return [x0, y0, x1, y1]
 
@@ -317,7 +347,7 @@ def _image(row: Row) -> str | int:
 
 # Format -> its options, and what makes a sample of a row.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row, Mapping[str, Any], str | None], Sample]]] = {
-    "choices": (("letters",), choices),
+    "choices": (("letters", "choices"), choices),
     "pope": ((), pope),
     "captions": ((), captions),
     "questions": ((), questions),

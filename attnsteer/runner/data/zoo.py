@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..schema import DataSpec
 
 
-
 def load(spec: DataSpec) -> Data:
     """The samples `start` to `start + limit` of a source.
 

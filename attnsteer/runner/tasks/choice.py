@@ -28,7 +28,9 @@ def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
     import torch
 
     if ask.decoding:
-        raise RecipeError(f"decoding: {', '.join(ask.decoding)} has no meaning for the task choice, which writes nothing.")
+        raise RecipeError(
+            f"decoding: {', '.join(ask.decoding)} has no meaning for the task choice, which writes nothing."
+        )
     every = [candidates(loaded, s["prompt"], s["choices"]) for s in ask.samples]
     with torch.inference_mode():
         if all(len(c) == 1 for own in every for c in own):

@@ -14,7 +14,9 @@ from ..models import Loaded
 from . import Ask, kept
 
 # pixels: a hash of the picture's values, by which two of them are the same.
-WRITES = ("image", "pixels", "detected", "valid")
+WRITES = ("image", "pixels")
+# Of models whose pictures have an exact detector.
+DETECTED = ("detected", "valid")
 KEEPS = ("prompt", "phrases", "boxes", "category", "side", "level", "relations")
 UNIT = "images"
 DECODING: dict[str, Any] = {}
@@ -42,8 +44,9 @@ def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
             "strength."
         )
     read = loaded.detector(pictures) if loaded.detector is not None else [None] * len(pictures)
+    judged = ask.judge(pictures, [s["prompt"] for s in ask.samples]) if ask.judge is not None else [{}] * len(pictures)
     records = []
-    for sample, picture, found in zip(ask.samples, pictures, read, strict=True):
+    for sample, picture, found, verdict in zip(ask.samples, pictures, read, judged, strict=True):
         values = (picture.clamp(0, 1) * 255).round().byte()
         path = f"{ask.images}/{file_name(sample['id'])}.png"
         store.write_atomic(ask.folder / path, png(values))
@@ -51,7 +54,7 @@ def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
         record["pixels"] = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
         if found is not None:
             record |= {"detected": [asdict(o) for o in found.objects], "valid": found.valid}
-        records.append(record)
+        records.append({**record, **verdict})
     return records, len(records)
 
 
