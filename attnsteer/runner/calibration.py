@@ -148,18 +148,11 @@ def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
         raise RunError(f"the cache {folder} cannot be made ({error.strerror}); give another folder.") from error
     state = folder / f"{name}.state.safetensors"
     found = _run(search, replace(task, state=state))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        if search.heads:
-            found.save(part)
-        else:
-            part.write_text(json.dumps(list(found)), encoding="utf-8")
-        os.replace(part, path)
+        _write(found, path)
         state.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}).") from error
-    finally:
-        part.unlink(missing_ok=True)
     return found
 
 
@@ -176,6 +169,61 @@ def _run(search: Search, task: Task) -> Any:
     except (AttnSteerError, TypeError, ValueError, KeyError) as error:
         raise RecipeError(f"calibration ({spec.search}): {error}") from error
     return found
+
+
+def save_found(given: str | Path, out: str | Path, cache: str | Path | None, *, tiny: bool = False) -> str:
+    """Run the search of a recipe and save what it finds: what `attnsteer calibrate` does.
+
+    Args:
+        given: a file, or the name of a shipped recipe. out: the file: safetensors for heads, else JSON. cache: see `calibrate`.
+
+    Returns:
+        a line that says what was found and where it is.
+
+    Raises:
+        RecipeError: see `calibrate`; the recipe has no search, or its sweep has several. RunError: the file cannot be written.
+    """
+    from . import models
+    from .checks import resolve
+    from .data import load
+    from .loading import load_recipe
+    from .tasks import Ask
+    from .tasks.prompts import encode
+
+    recipe = resolve(load_recipe(given), tiny=tiny)
+    if len(needed(recipe)) != 1:
+        raise RecipeError(
+            f"{recipe.name} has {len(needed(recipe))} searches, and one is saved; give the recipe a calibration section, and no "
+            "sweep over what it depends on."
+        )
+    search = search_of(recipe)
+    get = lambda spec: load(spec, recipe.task, prompt=recipe.prompt, folder=recipe.folder)  # noqa: E731
+    loaded = models.load(recipe.model, tiny=get(recipe.data) if tiny else None, folder=recipe.folder)
+    own = get(recipe.calibration.data)
+    inputs = (lambda part: encode(loaded, Ask(part, own, {}, 0))) if loaded.kind == "vlm" else None
+    (found,) = calibrate(
+        recipe, Subject(loaded.target, loaded.tokenizer, inputs), lambda spec: get(spec).samples, cache
+    ).values()
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(found, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}).") from error
+    return f"{path}: {len(found)} {'heads, ' + repr(found) if search.heads else 'dimensions, ' + repr(found)}"
+
+
+def _write(found: Any, path: Path) -> None:
+    """Write a result whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if isinstance(found, HeadSet):
+            found.save(part)
+        else:
+            part.write_text(json.dumps(list(found)), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def search_of(recipe: Recipe) -> Search:
@@ -236,7 +284,6 @@ def weights(target: Any) -> str:
 
 def _choices(subject: Subject, samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """Samples with prompt, choices and answer, as token ids."""
-    tokenizer = subject.tokenizer
     out = []
     for sample in samples:
         missing = [k for k in ("prompt", "choices", "answer") if k not in sample]
@@ -245,10 +292,23 @@ def _choices(subject: Subject, samples: Sequence[Sample]) -> list[dict[str, Any]
                 f"calibration: sample {sample.get('id')!r} has no {listing(missing)}; heads are calibrated on samples with "
                 "choices."
             )
-        prompt = tokenizer(sample["prompt"]).input_ids
-        candidates = [tokenizer(c, add_special_tokens=False).input_ids for c in sample["choices"]]
+        prompt, candidates = continuations(subject.tokenizer, sample["prompt"], sample["choices"])
         out.append({"prompt": prompt, "candidates": candidates, "answer": sample["answer"]})
     return out
+
+
+def continuations(tokenizer: Any, prompt: str, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt, and what each choice adds to it. A blank stands between the two unless the prompt ends with
+    white space, and belongs to the choice, as in lm-evaluation-harness."""
+    text = prompt.rstrip()
+    between = prompt[len(text) :] or " "
+    start = tokenizer(text).input_ids
+    whole = [tokenizer(text + between + c).input_ids for c in choices]
+    # A tokenizer may join what stands left and right of the seam; the choice is then encoded alone.
+    alone = lambda c: tokenizer(c, add_special_tokens=False).input_ids  # noqa: E731
+    return start, [
+        w[len(start) :] if w[: len(start)] == start else alone(c) for w, c in zip(whole, choices, strict=True)
+    ]
 
 
 def _calibrate_heads(task: Task) -> HeadSet:
