@@ -4,68 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import AttnSteerError, RecipeError, RunError, SerializationError, did_you_mean, listing
+from ..errors import AttnSteerError, RecipeError, RunError, SerializationError, did_you_mean
 from ..heads import HeadSet
-from ..intervention import Intervention
 from .parameters import Method, Sample, method
 from .points import points
 from .schema import CALIBRATED, DataSpec, Recipe, digest
+from .searches import SEARCHES, Search, Subject, Task
 
 # Names of a sample are not what it is.
 NAMES = ("id", "group", "index")
-# Batches of samples -> what the model is called with.
-Inputs = Callable[[Sequence[Sample]], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is searched.
-
-    Attributes:
-        target: the model or pipeline. tokenizer: of a language model. inputs: makes a model's inputs from samples with
-            images; needed by the searches over vision-language models.
-    """
-
-    target: Any
-    tokenizer: Any = None
-    inputs: Inputs | None = None
-
-
-@dataclass(frozen=True)
-class Task:
-    """One search: what to search, for which method, on which samples."""
-
-    recipe: Recipe
-    subject: Subject
-    samples: list[Sample]
-    progress: bool = True
-    method: Intervention | None = None
-    state: Path | None = None
-
-    def options(self) -> dict[str, Any]:
-        """A copy of the recipe's options."""
-        return dict(self.recipe.calibration.options)
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search that a recipe can name.
-
-    Attributes:
-        run: gives the result. kinds: of model. options: names that `calibration.options` may have.
-        heads: whether it finds heads. for_method: whether the result depends on the method.
-    """
-
-    run: Callable[[Task], Any]
-    kinds: tuple[str, ...]
-    options: tuple[str, ...]
-    heads: bool = True
-    for_method: bool = True
 
 
 def needed(recipe: Recipe) -> list[tuple[str, Recipe]]:
@@ -148,18 +100,11 @@ def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
         raise RunError(f"the cache {folder} cannot be made ({error.strerror}); give another folder.") from error
     state = folder / f"{name}.state.safetensors"
     found = _run(search, replace(task, state=state))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        if search.heads:
-            found.save(part)
-        else:
-            part.write_text(json.dumps(list(found)), encoding="utf-8")
-        os.replace(part, path)
+        _write(found, path)
         state.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(f"{path} cannot be written ({error.strerror}).") from error
-    finally:
-        part.unlink(missing_ok=True)
     return found
 
 
@@ -176,6 +121,61 @@ def _run(search: Search, task: Task) -> Any:
     except (AttnSteerError, TypeError, ValueError, KeyError) as error:
         raise RecipeError(f"calibration ({spec.search}): {error}") from error
     return found
+
+
+def save_found(given: str | Path, out: str | Path, cache: str | Path | None, *, tiny: bool = False) -> str:
+    """Run the search of a recipe and save what it finds: what `attnsteer calibrate` does.
+
+    Args:
+        given: a file, or the name of a shipped recipe. out: the file: safetensors for heads, else JSON. cache: see `calibrate`.
+
+    Returns:
+        a line that says what was found and where it is.
+
+    Raises:
+        RecipeError: see `calibrate`; the recipe has no search, or its sweep has several. RunError: the file cannot be written.
+    """
+    from . import models
+    from .checks import resolve
+    from .data import load
+    from .loading import load_recipe
+    from .tasks import Ask
+    from .tasks.prompts import encode
+
+    recipe = resolve(load_recipe(given), tiny=tiny)
+    if len(needed(recipe)) != 1:
+        raise RecipeError(
+            f"{recipe.name} has {len(needed(recipe))} searches, and one is saved; give the recipe a calibration section, and no "
+            "sweep over what it depends on."
+        )
+    search = search_of(recipe)
+    get = lambda spec: load(spec, recipe.task, prompt=recipe.prompt, folder=recipe.folder)  # noqa: E731
+    loaded = models.load(recipe.model, tiny=get(recipe.data) if tiny else None, folder=recipe.folder)
+    own = get(recipe.calibration.data)
+    inputs = (lambda part: encode(loaded, Ask(part, own, {}, 0))) if loaded.kind == "vlm" else None
+    (found,) = calibrate(
+        recipe, Subject(loaded.target, loaded.tokenizer, inputs), lambda spec: get(spec).samples, cache
+    ).values()
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(found, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}).") from error
+    return f"{path}: {len(found)} {'heads, ' + repr(found) if search.heads else 'dimensions, ' + repr(found)}"
+
+
+def _write(found: Any, path: Path) -> None:
+    """Write a result whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if isinstance(found, HeadSet):
+            found.save(part)
+        else:
+            part.write_text(json.dumps(list(found)), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def search_of(recipe: Recipe) -> Search:
@@ -232,140 +232,3 @@ def weights(target: Any) -> str:
         return model_digest(target)
     parts = getattr(target, "components", {})
     return model_digest(*(m for _, m in sorted(parts.items()) if isinstance(m, nn.Module)))
-
-
-def _choices(subject: Subject, samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Samples with prompt, choices and answer, as token ids."""
-    tokenizer = subject.tokenizer
-    out = []
-    for sample in samples:
-        missing = [k for k in ("prompt", "choices", "answer") if k not in sample]
-        if missing:
-            raise RecipeError(
-                f"calibration: sample {sample.get('id')!r} has no {listing(missing)}; heads are calibrated on samples with "
-                "choices."
-            )
-        prompt = tokenizer(sample["prompt"]).input_ids
-        candidates = [tokenizer(c, add_special_tokens=False).input_ids for c in sample["choices"]]
-        out.append({"prompt": prompt, "candidates": candidates, "answer": sample["answer"]})
-    return out
-
-
-def _calibrate_heads(task: Task) -> HeadSet:
-    from ..search import calibrate_act, calibrate_heads
-
-    model, split = task.subject.target, _choices(task.subject, task.samples)
-    options = {
-        **task.options(),
-        "state": task.state,
-        "progress": task.progress,
-    }
-    if task.recipe.calibration.search == "calibrate_act":
-        return calibrate_act(model, split, task.method, **options)
-    return calibrate_heads(model, task.method, split, **options)
-
-
-def _headhunter(task: Task) -> HeadSet:
-    from ..search import halving, headhunter
-
-    recipe, options = task.recipe, task.options()
-    call = {k: v for k, v in recipe.decoding.items() if k != "num_inference_steps"} | {"output_type": "pt"}
-    name = options.pop("score", "valid")
-    if name not in SCORES:
-        raise RecipeError(f"calibration.options.score: {name!r}; there are {', '.join(SCORES)}.")
-    rungs = options.pop("rungs", 0)
-    prompts = [(s["prompt"], i) for i, s in enumerate(task.samples)]
-    options.setdefault("steps", recipe.decoding.get("num_inference_steps", 20))
-    if recipe.calibration.top is not None:
-        options["top"] = recipe.calibration.top
-    screen = halving(len(prompts), options["steps"], rungs) if rungs else ()
-    return headhunter(
-        task.subject.target,
-        prompts,
-        SCORES[name],
-        task.method,
-        screen=screen,
-        options=call,
-        state=task.state,
-        progress=task.progress,
-        **options,
-    )
-
-
-def _vhd(task: Task) -> HeadSet:
-    from ..search import vhd
-    from ..where import Where
-
-    options = task.options()
-    size, layers = options.pop("batch", 8), options.pop("layers", None)
-    where = None if layers is None else Where(layers=layers, kinds="self")
-    return vhd(task.subject.target, _batches(task, size), where=where, **options)
-
-
-def _find_sink_dims(task: Task) -> tuple[int, ...]:
-    from ..search import find_sink_dims
-
-    options = task.options()
-    size = options.pop("batch", 8)
-    found = find_sink_dims(task.subject.target, _batches(task, size), **options)
-    if not found.dims:
-        raise RecipeError(f"calibration (find_sink_dims): {found.reason}.")
-    return tuple(found.dims)
-
-
-def _batches(task: Task, size: int) -> Iterator[Mapping[str, Any]]:
-    subject = task.subject
-    for start in range(0, len(task.samples), size):
-        part = task.samples[start : start + size]
-        if subject.inputs is not None:
-            yield subject.inputs(part)
-        else:
-            texts = [s["prompt"] for s in part]
-            batch = subject.tokenizer(texts, padding=len(texts) > 1, return_tensors="pt")
-            device = next(subject.target.parameters()).device
-            yield {k: v.to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
-
-
-def valid(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-    """1 for a picture of the shapes world that has objects and nothing else, else 0."""
-    return [float(d.valid) for d in _detected(images)]
-
-
-def there(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-    """The share of a prompt's phrases whose object is in the picture."""
-    from ..zoo.shapes.language import parse
-
-    scores = []
-    for found, prompt in zip(_detected(images), prompts, strict=True):
-        seen = {(o.colour, o.shape) for o in found.objects}
-        wanted = {(p.colour, p.shape) for p in parse(prompt)}
-        scores.append(len(wanted & seen) / max(len(wanted), 1))
-    return scores
-
-
-def right(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
-    """1 for a valid picture with all of the prompt's objects, plus their share: a finer score than either."""
-    shares = there(images, prompts)
-    return [(v * (s == 1.0) + s) / 2 for v, s in zip(valid(images, prompts), shares, strict=True)]
-
-
-def _detected(images: Sequence[Any]) -> list[Any]:
-    import torch
-
-    from ..zoo.shapes.detect import detect
-
-    return detect(torch.stack(list(images)).float().cpu())
-
-
-# Judges of images that need nothing but the exact detector.
-SCORES = {"valid": valid, "there": there, "right": right}
-_HEADS = ("metric", "keep", "batch")
-SEARCHES = {
-    "calibrate_act": Search(_calibrate_heads, ("lm",), _HEADS),
-    "calibrate_heads": Search(_calibrate_heads, ("lm",), _HEADS),
-    "headhunter": Search(_headhunter, ("image",), ("rounds", "steps", "rungs", "score", "batch")),
-    "vhd": Search(_vhd, ("vlm",), ("outliers", "layers", "batch"), for_method=False),
-    "find_sink_dims": Search(
-        _find_sink_dims, ("lm", "vlm"), ("tau", "layers", "drop", "batch"), heads=False, for_method=False
-    ),
-}

@@ -18,11 +18,14 @@ SHOWN = 5
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """A recipe from its file; all that can be seen in the text alone is checked.
+    """A recipe from its file, or a shipped one by its name; all that can be seen in the text alone is checked.
 
     Raises:
         RecipeError: it cannot be read, is not YAML, or is not a recipe; the message names line and field.
     """
+    from .shipped import locate
+
+    path = locate(path)
     document = yaml.read(path)
     recipe = validate(document.value, document)
     recipe._source = Path(path).absolute()
