@@ -198,7 +198,10 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
         store.write_lines(folder / store.SAMPLES, job.data.samples)
     ranks.wait()
     done = read_records(folder)
+    # Nobody appends while another one still reads.
+    ranks.wait()
     status = Status(folder, 0, sum(map(len, done.values())), ranks.first)
+    arms: Plan | None = None
     try:
         arms = planned(job, loaded, ranks, progress)
         status.total = len(arms.arms) * len(recipe.seeds) * len(job.data.samples)
@@ -213,7 +216,8 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
             status.put("complete", ended=True)
     except KeyboardInterrupt:
         if ranks.first:
-            score(job, arms.to_dict() if "arms" in locals() else None)
+            if arms is not None:
+                score(job, arms.to_dict())
             status.put("interrupted", f"stopped by hand; {store.AGAIN}", ended=True)
         raise
     except BaseException as error:
@@ -381,10 +385,8 @@ def read_timings(folder: Path) -> list[dict[str, Any]]:
     return [line for path in paths for line in store.read_lines(path)]
 
 
-def score(job: Job, arms: dict[str, Any] | None) -> None:
+def score(job: Job, arms: dict[str, Any]) -> None:
     """Write metrics.json from the records that there are."""
-    if arms is None:
-        return
     found = Scores(job.recipe, arms, job.data.samples, read_records(job.folder), read_timings(job.folder))
     store.write_json(job.folder / store.METRICS, found.to_dict())
 

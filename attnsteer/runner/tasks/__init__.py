@@ -21,7 +21,8 @@ class Ask:
 
     Attributes:
         samples: of the batch. data: where their images are. decoding: arguments of the model's call. seed: of the recipe.
-        run: the steering, or None for the baseline. judge: of pictures, see `attnsteer.runner.judges`. folder: of the run, and `images` the folder in it for this arm's pictures.
+        run: the steering, or None for the baseline. judge: of pictures, see `attnsteer.runner.judges`.
+        folder: of the run. images: the folder in it for this arm's pictures.
     """
 
     samples: Sequence[Sample]
