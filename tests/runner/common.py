@@ -36,7 +36,7 @@ def changed(changes: dict[str, Any], base: dict[str, Any] = BASE) -> dict[str, A
         if value is REMOVED:
             del here[last]
         else:
-            here[int(last) if isinstance(here, list) else last] = value
+            here[int(last) if isinstance(here, list) else last] = copy.deepcopy(value)
     return data
 
 
