@@ -220,10 +220,10 @@ def test_heads_of_guidance_are_hunted_with_the_detector_as_judge(monkeypatch: py
         )
     )  # fmt: skip
     assert check(recipe) == []
-    rows = lambda spec: [
-        {"id": str(i), "prompt": f"a {c} star"} for i, c in enumerate(("red", "blue", "green", "cyan"))
-    ][: spec.limit][:: 1 if spec.split == "test" else -1]
-    apart = lambda spec: [r | {"split": spec.split} for r in rows(spec)]  # noqa: E731
+
+    def apart(spec: DataSpec) -> list[dict[str, Any]]:
+        return [{"id": f"{i}", "prompt": f"a {c} star", "of": spec.split} for i, c in enumerate(("red", "blue"))]
+
     (heads,) = calibrate(recipe, Subject(zoo.load("shapes-sd")), apart, None, progress=False).values()
     assert len(heads) == 2 and heads.layers == (6,) and heads.provenance["score"] == "there"
     bad = recipe.model_copy(
