@@ -16,7 +16,7 @@ import pytest
 from attnsteer.errors import NeverFired, RecipeError, RunError
 from attnsteer.runner import run, store
 from attnsteer.runner.runs import prepare
-from tests.runner.common import READING, figures, load, recipe, records, written
+from tests.runner.running import READING, figures, load, recipe, records, written
 
 ROOT = Path(__file__).parents[2]
 LVLM = {"zoo": "shapes-lvlm", "kind": "vlm", "device": "cpu"}
@@ -161,7 +161,9 @@ def test_a_picture_does_not_depend_on_its_batch_and_is_on_the_disk(tmp_path: Pat
     only = {**LAYOUTS, "controls": {"zero": False}}
     first = run(recipe(tmp_path, **only), tmp_path / "a", progress=False)
     second = run(recipe(tmp_path, **{**only, "batch_size": 1}), tmp_path / "b", progress=False)
-    for one, two in zip(records(first), sorted(records(second), key=lambda r: (r["id"][-1] == "2", r["arm"])), strict=True):
+    for one, two in zip(
+        records(first), sorted(records(second), key=lambda r: (r["id"][-1] == "2", r["arm"])), strict=True
+    ):
         pictures = [np.asarray(Image.open(f / r["image"])).astype(int) for f, r in ((first, one), (second, two))]
         assert one["image"] == two["image"] and pictures[0].shape == (64, 64, 3)
         # Convolutions over batches of other sizes round differently.
