@@ -488,3 +488,34 @@ def test_a_method_that_never_acts_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises((NeverFired, RecipeError, RunError)):
         run(recipe(tmp_path, **changes), tmp_path / "run", progress=False)
     assert load(tmp_path / "run" / "status.json")["state"] == "failed"
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, whole: Path) -> None:
+    base, out = recipe(tmp_path), tmp_path / "run"
+    stopped(base, out, after=7)
+    # As if two processes had written, the second of which was killed amid a line.
+    lines = (out / "records-0.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "records-0.jsonl").write_bytes(b"".join(lines[:16]))
+    (out / "records-1.jsonl").write_bytes(b"".join(lines[16:])[:-9])
+    run(base, out, progress=False)
+    assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
+    assert not list(out.glob("*-*.jsonl")) and figures(out) == figures(whole)
+
+
+def test_the_command_prints_the_result_and_sets_fields(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from attnsteer import cli
+
+    path, out = str(written(tmp_path)), str(tmp_path / "run")
+    options = ["--set", "interventions.0.params.beta=0.1", "--set", "data.options.task=few-shot", "--limit", "6"]
+    done = CliRunner().invoke(cli.app, ["run", path, "--out", out, "--batch-size", "3", *options])
+    assert done.exit_code == 0, done.output
+    assert "choice.accuracy" in done.output and f"run folder: {out}" in done.output
+    assert "at zero strength the method equals the baseline" in done.output
+    assert load(Path(out) / "arms.json")["arms"][2]["interventions"][0]["params"] == {"beta": 0.1}
+    assert {r["id"] for r in records(Path(out))} == {f"reading-few-shot-test-{i}" for i in range(6)}
+    checked = CliRunner().invoke(cli.app, ["run", path, "--check", "--out", str(tmp_path / "none")])
+    assert checked.exit_code == 0 and "12 samples" in checked.output and not (tmp_path / "none").exists()
+    wrong = CliRunner().invoke(cli.app, ["run", path, "--set", "data.limits=3"])
+    assert wrong.exit_code == 2
