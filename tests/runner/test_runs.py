@@ -206,6 +206,52 @@ def test_choices_of_several_tokens_are_scored_exactly(tmp_path: Path) -> None:
             assert score == pytest.approx(float(sum(p[i - 1, ids[0, i]] for i in at)), abs=1e-4)
 
 
+def test_choices_of_several_tokens_about_a_picture_are_scored_exactly(tmp_path: Path) -> None:
+    import torch
+    from PIL import Image
+
+    from attnsteer import zoo
+    from attnsteer.runner.tiny import FIXTURES
+
+    row = {
+        "id": "a",
+        "prompt": "question is there a red star ? answer",
+        "choices": ["yes", "no . question"],
+        "answer": 0,
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "image": "0000.png"}))
+    changes = {
+        **EXISTENCE,
+        "data": {"file": "rows.jsonl", "format": "choices", "images": str(FIXTURES / "images")},
+        "task": "choice",
+        "decoding": {},
+        "metrics": ["choice"],
+        "primary": "choice.accuracy",
+    }
+    out = run(recipe(tmp_path, **changes), tmp_path / "run", progress=False)
+    (record,) = (r for r in records(out) if r["arm"] == "baseline")
+    model, processor = zoo.load("shapes-lvlm")
+    picture = Image.open(FIXTURES / "images" / "0000.png").convert("RGB")
+    for choice, score in zip(row["choices"], record["scores"], strict=True):
+        batch = processor(images=picture, text=f"<image> {row['prompt']} {choice}", return_tensors="pt")
+        with torch.no_grad():
+            p = model(**batch).logits[0].log_softmax(-1)
+        ids = batch.input_ids[0]
+        at = range(len(ids) - len(choice.split()), len(ids))
+        assert score == pytest.approx(float(sum(p[i - 1, ids[i]] for i in at)), abs=1e-4)
+
+
+def test_a_claim_has_ours_beside_it_and_what_is_undefined_is_said(tmp_path: Path) -> None:
+    claim = {"metric": "chair.chair_i", "baseline": 14.3, "value": 9.7, "source": "a table"}
+    # One token is an article: no caption mentions anything.
+    changes = {**CAPTIONS, "decoding": {"max_new_tokens": 1}, "claims": [claim]}
+    out = run(recipe(tmp_path, **changes), tmp_path / "run", progress=False)
+    found = load(out / "metrics.json")
+    (ours,) = found["claims"]
+    assert ours["value"] == 9.7 and ours["ours"]["difference"]["value"] == 0.0
+    assert any("chair_i is 0 / 0" in w for w in found["warnings"])
+
+
 def test_a_sweep_shares_what_its_points_have_in_common(tmp_path: Path) -> None:
     changes = {"sweep": {"interventions.0.params.beta": [0.2, 0.6]}, "controls": {"zero": True}}
     out = run(recipe(tmp_path, **changes), tmp_path / "run", progress=False)
@@ -375,6 +421,26 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(
     assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
 
 
+def test_ctrl_c_amid_a_line_leaves_none_of_it(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out = recipe(tmp_path), tmp_path / "run"
+    real, count = store.write_all, [0]
+
+    def write(handle: int, data: bytes) -> None:
+        count[0] += 1
+        if count[0] == 14:
+            real(handle, data[: len(data) // 2])
+            raise KeyboardInterrupt
+        real(handle, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_all", write)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, out, progress=False)
+    assert load(out / "status.json")["state"] == "interrupted"
+    run(base, out, progress=False)
+    assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
+
+
 def test_a_failure_is_in_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnsteer.runner.tasks import choice
 
@@ -471,6 +537,14 @@ def test_a_model_from_a_folder_answers_as_the_embedded_one(tmp_path: Path, whole
 def test_a_metric_that_the_records_cannot_feed_is_found_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"letter needs .*no generated"):
         prepare(recipe(tmp_path, metrics=["letter"], primary="letter.accuracy"), tmp_path / "run")
+
+
+def test_a_module_that_a_recipe_needs_is_asked_for_first(tmp_path: Path) -> None:
+    from attnsteer.errors import MissingExtra
+
+    with pytest.raises(MissingExtra, match="needs no_such_module"):
+        prepare(recipe(tmp_path, requires=["no_such_module.part"]), tmp_path / "run")
+    prepare(recipe(tmp_path, requires=["no_such_module.part"]), tmp_path / "run", tiny=True)
 
 
 def test_decoding_means_nothing_to_likelihoods(tmp_path: Path) -> None:
