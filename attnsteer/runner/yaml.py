@@ -1,8 +1,8 @@
 """YAML read from its events into dicts, lists and scalars; what a recipe has no use for is refused, with its line.
 
 Refused: aliases, anchors, tags, merge keys, duplicate keys, several documents, keys that are not texts, deep nesting, large
-files, many values, control characters, numbers that overflow, infinities and NaN. Scalars are read as in YAML 1.2: `yes`, `on`, dates,
-`0x10` and `1_000` are texts, `1e-3` is a number.
+files, many values, control characters, numbers that overflow, infinities and NaN. Scalars are read as in YAML 1.2: `yes`,
+`on`, dates, `0x10` and `1_000` are texts, `1e-3` is a number.
 """
 
 from __future__ import annotations
