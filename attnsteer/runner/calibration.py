@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .._version import __version__
 from ..errors import AttnSteerError, RecipeError, RunError, SerializationError, did_you_mean
 from ..heads import HeadSet
 from .parameters import Method, Sample, method
@@ -82,10 +83,12 @@ def calibration_key(recipe: Recipe) -> str:
 
 
 def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
+    """The result of one search, from the cache where it is there whole."""
     search = search_of(task.recipe)
     if cache is None:
         return _run(search, task)
-    name = digest({"key": key, "samples": task.samples, "weights": weights(task.subject.target)})
+    facts = {"key": key, "samples": task.samples, "weights": weights(task.subject.target), "version": __version__}
+    name = digest(facts)
     folder = Path(cache)
     path = folder / f"{name}.{'safetensors' if search.heads else 'json'}"
     try:
@@ -109,6 +112,7 @@ def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
 
 
 def _run(search: Search, task: Task) -> Any:
+    """The result of one search; what it has to say about its samples or options comes as a RecipeError."""
     spec = task.recipe.calibration
     if search.for_method:
         task = replace(task, method=searched_method(task.recipe).make((), None))

@@ -71,6 +71,7 @@ def test_values(text: str, value: Any, tmp_path: Path) -> None:
         ("1.5: 1", 1, "the key '1.5' is not a text"),
         ("\n" + "[" * 30, 2, "nested more than 20 deep"),
         ("\n".join(" " * i + "a:" for i in range(30)), 21, "nested more than 20 deep"),
+        ("- a\n" * 30_000, 20_000, "more than 20,000 values"),
         ("a: 1\nb: 1e999", 2, "too large for a float"),
         ("a: -1e999", 1, "too large for a float"),
         (f"a: {2**63}", 1, "does not fit 64 bits"),
