@@ -37,7 +37,11 @@ class Job:
             from .tiny import tiny_spec
 
             spec = tiny_spec(spec, other=spec != self.recipe.data)
-        return load_data(spec, self.recipe.task, prompt=self.recipe.prompt, folder=self.recipe.folder)
+        data = load_data(spec, self.recipe.task, prompt=self.recipe.prompt, folder=self.recipe.folder)
+        if self.tiny and spec.zoo is None and self.recipe.model.kind == "lm":
+            # The bundled questions are about pictures; texts alone are asked of a language model.
+            data = Data([{k: v for k, v in s.items() if k != "image"} for s in data.samples], data.image)
+        return data
 
 
 def prepare(recipe: Recipe, folder: Path, tiny: bool = False, limit: int | None = None) -> Job:
@@ -62,10 +66,27 @@ def prepare(recipe: Recipe, folder: Path, tiny: bool = False, limit: int | None 
         from .tiny import tiny_metrics
 
         resolved = tiny_metrics(resolved)
+    _check_images(resolved, data)
     measures(resolved, keys(resolved, data, tiny))
     if resolved.data.limit is None:
         resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"limit": len(data.samples)})})
     return Job(resolved, recipe, folder, data, tiny)
+
+
+def _check_images(recipe: Recipe, data: Data) -> None:
+    """Raise a RecipeError where a model would be asked about a picture that it does not get."""
+    kind = recipe.model.kind
+    if kind == "vlm":
+        blind = [s["id"] for s in data.samples if "image" not in s]
+        if blind:
+            raise RecipeError(
+                f"data: {len(blind)} of {len(data.samples)} samples have no image, {blind[0]} the first; a model of kind vlm is "
+                "asked about one image each. Name its column: columns: {image: NAME}."
+            )
+    if kind == "lm" and any("image" in s for s in data.samples):
+        raise RecipeError(
+            "data: the samples are about images, which a model of kind lm does not see; model.kind is lm."
+        )
 
 
 def keys(recipe: Recipe, data: Data, tiny: bool) -> list[str]:

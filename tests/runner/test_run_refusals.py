@@ -103,6 +103,17 @@ def test_a_module_that_a_recipe_needs_is_asked_for_first(tmp_path: Path) -> None
     prepare(recipe(tmp_path, requires=["no_such_module.part"]), tmp_path / "run", tiny=True)
 
 
+def test_every_sample_of_a_vision_model_has_an_image_and_none_of_a_language_model(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"id": "a", "question": "is there a red star ?", "answer": "yes"}\n')
+    data = {"file": "rows.jsonl", "format": "questions"}
+    changes = {**EXISTENCE, "data": data, "metrics": ["vqa"], "primary": "vqa.accuracy"}
+    with pytest.raises(RecipeError, match="1 of 1 samples have no image, a the first"):
+        prepare(recipe(tmp_path, **changes), tmp_path / "run")
+    seen = {"data": {"zoo": "existence", "limit": 2}, "task": "choice"}
+    with pytest.raises(RecipeError, match="does not see"):
+        prepare(recipe(tmp_path, **seen), tmp_path / "run")
+
+
 def test_decoding_means_nothing_to_likelihoods(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no meaning for the task choice"):
         run(recipe(tmp_path, decoding={"max_new_tokens": 2}), tmp_path / "run", progress=False)
