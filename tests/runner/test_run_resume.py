@@ -175,6 +175,29 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(
     assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
 
 
+def test_a_disk_that_was_full_for_a_moment_is_in_the_status(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = recipe(tmp_path), tmp_path / "run"
+    real = store.write_all
+
+    def write(handle: int, data: bytes) -> None:
+        if data.startswith(b'{"arm": "method", "seed": 0, "id": "reading-lookup-test-4"'):
+            real(handle, data[:50])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_all", write)
+        with pytest.raises(RunError, match=r"records-0.jsonl could not be written: the disk is full"):
+            run(base, out, progress=False)
+    status = load(out / "status.json")
+    assert status["state"] == "failed" and "the disk is full" in status["message"] and status["done"] == 24
+    assert (out / "records-0.jsonl").read_bytes().count(b"\n") == 24
+    run(base, out, progress=False)
+    assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
+
+
 def test_ctrl_c_amid_a_line_leaves_none_of_it(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, out = recipe(tmp_path), tmp_path / "run"
     real, count = store.write_all, [0]
