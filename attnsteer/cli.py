@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ._version import __version__
+from .cli_recipes import calibrate, recipes
 from .errors import AttnSteerError
+from .output import print_json as _print_json
+from .output import print_table as _print_table
 
 # Heavy libraries are imported inside the commands, so that `--help` and errors of usage come at once.
 
@@ -45,6 +46,10 @@ def _version(wanted: bool) -> None:
     if wanted:
         print(f"attnsteer {__version__}")
         raise typer.Exit()
+
+
+app.add_typer(recipes, name="recipes")
+app.command()(calibrate)
 
 
 @app.callback()
@@ -201,29 +206,6 @@ def _print_report(report: Any) -> None:
     _print_table(("device", "dtype", "attention", "lse from", "sdpa backend", "error", "", ""), rows)
     print()
     print(_verdict(report))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table that fits the terminal, or plain aligned columns where the output is a file or a pipe."""
-    cells = [tuple(str(cell) for cell in row) for row in rows]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*head, box=None, pad_edge=False, header_style="bold")
-        for row in cells:
-            # Text, not markup: a docstring may contain square brackets.
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    for row in (head, *cells):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def main() -> None:

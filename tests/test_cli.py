@@ -51,8 +51,10 @@ def folders(tmp_path_factory: Any) -> dict[str, Path]:
 def test_help_names_every_command_that_exists_and_no_other() -> None:
     done = run("--help")
     assert done.exit_code == 0
-    assert {c.callback.__name__ for c in cli.app.registered_commands} == {"methods", "sites", "doctor", "demo"}
-    for name in ("methods", "sites", "doctor", "demo"):
+    commands = {"methods", "sites", "doctor", "demo", "calibrate"}
+    assert {c.callback.__name__ for c in cli.app.registered_commands} == commands
+    assert {g.name for g in cli.app.registered_groups} == {"recipes"}
+    for name in (*commands, "recipes"):
         assert name in done.output
         page = run(name, "--help")
         assert page.exit_code == 0 and "--help" in page.output

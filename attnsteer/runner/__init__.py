@@ -7,10 +7,16 @@ from typing import Any
 
 # Public name -> the module that defines it. No module has the name of a function: once imported, it would stand in its place.
 _WHERE = {
+    "Arm": "build",
+    "Plan": "build",
     "Point": "points",
     "Recipe": "schema",
+    "calibrate": "calibration",
+    "check": "checks",
     "json_schema": "schema",
-    "load_recipe": "schema",
+    "load_recipe": "loading",
+    "plan": "build",
+    "resolve": "checks",
     "with_values": "points",
 }
 

@@ -1,8 +1,8 @@
 """YAML read from its events into dicts, lists and scalars; what a recipe has no use for is refused, with its line.
 
 Refused: aliases, anchors, tags, merge keys, duplicate keys, several documents, keys that are not texts, deep nesting, large
-files, control characters, numbers that overflow, infinities and NaN. Scalars are read as in YAML 1.2: `yes`, `on`, dates,
-`0x10` and `1_000` are texts, `1e-3` is a number.
+files, many values, control characters, numbers that overflow, infinities and NaN. Scalars are read as in YAML 1.2: `yes`,
+`on`, dates, `0x10` and `1_000` are texts, `1e-3` is a number.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import yaml
 
 from ..errors import RecipeError
 
-BYTES, DEPTH = 1_000_000, 20
+BYTES, DEPTH, VALUES = 1_000_000, 20, 20_000
 # JSON readers of other languages agree on integers of 64 bits and no more.
 LARGEST = 2**63 - 1
 
@@ -135,6 +135,8 @@ def _document(events: Iterator[yaml.Event], lines: dict[Keys, int]) -> Any:
 
 def _value(event: yaml.Event, events: Iterator[yaml.Event], lines: dict[Keys, int], path: Keys) -> Any:
     lines[path] = event.start_mark.line + 1
+    if len(lines) > VALUES:
+        raise _Refused(f"more than {VALUES:,} values; samples belong into a file of data.")
     _plain(event)
     if isinstance(event, yaml.ScalarEvent):
         return event.value if _quoted(event) else scalar(event.value)
