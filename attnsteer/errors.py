@@ -59,6 +59,14 @@ class RecordError(AttnSteerError, ValueError):
     """A record, a file or an option of a metric is not what the metric reads."""
 
 
+class RecipeError(AttnSteerError, ValueError):
+    """A recipe, its data or one of its parameters is wrong."""
+
+
+class RunError(AttnSteerError, RuntimeError):
+    """A run folder belongs to another recipe, is locked, damaged or cannot be written."""
+
+
 class MissingExtra(AttnSteerError, ImportError):
     """A library of an optional extra is not installed."""
 
