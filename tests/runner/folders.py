@@ -243,6 +243,29 @@ def write(
     return path
 
 
+def add_attention(path: Path, kind: str, count: int = 2) -> Path:
+    """Write attention.json with made-up weights. kind: "lm", "vlm" or "image"."""
+    draw = random.Random(1)
+    samples = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()][:count]
+    entries = []
+    for s in samples:
+        arms: dict[str, Any] = {}
+        for a in ("baseline", "method"):
+            if kind == "lm":
+                words = s["prompt"].split()[-30:]
+                arms[a] = {"labels": words, "weights": [round(draw.random() ** 3 / len(words), 4) for _ in words]}
+                continue
+            labels = ["red", "circle", "star"]
+            maps = [[[draw.random() ** 4 / 64 for _ in range(8)] for _ in range(8)] for _ in labels]
+            arms[a] = {"labels": labels, "maps": maps}
+            if kind == "image":
+                arms[a]["image"] = f"images/{a}/0/{s['id']}.png"
+        entries.append({"id": s["id"], "seed": 0, "arms": arms})
+    found = {"schema": 1, "note": "Mean over the steered heads.", "samples": entries}
+    (path / "attention.json").write_text(json.dumps(found))
+    return path
+
+
 def lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write JSONL."""
     path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")

@@ -22,7 +22,7 @@ def overlays(found: Mapping[str, Any] | None, album: Album, samples: Mapping[str
     """For the template: {"note", "samples": [{"id", "prompt", "arms": [{"arm", "words" or "maps", "image"}]}]}.
 
     Words are (text, weight, share of the largest one); maps are (label, data URI, sum). One scale holds for all arms of a
-    sample.
+    sample, and for each word of a picture's prompt by itself, since words differ in mass.
 
     Raises:
         RunError: labels without a weight or map, or maps that are no rectangles of numbers.
@@ -31,7 +31,7 @@ def overlays(found: Mapping[str, Any] | None, album: Album, samples: Mapping[str
         return None
     out = []
     for entry in found.get("samples", ()):
-        arms, top = entry.get("arms") or {}, _top(entry)
+        arms, top, tops = entry.get("arms") or {}, _top(entry), _tops(entry)
         shown = []
         for arm, part in arms.items():
             labels = [str(x) for x in part.get("labels", ())]
@@ -47,7 +47,7 @@ def overlays(found: Mapping[str, Any] | None, album: Album, samples: Mapping[str
                 continue
             scene = (samples.get(str(entry.get("id"))) or {}).get("image")
             image = album.add(part["image"], own=True) if part.get("image") else album.add(scene)
-            maps = [(t, heat(m, _largest(m) if part.get("image") else top), sum(map(sum, m))) for t, m in pairs]
+            maps = [(t, heat(m, tops.get(t, top)), sum(map(sum, m))) for t, m in pairs]
             shown.append({"arm": arm, "maps": maps, "image": None if image is None else album.uris[image]})
         prompt = str((samples.get(str(entry.get("id"))) or {}).get("prompt", ""))
         out.append({"id": entry.get("id"), "prompt": prompt, "arms": shown})
@@ -66,6 +66,15 @@ def _top(entry: Mapping[str, Any]) -> float:
         raise RunError(
             f"attention.json: sample {entry.get('id')} has weights that are no numbers ({error})."
         ) from error
+
+
+def _tops(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Label -> the largest value of all arms, of maps over generated pictures."""
+    found: dict[str, float] = {}
+    for part in (entry.get("arms") or {}).values():
+        for label, grid in zip(part.get("labels", ()), part.get("maps", ()) if part.get("image") else (), strict=False):
+            found[str(label)] = max(found.get(str(label), 0.0), _largest(grid))
+    return found
 
 
 def _largest(grid: Any) -> float:

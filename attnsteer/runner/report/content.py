@@ -16,6 +16,7 @@ from .samples import browser
 from .story import (
     Figure,
     Headline,
+    adjusted,
     difference,
     headline,
     p_text,
@@ -24,8 +25,9 @@ from .story import (
     verdict,
 )
 
-# Rows of the first picture.
+# Rows of the first picture, and blocks of the differences.
 ROWS = 7
+GROUPS = ("minus the baseline", "minus a control")
 
 
 def content(run: RunFolder) -> dict[str, Any]:
@@ -107,7 +109,9 @@ def _sentence(run: RunFolder, head: Headline) -> str:
     name = head.estimate.replace("_", " ")
     change = head.difference
     if head.verdict == "none":
-        said = f"{name} changes by {change}; chance explains that."
+        said = f"{name} changes by {change}: the interval includes zero."
+        if change.low is not None and not change.low <= 0 <= change.high:
+            said = f"{name} changes by {change}, but not once all {len(run.points)} settings are accounted for."
     else:
         way = "rises" if (change.value or 0) > 0 else "falls"
         size = Figure(abs(change.value or 0), percent=change.percent).number
@@ -129,10 +133,12 @@ def _role(kind: str) -> str:
 
 def _label(run: RunFolder, arm: str) -> str:
     kind = run.arms.get(arm, {}).get("kind")
-    said = {"baseline": "baseline", "zero": "zero strength"}.get(kind)
-    if said is None and kind == "random":
-        said = f"random heads {arm.partition('-')[2]}".strip()
-    return said or arm
+    if kind == "random":
+        return f"random heads {arm.partition('-')[2]}".strip()
+    if kind == "method":
+        point = next((p for p in run.points if p["arms"].get("method") == arm), {"values": {}})
+        return values_text(point["values"]) or "method"
+    return {"baseline": "baseline", "zero": "zero strength"}.get(kind, arm)
 
 
 def _strip(run: RunFolder, head: Headline, percent: set[str]) -> dict[str, Any]:
@@ -188,7 +194,7 @@ def _checks(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str,
         if entry is None or head.estimate not in entry["estimates"]:
             continue
         change = Figure.of(entry["estimates"][head.estimate], share, signed=True)
-        said = verdict(change, head.better, entry.get("p_holm"))
+        said = verdict(change, head.better, adjusted(run, entry))
         state = {"better": "pass", "worse": "fail"}.get(said, "open")
         text = f"method minus this control: {change}"
         found.append({"state": state, "name": _label(run, arm).capitalize(), "text": text})
@@ -232,7 +238,7 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
             share, better = key in percent, metric.better.get(estimate, 0)
             change = Figure.of(entry["estimates"].get(estimate), share, signed=True)
             tested = metric.correct is not None and estimate == next(iter(metric.statistics))
-            said = verdict(change, better, entry.get("p_holm") if tested else None)
+            said = verdict(change, better, adjusted(run, entry) if tested else None)
             found.append(
                 {
                     "metric": name,
@@ -263,6 +269,7 @@ def _forest(run: RunFolder, head: Headline, percent: set[str]) -> dict[str, Any]
         seen.add(pair)
         change = Figure.of(d["estimates"][head.estimate], share, signed=True)
         rows.append(_difference_row(run, head, d, change))
+    rows.sort(key=lambda r: (GROUPS.index(r["group"]), r["kind"] != "method"))
     axis = plots.Axis([v for r in rows for v in (r["change"].value, r["change"].low, r["change"].high)], zero=True)
     for row in rows:
         row["svg"] = plots.track(row["change"], axis, row["role"], zero=True)
@@ -271,16 +278,17 @@ def _forest(run: RunFolder, head: Headline, percent: set[str]) -> dict[str, Any]
 
 
 def _difference_row(run: RunFolder, head: Headline, d: Mapping[str, Any], change: Figure) -> dict[str, Any]:
-    point = next((p for p in run.points if p["point"] == d.get("point")), {"values": {}})
     kind = run.arms.get(d["arm"], {}).get("kind")
     name = _label(run, d["arm"])
-    if kind == "method":
-        name = values_text(point["values"]) or _method(run, head)
-    said = verdict(change, head.better, d.get("p_holm"))
+    if name == "method":
+        name = _method(run, head)
+    said = verdict(change, head.better, adjusted(run, d))
     test = d.get("mcnemar") or {}
     return {
         "name": name,
-        "against": _label(run, d["against"]),
+        "kind": kind,
+        "group": GROUPS[d["against"] != "baseline"],
+        "against": "" if d["against"] == "baseline" else f"minus {_label(run, d['against'])}",
         "main": d["arm"] == head.arm and d["against"] == "baseline",
         "change": change,
         "verdict": said,
@@ -334,8 +342,8 @@ def heads_of(
 ) -> list[tuple[list[tuple[int, int]], dict[tuple[int, int], float], tuple[int, int]]]:
     """(heads, scores, shape) of each intervention of an arm that selects heads.
 
-    An entry of arms.json has `heads`: a list, one per intervention, of null, {layer: [head, ...]}, or {"heads": {layer: [head, ...]},
-    "scores": {"layer,head": score}, "shape": [layers, heads]}.
+    An entry of arms.json has `heads`: a list, one per intervention, of null, {layer: [head, ...]}, or
+    {"heads": {layer: [head, ...]}, "scores": {"layer,head": score}, "shape": [layers, heads]}.
     """
     found = []
     listed = entry.get("heads") or []

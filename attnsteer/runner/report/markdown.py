@@ -59,7 +59,7 @@ def markdown(run: RunFolder, found: Mapping[str, Any]) -> str:
         out += ["## Published", "", *table(["figure", "published", "here", "source"], rows), ""]
     rows = [
         [
-            f"{r['name']} minus {r['against']}",
+            f"{r['name']} {r['against'] or 'minus baseline'}",
             str(r["change"]),
             "" if r["gained"] is None else f"{r['gained']} / {r['lost']}",
             r["p"],

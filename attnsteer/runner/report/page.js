@@ -51,12 +51,12 @@
   }
 
   function prompt(s) {
-    const long = 420;
+    const long = 240;
     const node = make("p", { class: "prompt" });
     if (s.prompt.length <= long) { node.append(s.prompt); return node; }
     // What is asked stands at the end.
     const more = make("button", { type: "button", "aria-expanded": "false" }, "show all");
-    const part = document.createTextNode(`… ${s.prompt.slice(-long)}`);
+    const part = document.createTextNode(`… ${s.prompt.slice(-long).replace(/^\S*\s/, "")}`);
     more.addEventListener("click", () => { part.data = s.prompt; more.remove(); });
     node.append(more, " ", part);
     return node;
@@ -92,7 +92,8 @@
       for (const [name, x0, y0, x1, y1] of s.boxes) {
         const place = { x: `${100 * x0}%`, y: `${100 * y0}%`, width: `${100 * (x1 - x0)}%`, height: `${100 * (y1 - y0)}%` };
         svg.append(draw("rect", { ...place, class: "under" }), draw("rect", place));
-        const said = draw("text", { x: `${100 * x0 + 2}%`, y: `${Math.max(100 * y0 - 2, 7)}%` });
+        const right = x0 + x1 > 1;
+        const said = draw("text", { x: `${100 * (right ? x1 : x0)}%`, y: `${y0 > 0.1 ? 100 * y0 - 2 : Math.min(100 * y1 + 8, 98)}%`, "text-anchor": right ? "end" : "start" });
         said.textContent = name;
         svg.append(said);
       }
@@ -190,6 +191,8 @@
     if (e.key === "ArrowLeft" && !$("back").disabled) turn(-1);
     if (e.key === "ArrowRight" && !$("next").disabled) turn(1);
   });
+  // What changed is what one looks for first.
+  if (data.samples.some((s) => is(s, "changed"))) state.only = "changed";
   document.querySelector(".tools").hidden = false;
   document.querySelector(".pager").hidden = data.samples.length <= SIZE;
   show();

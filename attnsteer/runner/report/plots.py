@@ -67,10 +67,16 @@ def track(figure: Figure, axis: Axis, role: str, *, zero: bool = False, claim: f
 def scale(axis: Axis, figure: Figure) -> Markup:
     """The numbers below rows of `track`; `figure` says how numbers are written."""
     parts = []
-    for t in axis.ticks():
-        text = Figure(t, percent=figure.percent, signed=figure.signed).number
+    for t, text in zip(axis.ticks(), _numbers(axis, figure), strict=True):
         parts.append(f'<text x="{axis.at(t):.2f}%" y="13" text-anchor="middle" class="tick">{escape(text)}</text>')
     return _svg(parts, 18, "axis", "track")
+
+
+def _numbers(axis: Axis, figure: Figure) -> list[str]:
+    """The ticks as text, without ".0" where all are whole."""
+    found = [Figure(t, percent=figure.percent, signed=figure.signed).number for t in axis.ticks()]
+    whole = all(set(n.partition(".")[2]) <= {"0"} for n in found)
+    return [n.partition(".")[0] if whole else n for n in found]
 
 
 def sweep(points: Sequence[tuple[float, Figure]], baseline: Figure, name: str, chosen: int) -> Markup:
@@ -80,31 +86,29 @@ def sweep(points: Sequence[tuple[float, Figure]], baseline: Figure, name: str, c
         points: (parameter, figure), ascending. name: of the parameter. chosen: index of the headline's point.
     """
     bottom, top = SWEEP - 44, 14
-    left, right = 11.0, 97.0
     figures = [f for _, f in points] + [baseline]
     axis = Axis([v for f in figures for v in (f.value, f.low, f.high)], margin=0.0)
     across = Axis([x for x, _ in points], margin=0.0)
 
     def x(value: float) -> float:
-        return left + 3 + (right - left - 6) * across.at(value) / 100
+        return 3 + 94 * across.at(value) / 100
 
     def y(value: float) -> float:
         return bottom - (bottom - top) * axis.at(value) / 100
 
     parts = []
     for t in axis.ticks():
-        parts.append(_line(left, y(t), right, y(t), "grid"))
-        text = Figure(t, percent=baseline.percent).number
-        parts.append(
-            f'<text x="{left - 1:.2f}%" y="{y(t) + 4:.1f}" text-anchor="end" class="tick">{escape(text)}</text>'
-        )
+        parts.append(_line(0, y(t), 100, y(t), "grid"))
+    for t, text in zip(axis.ticks(), _numbers(axis, baseline), strict=True):
+        # Left of the plot, in the margin that the style sheet leaves.
+        parts.append(f'<text x="-8" y="{y(t) + 4:.1f}" text-anchor="end" class="tick">{escape(text)}</text>')
     if baseline.value is not None:
         if baseline.low is not None and baseline.high is not None:
             parts.append(
-                f'<rect x="{left}%" y="{y(baseline.high):.1f}" width="{right - left}%" '
+                f'<rect x="0" y="{y(baseline.high):.1f}" width="100%" '
                 f'height="{y(baseline.low) - y(baseline.high):.1f}" class="band"/>'
             )
-        parts.append(_line(left, y(baseline.value), right, y(baseline.value), "level"))
+        parts.append(_line(0, y(baseline.value), 100, y(baseline.value), "level"))
     known = [(v, f) for v, f in points if f.value is not None]
     for (a, f), (b, g) in pairwise(known):
         parts.append(_line(x(a), y(f.value), x(b), y(g.value), "curve"))
@@ -117,9 +121,7 @@ def sweep(points: Sequence[tuple[float, Figure]], baseline: Figure, name: str, c
         if i == chosen:
             parts.append(f'<circle cx="{x(value):.2f}%" cy="{y(figure.value):.1f}" r="10" class="halo"/>')
         parts.append(_mark(x(value), y(figure.value), "method", f"{name} {value:g}: {figure}"))
-    parts.append(
-        f'<text x="{(left + right) / 2}%" y="{SWEEP - 6}" text-anchor="middle" class="label">{escape(name)}</text>'
-    )
+    parts.append(f'<text x="50%" y="{SWEEP - 6}" text-anchor="middle" class="label">{escape(name)}</text>')
     return _svg(parts, SWEEP, f"{name} against the primary figure", "sweep")
 
 

@@ -12,7 +12,8 @@ from ...errors import RunError
 from ...evals.metrics.base import SAMPLES, Metric, Totals
 from ..folder import Key, RunFolder
 
-# A difference counts as seen where its 95 % interval leaves out zero, and its adjusted p-value is at most this.
+# A difference counts as seen where its 95 % interval leaves out zero; of several settings, the p-value adjusted for all
+# must be at most this too. A single setting was chosen before the run, so that nothing needs an adjustment.
 LEVEL = 0.05
 MINUS, DASH = "−", "–"
 
@@ -140,9 +141,14 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         test.get("lost"),
         test.get("p"),
         found.get("p_holm"),
-        verdict(change, better, found.get("p_holm")),
+        verdict(change, better, adjusted(run, found)),
         len(set(run.records.get("baseline", {})) & set(run.records.get(arm, {}))),
     )
+
+
+def adjusted(run: RunFolder, entry: Mapping[str, Any]) -> float | None:
+    """The p-value that a verdict must pass: Holm's, where several settings were tried."""
+    return entry.get("p_holm") if len(run.points) > 1 else None
 
 
 def verdict(change: Figure, better: int, p: float | None) -> str:
