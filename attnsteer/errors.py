@@ -60,11 +60,11 @@ class RecordError(AttnSteerError, ValueError):
 
 
 class RecipeError(AttnSteerError, ValueError):
-    """A recipe, its data or one of its parameters is wrong."""
+    """A recipe, its data or its parameters are not what can be run."""
 
 
 class RunError(AttnSteerError, RuntimeError):
-    """A run folder belongs to another recipe, is locked, damaged or cannot be written."""
+    """A run folder belongs to another recipe, is in use, is damaged, or cannot be written."""
 
 
 class MissingExtra(AttnSteerError, ImportError):

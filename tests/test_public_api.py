@@ -31,8 +31,8 @@ NAMES = [
     "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
 ]  # fmt: skip
 ERRORS = [
-    "AttnSteerError", "CompositionError", "MissingExtra", "NeverFired", "NotFinite", "RecordError", "RegistrationError",
-    "SelectionError", "SerializationError", "UnknownName", "UnsupportedHost", "ZooError",
+    "AttnSteerError", "CompositionError", "MissingExtra", "NeverFired", "NotFinite", "RecipeError", "RecordError",
+    "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName", "UnsupportedHost", "ZooError",
 ]  # fmt: skip
 # Positional parameters and defaults that code and saved recipes rely on.
 LATENT = (
