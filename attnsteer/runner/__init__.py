@@ -7,10 +7,13 @@ from typing import Any
 
 # Public name -> the module that defines it. No module has the name of a function: once imported, it would stand in its place.
 _WHERE = {
+    "Comparison": "comparison",
     "Point": "points",
     "Recipe": "schema",
+    "compare": "comparison",
     "json_schema": "schema",
     "load_recipe": "schema",
+    "report": "reports",
     "with_values": "points",
 }
 

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError, listing
+from ..errors import RecipeError, RunError, listing
 from ..evals.metrics import Metric, get_metric
+from . import yaml
 
 AGAIN = "start the run again with the same command: it goes on where it stopped"
 # (seed, id) of a record.
@@ -155,12 +156,10 @@ def _names(path: Path) -> list[str]:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RunError(f"{path} cannot be read ({' '.join(str(error).split())}); {_new()}.") from error
+        found = yaml.read(path).value
+    except RecipeError as error:
+        raise RunError(f"{path} is damaged: {error} {_new()}.") from error
     if not isinstance(found, dict):
         raise RunError(f"{path} is no recipe: it holds {type(found).__name__}; {_new()}.")
     return found

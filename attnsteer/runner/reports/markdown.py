@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..compare import table
+from ..comparison import table
 from ..folder import RunFolder
 from .story import Headline, p_text
 

@@ -12,7 +12,7 @@ import pytest
 from attnsteer.errors import RunError
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.statistics import holm
-from attnsteer.runner.compare import compare, recipe_differences
+from attnsteer.runner.comparison import compare, recipe_differences
 from attnsteer.runner.folder import read_run
 from tests.runner import folders
 
@@ -158,7 +158,7 @@ def test_runs_that_cannot_be_compared(runs: dict[str, Path], tmp_path: Path) -> 
 
 
 DAMAGE = {
-    "recipe.yaml": (b"a: [", "cannot be read"),
+    "recipe.yaml": (b"a: [", r"recipe\.yaml is damaged"),
     "status.json": (b'{"state": "odd"}', "the state is 'odd'"),
     "arms.json": (b"{}", 'no list "arms"'),
     "metrics.json": (b"[1", "is damaged"),
