@@ -17,6 +17,7 @@ from attnsteer import __version__, cli, methods, sites
 from attnsteer.testing import tiny_pipeline, tiny_transformers
 
 ROOT = Path(__file__).parents[1]
+COMMANDS = {"methods", "sites", "doctor", "demo", "compare", "report"}
 
 
 def run(*args: str) -> Any:
@@ -51,8 +52,8 @@ def folders(tmp_path_factory: Any) -> dict[str, Path]:
 def test_help_names_every_command_that_exists_and_no_other() -> None:
     done = run("--help")
     assert done.exit_code == 0
-    assert {c.callback.__name__ for c in cli.app.registered_commands} == {"methods", "sites", "doctor", "demo"}
-    for name in ("methods", "sites", "doctor", "demo"):
+    assert {c.callback.__name__ for c in cli.app.registered_commands} == COMMANDS
+    for name in sorted(COMMANDS):
         assert name in done.output
         page = run(name, "--help")
         assert page.exit_code == 0 and "--help" in page.output

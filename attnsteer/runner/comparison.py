@@ -235,8 +235,11 @@ def _common_metrics(runs: Sequence[RunFolder]) -> tuple[dict[str, Metric], list[
 
 def _arms(run: RunFolder) -> list[tuple[str, str, dict[str, Any]]]:
     """(arm, kind, values of its sweep point) of the baseline and of each method."""
-    found = [("baseline", "baseline", {})]
+    found: list[tuple[str, str, dict[str, Any]]] = []
     for point in run.points:
+        base = point["arms"].get("baseline", "baseline")
+        if base not in {a for a, _, _ in found}:
+            found.append((base, "baseline", point["values"] if found else {}))
         arm = point["arms"].get("method")
         if arm is not None and arm not in {a for a, _, _ in found}:
             found.append((arm, "method", point["values"]))
@@ -252,7 +255,7 @@ def _common_keys(runs: Sequence[RunFolder], arms: Sequence[Sequence[tuple[str, s
     """(seed, id) with a record in all arms, of samples that are equal in all runs; in the first run's order."""
     first = runs[0]
     equal = {i for i, s in first.samples.items() if all(r.samples.get(i) == s for r in runs[1:])}
-    keys = {k for k in first.records["baseline"] if k[1] in equal}
+    keys = {k for k in first.records[arms[0][0][0]] if k[1] in equal}
     for run, chosen in zip(runs, arms, strict=True):
         for arm, _, _ in chosen:
             keys &= set(run.records[arm])

@@ -70,6 +70,11 @@ class RunFolder:
         roles = {a: a for a in self.arms}
         return [{"point": 0, "values": {}, "arms": roles}]
 
+    def base(self, arm: str) -> str:
+        """The baseline that an arm is compared with: that of its point (settings of decoding move the baseline too)."""
+        point = next((p for p in self.points if arm in p["arms"].values()), self.points[0])
+        return point["arms"].get("baseline", "baseline")
+
     def primary(self) -> tuple[str, str]:
         """(metric, estimate) of the headline.
 

@@ -29,9 +29,9 @@ SCORES = {"1,0": 0.11, "1,2": 0.34, "2,1": 0.27, "2,3": 0.05, "3,0": 0.19}
 
 def arm(name: str, kind: str, method: str | None = None, **params: Any) -> dict[str, Any]:
     """One entry of arms.json."""
-    steps = [] if method is None else [{"method": method, "params": params}]
-    heads = [] if method is None else [{"heads": HEADS, "scores": SCORES, "shape": [4, 4]}]
-    return {"id": name, "kind": kind, "interventions": steps, "heads": heads}
+    chosen = {"heads": HEADS, "scores": SCORES, "shape": [4, 4]} if method == "ACT" else {"heads": None}
+    steps = [] if method is None else [{"method": method, "params": params, **chosen, "where": {}}]
+    return {"id": name, "kind": kind, "interventions": steps, "decoding": {}}
 
 
 def recipe(name: str, zoo: str, kind: str, data: str, task: str, metrics: list[Any], primary: str) -> dict[str, Any]:

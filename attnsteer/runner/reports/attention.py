@@ -49,7 +49,9 @@ def overlays(found: Mapping[str, Any] | None, album: Album, samples: Mapping[str
             image = album.add(part["image"], own=True) if part.get("image") else album.add(scene)
             maps = [(t, heat(m, tops.get(t, top)), sum(map(sum, m))) for t, m in pairs]
             shown.append({"arm": arm, "maps": maps, "image": None if image is None else album.uris[image]})
-        prompt = str((samples.get(str(entry.get("id"))) or {}).get("prompt", ""))
+        # Words show the prompt themselves.
+        maps = any("maps" in a for a in shown)
+        prompt = str((samples.get(str(entry.get("id"))) or {}).get("prompt", "")) if maps else ""
         out.append({"id": entry.get("id"), "prompt": prompt, "arms": shown})
     return {"note": str(found.get("note", "")), "samples": out}
 

@@ -53,6 +53,7 @@ def content(run: RunFolder) -> dict[str, Any]:
         "summary": run.recipe.get("summary", ""),
         "head": head,
         "alerts": _alerts(run),
+        "tiny": run.tiny,
         "cautions": _cautions(run, head),
         "sentence": _sentence(run, head),
         "method": _method(run, head),
@@ -100,7 +101,7 @@ def _cautions(run: RunFolder, head: Headline) -> list[str]:
     if run.metrics.get("zero_equals_baseline") is False:
         found.append("The control at zero strength is not the baseline: something else than the method differs.")
     for d in run.metrics.get("differences", ()):
-        if d["arm"] == head.arm and d["against"] == "baseline":
+        if d["arm"] == head.arm and d["against"] == head.base:
             found += [g[0].upper() + g[1:].rstrip(".") + "." for g in d.get("guards") or ()]
     return list(dict.fromkeys([*found, *run.metrics.get("warnings", ())]))
 
@@ -138,13 +139,13 @@ def _label(run: RunFolder, arm: str) -> str:
     if kind == "method":
         point = next((p for p in run.points if p["arms"].get("method") == arm), {"values": {}})
         return values_text(point["values"]) or "method"
-    return {"baseline": "baseline", "zero": "zero strength"}.get(kind, arm)
+    return arm if kind != "zero" else "zero strength"
 
 
 def _strip(run: RunFolder, head: Headline, percent: set[str]) -> dict[str, Any]:
     """Rows of the first picture: baseline, method, controls, on one axis."""
     share = f"{head.metric}.{head.estimate}" in percent
-    arms = dict.fromkeys(["baseline", head.arm, *head.point["arms"].values()])
+    arms = dict.fromkeys([head.base, head.arm, *head.point["arms"].values()])
     found = []
     for arm in list(arms)[:ROWS]:
         figure = Figure.of(run.metrics["arms"].get(arm, {}).get(head.metric, {}).get(head.estimate), share)
@@ -227,13 +228,13 @@ def _took(status: Mapping[str, Any]) -> str:
 
 def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str, Any]]:
     """One row per figure: baseline, method, and their difference; then the other arms."""
-    others = [a for a in head.point["arms"].values() if a not in ("baseline", head.arm)]
+    others = [a for a in head.point["arms"].values() if a not in (head.base, head.arm)]
     arms = run.metrics["arms"]
     claims = {c["metric"]: c for c in _claims(run)}
     found = []
     for name, metric in run.measures.items():
         entry = difference(run, head.arm, name, head.point["point"]) or {"estimates": {}}
-        for estimate in arms.get("baseline", {}).get(name, {}):
+        for estimate in arms.get(head.base, {}).get(name, {}):
             key = f"{name}.{estimate}"
             share, better = key in percent, metric.better.get(estimate, 0)
             change = Figure.of(entry["estimates"].get(estimate), share, signed=True)
@@ -245,7 +246,7 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
                     "estimate": estimate.replace("_", " "),
                     "primary": (name, estimate) == (head.metric, head.estimate),
                     "better": better,
-                    "baseline": Figure.of(arms["baseline"][name][estimate], share),
+                    "baseline": Figure.of(arms[head.base][name][estimate], share),
                     "method": Figure.of(arms.get(head.arm, {}).get(name, {}).get(estimate), share),
                     "others": [Figure.of(arms.get(a, {}).get(name, {}).get(estimate), share) for a in others],
                     "change": change,
@@ -287,9 +288,9 @@ def _difference_row(run: RunFolder, head: Headline, d: Mapping[str, Any], change
     return {
         "name": name,
         "kind": kind,
-        "group": GROUPS[d["against"] != "baseline"],
-        "against": "" if d["against"] == "baseline" else f"minus {_label(run, d['against'])}",
-        "main": d["arm"] == head.arm and d["against"] == "baseline",
+        "group": GROUPS[d["against"] != run.base(d["arm"])],
+        "against": "" if d["against"] == run.base(d["arm"]) else f"minus {_label(run, d['against'])}",
+        "main": d["arm"] == head.arm and d["against"] == head.base,
         "change": change,
         "verdict": said,
         "role": {"better": "gain", "worse": "loss"}.get(said, "none"),
@@ -310,7 +311,7 @@ def _sweep(run: RunFolder, head: Headline, percent: set[str]) -> dict[str, Any] 
     def figure(arm: str) -> Figure:
         return Figure.of(run.metrics["arms"].get(arm, {}).get(head.metric, {}).get(head.estimate), share)
 
-    baseline = figure("baseline")
+    baseline = figure(head.base)
     rows = [(p["values"], figure(p["arms"]["method"]), p["arms"]["method"] == head.arm) for p in points]
     names = list(dict.fromkeys(k for values, _, _ in rows for k in values))
     name = names[0].rpartition(".")[2] if names else "setting"
@@ -340,22 +341,20 @@ def _heads(run: RunFolder, head: Headline) -> list[dict[str, Any]]:
 def heads_of(
     entry: Mapping[str, Any],
 ) -> list[tuple[list[tuple[int, int]], dict[tuple[int, int], float], tuple[int, int]]]:
-    """(heads, scores, shape) of each intervention of an arm that selects heads.
+    """(heads, scores, shape) of each intervention of an arm that selects heads, by itself or by its `where`.
 
-    An entry of arms.json has `heads`: a list, one per intervention, of null, {layer: [head, ...]}, or
-    {"heads": {layer: [head, ...]}, "scores": {"layer,head": score}, "shape": [layers, heads]}.
+    An intervention of arms.json has `heads` as null or {layer: [head, ...]}, perhaps beside `scores` {"layer,head": score} and
+    `shape` [layers, heads]; without a shape the grid ends with the last head.
     """
     found = []
-    listed = entry.get("heads") or []
-    for item in listed if isinstance(listed, list) else [listed]:
-        if not isinstance(item, Mapping) or not item:
+    for item in entry.get("interventions") or ():
+        table = item.get("heads") or (item.get("where") or {}).get("heads")
+        used = [(int(layer), int(h)) for layer, row in table.items() for h in row] if isinstance(table, Mapping) else []
+        if not used:
             continue
-        table = item.get("heads", item)
-        used = [(int(layer), int(h)) for layer, row in table.items() for h in row]
         scores = {tuple(map(int, k.split(","))): float(v) for k, v in (item.get("scores") or {}).items()}
-        if used:
-            shape = item.get("shape") or [max(la for la, _ in used) + 1, max(h for _, h in used) + 1]
-            found.append((used, scores, (int(shape[0]), int(shape[1]))))
+        shape = item.get("shape") or [max(la for la, _ in used) + 1, max(h for _, h in used) + 1]
+        found.append((used, scores, (int(shape[0]), int(shape[1]))))
     return found
 
 

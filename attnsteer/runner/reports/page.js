@@ -21,7 +21,8 @@
   const number = (v) => (v === null || v === undefined ? "–" : String(Math.round(v * 1000) / 1000));
   const label = (id) => (data.arms.find((a) => a.id === id) || { label: id }).label;
   const after = (s) => s.outs[state.arm] || {};
-  const before = (s) => s.outs.baseline || {};
+  const base = () => data.arms.find((a) => a.id === state.arm).base;
+  const before = (s) => s.outs[base()] || {};
   const change = (s) => Math.abs((after(s).v ?? 0) - (before(s).v ?? 0));
   const is = (s, only) => {
     const found = after(s).state;
@@ -83,7 +84,7 @@
 
   function shot(s, arm) {
     const out = s.outs[arm] || {};
-    const kind = arm === "baseline" ? "b" : "m";
+    const kind = arm === base() ? "b" : "m";
     const frame = make("button", { type: "button", class: "shot", title: "click to change between baseline and method" });
     if (out.image !== null && out.image !== undefined) frame.append(make("img", { src: data.images[out.image], alt: `${label(arm)}: ${s.prompt}` }));
     else frame.append(make("span", { class: "gone" }, "not in this page"));
@@ -105,14 +106,14 @@
   }
 
   function pair(s) {
-    let arm = state.swap ? state.arm : "baseline";
+    let arm = state.swap ? state.arm : base();
     const node = make("div", { class: state.flip ? "pair single" : "pair" });
     const fill = () => {
-      node.replaceChildren(...(state.flip ? [shot(s, arm)] : [shot(s, "baseline"), shot(s, state.arm)]));
+      node.replaceChildren(...(state.flip ? [shot(s, arm)] : [shot(s, base()), shot(s, state.arm)]));
       for (const frame of node.querySelectorAll(".shot")) {
         if (!state.flip) { frame.disabled = true; frame.style.opacity = 1; continue; }
         frame.addEventListener("click", () => {
-          arm = arm === "baseline" ? state.arm : "baseline";
+          arm = arm === base() ? state.arm : base();
           fill();
           node.querySelector(".shot").focus();
         });
@@ -140,7 +141,7 @@
       make("header", {}, make("span", { class: "id" }, name), make("span", { class: `chip ${found}`, title: data.figure }, `${moved}${sign}`)));
     if (s.image !== null && s.image !== undefined) node.append(make("img", { class: "scene", src: data.images[s.image], alt: "the image of this sample" }));
     node.append(prompt(s));
-    if (s.truth) node.append(make("p", { class: "truth" }, `right: ${s.truth}`));
+    if (s.truth && !before(s).p) node.append(make("p", { class: "truth" }, `right: ${s.truth}`));
     if (pictures) node.append(pair(s));
     if (s.choices && before(s).p) node.append(...choices(s));
     if (before(s).text !== undefined) node.append(said(s));
@@ -174,10 +175,10 @@
   for (const button of document.querySelectorAll("button[data-state]")) button.addEventListener("click", () => set({ only: button.dataset.state }));
   $("search").addEventListener("input", (e) => set({ search: e.target.value.trim().toLowerCase() }));
   $("order").addEventListener("change", (e) => set({ order: e.target.value }));
-  for (const arm of data.arms.slice(1)) $("arm").append(make("option", { value: arm.id }, arm.label));
+  for (const arm of data.arms) $("arm").append(make("option", { value: arm.id }, arm.label));
   $("arm").value = state.arm;
   $("arm").addEventListener("change", (e) => set({ arm: e.target.value }));
-  $("arm-field").hidden = data.arms.length < 3;
+  $("arm-field").hidden = data.arms.length < 2;
   $("picture-tools").hidden = !pictures;
   $("boxes").hidden = !data.samples.some((s) => s.boxes);
   $("flip").addEventListener("click", () => set({ flip: !state.flip, page: state.page }));
@@ -191,6 +192,7 @@
     if (e.key === "ArrowLeft" && !$("back").disabled) turn(-1);
     if (e.key === "ArrowRight" && !$("next").disabled) turn(1);
   });
+  $("keys").hidden = !data.samples.some((s) => s.choices && before(s).p);
   // What changed is what one looks for first.
   if (data.samples.some((s) => is(s, "changed"))) state.only = "changed";
   document.querySelector(".tools").hidden = false;

@@ -19,20 +19,22 @@ STATES = ("gained", "lost", "changed", "same")
 def browser(run: RunFolder, head: Headline, album: Album) -> dict[str, Any]:
     """JSON for the page's script.
 
-    Keys: `figure`, `better`, `arms` [{id, label}] (baseline first), `images` (data URIs), `samples`, `total`, `notes`.
+    Keys: `figure`, `better`, `arms` (of methods: {id, label, base}), `images` (data URIs), `samples`, `total`, `notes`.
     A sample has `id`, `seed`, `prompt`, `truth`, `choices`, `image`, `boxes`, and per arm `outs`: `p` (share of each
     choice) and `pick`, or `text`, or `image`; `v`: the primary figure; `state` against the baseline, one of `STATES`.
     """
     arms = _arms(run, head)
+    bases = {a: run.base(a) for a, _ in arms}
+    every_arm = list(dict.fromkeys([*bases.values(), *bases]))
     metric = run.measures[head.metric]
-    values = {a: per_sample(metric, head.estimate, run.records.get(a, {})) for a, _ in arms}
-    every = [k for k in _ordered(run) if any(k in run.records.get(a, {}) for a, _ in arms)]
-    state = {(a, k): _state(run, head, values, a, k) for a, _ in arms[1:] for k in every}
+    values = {a: per_sample(metric, head.estimate, run.records.get(a, {})) for a in every_arm}
+    every = [k for k in _ordered(run) if any(k in run.records.get(a, {}) for a in every_arm)]
+    state = {(a, k): _state(run, head, values, a, k) for a in bases for k in every}
     # What changed is what a reader looks for: it stays, and gets its pictures first.
     shown = sorted(every, key=lambda k: STATES.index(state[head.arm, k]))[:MOST]
     keep = set(shown)
     images: dict[tuple[Key, str], int | None] = {}
-    for arm, _ in arms:
+    for arm in every_arm:
         for key in shown:
             images[key, arm] = album.add(run.records.get(arm, {}).get(key, {}).get("image"), own=True)
     scenes = {key: album.add(run.samples[key[1]].get("image")) for key in shown}
@@ -49,7 +51,7 @@ def browser(run: RunFolder, head: Headline, album: Album) -> dict[str, Any]:
                     "v": _number(values[arm].get(key)),
                     "state": state.get((arm, key), "same"),
                 }
-                for arm, _ in arms
+                for arm in every_arm
                 if key in run.records.get(arm, {})
             },
         }
@@ -61,7 +63,7 @@ def browser(run: RunFolder, head: Headline, album: Album) -> dict[str, Any]:
         "better": head.better,
         "seeds": len(run.seeds),
         "arm": head.arm,
-        "arms": [{"id": a, "label": label} for a, label in arms],
+        "arms": [{"id": a, "label": label, "base": bases[a]} for a, label in arms],
         "images": album.uris,
         "samples": samples,
         "total": len(every),
@@ -70,10 +72,11 @@ def browser(run: RunFolder, head: Headline, album: Album) -> dict[str, Any]:
 
 
 def _arms(run: RunFolder, head: Headline) -> list[tuple[str, str]]:
-    found = {"baseline": "baseline"}
+    """The methods, that of the headline first."""
+    found: dict[str, str] = {}
     for point in sorted(run.points, key=lambda p: p["arms"].get("method") != head.arm):
         arm = point["arms"].get("method")
-        if arm is not None and len(found) <= ARMS:
+        if arm is not None and len(found) < ARMS:
             found.setdefault(arm, f"{arm} ({values_text(point['values'])})" if point["values"] else arm)
     return list(found.items())
 
@@ -83,10 +86,11 @@ def _ordered(run: RunFolder) -> list[Key]:
 
 
 def _state(run: RunFolder, head: Headline, values: Mapping[str, Any], arm: str, key: Key) -> str:
-    before, after = values["baseline"].get(key), values[arm].get(key)
+    base = run.base(arm)
+    before, after = values[base].get(key), values[arm].get(key)
     if before is not None and after is not None and abs(after - before) > 1e-12 and head.better:
         return "gained" if head.better * (after - before) > 0 else "lost"
-    one, two = (run.records.get(a, {}).get(key) for a in ("baseline", arm))
+    one, two = (run.records.get(a, {}).get(key) for a in (base, arm))
     return "same" if one is None or two is None or _said(one) == _said(two) else "changed"
 
 
@@ -107,6 +111,7 @@ def _asked(sample: Mapping[str, Any]) -> dict[str, Any]:
     answer = sample.get("answer")
     if isinstance(sample.get("choices"), list) and isinstance(answer, int):
         found |= {"choices": [str(c) for c in sample["choices"]], "answer": answer}
+        found["truth"] = str(sample["choices"][answer])
     elif "label" in sample or answer is not None:
         found["truth"] = _words(sample.get("label", answer))
     elif sample.get("answers"):
@@ -157,8 +162,8 @@ def _notes(run: RunFolder, total: int, album: Album, arms: Sequence[Any]) -> lis
     if total > MOST:
         found.append(f"{MOST} of {total} samples are shown, those that changed first; all are in records.jsonl.")
     swept = {p["arms"].get("method") for p in run.points} - {None}
-    if len(swept) > len(arms) - 1:
-        found.append(f"{len(arms) - 1} of {len(swept)} settings can be chosen here.")
+    if len(swept) > len(arms):
+        found.append(f"{len(arms)} of {len(swept)} settings can be chosen here.")
     if album.left_out:
         found.append(f"{album.left_out} pictures did not fit into this page; they are in the run folder.")
     if album.shrunk:

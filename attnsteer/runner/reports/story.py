@@ -76,7 +76,7 @@ class Headline:
 
     Attributes:
         metric, estimate: the primary figure. better: 1, -1, or 0 where no direction is good.
-        point: of the sweep; its values. arm: the method's. chosen: why this point, or "".
+        point: of the sweep; its values. arm: the method's; base: its baseline's. chosen: why this point, or "".
         baseline, method, difference: of the figure. gained, lost, p, p_holm: of McNemar's test, or None.
         verdict: "better", "worse", "none" or "changed". records: pairs.
     """
@@ -86,6 +86,7 @@ class Headline:
     better: int
     point: dict[str, Any]
     arm: str
+    base: str
     chosen: str
     baseline: Figure
     method: Figure
@@ -117,6 +118,7 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
     better = run.measures[metric].better.get(estimate, 0)
     point, chosen = _point(run, metric, estimate, better)
     arm = point["arms"]["method"]
+    base = run.base(arm)
     found = difference(run, arm, metric, point["point"])
     if found is None or estimate not in found["estimates"]:
         raise RunError(
@@ -133,8 +135,9 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         better,
         point,
         arm,
+        base,
         chosen,
-        Figure.of(arms.get("baseline", {}).get(metric, {}).get(estimate), share),
+        Figure.of(arms.get(base, {}).get(metric, {}).get(estimate), share),
         Figure.of(arms.get(arm, {}).get(metric, {}).get(estimate), share),
         change,
         test.get("gained"),
@@ -142,7 +145,7 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         test.get("p"),
         found.get("p_holm"),
         verdict(change, better, adjusted(run, found)),
-        len(set(run.records.get("baseline", {})) & set(run.records.get(arm, {}))),
+        len(set(run.records.get(base, {})) & set(run.records.get(arm, {}))),
     )
 
 
@@ -161,9 +164,10 @@ def verdict(change: Figure, better: int, p: float | None) -> str:
 
 
 def difference(
-    run: RunFolder, arm: str, metric: str, point: int | None = None, against: str = "baseline"
+    run: RunFolder, arm: str, metric: str, point: int | None = None, against: str | None = None
 ) -> dict[str, Any] | None:
-    """The entry of metrics.json for one arm and metric."""
+    """The entry of metrics.json for one arm and metric; against its baseline unless told otherwise."""
+    against = run.base(arm) if against is None else against
     rows = [
         d for d in run.metrics.get("differences", ()) if (d["arm"], d["against"], d["metric"]) == (arm, against, metric)
     ]
