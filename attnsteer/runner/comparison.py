@@ -122,8 +122,9 @@ def compare(
 ) -> Comparison:
     """Compare two or more runs.
 
-    Each other run's methods are compared with the first run's method on the (seed, id) that all runs have. Its baseline
-    should be the first run's; where it gives other numbers, that difference is stated too, outside the family of tests.
+    Each other run's methods are compared with the first run's method (of a sweep, its first setting) on the (seed, id)
+    that all runs have. Its baseline should be the first run's; where it gives other numbers, that difference is stated
+    too, outside the family of tests.
 
     Args:
         folders: of the runs; the first is what the others are compared with.

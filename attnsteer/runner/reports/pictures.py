@@ -86,7 +86,7 @@ class Album:
         from ...zoo.shapes.render import render
 
         pixels = (render([picture(str(data.get("split", "test")), index)])[0] * 255).round().byte().permute(1, 2, 0)
-        return png(pixels.tolist())
+        return png("RGB", pixels.shape[1], pixels.shape[0], pixels.numpy().tobytes())
 
 
 def uri(content: bytes, kind: str) -> str:
@@ -94,21 +94,19 @@ def uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def png(pixels: Sequence[Sequence[Sequence[int]]]) -> str:
-    """A data URI of rows of (r, g, b) or (r, g, b, a), 0 to 255."""
+def png(mode: str, width: int, height: int, pixels: bytes) -> str:
+    """A data URI of raw pixels, row by row; mode: "RGB" or "RGBA"."""
     from PIL import Image
 
-    height, width, channels = len(pixels), len(pixels[0]), len(pixels[0][0])
-    image = Image.new("RGBA" if channels == 4 else "RGB", (width, height))
-    image.putdata([tuple(p) for row in pixels for p in row])
     stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
+    Image.frombytes(mode, (width, height), pixels).save(stream, "PNG", optimize=True)
     return uri(stream.getvalue(), KIND["PNG"])
 
 
 def heat(grid: Sequence[Sequence[float]], top: float) -> str:
     """A map [h][w] as a picture to lay over another; `top` gets the brightest colour."""
-    return png([[_colour(v / top if top > 0 else 0.0) for v in row] for row in grid])
+    pixels = bytes(c for row in grid for v in row for c in _colour(v / top if top > 0 else 0.0))
+    return png("RGBA", len(grid[0]), len(grid), pixels)
 
 
 def _colour(share: float) -> tuple[int, ...]:
