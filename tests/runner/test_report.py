@@ -284,7 +284,7 @@ def test_large_pictures_are_made_smaller(runs: dict[str, Path], tmp_path: Path) 
     at = next(s["outs"]["method"]["image"] for s in data["samples"] if s["id"] == "l7")
     assert opened(data["images"][at]).size == (pictures.SIDE, pictures.SIDE // 2)
     assert {opened(u).size for i, u in enumerate(data["images"]) if i != at} == {(64, 64)}
-    assert data["notes"] == ["1 pictures were made smaller for this page."]
+    assert data["notes"] == ["Pictures made smaller for this page: 1."]
 
 
 def test_the_pictures_of_what_changed_come_first(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +295,7 @@ def test_the_pictures_of_what_changed_come_first(runs: dict[str, Path], monkeypa
     monkeypatch.setattr(pictures.Album.__init__, "__defaults__", (sum(map(len, whole["images"])) // 2,))
     part = data_of(report(runs["images"]).read_text())
     left_out = 80 - len(part["images"])
-    assert 20 < left_out < 60 and any(f"{left_out} pictures did not fit" in n for n in part["notes"])
+    assert 20 < left_out < 60 and any(f"too large: {left_out};" in n for n in part["notes"])
     assert all(
         s["outs"]["baseline"]["image"] is not None for s in part["samples"] if s["outs"]["method"]["state"] == "gained"
     )

@@ -57,9 +57,8 @@
     if (s.prompt.length <= long) { node.append(s.prompt); return node; }
     // What is asked stands at the end.
     const more = make("button", { type: "button", "aria-expanded": "false" }, "show all");
-    const part = document.createTextNode(`… ${s.prompt.slice(-long).replace(/^\S*\s/, "")}`);
-    more.addEventListener("click", () => { part.data = s.prompt; more.remove(); });
-    node.append(more, " ", part);
+    more.addEventListener("click", () => node.replaceChildren(s.prompt));
+    node.append(more, ` … ${s.prompt.slice(-long).replace(/^\S*\s/, "")}`);
     return node;
   }
 

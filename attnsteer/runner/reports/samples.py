@@ -165,9 +165,11 @@ def _notes(run: RunFolder, total: int, album: Album, arms: Sequence[Any]) -> lis
     if len(swept) > len(arms):
         found.append(f"{len(arms)} of {len(swept)} settings can be chosen here.")
     if album.left_out:
-        found.append(f"{album.left_out} pictures did not fit into this page; they are in the run folder.")
+        found.append(
+            f"Pictures left out of this page, which would be too large: {album.left_out}; they are in the run folder."
+        )
     if album.shrunk:
-        found.append(f"{album.shrunk} pictures were made smaller for this page.")
+        found.append(f"Pictures made smaller for this page: {album.shrunk}.")
     return found
 
 
