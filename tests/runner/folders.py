@@ -15,6 +15,7 @@ from PIL import Image
 
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.statistics import holm
+from attnsteer.heads import HeadSet
 from attnsteer.zoo.shapes.language import caption
 from attnsteer.zoo.shapes.layouts import layout
 from attnsteer.zoo.shapes.questions import picture, pope
@@ -24,13 +25,13 @@ from attnsteer.zoo.shapes.world import COLOUR_NAMES, Ground, Object, Scene
 
 COUNT = 40
 HEADS = {"1": [0, 2], "2": [1, 3], "3": [0]}
-SCORES = {"1,0": 0.11, "1,2": 0.34, "2,1": 0.27, "2,3": 0.05, "3,0": 0.19}
+SCORES = {(1, 0): 0.11, (1, 2): 0.34, (2, 1): 0.27, (2, 3): 0.05, (3, 0): 0.19}
 
 
 def arm(name: str, kind: str, method: str | None = None, **params: Any) -> dict[str, Any]:
     """One entry of arms.json."""
-    chosen = {"heads": HEADS, "scores": SCORES, "shape": [4, 4]} if method == "ACT" else {"heads": None}
-    steps = [] if method is None else [{"method": method, "params": params, **chosen, "where": {}}]
+    chosen = HEADS if method == "ACT" else None
+    steps = [] if method is None else [{"method": method, "params": params, "heads": chosen, "where": {}}]
     return {"id": name, "kind": kind, "interventions": steps, "decoding": {}}
 
 
@@ -104,7 +105,12 @@ def text_run(
                 scores = [round(v + turn.gauss(0, 0.02 * strong), 4) for v in scores]
             records.append({"arm": a["id"], "seed": 0, "id": s["id"], "scores": scores})
             records[-1] |= {k: s[k] for k in ("choices", "answer")}
-    return write(path, plan, arms, samples, records, points=points, **more)
+    write(path, plan, arms, samples, records, points=points, **more)
+    # As a search leaves them.
+    HeadSet({int(k): v for k, v in HEADS.items()}, scores=SCORES, shape=(4, 4)).save(
+        path / "calibration/0123.safetensors"
+    )
+    return path
 
 
 def _scores(draw: random.Random, count: int, answer: int, right: bool) -> list[float]:
@@ -213,7 +219,7 @@ def write(
 ) -> Path:
     """Write a whole folder; metrics.json is computed from the records. changes: fields of the recipe to replace."""
     plan = {**plan, **(changes or {})}
-    path.mkdir(parents=True, exist_ok=True)
+    (path / "calibration").mkdir(parents=True, exist_ok=True)
     points = points or [{"point": 0, "values": {}, "arms": {a["id"]: a["id"] for a in arms}}]
     (path / "recipe.yaml").write_text(yaml.safe_dump(plan, sort_keys=False, allow_unicode=True), encoding="utf-8")
     done = len(records)
@@ -233,7 +239,7 @@ def write(
         },
         "status.json": {**status, "done": done, "total": done if state == "complete" else 2 * done},
         "arms.json": {"arms": arms, "points": points},
-        "audit.json": {a["id"]: {"layers.1.self_attn": {"calls": 2, "rows": 80, "heads": 2}} for a in arms[1:]},
+        "audit.json": {"arms": {a["id"]: [] for a in arms}},
         "metrics.json": score(plan, arms, samples, records, points, partial=state != "complete"),
     }
     for name, value in files.items():
@@ -292,17 +298,20 @@ def score(
         found[a] = {n: _plain(m.aggregate(read[a, n], groups=labels, draws=500)) for n, m in metrics.items()}
     differences = []
     for point in points:
-        method = point["arms"]["method"]
-        others = [a for a in point["arms"].values() if a.startswith(("zero", "random"))]
-        pairs = [(method, "baseline"), *((a, "baseline") for a in others)]
-        pairs += [(method, a) for a in others if a.startswith("random")]
+        roles = point["arms"]
+        others = [r for r in roles if r.startswith(("zero", "random"))]
+        pairs = [("method", "baseline"), *((r, "baseline") for r in others)]
+        pairs += [("method", r) for r in others if r.startswith("random")]
         for one, against in pairs:
             for n, m in metrics.items():
-                test = m.mcnemar(read[against, n], read[one, n])
-                estimates = _plain(m.compare(read[against, n], read[one, n], groups=labels, draws=500))
+                before, after = read[roles[against], n], read[roles[one], n]
+                test = m.mcnemar(before, after)
+                estimates = _plain(m.compare(before, after, groups=labels, draws=500))
                 differences.append({"point": point["point"], "arm": one, "against": against, "metric": n})
                 differences[-1] |= {"estimates": estimates, "mcnemar": test and test._asdict(), "guards": []}
-    tests = [d for d in differences if d["mcnemar"]]
+    primary = plan["primary"].partition(".")[0]
+    main = ("method", "baseline", primary)
+    tests = [d for d in differences if d["mcnemar"] and (d["arm"], d["against"], d["metric"]) == main]
     for d, p in zip(tests, holm([d["mcnemar"]["p"] for d in tests]), strict=True):
         d["p_holm"] = p
     costs = {a: (0.021 if a == "baseline" else 0.0243) for a in rows}
@@ -311,7 +320,10 @@ def score(
     for c in plan["claims"]:
         name, _, estimate = c["metric"].partition(".")
         first = next(d for d in differences if d["metric"] == name)
-        ours = {"baseline": found["baseline"][name][estimate], "value": found[first["arm"]][name][estimate]}
+        ours = {
+            "baseline": found["baseline"][name][estimate],
+            "value": found[points[0]["arms"]["method"]][name][estimate],
+        }
         claims.append({**c, "ours": {**ours, "difference": first["estimates"][estimate]}})
     return {
         "schema": 1,

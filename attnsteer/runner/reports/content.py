@@ -8,6 +8,8 @@ from datetime import datetime
 from typing import Any
 
 from ...errors import RunError
+from ...heads import HeadSet
+from ...zoo import MODELS, NAMES
 from ..folder import RunFolder
 from . import plots
 from .attention import overlays
@@ -101,7 +103,7 @@ def _cautions(run: RunFolder, head: Headline) -> list[str]:
     if run.metrics.get("zero_equals_baseline") is False:
         found.append("The control at zero strength is not the baseline: something else than the method differs.")
     for d in run.metrics.get("differences", ()):
-        if d["arm"] == head.arm and d["against"] == head.base:
+        if (d["point"], d["arm"], d["against"]) == (head.point["point"], "method", "baseline"):
             found += [g[0].upper() + g[1:].rstrip(".") + "." for g in d.get("guards") or ()]
     return list(dict.fromkeys([*found, *run.metrics.get("warnings", ())]))
 
@@ -188,10 +190,10 @@ def _checks(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str,
     if equal is not None:
         text = "equals the baseline, record for record" if equal else "is not the baseline"
         found.append({"state": "pass" if equal else "fail", "name": "Zero strength", "text": text})
-    for arm in head.point["arms"].values():
+    for role, arm in head.point["arms"].items():
         if run.arms.get(arm, {}).get("kind") != "random":
             continue
-        entry = difference(run, head.arm, head.metric, head.point["point"], against=arm)
+        entry = difference(run, head.point, head.metric, against=role)
         if entry is None or head.estimate not in entry["estimates"]:
             continue
         change = Figure.of(entry["estimates"][head.estimate], share, signed=True)
@@ -233,7 +235,7 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
     claims = {c["metric"]: c for c in _claims(run)}
     found = []
     for name, metric in run.measures.items():
-        entry = difference(run, head.arm, name, head.point["point"]) or {"estimates": {}}
+        entry = difference(run, head.point, name) or {"estimates": {}}
         for estimate in arms.get(head.base, {}).get(name, {}):
             key = f"{name}.{estimate}"
             share, better = key in percent, metric.better.get(estimate, 0)
@@ -263,13 +265,15 @@ def _forest(run: RunFolder, head: Headline, percent: set[str]) -> dict[str, Any]
     """The differences of the primary figure, each with its test, and those of the other shares."""
     share = f"{head.metric}.{head.estimate}" in percent
     seen, rows = set(), []
+    arms = {p["point"]: p["arms"] for p in run.points}
     for d in run.metrics.get("differences", ()):
-        pair = (d["arm"], d["against"])
+        # Points share equal arms, and then their differences.
+        pair = tuple(arms.get(d["point"], {}).get(d[k], d[k]) for k in ("arm", "against"))
         if d["metric"] != head.metric or head.estimate not in d["estimates"] or pair in seen:
             continue
         seen.add(pair)
         change = Figure.of(d["estimates"][head.estimate], share, signed=True)
-        rows.append(_difference_row(run, head, d, change))
+        rows.append(_difference_row(run, head, d, change, *pair))
     rows.sort(key=lambda r: (GROUPS.index(r["group"]), r["kind"] != "method"))
     axis = plots.Axis([v for r in rows for v in (r["change"].value, r["change"].low, r["change"].high)], zero=True)
     for row in rows:
@@ -278,9 +282,11 @@ def _forest(run: RunFolder, head: Headline, percent: set[str]) -> dict[str, Any]
     return {"name": name, "rows": rows, "scale": plots.scale(axis, head.difference), "share": share}
 
 
-def _difference_row(run: RunFolder, head: Headline, d: Mapping[str, Any], change: Figure) -> dict[str, Any]:
-    kind = run.arms.get(d["arm"], {}).get("kind")
-    name = _label(run, d["arm"])
+def _difference_row(
+    run: RunFolder, head: Headline, d: Mapping[str, Any], change: Figure, arm: str, against: str
+) -> dict[str, Any]:
+    kind = run.arms.get(arm, {}).get("kind")
+    name = _label(run, arm)
     if name == "method":
         name = _method(run, head)
     said = verdict(change, head.better, adjusted(run, d))
@@ -288,9 +294,9 @@ def _difference_row(run: RunFolder, head: Headline, d: Mapping[str, Any], change
     return {
         "name": name,
         "kind": kind,
-        "group": GROUPS[d["against"] != run.base(d["arm"])],
-        "against": "" if d["against"] == run.base(d["arm"]) else f"minus {_label(run, d['against'])}",
-        "main": d["arm"] == head.arm and d["against"] == head.base,
+        "group": GROUPS[d["against"] != "baseline"],
+        "against": "" if d["against"] == "baseline" else f"minus {_label(run, against)}",
+        "main": arm == head.arm and against == head.base,
         "change": change,
         "verdict": said,
         "role": {"better": "gain", "worse": "loss"}.get(said, "none"),
@@ -329,33 +335,39 @@ def _sweep(run: RunFolder, head: Headline, percent: set[str]) -> dict[str, Any] 
 
 def _heads(run: RunFolder, head: Headline) -> list[dict[str, Any]]:
     """A grid per arm that has heads: the method's, then the random draws."""
+    sets = _head_sets(run)
     found = []
     for arm in [head.arm, *(a for a in head.point["arms"].values() if run.arms.get(a, {}).get("kind") == "random")]:
-        for used, scores, shape in heads_of(run.arms.get(arm, {})):
+        for used in heads_of(run.arms.get(arm, {})):
+            known = next((s for s in sets if set(used) <= set(s)), None)
+            scores = {} if known is None or arm != head.arm else {h: v for h, v in known.scores.items() if h in used}
+            shape = next((s.shape for s in sets if s.shape is not None), None)
+            if shape is None or any(la >= shape[0] or h >= shape[1] for la, h in used):
+                # Of an unknown model: as far as its heads are named.
+                shape = (max(la for la, _ in used) + 1, max(h for _, h in used) + 1)
             label = _method(run, head) if arm == head.arm else _label(run, arm)
             text = f"{len(used)} of {shape[0] * shape[1]} heads" + (", darker: larger score" if scores else "")
             found.append({"label": label, "text": text, "svg": plots.head_grid(used, scores, shape)})
     return found
 
 
-def heads_of(
-    entry: Mapping[str, Any],
-) -> list[tuple[list[tuple[int, int]], dict[tuple[int, int], float], tuple[int, int]]]:
-    """(heads, scores, shape) of each intervention of an arm that selects heads, by itself or by its `where`.
-
-    An intervention of arms.json has `heads` as null or {layer: [head, ...]}, perhaps beside `scores` {"layer,head": score} and
-    `shape` [layers, heads]; without a shape the grid ends with the last head.
-    """
+def heads_of(entry: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
+    """(layer, head) of each intervention of an arm of arms.json that selects heads, by itself or by its `where`."""
     found = []
     for item in entry.get("interventions") or ():
         table = item.get("heads") or (item.get("where") or {}).get("heads")
-        used = [(int(layer), int(h)) for layer, row in table.items() for h in row] if isinstance(table, Mapping) else []
-        if not used:
-            continue
-        scores = {tuple(map(int, k.split(","))): float(v) for k, v in (item.get("scores") or {}).items()}
-        shape = item.get("shape") or [max(la for la, _ in used) + 1, max(h for _, h in used) + 1]
-        found.append((used, scores, (int(shape[0]), int(shape[1]))))
+        if isinstance(table, Mapping) and table:
+            found.append([(int(layer), int(h)) for layer, row in table.items() for h in row])
     return found
+
+
+def _head_sets(run: RunFolder) -> list[HeadSet]:
+    """The head sets that the run's heads may come from: of its own search, and of the embedded model."""
+    files = [f for f in sorted(run.path.glob("calibration/*.safetensors")) if not f.stem.endswith(".state")]
+    name = (run.recipe.get("model") or {}).get("zoo")
+    if name in NAMES:
+        files += sorted((MODELS / name).glob("*/heads.safetensors"))
+    return [HeadSet.load(f) for f in files]
 
 
 def _cost(run: RunFolder) -> list[dict[str, Any]]:

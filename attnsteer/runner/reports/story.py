@@ -119,11 +119,11 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
     point, chosen = _point(run, metric, estimate, better)
     arm = point["arms"]["method"]
     base = run.base(arm)
-    found = difference(run, arm, metric, point["point"])
+    found = difference(run, point, metric)
     if found is None or estimate not in found["estimates"]:
         raise RunError(
-            f"{run.path / 'metrics.json'} has no difference of {arm} from the baseline for {metric}.{estimate}; "
-            "delete it and start the run again."
+            f"{run.path / 'metrics.json'} has no difference of {arm} from the baseline for {metric}.{estimate} (no sample "
+            "may have an answer in every arm yet); start the run again with the same command to finish it."
         )
     share = f"{metric}.{estimate}" in percent
     change = Figure.of(found["estimates"][estimate], share, signed=True)
@@ -164,15 +164,12 @@ def verdict(change: Figure, better: int, p: float | None) -> str:
 
 
 def difference(
-    run: RunFolder, arm: str, metric: str, point: int | None = None, against: str | None = None
+    run: RunFolder, point: Mapping[str, Any], metric: str, role: str = "method", against: str = "baseline"
 ) -> dict[str, Any] | None:
-    """The entry of metrics.json for one arm and metric; against its baseline unless told otherwise."""
-    against = run.base(arm) if against is None else against
-    rows = [
-        d for d in run.metrics.get("differences", ()) if (d["arm"], d["against"], d["metric"]) == (arm, against, metric)
-    ]
-    # Points share identical arms, and then their differences.
-    return next((d for d in rows if d.get("point") == point), rows[0] if rows else None)
+    """The entry of metrics.json for two roles of a point, and a metric."""
+    wanted = (point["point"], role, against, metric)
+    rows = run.metrics.get("differences", ())
+    return next((d for d in rows if (d["point"], d["arm"], d["against"], d["metric"]) == wanted), None)
 
 
 def _point(run: RunFolder, metric: str, estimate: str, better: int) -> tuple[dict[str, Any], str]:
@@ -186,7 +183,7 @@ def _point(run: RunFolder, metric: str, estimate: str, better: int) -> tuple[dic
             return point, f"the recipe's own of {len(points)} settings"
 
     def worth(point: dict[str, Any]) -> float:
-        found = difference(run, point["arms"]["method"], metric, point["point"])
+        found = difference(run, point, metric)
         value = (found or {"estimates": {}})["estimates"].get(estimate, {}).get("value")
         return float("-inf") if value is None else (better or 1) * value
 
