@@ -12,6 +12,7 @@ from ..errors import RunError, listing
 from ..evals.metrics import Metric
 from ..evals.statistics import Interval, McNemar, holm
 from .folder import Key, RunFolder, read_run
+from .reports.story import tested
 
 # Fields of a recipe that say what the run is called, not what it computes.
 NAMES = ("name", "summary", "notes", "claims")
@@ -56,7 +57,8 @@ class Comparison:
     Attributes:
         runs: label -> folder. primary: "metric.estimate" of the first run. paired: samples (times seeds) in common.
         figures: "metric.estimate" that have a good direction, the primary one first.
-        rows: the arms; differences point to them. recipes: field -> its value in each run, where they differ.
+        tested: those of them that McNemar's test is about. rows: the arms; differences point to them.
+        recipes: field -> its value in each run, where they differ.
         notes: what a reader must know: unlike samples, unlike machines, metrics left out.
     """
 
@@ -64,6 +66,7 @@ class Comparison:
     primary: str
     paired: int
     figures: list[str]
+    tested: list[str]
     rows: list[Row]
     differences: list[Difference]
     recipes: dict[str, list[Any]]
@@ -98,7 +101,7 @@ class Comparison:
                 if name not in shown:
                     continue
                 test = ("", "")
-                if d.mcnemar is not None and key == next(iter(d.estimates)):
+                if d.mcnemar is not None and name in self.tested:
                     test = (str(d.mcnemar), "" if d.p_holm is None else f"{d.p_holm:.4f}")
                 body.append([self._name(d.row), self._name(d.against), name, signed(value), *test])
         out += table(["arm", "minus", "figure", "difference", "McNemar", "p (Holm)"], body)
@@ -172,6 +175,7 @@ def compare(
         primary=primary,
         paired=len(keys),
         figures=list(dict.fromkeys([primary, *(f"{n}.{k}" for n, m in measures.items() for k in m.better)])),
+        tested=[f"{n}.{k}" for n, m in measures.items() for k in m.statistics if tested(m, k)],
         rows=rows,
         differences=_with_holm(differences, rows),
         recipes=recipe_differences([r.recipe for r in runs]),

@@ -460,3 +460,15 @@ def test_a_report_is_the_same_each_time(runs: dict[str, Path]) -> None:
     first = report(runs["sweep"]).read_bytes()
     assert report(runs["sweep"]).read_bytes() == first
     assert not list(runs["sweep"].glob(".report*"))
+
+
+def test_mcnemar_is_shown_for_what_it_is_about(runs: dict[str, Path], tmp_path: Path) -> None:
+    """The test of `layout` is about whole pictures being right, not about single objects in their boxes."""
+    run = read_run(runs["images"])
+    assert headline(run, set()).gained is not None
+    other = copy(runs["images"], tmp_path / "other")
+    edit(other / "metrics.json", primary="layout.in_box")
+    found = content(read_run(other))
+    assert (found["head"].gained, found["head"].p, found["balance"]) == (None, None, None)
+    assert all(r["gained"] is None and r["p"] == "" for r in found["forest"]["rows"])
+    assert found["counts"]["gained"] > 0 and "McNemar" not in text_of(report(other).read_text())

@@ -18,11 +18,11 @@ from .samples import browser
 from .story import (
     Figure,
     Headline,
-    adjusted,
     difference,
     headline,
     p_text,
     shares,
+    tested,
     values_text,
     verdict,
 )
@@ -197,7 +197,7 @@ def _checks(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str,
         if entry is None or head.estimate not in entry["estimates"]:
             continue
         change = Figure.of(entry["estimates"][head.estimate], share, signed=True)
-        said = verdict(change, head.better, adjusted(run, entry))
+        said = verdict(change, head.better, None)
         state = {"better": "pass", "worse": "fail"}.get(said, "open")
         text = f"method minus this control: {change}"
         found.append({"state": state, "name": _label(run, arm).capitalize(), "text": text})
@@ -240,8 +240,7 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
             key = f"{name}.{estimate}"
             share, better = key in percent, metric.better.get(estimate, 0)
             change = Figure.of(entry["estimates"].get(estimate), share, signed=True)
-            tested = metric.correct is not None and estimate == next(iter(metric.statistics))
-            said = verdict(change, better, adjusted(run, entry) if tested else None)
+            p = entry.get("p_holm") if len(run.points) > 1 and tested(metric, estimate) else None
             found.append(
                 {
                     "metric": name,
@@ -252,7 +251,7 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
                     "method": Figure.of(arms.get(head.arm, {}).get(name, {}).get(estimate), share),
                     "others": [Figure.of(arms.get(a, {}).get(name, {}).get(estimate), share) for a in others],
                     "change": change,
-                    "verdict": said,
+                    "verdict": verdict(change, better, p),
                     "note": metric.note,
                     "claim": claims.get(key),
                 }
@@ -289,8 +288,9 @@ def _difference_row(
     name = _label(run, arm)
     if name == "method":
         name = _method(run, head)
-    said = verdict(change, head.better, adjusted(run, d))
-    test = d.get("mcnemar") or {}
+    about = tested(run.measures[head.metric], head.estimate)
+    said = verdict(change, head.better, d.get("p_holm") if about and len(run.points) > 1 else None)
+    test = (d.get("mcnemar") or {}) if about else {}
     return {
         "name": name,
         "kind": kind,
@@ -303,7 +303,7 @@ def _difference_row(
         "gained": test.get("gained"),
         "lost": test.get("lost"),
         "p": p_text(test.get("p")),
-        "holm": p_text(d.get("p_holm")),
+        "holm": p_text(d.get("p_holm")) if about else "",
     }
 
 

@@ -156,6 +156,7 @@
     $("cards").replaceChildren(...(part.length ? part.map(card) : [make("li", { class: "empty" }, "No sample is like that.")]));
     $("found").textContent = `${found.length} of ${data.samples.length} samples`;
     $("page").textContent = `${state.page + 1} of ${pages}`;
+    document.querySelector(".pager").hidden = pages === 1;
     $("back").disabled = state.page === 0;
     $("next").disabled = state.page === pages - 1;
     for (const button of document.querySelectorAll("button[data-state]")) {
@@ -195,6 +196,5 @@
   // What changed is what one looks for first.
   if (data.samples.some((s) => is(s, "changed"))) state.only = "changed";
   document.querySelector(".tools").hidden = false;
-  document.querySelector(".pager").hidden = data.samples.length <= SIZE;
   show();
 })();

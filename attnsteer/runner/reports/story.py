@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...errors import RunError
-from ...evals.metrics.base import SAMPLES, Metric, Totals
+from ...evals.metrics.base import SAMPLES, Mean, Metric, Totals
 from ..folder import Key, RunFolder
 
 # A difference counts as seen where its 95 % interval leaves out zero; of several settings, the p-value adjusted for all
@@ -127,7 +127,8 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         )
     share = f"{metric}.{estimate}" in percent
     change = Figure.of(found["estimates"][estimate], share, signed=True)
-    test = found.get("mcnemar") or {}
+    test = (found.get("mcnemar") or {}) if tested(run.measures[metric], estimate) else {}
+    p_holm = found.get("p_holm") if test else None
     arms = run.metrics["arms"]
     return Headline(
         metric,
@@ -143,15 +144,15 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         test.get("gained"),
         test.get("lost"),
         test.get("p"),
-        found.get("p_holm"),
-        verdict(change, better, adjusted(run, found)),
+        p_holm,
+        verdict(change, better, p_holm if len(run.points) > 1 else None),
         len(set(run.records.get(base, {})) & set(run.records.get(arm, {}))),
     )
 
 
-def adjusted(run: RunFolder, entry: Mapping[str, Any]) -> float | None:
-    """The p-value that a verdict must pass: Holm's, where several settings were tried."""
-    return entry.get("p_holm") if len(run.points) > 1 else None
+def tested(metric: Metric, estimate: str) -> bool:
+    """Whether McNemar's test of a metric is about this estimate: the share of right answers."""
+    return metric.correct is not None and metric.statistics.get(estimate) == Mean(metric.correct)
 
 
 def verdict(change: Figure, better: int, p: float | None) -> str:
