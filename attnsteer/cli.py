@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ._version import __version__
+from .cli_runs import compare, report
 from .errors import AttnSteerError
 
 # Heavy libraries are imported inside the commands, so that `--help` and errors of usage come at once.
@@ -45,6 +46,10 @@ def _version(wanted: bool) -> None:
     if wanted:
         print(f"attnsteer {__version__}")
         raise typer.Exit()
+
+
+app.command()(compare)
+app.command()(report)
 
 
 @app.callback()
@@ -164,40 +169,6 @@ def demo(
         print(f"\npictures before and after: {sheet.resolve()}")
     if not (exact.ok and all(line.fired for line in lines)):
         raise typer.Exit(FAILED)
-
-
-@app.command()
-def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders; the first is compared with.")],
-    other_samples: Annotated[
-        bool, typer.Option("--other-samples", help="Runs of unlike samples too, on those that all have.")
-    ] = False,
-    other_model: Annotated[bool, typer.Option("--other-model", help="Runs of unlike models too.")] = False,
-    partial: Annotated[bool, typer.Option("--partial", help="Unfinished runs too, on what there is.")] = False,
-    as_json: JSON = False,
-) -> None:
-    """Compare runs over the same samples: paired differences with intervals, tests adjusted for all of them, cost.
-
-    Prints Markdown. What differs in the recipes is listed at the end.
-    """
-    from .runner import comparison
-
-    found = comparison.compare(runs, other_samples=other_samples, other_model=other_model, partial=partial)
-    if as_json:
-        _print_json(found.to_dict())
-        return
-    print(found.markdown(), end="")
-
-
-@app.command()
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
-    """Write report.html and report.md into a run folder, and print where.
-
-    The page is one file: open it in a browser, send it to someone, or print it. It loads nothing.
-    """
-    from .runner import reports
-
-    print(reports.report(run))
 
 
 def _verdict(report: Any) -> str:
