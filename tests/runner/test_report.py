@@ -203,7 +203,7 @@ def test_controls_claims_and_heads_are_shown(runs: dict[str, Path]) -> None:
     page = (runs["text"] / "report.html").read_text()
     seen = text_of(page)
     assert "Zero strength equals the baseline, record for record" in seen
-    assert "Random heads 1 method minus this control: +22.5 points" in seen
+    assert "Random heads method minus random heads: +22.5 points [+7.5 to +37.5]" in seen
     assert "57.1 → 60.2 % (+3.1) Table 2, arXiv 2406.15765; Llama-2-7B-chat, 14 datasets" in seen
     assert "5 of 16 heads, darker: larger score" in seen and "layer 2, head 1: 0.27" in page
     assert "9 gained" in seen and "1 lost" in seen
@@ -472,3 +472,27 @@ def test_mcnemar_is_shown_for_what_it_is_about(runs: dict[str, Path], tmp_path: 
     assert (found["head"].gained, found["head"].p, found["balance"]) == (None, None, None)
     assert all(r["gained"] is None and r["p"] == "" for r in found["forest"]["rows"])
     assert found["counts"]["gained"] > 0 and "McNemar" not in text_of(report(other).read_text())
+
+
+def test_several_draws_of_random_heads_are_one_line(runs: dict[str, Path], tmp_path: Path) -> None:
+    other = copy(runs["text"], tmp_path / "other")
+    arms, metrics = (json.loads((other / n).read_text()) for n in ("arms.json", "metrics.json"))
+    arms["arms"].append({**arms["arms"][-1], "id": "random-2"})
+    metrics["arms"]["random-2"] = metrics["arms"]["random-1"]
+    for point in metrics["points"]:
+        point["arms"]["random-2"] = "random-2"
+    same = next(d for d in metrics["differences"] if d["against"] == "random-1")
+    near = {**same["estimates"], "accuracy": {"value": 0.01, "low": -0.02, "high": 0.04}}
+    metrics["differences"].append({**same, "against": "random-2", "estimates": near})
+    (other / "arms.json").write_text(json.dumps(arms))
+    (other / "metrics.json").write_text(json.dumps(metrics))
+    check = content(read_run(other))["checks"][-1]
+    assert check["state"] == "open"
+    assert check["text"] == "method minus random heads, 2 draws: +22.5, +1.0 points; better than 1 of them"
+
+
+def test_few_pairs_are_said(tmp_path: Path) -> None:
+    run = folders.text_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    folders.lines(run / "records.jsonl", [r for r in rows if int(r["id"][1:]) < 5])
+    assert content(read_run(run))["cautions"] == ["Only 5 pairs: so few say little, whatever their interval."]

@@ -21,7 +21,7 @@ from .pictures import Album, heat
 def overlays(found: Mapping[str, Any] | None, album: Album, samples: Mapping[str, Any]) -> dict[str, Any] | None:
     """For the template: {"note", "samples": [{"id", "prompt", "arms": [{"arm", "words" or "maps", "image"}]}]}.
 
-    Words are (text, weight, share of the largest one); maps are (label, data URI, sum). One scale holds for all arms of a
+    Words are (text, weight, share of the largest one); maps are (label, data URI, sum or None). One scale holds for all arms of a
     sample, and for each word of a picture's prompt by itself, since words differ in mass.
 
     Raises:
@@ -47,7 +47,9 @@ def overlays(found: Mapping[str, Any] | None, album: Album, samples: Mapping[str
                 continue
             scene = (samples.get(str(entry.get("id"))) or {}).get("image")
             image = album.add(part["image"], own=True) if part.get("image") else album.add(scene)
-            maps = [(t, heat(m, tops.get(t, top)), sum(map(sum, m))) for t, m in pairs]
+            # The sum over a generated picture is a sum of shares of different queries, which says nothing.
+            total = (lambda m: None) if part.get("image") else (lambda m: sum(map(sum, m)))
+            maps = [(t, heat(m, tops.get(t, top)), total(m)) for t, m in pairs]
             shown.append({"arm": arm, "maps": maps, "image": None if image is None else album.uris[image]})
         # Words show the prompt themselves.
         maps = any("maps" in a for a in shown)

@@ -27,7 +27,8 @@ from .story import (
     verdict,
 )
 
-# Rows of the first picture, and blocks of the differences.
+# Pairs below which an interval says little; rows of the first picture, and blocks of the differences.
+FEW = 30
 ROWS = 7
 GROUPS = ("minus the baseline", "minus a control")
 
@@ -100,6 +101,8 @@ def _alerts(run: RunFolder) -> list[tuple[str, str]]:
 def _cautions(run: RunFolder, head: Headline) -> list[str]:
     """What a reader must know before believing the headline."""
     found = [head.chosen[0].upper() + head.chosen[1:] + "."] if head.chosen.startswith("best") else []
+    if head.records < FEW:
+        found.append(f"Only {head.records} pairs: so few say little, whatever their interval.")
     if run.metrics.get("zero_equals_baseline") is False:
         found.append("The control at zero strength is not the baseline: something else than the method differs.")
     for d in run.metrics.get("differences", ()):
@@ -190,17 +193,22 @@ def _checks(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str,
     if equal is not None:
         text = "equals the baseline, record for record" if equal else "is not the baseline"
         found.append({"state": "pass" if equal else "fail", "name": "Zero strength", "text": text})
+    changes = []
     for role, arm in head.point["arms"].items():
         if run.arms.get(arm, {}).get("kind") != "random":
             continue
         entry = difference(run, head.point, head.metric, against=role)
-        if entry is None or head.estimate not in entry["estimates"]:
-            continue
-        change = Figure.of(entry["estimates"][head.estimate], share, signed=True)
-        said = verdict(change, head.better, None)
-        state = {"better": "pass", "worse": "fail"}.get(said, "open")
-        text = f"method minus this control: {change}"
-        found.append({"state": state, "name": _label(run, arm).capitalize(), "text": text})
+        if entry is not None and head.estimate in entry["estimates"]:
+            changes.append(Figure.of(entry["estimates"][head.estimate], share, signed=True))
+    if changes:
+        said = [verdict(c, head.better, None) for c in changes]
+        state = "pass" if set(said) == {"better"} else "fail" if "worse" in said else "open"
+        text = f"method minus random heads: {changes[0]}"
+        if len(changes) > 1:
+            numbers = ", ".join(c.number for c in changes)
+            text = f"method minus random heads, {len(changes)} draws: {numbers}{changes[0].unit}; "
+            text += f"better than {said.count('better')} of them"
+        found.append({"state": state, "name": "Random heads", "text": text})
     return found
 
 

@@ -14,7 +14,7 @@ from ...errors import RunError
 BUDGET, SIDE = 12 * 2**20, 320
 KIND = {"PNG": "image/png", "JPEG": "image/jpeg"}
 # Colours of a map from none to most (matplotlib's inferno at five places), each with its opacity.
-HEAT = ((0, 0, 4, 110), (87, 16, 110, 140), (188, 55, 84, 160), (249, 142, 9, 175), (252, 255, 164, 190))
+HEAT = ((0, 0, 4, 70), (87, 16, 110, 125), (188, 55, 84, 160), (249, 142, 9, 180), (252, 255, 164, 195))
 
 
 class Album:
