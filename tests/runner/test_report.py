@@ -486,7 +486,11 @@ def test_several_draws_of_random_heads_are_one_line(runs: dict[str, Path], tmp_p
     metrics["differences"].append({**same, "against": "random-2", "estimates": near})
     (other / "arms.json").write_text(json.dumps(arms))
     (other / "metrics.json").write_text(json.dumps(metrics))
-    check = content(read_run(other))["checks"][-1]
+    found = content(read_run(other))
+    (block,) = found["figures"]
+    assert block["others"] == ["zero strength", "random heads: mean, range of 2"]
+    assert str(block["rows"][0]["others"][1]) == "52.5 % [52.5 to 52.5]"
+    check = found["checks"][-1]
     assert check["state"] == "open"
     assert check["text"] == "method minus random heads, 2 draws: +22.5, +1.0 points; better than 1 of them"
 

@@ -239,6 +239,9 @@ def _took(status: Mapping[str, Any]) -> str:
 def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str, Any]]:
     """One row per figure: baseline, method, and their difference; then the other arms."""
     others = [a for a in head.point["arms"].values() if a not in (head.base, head.arm)]
+    draws = [a for a in others if run.arms.get(a, {}).get("kind") == "random"]
+    # Many draws are one column.
+    columns = [[a] for a in others] if len(draws) < 2 else [*([a] for a in others if a not in draws), draws]
     arms = run.metrics["arms"]
     claims = {c["metric"]: c for c in _claims(run)}
     found = []
@@ -257,7 +260,10 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
                     "better": better,
                     "baseline": Figure.of(arms[head.base][name][estimate], share),
                     "method": Figure.of(arms.get(head.arm, {}).get(name, {}).get(estimate), share),
-                    "others": [Figure.of(arms.get(a, {}).get(name, {}).get(estimate), share) for a in others],
+                    "others": [
+                        _together([Figure.of(arms.get(a, {}).get(name, {}).get(estimate), share) for a in column])
+                        for column in columns
+                    ],
                     "change": change,
                     "verdict": verdict(change, better, p),
                     "note": metric.note,
@@ -265,7 +271,16 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
                 }
             )
     found.sort(key=lambda r: not r["primary"])
-    return [{"others": [_label(run, a) for a in others], "rows": found}] if found else []
+    names = [_label(run, c[0]) if len(c) == 1 else f"random heads: mean, range of {len(c)}" for c in columns]
+    return [{"others": names, "rows": found}] if found else []
+
+
+def _together(figures: list[Figure]) -> Figure:
+    """One figure as it is; several as their mean and range."""
+    values = [f.value for f in figures if f.value is not None]
+    if len(figures) == 1 or not values:
+        return figures[0]
+    return Figure(sum(values) / len(values), min(values), max(values), figures[0].percent)
 
 
 def _forest(run: RunFolder, head: Headline, percent: set[str]) -> dict[str, Any]:
