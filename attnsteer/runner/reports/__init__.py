@@ -57,5 +57,6 @@ def page(found: dict) -> str:
 
 def _write(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", newline="\n")
+    # What a model wrote may have halves of characters; they are written as escapes, which JSON reads back.
+    part.write_bytes(text.encode("utf-8", "backslashreplace"))
     os.replace(part, path)

@@ -8,11 +8,10 @@ from datetime import datetime
 from typing import Any
 
 from ...errors import RunError
-from ...heads import HeadSet
-from ...zoo import MODELS, NAMES
 from ..folder import RunFolder
 from . import plots
 from .attention import overlays
+from .heads import grids, heads_of
 from .pictures import Album
 from .samples import browser
 from .story import (
@@ -71,6 +70,7 @@ def content(run: RunFolder) -> dict[str, Any]:
         "sweep": _sweep(run, head, percent),
         "data": data,
         "heads": _heads(run, head),
+        "seeds": _seeds(run, head, percent),
         "attention": overlays(run.attention, album, run.samples),
         "cost": _cost(run),
         "recipe": (run.path / "recipe.yaml").read_text(encoding="utf-8"),
@@ -358,39 +358,26 @@ def _sweep(run: RunFolder, head: Headline, percent: set[str]) -> dict[str, Any] 
 
 def _heads(run: RunFolder, head: Headline) -> list[dict[str, Any]]:
     """A grid per arm that has heads: the method's, then the random draws."""
-    sets = _head_sets(run)
+    draws = [a for a in head.point["arms"].values() if run.arms.get(a, {}).get("kind") == "random"]
+    rows = [
+        (_method(run, head) if arm == head.arm else _label(run, arm), used, arm == head.arm)
+        for arm in [head.arm, *draws]
+        for used in heads_of(run.arms.get(arm, {}))
+    ]
+    return grids(run, rows) if rows else []
+
+
+def _seeds(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str, Any]]:
+    """The primary figure of each arm seed by seed; nothing for a single seed."""
+    key = f"{head.metric}.{head.estimate}"
     found = []
-    for arm in [head.arm, *(a for a in head.point["arms"].values() if run.arms.get(a, {}).get("kind") == "random")]:
-        for used in heads_of(run.arms.get(arm, {})):
-            known = next((s for s in sets if set(used) <= set(s)), None)
-            scores = {} if known is None or arm != head.arm else {h: v for h, v in known.scores.items() if h in used}
-            shape = next((s.shape for s in sets if s.shape is not None), None)
-            if shape is None or any(la >= shape[0] or h >= shape[1] for la, h in used):
-                # Of an unknown model: as far as its heads are named.
-                shape = (max(la for la, _ in used) + 1, max(h for _, h in used) + 1)
-            label = _method(run, head) if arm == head.arm else _label(run, arm)
-            text = f"{len(used)} of {shape[0] * shape[1]} heads" + (", darker: larger score" if scores else "")
-            found.append({"label": label, "text": text, "svg": plots.head_grid(used, scores, shape)})
+    for arm, table in (run.metrics.get("seeds") or {}).items():
+        if key in table:
+            row = table[key]
+            mean = Figure(row["mean"], row.get("low"), row.get("high"), key in percent)
+            values = [Figure(v, percent=key in percent).number for v in row["values"]]
+            found.append({"arm": _label(run, arm), "mean": mean, "by_seed": values})
     return found
-
-
-def heads_of(entry: Mapping[str, Any]) -> list[list[tuple[int, int]]]:
-    """(layer, head) of each intervention of an arm of arms.json that selects heads, by itself or by its `where`."""
-    found = []
-    for item in entry.get("interventions") or ():
-        table = item.get("heads") or (item.get("where") or {}).get("heads")
-        if isinstance(table, Mapping) and table:
-            found.append([(int(layer), int(h)) for layer, row in table.items() for h in row])
-    return found
-
-
-def _head_sets(run: RunFolder) -> list[HeadSet]:
-    """The head sets that the run's heads may come from: of its own search, and of the embedded model."""
-    files = [f for f in sorted(run.path.glob("calibration/*.safetensors")) if not f.stem.endswith(".state")]
-    name = (run.recipe.get("model") or {}).get("zoo")
-    if name in NAMES:
-        files += sorted((MODELS / name).glob("*/heads.safetensors"))
-    return [HeadSet.load(f) for f in files]
 
 
 def _cost(run: RunFolder) -> list[dict[str, Any]]:
