@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ._version import __version__
+from .cli_recipes import calibrate, recipes
 from .cli_runs import compare, report
 from .errors import AttnSteerError
+from .output import print_json as _print_json
+from .output import print_table as _print_table
 
 # Heavy libraries are imported inside the commands, so that `--help` and errors of usage come at once.
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-USAGE, FAILED = 2, 1
+USAGE, FAILED, STOPPED = 2, 1, 130
 
 
 class _Group(typer.core.TyperGroup):
@@ -48,6 +49,8 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+app.add_typer(recipes, name="recipes")
+app.command()(calibrate)
 app.command()(compare)
 app.command()(report)
 
@@ -171,6 +174,50 @@ def demo(
         raise typer.Exit(FAILED)
 
 
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/ and the recipe's name.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the recipe, its data and parameters.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A few samples on a random model of the architecture: tests the recipe.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples, in place of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per batch.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field: interventions.0.params.beta=0.2")
+    ] = None,
+) -> None:
+    """Evaluate a method as a recipe says: against its baseline and controls, on the same samples.
+
+    The same command goes on with a run that was stopped. `accelerate launch -m attnsteer run ...` shares the samples
+    among processes.
+    """
+    from .runner.command import prepared, run_folder
+    from .runner.ranks import first
+
+    chosen = prepared(recipe, settings or (), batch_size)
+    target = run_folder(chosen, tiny) if out is None else out
+    if check:
+        from .runner.runs import prepare
+
+        job = prepare(chosen, target, tiny, limit)
+        print(f"{chosen.name}: {len(job.data.samples)} samples, nothing found wrong")
+        return
+    from .runner import run as evaluate
+    from .runner.summary import table
+
+    try:
+        evaluate(chosen, target, tiny=tiny, limit=limit)
+    except KeyboardInterrupt:
+        print(f"attnsteer: stopped; the same command goes on. What is done is in {target}", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    if first():
+        head, rows, remarks = table(target)
+        _print_table(head, rows)
+        print("\n" + "\n".join([*remarks, f"run folder: {target}"]))
+
+
 def _verdict(report: Any) -> str:
     """One line for each device."""
     lines = []
@@ -206,29 +253,6 @@ def _print_report(report: Any) -> None:
     _print_table(("device", "dtype", "attention", "lse from", "sdpa backend", "error", "", ""), rows)
     print()
     print(_verdict(report))
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, allow_nan=False))
-
-
-def _print_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """A table that fits the terminal, or plain aligned columns where the output is a file or a pipe."""
-    cells = [tuple(str(cell) for cell in row) for row in rows]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(*head, box=None, pad_edge=False, header_style="bold")
-        for row in cells:
-            # Text, not markup: a docstring may contain square brackets.
-            table.add_row(*(Text(cell) for cell in row))
-        Console().print(table)
-        return
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    for row in (head, *cells):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _with(recipe: Recipe, values: Mapping[str, Any], what: str) -> Recipe:
-    from .schema import validate
+    from .loading import validate
 
     data = recipe.dump()
     for path, value in values.items():

@@ -1,7 +1,7 @@
 """What a recipe can say: the models behind the YAML, with every field described; nothing here loads torch.
 
-`load_recipe` reads a file and checks all that can be known from the text alone. Whether the methods, parameters, metrics
-and files exist is `attnsteer.runner.check`.
+What is said in one section against another is checked here too. `loading` reads the YAML, `checks` sees whether methods,
+parameters, metrics and files exist.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,12 +21,11 @@ from pydantic import (
     Field,
     JsonValue,
     PrivateAttr,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from ..errors import RecipeError, did_you_mean, listing
+from ..errors import did_you_mean, listing
 from . import yaml
 
 SCHEMA_VERSION = 1
@@ -253,6 +252,10 @@ class Recipe(Spec):
     sweep: dict[str, list[JsonValue]] = Field(
         {}, description="Values by path (interventions.0.params.beta): every combination is a point."
     )
+    tiny: Options = Field(
+        {},
+        description="Values by path for --tiny, where those of the real model do not fit a tiny one (heads, layers).",
+    )
     claims: list[ClaimSpec] = Field([], description="The paper's figures.")
     notes: str = Field("", description="Known deviations from the paper.")
 
@@ -358,100 +361,6 @@ def template_fields(template: str) -> tuple[str, ...]:
 
 def _known(name: str, known: Iterable[str]) -> str:
     return f"there are {', '.join(known)}.{did_you_mean(name, known)}"
-
-
-def load_recipe(path: str | Path) -> Recipe:
-    """A recipe from its file; all that can be seen in the text alone is checked.
-
-    Raises:
-        RecipeError: it cannot be read, is not YAML, or is not a recipe; the message names line and field.
-    """
-    document = yaml.read(path)
-    recipe = validate(document.value, document)
-    recipe._source = Path(path).absolute()
-    return recipe
-
-
-def validate(value: Any, document: yaml.Document | None = None) -> Recipe:
-    """A recipe from plain data.
-
-    Args:
-        value: as YAML or JSON give it. document: where it was read, for lines in messages.
-
-    Raises:
-        RecipeError: it is not a recipe; the message names up to five fields.
-    """
-    source = document.source if document else "recipe"
-    if not isinstance(value, Mapping):
-        raise RecipeError(f"{source}: is {_short(value)}; a recipe is a mapping of fields.")
-    try:
-        # As JSON, so that lists are lists and no value is taken for another type.
-        recipe = Recipe.model_validate_json(json.dumps(value, allow_nan=False))
-        # A sweep is checked by making its points.
-        from .points import points
-
-        points(recipe)
-        return recipe
-    except ValidationError as error:
-        problems = [_problem(e, document) for e in error.errors(include_url=False, include_context=True)]
-    except RecipeError as error:
-        raise RecipeError(f"{source}: {error}") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{source}: is not plain data ({error}).") from error
-    raise RecipeError(f"{source}{'' if document else ':'}{listing_of(problems)}")
-
-
-def listing_of(problems: list[str]) -> str:
-    """Up to five problems in one text."""
-    problems = list(dict.fromkeys(problems))
-    more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-    return "; ".join(problems[:5]) + more
-
-
-def _problem(error: Any, document: yaml.Document | None) -> str:
-    # Names of union members stand in the path too; they are no keys of the recipe.
-    loc = tuple(
-        k for k in error["loc"] if not ((isinstance(k, str) and k in ("str", "constrained-str")) or "[" in str(k))
-    )
-    where = f", line {document.line(loc)}: " if document else " "
-    path = ".".join(map(str, loc)) or "recipe"
-    kind, value = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        known = _fields(loc[:-1])
-        return f"{where}{path}: unknown field; there are {', '.join(known)}.{did_you_mean(str(loc[-1]), known)}"
-    if kind == "missing":
-        return f"{where}{path}: is missing"
-    if kind == "value_error":
-        return f"{where}{path}: {error['ctx']['error']}"
-    return f"{where}{path}: {error['msg'][:1].lower()}{error['msg'][1:]}, not {_short(value)}"
-
-
-def _fields(loc: tuple[str | int, ...]) -> list[str]:
-    """The fields of the section at a path."""
-    section: Any = Recipe
-    for key in loc:
-        if isinstance(key, int):
-            continue
-        fields = {f.alias or n: f for n, f in section.model_fields.items()}
-        section = _section(fields[key].annotation) if key in fields else None
-        if section is None:
-            return []
-    return [f.alias or n for n, f in section.model_fields.items()]
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _section(inner)
-        if found is not None:
-            return found
-    return None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def json_schema() -> dict[str, Any]:

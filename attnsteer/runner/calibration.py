@@ -1,0 +1,234 @@
+"""The search of a recipe's calibration section, and its cache: what was found once is not searched again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import AttnSteerError, RecipeError, RunError, SerializationError, did_you_mean
+from ..heads import HeadSet
+from .parameters import Method, Sample, method
+from .points import points
+from .schema import CALIBRATED, DataSpec, Recipe, digest
+from .searches import SEARCHES, Search, Subject, Task
+
+# Names of a sample are not what it is.
+NAMES = ("id", "group", "index")
+
+
+def needed(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """The different searches of a recipe and its sweep: (key, the point's recipe); empty without a calibration."""
+    if recipe.calibration is None:
+        return []
+    found: dict[str, Recipe] = {}
+    for point in points(recipe):
+        found.setdefault(calibration_key(point.recipe), point.recipe)
+    return list(found.items())
+
+
+def calibrate(
+    recipe: Recipe,
+    subject: Subject,
+    samples: Callable[[DataSpec], Sequence[Sample]],
+    cache: str | Path | None = None,
+    *,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run all searches of a recipe, or take them from the cache.
+
+    Args:
+        recipe: with its sweep. subject: the loaded model. samples: gives the samples of a data section.
+        cache: a folder; results are kept there under a hash of the recipe's part, the samples and the weights. None:
+            nothing is kept.
+
+    Returns:
+        {`calibration_key`: HeadSet, or a tuple of numbers}: what `attnsteer.runner.build.plan` takes as `found`.
+
+    Raises:
+        RecipeError: the search does not take these samples, options or methods, or finds nothing; RunError: the cache cannot
+            be written.
+    """
+    found = {}
+    for key, one in needed(recipe):
+        split = list(samples(one.calibration.data))
+        _refuse_overlap(split, samples(one.data))
+        found[key] = _cached(key, Task(one, subject, split, progress), cache)
+    return found
+
+
+def _refuse_overlap(split: Sequence[Sample], test: Sequence[Sample]) -> None:
+    """Names of splits are only names: what counts is whether a sample is in both."""
+    seen, tested = ({digest({k: v for k, v in s.items() if k not in NAMES}) for s in part} for part in (split, test))
+    both = len(seen & tested)
+    if both:
+        raise RecipeError(
+            f"calibration.data: {both} of its {len(split)} samples are in the test split too; what is found on them would be "
+            "tested on itself. Take others."
+        )
+
+
+def calibration_key(recipe: Recipe) -> str:
+    """What the result of a recipe's search is known by: a hash of all that it depends on but samples and weights."""
+    parts = recipe.dump()
+    # The strength of the method that is searched for changes the result; that of another one does not.
+    own = search_of(recipe).for_method
+    searched = [s for s in parts["interventions"] if s["heads"] == CALIBRATED][:1] if own else []
+    kept = ("calibration", "model", "decoding") if own else ("calibration", "model")
+    return digest({"methods": searched, **{k: parts[k] for k in kept}})
+
+
+def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
+    search = search_of(task.recipe)
+    if cache is None:
+        return _run(search, task)
+    name = digest({"key": key, "samples": task.samples, "weights": weights(task.subject.target)})
+    folder = Path(cache)
+    path = folder / f"{name}.{'safetensors' if search.heads else 'json'}"
+    try:
+        if path.is_file():
+            return HeadSet.load(path) if search.heads else tuple(json.loads(path.read_text(encoding="utf-8")))
+    except (SerializationError, ValueError, TypeError):
+        # A damaged file of a cache is as good as none.
+        pass
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the cache {folder} cannot be made ({error.strerror}); give another folder.") from error
+    state = folder / f"{name}.state.safetensors"
+    found = _run(search, replace(task, state=state))
+    try:
+        _write(found, path)
+        state.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}).") from error
+    return found
+
+
+def _run(search: Search, task: Task) -> Any:
+    spec = task.recipe.calibration
+    if search.for_method:
+        task = replace(task, method=searched_method(task.recipe).make((), None))
+    try:
+        found = search.run(task)
+        if search.heads and spec.top is not None and len(found) > spec.top:
+            found = found.top(spec.top)
+    except RecipeError:
+        raise
+    except (AttnSteerError, TypeError, ValueError, KeyError) as error:
+        raise RecipeError(f"calibration ({spec.search}): {error}") from error
+    return found
+
+
+def save_found(given: str | Path, out: str | Path, cache: str | Path | None, *, tiny: bool = False) -> str:
+    """Run the search of a recipe and save what it finds: what `attnsteer calibrate` does.
+
+    Args:
+        given: a file, or the name of a shipped recipe. out: the file: safetensors for heads, else JSON. cache: see `calibrate`.
+
+    Returns:
+        a line that says what was found and where it is.
+
+    Raises:
+        RecipeError: see `calibrate`; the recipe has no search, or its sweep has several. RunError: the file cannot be written.
+    """
+    from . import models
+    from .checks import resolve
+    from .data import load
+    from .loading import load_recipe
+    from .tasks import Ask
+    from .tasks.prompts import encode
+
+    recipe = resolve(load_recipe(given), tiny=tiny)
+    if len(needed(recipe)) != 1:
+        raise RecipeError(
+            f"{recipe.name} has {len(needed(recipe))} searches, and one is saved; give the recipe a calibration section, and no "
+            "sweep over what it depends on."
+        )
+    search = search_of(recipe)
+    get = lambda spec: load(spec, recipe.task, prompt=recipe.prompt, folder=recipe.folder)  # noqa: E731
+    loaded = models.load(recipe.model, tiny=get(recipe.data) if tiny else None, folder=recipe.folder)
+    own = get(recipe.calibration.data)
+    inputs = (lambda part: encode(loaded, Ask(part, own, {}, 0))) if loaded.kind == "vlm" else None
+    (found,) = calibrate(
+        recipe, Subject(loaded.target, loaded.tokenizer, inputs), lambda spec: get(spec).samples, cache
+    ).values()
+    path = Path(out)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(found, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}).") from error
+    return f"{path}: {len(found)} {'heads, ' + repr(found) if search.heads else 'dimensions, ' + repr(found)}"
+
+
+def _write(found: Any, path: Path) -> None:
+    """Write a result whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        if isinstance(found, HeadSet):
+            found.save(part)
+        else:
+            part.write_text(json.dumps(list(found)), encoding="utf-8")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def search_of(recipe: Recipe) -> Search:
+    """The search that a recipe names, its options checked by name.
+
+    Raises:
+        RecipeError: it is not known, is for another kind of model, or has no such option.
+    """
+    spec = recipe.calibration
+    if spec.search not in SEARCHES:
+        raise RecipeError(
+            f"calibration.search: there is no search {spec.search!r}; there are {', '.join(SEARCHES)}."
+            f"{did_you_mean(spec.search, SEARCHES)}"
+        )
+    search = SEARCHES[spec.search]
+    if recipe.model.kind not in search.kinds:
+        raise RecipeError(
+            f"calibration.search: {spec.search} is for models of kind {' or '.join(search.kinds)}; model.kind is "
+            f"{recipe.model.kind}."
+        )
+    for name in spec.options:
+        if name not in search.options:
+            raise RecipeError(
+                f"calibration.options.{name}: {spec.search} has {', '.join(search.options)}.{did_you_mean(name, search.options)}"
+            )
+    if search.heads != (spec.into == "heads"):
+        kind = "heads" if search.heads else "no heads"
+        raise RecipeError(f"calibration.into: {spec.search} finds {kind}; into is {spec.into!r}.")
+    return search
+
+
+def searched_method(recipe: Recipe) -> Method:
+    """The method that a search is for: the first whose heads are to be found.
+
+    Raises:
+        RecipeError: its parameters depend on samples, so it cannot be built for all of them.
+    """
+    index = next(i for i, s in enumerate(recipe.interventions) if s.heads == CALIBRATED)
+    found = method(recipe.interventions[index], f"interventions.{index}", recipe.folder, recipe.model, None)
+    if found.per_sample():
+        raise RecipeError(
+            f"{found.place}: heads cannot be searched for a method whose parameters come from the samples."
+        )
+    return found
+
+
+def weights(target: Any) -> str:
+    """A hash that tells models apart; see `attnsteer.search.state.model_digest`."""
+    from torch import nn
+
+    from ..search.state import model_digest
+
+    if isinstance(target, nn.Module):
+        return model_digest(target)
+    parts = getattr(target, "components", {})
+    return model_digest(*(m for _, m in sorted(parts.items()) if isinstance(m, nn.Module)))

@@ -1,0 +1,223 @@
+"""What a recipe's text cannot show by itself: whether methods, parameters, metrics, heads and files exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import AttnSteerError, RecipeError, did_you_mean, listing
+from ..heads import HeadSet
+from .build import methods_of, randomised, zeroed
+from .calibration import calibration_key, search_of, searched_method
+from .parameters import ZOO
+from .points import points, with_values
+from .schema import CALIBRATED, Recipe
+
+# Options of metrics that are files, relative to the recipe.
+METRIC_FILES = {
+    "chair": ("synonyms", "instances", "captions"),
+    "fid": ("reference",),
+    "precision_recall": ("reference",),
+}
+TINY_SAMPLES, TINY_STEPS, TINY_TOKENS = 4, 2, 8
+# What stands for heads and dimensions that a search will find.
+STAND_IN = HeadSet({0: [0]}, shape=(1, 2))
+
+
+def check(recipe: Recipe, *, files: bool = True) -> list[str]:
+    """The problems of a recipe, as sentences; none when it can be run.
+
+    Args:
+        files: whether files that have to be fetched first (data, annotations, features, model folders) must be there.
+    """
+    problems: list[str] = []
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        try:
+            yield
+        except AttnSteerError as error:
+            problems.append(str(error))
+
+    here = recipe if files else _without_missing_heads(recipe)
+    for point in points(here):
+        with noted():
+            _check_arms(point.recipe)
+    if recipe.tiny:
+        with noted():
+            _check_arms(resolve(here, tiny=True))
+    with noted():
+        _check_metrics(recipe, files)
+    with noted():
+        _check_architecture(recipe)
+    if files:
+        problems += _missing_files(recipe)
+    return list(dict.fromkeys(problems))
+
+
+def _without_missing_heads(recipe: Recipe) -> Recipe:
+    """The recipe with a head set in place of files of heads that have to be made first."""
+    values = {
+        f"interventions.{i}.heads": {"0": [0]}
+        for i, s in enumerate(recipe.interventions)
+        if _is_file(s.heads) and not (recipe.folder / s.heads).is_file()
+    }
+    return with_values(recipe, values) if values else recipe
+
+
+def _is_file(heads: Any) -> bool:
+    return isinstance(heads, str) and heads != CALIBRATED and not heads.startswith(ZOO)
+
+
+def _check_arms(recipe: Recipe) -> None:
+    found: dict[str, Any] | None = None
+    if recipe.calibration is not None:
+        search = search_of(recipe)
+        if search.for_method:
+            searched_method(recipe)
+        found = {calibration_key(recipe): STAND_IN if search.heads else (0,)}
+    chosen = methods_of(recipe, found)
+    for m in chosen:
+        m.placeholder()
+    if recipe.controls.zero:
+        for m in zeroed(recipe, chosen):
+            m.placeholder()
+    if recipe.calibration is not None and recipe.calibration.into != "heads":
+        into = recipe.calibration.into
+        if not any(into in m.params for m in chosen):
+            raise RecipeError(f"calibration.into: no intervention has a parameter {into!r}.")
+    if recipe.controls.random_heads:
+        # Sizes of layers come with the model; until then the chosen heads are all there are.
+        least = {layer: max(m.heads[layer]) + 1 for m in chosen if m.heads is not None for layer in m.heads.layers}
+        randomised(chosen, least, 1)
+
+
+def _check_metrics(recipe: Recipe, files: bool) -> None:
+    from ..evals.metrics import get_metric
+
+    known: dict[str, Any] = {}
+    for index, spec in enumerate(recipe.metrics):
+        options = absolute_options(spec.name, spec.options, recipe.folder)
+        absent = [p for p in _files_of(spec.name, options) if not p.is_file()]
+        if absent and files:
+            raise RecipeError(f"metrics.{index} ({spec.name}): there is no file {listing(absent)}.")
+        if absent:
+            # It cannot be built without them, but its name can be looked up.
+            from ..evals.metrics import METRICS
+
+            if spec.name not in METRICS:
+                get_metric(spec.name)
+            known[spec.name] = None
+            continue
+        try:
+            known[spec.name] = get_metric(spec.name, **options)
+        except AttnSteerError as error:
+            raise RecipeError(f"metrics.{index}: {error}") from error
+    for place, name in [
+        ("primary", recipe.primary),
+        *((f"claims.{i}.metric", c.metric) for i, c in enumerate(recipe.claims)),
+    ]:
+        metric, _, estimate = name.partition(".")
+        if metric not in known:
+            raise RecipeError(f"{place}: {name!r} is of none of the metrics {', '.join(known)}.")
+        built = known[metric]
+        if built is not None and built.statistics and estimate not in built.statistics:
+            there = built.statistics
+            raise RecipeError(
+                f"{place}: {metric} has no estimate {estimate!r}; there are {', '.join(there)}.{did_you_mean(estimate, there)}"
+            )
+
+
+def _files_of(name: str, options: dict[str, Any]) -> list[Path]:
+    found: list[Path] = []
+    for option in METRIC_FILES.get(name, ()):
+        value = options.get(option)
+        found += [Path(v) for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+    return found
+
+
+def absolute_options(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A metric's options with its files absolute."""
+    out = dict(options)
+    for option in METRIC_FILES.get(name, ()):
+        value = out.get(option)
+        if isinstance(value, str):
+            out[option] = str((folder / value).absolute())
+        elif isinstance(value, list):
+            out[option] = [str((folder / v).absolute()) if isinstance(v, str) else v for v in value]
+    return out
+
+
+def _check_architecture(recipe: Recipe) -> None:
+    model = recipe.model
+    if model.zoo is not None and model.architecture is None:
+        return
+    if model.architecture is None:
+        raise RecipeError("model.architecture: is needed for --tiny; the name of a tiny model of attnsteer.testing.")
+    if recipe.model.kind == "image":
+        from ..testing import PIPELINES as known
+    else:
+        from ..testing import TRANSFORMERS as known
+    if model.architecture not in known:
+        raise RecipeError(
+            f"model.architecture: there is no tiny model {model.architecture!r}; there are {', '.join(known)}."
+            f"{did_you_mean(model.architecture, known)}"
+        )
+
+
+def _missing_files(recipe: Recipe) -> list[str]:
+    problems = []
+    folder = recipe.folder
+    if recipe.model.path is not None and not (folder / recipe.model.path).is_dir():
+        problems.append(f"model.path: there is no folder {folder / recipe.model.path}.")
+    sections = [("data", recipe.data)]
+    if recipe.calibration is not None:
+        sections.append(("calibration.data", recipe.calibration.data))
+    for place, data in sections:
+        if data.file is not None and not (folder / data.file).is_file():
+            problems.append(f"{place}.file: there is no file {folder / data.file}.")
+        if data.images is not None and not (folder / data.images).is_dir():
+            problems.append(f"{place}.images: there is no folder {folder / data.images}.")
+    return problems
+
+
+def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
+    """The recipe that is run: paths absolute; with `tiny`, a few samples and steps, one seed, on the CPU.
+
+    A tiny run tests the recipe, not the method: the model is the random one of `model.architecture` unless it is embedded,
+    and `tiny` of the recipe says what does not fit it.
+
+    Raises:
+        RecipeError: a value does not fit.
+    """
+    from .loading import validate
+
+    data = (with_values(recipe, recipe.tiny) if tiny else recipe).dump() | {"tiny": {}}
+    folder = recipe.folder
+    put: Callable[[dict[str, Any], str], None] = lambda part, key: part.update(  # noqa: E731
+        {key: str((folder / part[key]).absolute())} if part.get(key) is not None else {}
+    )
+    put(data["model"], "path")
+    sections = [data["data"], *([data["calibration"]["data"]] if data["calibration"] else [])]
+    for section in sections:
+        put(section, "file")
+        put(section, "images")
+    for spec in data["interventions"]:
+        if _is_file(spec["heads"]):
+            put(spec, "heads")
+    data["metrics"] = [{"name": m.name, **absolute_options(m.name, m.options, folder)} for m in recipe.metrics]
+    if tiny:
+        for section in sections:
+            section["limit"] = min(section["limit"] or TINY_SAMPLES, TINY_SAMPLES)
+        data["seeds"] = data["seeds"][:1]
+        data["batch_size"] = min(data["batch_size"], 2)
+        data["model"] |= {"dtype": "float32", "device": "cpu", "device_map": None}
+        for decoding in (data["decoding"], data["baseline"]):
+            for key, most in (("num_inference_steps", TINY_STEPS), ("max_new_tokens", TINY_TOKENS)):
+                if isinstance(decoding.get(key), int):
+                    decoding[key] = min(decoding[key], most)
+    made = validate(data)
+    made._source = recipe.source
+    return made

@@ -1,0 +1,282 @@
+"""Parameters of a method from what a recipe says: names and types checked, values of samples filled in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import AttnSteerError, RecipeError, did_you_mean, listing
+from ..heads import HeadSet
+from ..intervention import Intervention
+from ..registry import get_method
+from ..where import Where
+from .schema import InterventionSpec, ModelSpec
+
+Sample = Mapping[str, Any]
+# The strength at which a method does nothing; the laws' "identity" holds each of them to it.
+ZERO: dict[str, dict[str, float]] = {
+    "ACT": {"beta": 1.0},
+    "AttendAndExcite": {"step_size": 0.0},
+    "AttentionRefocusing": {"step_size": 0.0},
+    "PAG": {"scale": 0.0},
+    "PASTA": {"alpha": 1.0},
+    "SEG": {"scale": 0.0},
+    "SoftPAG": {"scale": 0.0},
+    "SpotLight": {"target": 0.0},
+    "VAR": {"move_fraction": 0.0},
+    "VHR": {"alpha": 1.0},
+    "ZeroTuning": {"gamma": 1.0},
+}
+# What stands for a sample's value while a recipe is checked, by the name of the parameter.
+PLACEHOLDERS: dict[str, Any] = {"spans": ["word"], "words": ["word"], "boxes": {"word": [0.0, 0.0, 1.0, 1.0]}}
+_SIMPLE = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,), "None": (type(None),)}
+ZOO = "zoo:"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One intervention of an arm, before it meets samples.
+
+    Attributes:
+        name, cls: of the method. params: as the recipe has them. heads, where: the selection. place: in the recipe.
+    """
+
+    name: str
+    cls: type[Intervention]
+    params: dict[str, Any]
+    heads: HeadSet | None
+    where: Where
+    place: str
+
+    def per_sample(self) -> tuple[str, ...]:
+        """Keys of a sample that parameters are taken from."""
+        return tuple(v["sample"] for v in self.params.values() if is_sample(v))
+
+    def make(self, samples: Sequence[Sample], context: Any = None) -> Intervention:
+        """The intervention for a batch.
+
+        Args:
+            samples: of the batch, in order. context: has `tokenizer` and `processor`, for methods on texts.
+
+        Raises:
+            RecipeError: a sample lacks a key, or the values do not make the method.
+        """
+        values = {name: value(v, samples, f"{self.place}.params.{name}") for name, v in self.params.items()}
+        return self._built(values, context)
+
+    def placeholder(self) -> Intervention | None:
+        """The method with made-up values in place of samples'; None where nothing is known to stand for them."""
+        values = {}
+        for name, given in self.params.items():
+            if is_sample(given) and name not in PLACEHOLDERS:
+                return None
+            values[name] = [PLACEHOLDERS[name]] if is_sample(given) else value(given, (), name)
+        return self._built(values, None)
+
+    def _built(self, values: dict[str, Any], context: Any) -> Intervention:
+        names = {f.name for f in fields(self.cls)}
+        where = self.where
+        if self.heads is not None and "heads" in names:
+            values["heads"] = self.heads
+        try:
+            if self.heads is not None and "heads" not in names:
+                where = where & Where(heads=self.heads)
+            if "tokenizer" in names:
+                values["tokenizer"] = _tokenizer(context)
+            return self.cls(**values, where=where)
+        except (AttnSteerError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+            raise RecipeError(f"{self.place} ({self.name}): {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: what `arms.json` says, and by which two arms are the same."""
+        return {
+            "method": self.name,
+            "params": self.params,
+            "heads": None if self.heads is None else {str(k): v for k, v in self.heads.to_dict().items()},
+            "where": {
+                k: {str(layer): list(v[layer]) for layer in v.layers} if isinstance(v, HeadSet) else v
+                for k, v in self.where.to_dict().items()
+            },
+        }
+
+
+def _tokenizer(context: Any) -> Any:
+    found = getattr(context, "tokenizer", None)
+    return getattr(getattr(context, "processor", None), "tokenizer", None) if found is None else found
+
+
+def is_sample(value: Any) -> bool:
+    """Whether a value of a recipe stands for a key of each sample."""
+    return isinstance(value, Mapping) and set(value) == {"sample"}
+
+
+def value(given: Any, samples: Sequence[Sample], place: str) -> Any:
+    """A value of a recipe as a method takes it: `{sample: key}` becomes a list with one item per sample; mappings with keys
+    that are no texts, and infinities, are written as `steer.json` writes them ($pairs, $float)."""
+    if is_sample(given):
+        return [_of_sample(s, given["sample"], place) for s in samples]
+    if isinstance(given, Mapping):
+        if set(given) == {"$pairs"}:
+            return {_key(k): value(v, samples, place) for k, v in given["$pairs"]}
+        if set(given) == {"$float"}:
+            return float(given["$float"])
+        return {k: value(v, samples, place) for k, v in given.items()}
+    return [value(v, samples, place) for v in given] if isinstance(given, list) else given
+
+
+def _key(key: Any) -> Any:
+    return tuple(key) if isinstance(key, list) else key
+
+
+def _of_sample(sample: Sample, key: str, place: str) -> Any:
+    if key not in sample:
+        raise RecipeError(
+            f"{place}: sample {sample.get('id')!r} has no {key!r}; it has {listing(sample)}.{did_you_mean(key, sample)}"
+        )
+    return sample[key]
+
+
+def method(spec: InterventionSpec, place: str, folder: Path, model: ModelSpec, calibrated: HeadSet | None) -> Method:
+    """An intervention of a recipe.
+
+    Args:
+        place: its path in the recipe, for messages. folder: what files are relative to. model: for heads of the zoo.
+        calibrated: heads that a search found.
+
+    Raises:
+        RecipeError: an unknown method, parameter or selection, a wrong type, a file of heads that cannot be read.
+    """
+    try:
+        cls = get_method(spec.method)
+    except AttnSteerError as error:
+        raise RecipeError(f"{place}.method: {error}") from error
+    check_names(cls, spec.method, spec.params, f"{place}.params")
+    required = [f.name for f in settable(cls).values() if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in spec.params]
+    if missing:
+        raise RecipeError(f"{place}.params: {spec.method} needs {listing(missing)}.")
+    heads = head_set(spec.heads, f"{place}.heads", folder, model, calibrated)
+    return Method(spec.method, cls, dict(spec.params), heads, where(spec.where, f"{place}.where"), place)
+
+
+def settable(cls: type[Intervention]) -> dict[str, Field[Any]]:
+    """Fields that `params` may have: `heads` and `where` have sections of their own, objects have no form in YAML."""
+    return {f.name: f for f in fields(cls) if f.metadata.get("save", True) and f.name not in ("heads", "where")}
+
+
+def check_names(cls: type[Intervention], name: str, params: Mapping[str, Any], place: str) -> None:
+    """Raise a RecipeError for a parameter that the method does not have, or whose type cannot be its own."""
+    known = settable(cls)
+    for key, given in params.items():
+        if key not in known:
+            other = (
+                f" It has a place of its own, {place.rpartition('.')[0]}.{key}." if key in ("heads", "where") else ""
+            )
+            raise RecipeError(
+                f"{place}.{key}: {name} has no such parameter; there are {', '.join(known)}.{other or did_you_mean(key, known)}"
+            )
+        if is_sample(given):
+            if not isinstance(given["sample"], str):
+                raise RecipeError(f"{place}.{key}: {{sample: {given['sample']!r}}}: give the name of a key.")
+            continue
+        _check_form(given, f"{place}.{key}")
+        _check_type(known[key], given, f"{place}.{key}")
+
+
+def _check_form(given: Any, place: str) -> None:
+    """Raise a RecipeError for a $pairs or $float that is none."""
+    if isinstance(given, list):
+        for item in given:
+            _check_form(item, place)
+    if not isinstance(given, Mapping):
+        return
+    if is_sample(given):
+        raise RecipeError(f"{place}: {{sample: ...}} stands for a whole parameter, not for a part of one.")
+    if "$pairs" in given:
+        pairs = given["$pairs"]
+        if len(given) > 1 or not isinstance(pairs, list) or any(not isinstance(p, list) or len(p) != 2 for p in pairs):
+            raise RecipeError(f"{place}: $pairs is a list of [key, value], and stands alone.")
+        if any(isinstance(k, Mapping) or (isinstance(k, list) and not _flat(k)) for k, _ in pairs):
+            raise RecipeError(f"{place}: a key of $pairs is a text, a number, or a list of these.")
+    elif "$float" in given:
+        if len(given) > 1 or given["$float"] not in ("inf", "-inf"):
+            raise RecipeError(f'{place}: $float is "inf" or "-inf", and stands alone.')
+    for item in given.values():
+        _check_form(item, place)
+
+
+def _flat(items: list[Any]) -> bool:
+    return not any(isinstance(i, (list, Mapping)) for i in items)
+
+
+def _check_type(field: Field[Any], given: Any, place: str) -> None:
+    """Check annotations made of plain types; others are left to the method."""
+    names = [n.strip() for n in str(field.type).split("|")]
+    if not set(names) <= set(_SIMPLE):
+        return
+    plain = math.inf if isinstance(given, Mapping) and set(given) == {"$float"} else given
+    allowed = tuple(t for n in names for t in _SIMPLE[n])
+    # True is an int to Python.
+    wrong = isinstance(plain, bool) and bool not in allowed
+    if wrong or not isinstance(plain, allowed):
+        raise RecipeError(f"{place}: {given!r} is {type(given).__name__}; {field.type} is needed.")
+
+
+def where(given: Mapping[str, Any] | None, place: str) -> Where:
+    """A `Where` from its fields.
+
+    Raises:
+        RecipeError: an unknown field, or a value that makes no selection.
+    """
+    known = [f.name for f in fields(Where)]
+    for key in given or ():
+        if key not in known:
+            raise RecipeError(f"{place}.{key}: Where has {', '.join(known)}.{did_you_mean(key, known)}")
+    values = dict(given or {})
+    try:
+        if isinstance(values.get("heads"), Mapping):
+            values["heads"] = _inline(values["heads"])
+        return Where(**values)
+    except (AttnSteerError, TypeError, ValueError) as error:
+        raise RecipeError(f"{place}: {error}") from error
+
+
+def _inline(heads: Mapping[str, Any]) -> HeadSet:
+    return HeadSet({int(layer): chosen for layer, chosen in heads.items()})
+
+
+def head_set(
+    given: str | Mapping[str, Any] | None, place: str, folder: Path, model: ModelSpec, calibrated: HeadSet | None
+) -> HeadSet | None:
+    """Heads as a recipe names them.
+
+    Raises:
+        RecipeError: there is no such file, or it holds no head set; heads of the zoo for a model that is not of it.
+    """
+    if given is None or given == "calibrated":
+        return calibrated if given else None
+    try:
+        if isinstance(given, Mapping):
+            return _inline(given)
+        if given.startswith(ZOO):
+            return HeadSet.load(_zoo_file(given.removeprefix(ZOO), model))
+        return HeadSet.load(folder / given)
+    except (AttnSteerError, ValueError) as error:
+        raise RecipeError(f"{place}: {error}") from error
+
+
+def _zoo_file(name: str, model: ModelSpec) -> Path:
+    from ..zoo import folder
+
+    if model.zoo is None:
+        raise RecipeError(f"{ZOO}{name} are heads of an embedded model; this recipe has another one.")
+    root = folder(model.zoo)
+    found = sorted(p.parent.name for p in root.glob("*/heads.safetensors"))
+    if name not in found:
+        raise RecipeError(
+            f"{model.zoo} has no heads {name!r}; it has {listing(found) or 'none'}.{did_you_mean(name, found)}"
+        )
+    return root / name / "heads.safetensors"

@@ -1,0 +1,212 @@
+"""The searches that a recipe's calibration section can name, over samples of the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, listing
+from ..heads import HeadSet
+from ..intervention import Intervention
+from .parameters import Sample
+from .schema import Recipe
+
+# Batches of samples -> what the model is called with.
+Inputs = Callable[[Sequence[Sample]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is searched.
+
+    Attributes:
+        target: the model or pipeline. tokenizer: of a language model. inputs: makes a model's inputs from samples with
+            images; needed by the searches over vision-language models.
+    """
+
+    target: Any
+    tokenizer: Any = None
+    inputs: Inputs | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One search: what to search, for which method, on which samples."""
+
+    recipe: Recipe
+    subject: Subject
+    samples: list[Sample]
+    progress: bool = True
+    method: Intervention | None = None
+    state: Path | None = None
+
+    def options(self) -> dict[str, Any]:
+        """A copy of the recipe's options."""
+        return dict(self.recipe.calibration.options)
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search that a recipe can name.
+
+    Attributes:
+        run: gives the result. kinds: of model. options: names that `calibration.options` may have.
+        heads: whether it finds heads. for_method: whether the result depends on the method.
+    """
+
+    run: Callable[[Task], Any]
+    kinds: tuple[str, ...]
+    options: tuple[str, ...]
+    heads: bool = True
+    for_method: bool = True
+
+
+def _choices(subject: Subject, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Samples with prompt, choices and answer, as token ids."""
+    out = []
+    for sample in samples:
+        missing = [k for k in ("prompt", "choices", "answer") if k not in sample]
+        if missing:
+            raise RecipeError(
+                f"calibration: sample {sample.get('id')!r} has no {listing(missing)}; heads are calibrated on samples with "
+                "choices."
+            )
+        prompt, candidates = continuations(subject.tokenizer, sample["prompt"], sample["choices"])
+        out.append({"prompt": prompt, "candidates": candidates, "answer": sample["answer"]})
+    return out
+
+
+def continuations(tokenizer: Any, prompt: str, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt, and what each choice adds to it. A blank stands between the two unless the prompt ends with
+    white space, and belongs to the choice, as in lm-evaluation-harness."""
+    text = prompt.rstrip()
+    between = prompt[len(text) :] or " "
+    start = tokenizer(text).input_ids
+    whole = [tokenizer(text + between + c).input_ids for c in choices]
+    # A tokenizer may join what stands left and right of the seam; the choice is then encoded alone.
+    alone = lambda c: tokenizer(c, add_special_tokens=False).input_ids  # noqa: E731
+    return start, [
+        w[len(start) :] if w[: len(start)] == start else alone(c) for w, c in zip(whole, choices, strict=True)
+    ]
+
+
+def _calibrate_heads(task: Task) -> HeadSet:
+    from ..search import calibrate_act, calibrate_heads
+
+    model, split = task.subject.target, _choices(task.subject, task.samples)
+    options = {
+        **task.options(),
+        "state": task.state,
+        "progress": task.progress,
+    }
+    if task.recipe.calibration.search == "calibrate_act":
+        return calibrate_act(model, split, task.method, **options)
+    return calibrate_heads(model, task.method, split, **options)
+
+
+def _headhunter(task: Task) -> HeadSet:
+    from ..search import halving, headhunter
+
+    recipe, options = task.recipe, task.options()
+    call = {k: v for k, v in recipe.decoding.items() if k != "num_inference_steps"} | {"output_type": "pt"}
+    name = options.pop("score", "valid")
+    if name not in SCORES:
+        raise RecipeError(f"calibration.options.score: {name!r}; there are {', '.join(SCORES)}.")
+    rungs = options.pop("rungs", 0)
+    prompts = [(s["prompt"], i) for i, s in enumerate(task.samples)]
+    options.setdefault("steps", recipe.decoding.get("num_inference_steps", 20))
+    if recipe.calibration.top is not None:
+        options["top"] = recipe.calibration.top
+    screen = halving(len(prompts), options["steps"], rungs) if rungs else ()
+    return headhunter(
+        task.subject.target,
+        prompts,
+        SCORES[name],
+        task.method,
+        screen=screen,
+        options=call,
+        state=task.state,
+        progress=task.progress,
+        **options,
+    )
+
+
+def _vhd(task: Task) -> HeadSet:
+    from ..search import vhd
+    from ..where import Where
+
+    options = task.options()
+    size, layers = options.pop("batch", 8), options.pop("layers", None)
+    where = None if layers is None else Where(layers=layers, kinds="self")
+    return vhd(task.subject.target, _batches(task, size), where=where, **options)
+
+
+def _find_sink_dims(task: Task) -> tuple[int, ...]:
+    from ..search import find_sink_dims
+
+    options = task.options()
+    size = options.pop("batch", 8)
+    found = find_sink_dims(task.subject.target, _batches(task, size), **options)
+    if not found.dims:
+        raise RecipeError(f"calibration (find_sink_dims): {found.reason}.")
+    return tuple(found.dims)
+
+
+def _batches(task: Task, size: int) -> Iterator[Mapping[str, Any]]:
+    subject = task.subject
+    for start in range(0, len(task.samples), size):
+        part = task.samples[start : start + size]
+        if subject.inputs is not None:
+            yield subject.inputs(part)
+        else:
+            texts = [s["prompt"] for s in part]
+            batch = subject.tokenizer(texts, padding=len(texts) > 1, return_tensors="pt")
+            device = next(subject.target.parameters()).device
+            yield {k: v.to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+
+
+def valid(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    """1 for a picture of the shapes world that has objects and nothing else, else 0."""
+    return [float(d.valid) for d in _detected(images)]
+
+
+def there(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    """The share of a prompt's phrases whose object is in the picture."""
+    from ..zoo.shapes.language import parse
+
+    scores = []
+    for found, prompt in zip(_detected(images), prompts, strict=True):
+        seen = {(o.colour, o.shape) for o in found.objects}
+        wanted = {(p.colour, p.shape) for p in parse(prompt)}
+        scores.append(len(wanted & seen) / max(len(wanted), 1))
+    return scores
+
+
+def right(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+    """1 for a valid picture with all of the prompt's objects, plus their share: a finer score than either."""
+    shares = there(images, prompts)
+    return [(v * (s == 1.0) + s) / 2 for v, s in zip(valid(images, prompts), shares, strict=True)]
+
+
+def _detected(images: Sequence[Any]) -> list[Any]:
+    import torch
+
+    from ..zoo.shapes.detect import detect
+
+    return detect(torch.stack(list(images)).float().cpu())
+
+
+# Judges of images that need nothing but the exact detector.
+SCORES = {"valid": valid, "there": there, "right": right}
+_HEADS = ("metric", "keep", "batch")
+SEARCHES = {
+    "calibrate_act": Search(_calibrate_heads, ("lm",), _HEADS),
+    "calibrate_heads": Search(_calibrate_heads, ("lm",), _HEADS),
+    "headhunter": Search(_headhunter, ("image",), ("rounds", "steps", "rungs", "score", "batch")),
+    "vhd": Search(_vhd, ("vlm",), ("outliers", "layers", "batch"), for_method=False),
+    "find_sink_dims": Search(
+        _find_sink_dims, ("lm", "vlm"), ("tau", "layers", "drop", "batch"), heads=False, for_method=False
+    ),
+}

@@ -1,0 +1,96 @@
+"""The recipes that come with the package: where they are, and how one is copied."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import RecipeError, did_you_mean
+from .loading import load_recipe
+from .schema import Recipe
+
+ENDING = ".yaml"
+
+
+def folder() -> Path:
+    """Where they are: inside the package, or beside it in a checkout.
+
+    Raises:
+        RecipeError: this installation has none.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for place in (package / "recipes", package.parent / "recipes"):
+        if place.is_dir():
+            return place
+    raise RecipeError(f"this installation has no recipes beside {package}; install attnsteer again.")
+
+
+def names() -> list[str]:
+    """Names of all of them, such as act/shapes-reading, sorted."""
+    root = folder()
+    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.glob(f"*/*{ENDING}"))
+
+
+def locate(given: str | Path) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one.
+
+    Raises:
+        RecipeError: neither a file nor a name.
+    """
+    path = Path(given)
+    if path.is_file():
+        return path
+    name = str(given).removesuffix(ENDING)
+    known = names()
+    if name in known:
+        return folder() / f"{name}{ENDING}"
+    raise RecipeError(
+        f"there is no file {str(given)!r}, and no shipped recipe of that name (attnsteer recipes ls).{did_you_mean(name, known)}"
+    )
+
+
+def shipped() -> Iterator[Recipe]:
+    """All of them, loaded, by name."""
+    for name in names():
+        yield load_recipe(folder() / f"{name}{ENDING}")
+
+
+def copy(name: str | Path, to: str | Path, force: bool = False) -> list[Path]:
+    """Copy a recipe and the files beside it that it names.
+
+    Args:
+        to: a folder, or the path of the new recipe (with its ending). force: whether files there may be replaced.
+
+    Returns:
+        what was written, the recipe first.
+
+    Raises:
+        RecipeError: no such recipe, or a file is there already.
+    """
+    source, target = locate(name), Path(to)
+    recipe = load_recipe(source)
+    target = target if target.suffix in (ENDING, ".yml") else target / source.name
+    pairs = [(source, target)]
+    for relative in _files(recipe):
+        inside = (source.parent / relative).resolve()
+        if inside.is_file() and inside.is_relative_to(source.parent.resolve()):
+            pairs.append((inside, target.parent / relative))
+    taken = [str(t) for _, t in pairs if t.exists()]
+    if taken and not force:
+        raise RecipeError(f"{', '.join(taken)} is there already; give another place, or --force.")
+    try:
+        for old, new in pairs:
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(old, new)
+    except OSError as error:
+        raise RecipeError(f"{error.filename}: cannot be written ({error.strerror}).") from error
+    return [new for _, new in pairs]
+
+
+def _files(recipe: Recipe) -> list[str]:
+    """Relative files that a recipe names."""
+    sections = [recipe.data, *([recipe.calibration.data] if recipe.calibration else [])]
+    found = [d.file for d in sections if d.file is not None]
+    found += [s.heads for s in recipe.interventions if isinstance(s.heads, str) and ":" not in s.heads]
+    return [f for f in dict.fromkeys(found) if not Path(f).is_absolute()]
