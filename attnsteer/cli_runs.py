@@ -31,11 +31,20 @@ def compare(
     print(found.markdown(), end="")
 
 
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    attention: Annotated[
+        int, typer.Option(min=0, help="Also load the model again, and show the attention of this many samples.")
+    ] = 0,
+) -> None:
     """Write report.html and report.md into a run folder, and print where.
 
     The page is one file: open it in a browser, send it to someone, or print it. It loads nothing.
     """
     from .runner import reports
 
+    if attention:
+        from .runner.looking import look
+
+        look(run, attention)
     print(reports.report(run))

@@ -71,6 +71,14 @@ def browser(run: RunFolder, head: Headline, album: Album) -> dict[str, Any]:
     }
 
 
+def states(run: RunFolder, head: Headline) -> dict[Key, str]:
+    """What the headline's method did to each record of the baseline, one of `STATES`."""
+    metric = run.measures[head.metric]
+    values = {a: per_sample(metric, head.estimate, run.records.get(a, {})) for a in (head.base, head.arm)}
+    keys = [k for k in _ordered(run) if all(k in run.records.get(a, {}) for a in values)]
+    return {k: _state(run, head, values, head.arm, k) for k in keys}
+
+
 def _arms(run: RunFolder, head: Headline) -> list[tuple[str, str]]:
     """The methods, that of the headline first."""
     found: dict[str, str] = {}
