@@ -250,7 +250,7 @@ def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     rows[0] |= {"prompt": HOSTILE, "choices": [HOSTILE, "b", "c", "d"]}
     folders.lines(run / "samples.jsonl", rows)
-    edit(run / "status.json", state="interrupted", message=HOSTILE)
+    edit(run / "status.json", state="failed", message=HOSTILE)
     shutil.copy(run / "records.jsonl", run / "records-0.jsonl")
     page = report(run).read_text()
     assert page.count("<script") == 2 and page.count("</script>") == 2 and page.count("</style>") == 1

@@ -92,7 +92,7 @@ def _alerts(run: RunFolder) -> list[tuple[str, str]]:
         done, total = run.status.get("done"), run.status.get("total")
         state = {"running": "still running", "complete": "not over all samples"}.get(run.status["state"])
         said = f"{done} of {total} records. Start the run again with the same command to finish it."
-        if run.status.get("message"):
+        if run.status["state"] == "failed" and run.status.get("message"):
             said += f" It said: {run.status['message']}"
         found.append((f"Unfinished: {state or run.status['state']}", said))
     return found
