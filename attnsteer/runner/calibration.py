@@ -135,20 +135,23 @@ def save_found(given: str | Path, out: str | Path, cache: str | Path | None, *, 
     Raises:
         RecipeError: see `calibrate`; the recipe has no search, or its sweep has several. RunError: the file cannot be written.
     """
-    from . import models
     from .checks import resolve
-    from .data import load
     from .loading import load_recipe
+
+    recipe = resolve(load_recipe(given), tiny=tiny)
+    if recipe.calibration is None:
+        raise RecipeError(f"{recipe.name} has no calibration section, so there is nothing to search.")
+    if len(needed(recipe)) > 1:
+        raise RecipeError(
+            f"{recipe.name} has {len(needed(recipe))} searches, one for each value of its sweep, and one is saved; copy the "
+            "recipe and take the sweep out."
+        )
+    search = search_of(recipe)
+    from . import models
+    from .data import load
     from .tasks import Ask
     from .tasks.prompts import encode
 
-    recipe = resolve(load_recipe(given), tiny=tiny)
-    if len(needed(recipe)) != 1:
-        raise RecipeError(
-            f"{recipe.name} has {len(needed(recipe))} searches, and one is saved; give the recipe a calibration section, and no "
-            "sweep over what it depends on."
-        )
-    search = search_of(recipe)
     get = lambda spec: load(spec, recipe.task, prompt=recipe.prompt, folder=recipe.folder)  # noqa: E731
     loaded = models.load(recipe.model, tiny=get(recipe.data) if tiny else None, folder=recipe.folder)
     own = get(recipe.calibration.data)

@@ -29,7 +29,7 @@ class Ranks:
         import torch
         from accelerate import PartialState
 
-        state = PartialState(timeout=PATIENCE)
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         self.rank, self.world = state.process_index, state.num_processes
         self.device = str(state.device)
         # Over the CPU whatever the devices are: only barriers and short texts pass through it.

@@ -56,8 +56,10 @@ def run(
     try:
         if ranks.first:
             lock.take(alone=True)
+            lock.take(alone=False)
         ranks.wait()
-        lock.take(alone=False)
+        if not ranks.first:
+            lock.take(alone=False)
         with stoppable():
             _run(job, ranks, progress)
     finally:

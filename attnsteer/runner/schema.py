@@ -50,6 +50,15 @@ FORMATS = {
     "boxes": ("image",),
 }
 CALIBRATED = "calibrated"
+# Arguments of a model's call that load code, or objects that a text cannot be.
+REFUSED = (
+    "custom_generate",
+    "trust_remote_code",
+    "custom_pipeline",
+    "generation_config",
+    "assistant_model",
+    "streamer",
+)
 # What a digest leaves out: words about a run, not of it.
 WORDS = ("summary", "notes", "claims", "requires")
 
@@ -270,6 +279,14 @@ class Recipe(Spec):
     def folder(self) -> Path:
         """What its relative paths are relative to."""
         return self._source.parent if self._source is not None else Path()
+
+    @field_validator("decoding", "baseline")
+    @classmethod
+    def _decoding(cls, decoding: dict[str, Any]) -> dict[str, Any]:
+        for name in decoding:
+            if name in REFUSED:
+                raise ValueError(f"{name} is not for a recipe: it brings code or objects from elsewhere")
+        return decoding
 
     @field_validator("prompt")
     @classmethod

@@ -202,7 +202,7 @@ class Lock:
             raise failed(self.path, error) from error
 
     def take(self, alone: bool) -> None:
-        """Take the lock. alone: nobody else may have it.
+        """Take the lock, or change how it is held. alone: nobody else may have it.
 
         Raises:
             RunError: another run has it.

@@ -1,51 +1,45 @@
-"""Small recipes for the tests of runs, and how their folders are read."""
+"""A recipe as plain data, to be changed by tests."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import copy
 from typing import Any
 
-from attnsteer.runner import load_recipe
+from attnsteer.runner.loading import validate
+from attnsteer.runner.schema import Recipe
 
-READING: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "schema": 1,
-    "name": "test/reading",
-    "model": {"zoo": "shapes-lm", "kind": "lm", "device": "cpu"},
-    "data": {"zoo": "reading", "limit": 12, "options": {"task": "lookup"}},
+    "name": "act/test",
+    "model": {"zoo": "shapes-lm", "kind": "lm"},
+    "data": {"zoo": "reading", "options": {"task": "one-shot"}, "limit": 10},
     "task": "choice",
-    "interventions": [{"method": "ACT", "params": {"beta": 0.4}, "heads": "zoo:act"}],
-    "controls": {"zero": True, "random_heads": 1},
+    "interventions": [{"method": "ACT", "params": {"beta": 0.4}, "heads": {"5": [0, 7], "3": [1]}}],
     "metrics": ["choice"],
     "primary": "choice.accuracy",
-    "batch_size": 4,
 }
+CALIBRATION: dict[str, Any] = {
+    "search": "calibrate_act",
+    "data": {"zoo": "reading", "split": "calibration", "options": {"task": "one-shot"}, "limit": 12},
+}
+REMOVED = object()
 
 
-def written(folder: Path, **changes: Any) -> Path:
-    """The file of the recipe of reading passages, with fields changed."""
-    path = folder / "recipe.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    # JSON is YAML too.
-    path.write_text(json.dumps({**READING, **changes}), encoding="utf-8")
-    return path
+def changed(changes: dict[str, Any], base: dict[str, Any] = BASE) -> dict[str, Any]:
+    """A copy with values put in by path ("data.limit"); REMOVED takes one out."""
+    data = copy.deepcopy(base)
+    for path, value in changes.items():
+        *before, last = path.split(".")
+        here: Any = data
+        for key in before:
+            here = here[int(key)] if isinstance(here, list) else here.setdefault(key, {})
+        if value is REMOVED:
+            del here[last]
+        else:
+            here[int(last) if isinstance(here, list) else last] = copy.deepcopy(value)
+    return data
 
 
-def recipe(folder: Path, **changes: Any) -> Any:
-    """That recipe."""
-    return load_recipe(written(folder, **changes))
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    """The merged records of a run."""
-    return [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def load(path: Path) -> Any:
-    """A JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def figures(folder: Path) -> str:
-    """metrics.json without the cost, which is measured time: all that two equal runs have in common."""
-    return json.dumps({k: v for k, v in load(folder / "metrics.json").items() if k != "cost"})
+def recipe(**changes: Any) -> Recipe:
+    """The recipe with values by path, "__" for the dot."""
+    return validate(changed({k.replace("__", "."): v for k, v in changes.items()}))

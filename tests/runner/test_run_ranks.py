@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from attnsteer.runner import run
-from tests.runner.common import READING, figures, load, recipe, written
+from tests.runner.running import READING, figures, load, recipe, written
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 def test_two_processes_make_the_files_of_one(tmp_path: Path) -> None:
     changes = {"data": {**READING["data"], "limit": 22}}
     path = written(tmp_path, **changes)
-    command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # What `accelerate launch` starts on several devices; on CPUs it starts one process.
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [sys.executable, *command, "-m", "attnsteer", "run", str(path), "--out", str(tmp_path / "two")],
         capture_output=True,

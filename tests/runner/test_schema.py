@@ -90,6 +90,10 @@ def refused(data: Any) -> str:
         ({"prompt": "{a!r}", "data": ROWS}, ["prompt: the field {a} is not a plain name"]),
         ({"prompt": "{a:>10}", "data": ROWS}, ["prompt: the field {a} is not a plain name"]),
         ({"prompt": "{a", "data": ROWS}, ["prompt: expected '}'"]),
+        ({"decoding": {"custom_generate": "a/b", "trust_remote_code": True}}, ["decoding: custom_generate is not for a recipe"]),
+        ({"baseline": {"trust_remote_code": True}}, ["baseline: trust_remote_code is not for a recipe"]),
+        ({"sweep": {"decoding.custom_generate": ["a/b"]}}, ["custom_generate is not for a recipe"]),
+        ({"sweep": {"decoding": [{"custom_generate": "a/b"}]}}, ["custom_generate is not for a recipe"]),
         ({"requires": ["os; import x"]}, ["requires.0: string should match pattern"]),
         ({"interventions.0.heads": "calibrated"}, ["interventions.0.heads is calibrated, but there is no calibration"]),
         ({"calibration": CALIBRATION}, ['no intervention has "heads: calibrated"']),
@@ -234,15 +238,17 @@ def test_the_json_schema_describes_every_field() -> None:
 
 # What a value of a recipe is replaced by.
 VALUES = [
-    None, True, -1, 0, 1, 2**31, 10**18, 10**400, 0.5, -0.0, 1e308, "", "x", "a.b", "{a.b}", "zoo:act", "zoo:../..", "calibrated", "../x",
-    "\x00", "\ud800", [], [[]], [1, 1], {}, {"sample": "x"}, {"sample": 1}, {"$pairs": 3}, {"$float": "nan"}, {"1": [0]}, {"a": {"b": [{}]}},
-    ["choice"], [{"name": "choice"}], {"interventions.0.params.beta": [1, 2]}, ACT := {"method": "ACT"}, [ACT], CALIBRATION, HUB, ROWS,
+    None, True, -1, 0, 1, 2**31, 10**18, 10**400, 0.5, -0.0, 1e308, "", "x", "a.b", "{a.b}", "zoo:act", "zoo:../..", "calibrated",
+    "../x", "\x00", "\ud800", [], [[]], [1, 1], {}, {"sample": "x"}, {"sample": 1}, {"$pairs": 3}, {"$float": "nan"}, {"1": [0]},
+    {"a": {"b": [{}]}}, ["choice"], [{"name": "choice"}], {"interventions.0.params.beta": [1, 2]},
+    ACT := {"method": "ACT"}, [ACT], CALIBRATION,
+    HUB, ROWS,
 ]  # fmt: skip
 WHOLE = changed({"calibration": CALIBRATION, "interventions.0.heads": "calibrated", "sweep": {"decoding.a": [1, 2]}})
-KEYS = [
-    *BASE, "calibration", "sweep", "controls", "baseline", "decoding", "seeds", "batch_size", "claims", "notes", "prompt", "tiny", "zoo",
-    "file", "format", "limit", "start", "split", "method", "params", "heads", "where", "zero", "beta", "search", "top", "into", "requires",
-]  # fmt: skip
+KEYS = [*BASE] + (
+    "calibration sweep controls baseline decoding seeds batch_size claims notes prompt tiny zoo file format limit start split "
+    "method params heads where zero beta search top into requires"
+).split()
 
 
 def mutated(data: Any, changes: list[tuple[list[int], int, int, bool]]) -> Any:

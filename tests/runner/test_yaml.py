@@ -21,9 +21,9 @@ PROFILE = {
 }
 # What is put into texts: the signs of YAML, and what readers stumble over.
 PIECES = [
-    ":", ": ", "- ", "\n", "  ", "[", "]", "{", "}", ",", "&a ", "*a", "!!str ", "!", "<<: ", "? ", "|\n", ">-\n", "'", '"', "#", "%",
-    "---\n", "...\n", "\t", "\\", '"\\x00"', '"\\ud800"', '"\\UFFFFFFFF"', "9" * 40, "1e999", ".nan", "-.inf", "null", "yes", "0x1f",
-    "1_0", "01", "\x00", "\x85", "\u2028", "\ufeff", "\ud800", "😀", "~", "@", "`", "a: 1\n", "a", "{a: {a: {a: ", "[[[[[[",
+    ":", ": ", "- ", "\n", "  ", "[", "]", "{", "}", ",", "&a ", "*a", "!!str ", "!", "<<: ", "? ", "|\n", ">-\n", "'", '"', "#",
+    "%", "---\n", "...\n", "\t", "\\", '"\\x00"', '"\\ud800"', '"\\UFFFFFFFF"', "9" * 40, "1e999", ".nan", "-.inf", "null", "yes",
+    "0x1f", "1_0", "01", "\x00", "\x85", "\u2028", "\ufeff", "\ud800", "😀", "~", "@", "`", "a: 1\n", "a", "{a: {a: {a: ", "[[[[[[",
 ]  # fmt: skip
 RECIPE = (Path(__file__).parents[2] / "recipes" / "act" / "shapes-reading.yaml").read_text(encoding="utf-8")
 
@@ -118,14 +118,38 @@ def test_lines_of_values_and_of_what_contains_them() -> None:
     ]  # fmt: skip
 
 
+words = st.characters(exclude_categories=["Cc", "Cs"])
+likenesses = [
+    "yes",
+    "1e-3",
+    "0x1f",
+    "1_0",
+    ".nan",
+    ".5",
+    "null",
+    "~",
+    "<<",
+    "a: b",
+    "- a",
+    "#",
+    " x ",
+    "two\nlines",
+    "=",
+    "5.",
+]
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63) + 1, 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=12)
-    | st.sampled_from(["yes", "1e-3", "0x1f", "1_0", ".nan", ".5", "null", "~", "<<", "a: b", "- a", "#", " x ", "two\nlines", "=", "5."]),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=6) | st.sampled_from(["1", "true", "<<", "1.5"]), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63) + 1, 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(words, max_size=12)
+    | st.sampled_from(likenesses),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(words, max_size=6) | st.sampled_from(["1", "true", "<<", "1.5"]), inner, max_size=4)
+    ),
     max_leaves=12,
-)  # fmt: skip
+)
 
 
 @settings(max_examples=600, **PROFILE)

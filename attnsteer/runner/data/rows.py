@@ -56,7 +56,7 @@ class Row:
 
     def text(self, *fields: str) -> str:
         """The first of these fields that is there, a text that is not empty."""
-        field = next((f for f in fields if self.has(f)), fields[0])
+        field = next((f for f in fields if self.has(f)), next((f for f in fields if f in self.columns), fields[0]))
         value = self.get(field)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             value = str(value)
