@@ -53,7 +53,8 @@ def test_help_names_every_command_that_exists_and_no_other() -> None:
     done = run("--help")
     assert done.exit_code == 0
     assert {c.callback.__name__ for c in cli.app.registered_commands} == COMMANDS
-    for name in sorted(COMMANDS):
+    assert {g.name for g in cli.app.registered_groups} == {"recipes"}
+    for name in (*sorted(COMMANDS), "recipes"):
         assert name in done.output
         page = run(name, "--help")
         assert page.exit_code == 0 and "--help" in page.output
