@@ -10,6 +10,7 @@ import typer
 
 from ._version import __version__
 from .cli_recipes import calibrate, recipes
+from .cli_runs import compare, report
 from .errors import AttnSteerError
 from .output import print_json as _print_json
 from .output import print_table as _print_table
@@ -17,7 +18,7 @@ from .output import print_table as _print_table
 # Heavy libraries are imported inside the commands, so that `--help` and errors of usage come at once.
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-USAGE, FAILED = 2, 1
+USAGE, FAILED, STOPPED = 2, 1, 130
 
 
 class _Group(typer.core.TyperGroup):
@@ -50,6 +51,8 @@ def _version(wanted: bool) -> None:
 
 app.add_typer(recipes, name="recipes")
 app.command()(calibrate)
+app.command()(compare)
+app.command()(report)
 
 
 @app.callback()
@@ -169,6 +172,50 @@ def demo(
         print(f"\npictures before and after: {sheet.resolve()}")
     if not (exact.ok and all(line.fired for line in lines)):
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="The run folder; by default runs/ and the recipe's name.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only check the recipe, its data and parameters.")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A few samples on a random model of the architecture: tests the recipe.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples, in place of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per batch.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field: interventions.0.params.beta=0.2")
+    ] = None,
+) -> None:
+    """Evaluate a method as a recipe says: against its baseline and controls, on the same samples.
+
+    The same command goes on with a run that was stopped. `accelerate launch -m attnsteer run ...` shares the samples
+    among processes.
+    """
+    from .runner.command import prepared, run_folder
+    from .runner.ranks import first
+
+    chosen = prepared(recipe, settings or (), batch_size)
+    target = run_folder(chosen, tiny) if out is None else out
+    if check:
+        from .runner.runs import prepare
+
+        job = prepare(chosen, target, tiny, limit)
+        print(f"{chosen.name}: {len(job.data.samples)} samples, nothing found wrong")
+        return
+    from .runner import run as evaluate
+    from .runner.summary import table
+
+    try:
+        evaluate(chosen, target, tiny=tiny, limit=limit)
+    except KeyboardInterrupt:
+        print(f"attnsteer: stopped; the same command goes on. What is done is in {target}", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    if first():
+        head, rows, remarks = table(target)
+        _print_table(head, rows)
+        print("\n" + "\n".join([*remarks, f"run folder: {target}"]))
 
 
 def _verdict(report: Any) -> str:

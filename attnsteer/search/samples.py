@@ -77,17 +77,19 @@ def split_digest(samples: Sequence[Choice]) -> str:
 
 
 @torch.no_grad()
-def candidate_log_likelihoods(model: Any, sample: Choice, run: Any = None) -> list[float]:
+def candidate_log_likelihoods(
+    model: Any, sample: Choice, run: Any = None, inputs: Mapping[str, Any] | None = None
+) -> list[float]:
     """log p(candidate | prompt) in nats for each candidate of one sample, from one prefill and one scored continuation.
 
     Args:
         model: a causal language model, steered or not. run: its `Steering`; the prompt's statistics are frozen while the
-            candidates are scored, so these cannot move them.
+            candidates are scored, so these cannot move them. inputs: what else belongs to the prompt, such as `pixel_values`.
     """
     device = next(model.parameters()).device
     prompt = torch.tensor([sample.prompt], device=device)
     longer = [c for c in sample.candidates if len(c) > 1]
-    output = model(input_ids=prompt, use_cache=bool(longer))
+    output = model(input_ids=prompt, use_cache=bool(longer), **(inputs or {}))
     first = output.logits[0, -1].float().log_softmax(-1)
     total = [float(first[c[0]]) for c in sample.candidates]
     if not longer:

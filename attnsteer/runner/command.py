@@ -1,0 +1,41 @@
+"""What `attnsteer run` makes of its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError
+from . import yaml
+from .loading import load_recipe
+from .points import with_values
+from .schema import Recipe
+
+RUNS = Path("runs")
+
+
+def prepared(recipe: str, settings: Sequence[str] = (), batch_size: int | None = None) -> Recipe:
+    """The recipe of a file, with fields set.
+
+    Args:
+        settings: "path=value"; the value is read as in a recipe.
+
+    Raises:
+        RecipeError: no such recipe, or a setting that is none.
+    """
+    values: dict[str, Any] = {}
+    for setting in settings:
+        path, sign, text = setting.partition("=")
+        if not sign or not path:
+            raise RecipeError(f"--set {setting}: give PATH=VALUE, such as data.limit=100.")
+        values[path.strip()] = yaml.parse(text, f"--set {path}").value if text.strip() else None
+    if batch_size is not None:
+        values["batch_size"] = batch_size
+    found = load_recipe(recipe)
+    return with_values(found, values) if values else found
+
+
+def run_folder(recipe: Recipe, tiny: bool) -> Path:
+    """Where a run goes that is not told where to go."""
+    return RUNS / (recipe.name + ("-tiny" if tiny else ""))

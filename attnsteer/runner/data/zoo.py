@@ -1,0 +1,198 @@
+"""Samples of the shapes world: drawn by index, so that a split has no end and needs no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from ...errors import RecipeError, did_you_mean
+from ...zoo.shapes.language import parse
+from ...zoo.shapes.layouts import CATEGORIES, Layout, layout
+from ...zoo.shapes.questions import NEGATIVES, picture, pope
+from ...zoo.shapes.reading import TASKS, reading
+from ...zoo.shapes.world import SPLITS
+from . import Data, Sample
+
+if TYPE_CHECKING:
+    from ..schema import DataSpec
+
+
+def load(spec: DataSpec) -> Data:
+    """The samples `start` to `start + limit` of a source.
+
+    Raises:
+        RecipeError: an unknown split or option.
+    """
+    if spec.split not in SPLITS:
+        raise RecipeError(f"data.split: no split {spec.split!r} in the shapes world; there are {', '.join(SPLITS)}.")
+    known, build = SOURCES[str(spec.zoo)]
+    for name, value in spec.options.items():
+        if name not in known:
+            there = ", ".join(known) or "none"
+            raise RecipeError(f"data.options.{name}: {spec.zoo} has no such option; there are: {there}.")
+        allowed = known[name]
+        if value not in allowed or isinstance(value, bool):
+            hint = did_you_mean(str(value), map(str, allowed))
+            raise RecipeError(f"data.options.{name}: {value!r}; there are {', '.join(map(str, allowed))}.{hint}")
+    every = build(spec.split, **spec.options)
+    stop = None if spec.limit is None else spec.start + spec.limit
+    samples = [{**s, "index": spec.start + i} for i, s in enumerate(islice(every, spec.start, stop))]
+    return Data(samples, image)
+
+
+def image(sample: Mapping[str, Any]) -> Any:
+    """The rendered scene of a sample: `image` is its index, `split` its split."""
+    from PIL import Image
+
+    from ...zoo.shapes.render import render
+
+    pixels = (render([picture(sample["split"], sample["image"])])[0] * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def readings(split: str, task: str = "lookup") -> Iterator[Sample]:
+    """Passages with a question and four letters, or labelled examples; task "all" has each kind in turn."""
+    kinds = TASKS if task == "all" else (task,)
+    number = 0
+    while True:
+        for kind in kinds:
+            item = reading(split, number, kind)
+            yield {
+                "id": f"reading-{kind}-{split}-{number}",
+                "prompt": item.prompt,
+                "choices": list(item.choices),
+                "answer": item.answer,
+                "task": kind,
+                **_marks(item.prompt, kind),
+            }
+        number += 1
+
+
+def _marks(prompt: str, kind: str) -> dict[str, Any]:
+    """What methods on marked text can speak of, as token ranges from the first token, which is <s>.
+
+    spans: the question that is asked (few-shot: the example that is asked about). fact: the phrase that answers it.
+    passage: what it is asked about. `question` is the text of the first.
+    """
+    words = prompt.split()
+    if kind == "few-shot":
+        at = _last(words, "input")
+        span = (at, len(words) - 1)
+        return {"question": " ".join(words[slice(*span)]), "spans": [_shift(span)], "passage": [_shift((0, at))]}
+    at = _last(words, "question")
+    begin = 1 + max((i for i, w in enumerate(words[:at]) if w == "answer"), default=-3) + 2
+    asked = (at, at + words[at:].index("?") + 1)
+    out = {"question": " ".join(words[at + 1 : asked[1]]), "spans": [_shift(asked)], "passage": [_shift((begin, at))]}
+    return {**out, "fact": [_shift(_fact(words, begin, at, asked[1]))]}
+
+
+def _fact(words: list[str], begin: int, at: int, end: int) -> tuple[int, int]:
+    """The range of the phrase that the question is about."""
+    named = words[at + 4 : end - 1]
+    named = [w for w in named if w != "the"]
+    start = begin
+    for i in range(begin, at):
+        if words[i] in (",", "and", "."):
+            if set(named) <= set(words[start:i]):
+                return start, i
+            start = i + 1
+    raise AssertionError(f"the question {words[at:end]} is about no phrase of {words[begin:at]}")
+
+
+def _last(words: list[str], word: str) -> int:
+    return len(words) - 1 - words[::-1].index(word)
+
+
+def _shift(span: tuple[int, int]) -> list[int]:
+    return [span[0] + 1, span[1] + 1]
+
+
+def existence(split: str, kind: str = "random") -> Iterator[Sample]:
+    """Questions whether an object is there; `group` is the scene. Half of each scene's questions are to be denied."""
+    number = 0
+    while True:
+        scene, asked = pope(split, number, kind)
+        there = _pairs(scene)
+        for k, question in enumerate(asked):
+            phrase = parse(question.text)[0]
+            yield {
+                "id": f"existence-{kind}-{split}-{number}-{k}",
+                "group": f"{split}-{number}",
+                "prompt": question.prompt,
+                "question": question.text,
+                "image": number,
+                "split": split,
+                "label": question.answer,
+                "choices": ["yes", "no"],
+                "answer": ["yes", "no"].index(question.answer),
+                "objects": there,
+                "spans": [f"{phrase}"],
+            }
+        number += 1
+
+
+def captions(split: str) -> Iterator[Sample]:
+    """Scenes to describe."""
+    number = 0
+    while True:
+        yield {
+            "id": f"caption-{split}-{number}",
+            "prompt": "caption",
+            "image": number,
+            "split": split,
+            "objects": _pairs(picture(split, number)),
+        }
+        number += 1
+
+
+def _pairs(scene: Any) -> list[list[str]]:
+    """The object classes of a scene, from left to right."""
+    return [list(p) for p in dict.fromkeys((o.colour, o.shape) for o in sorted(scene.objects, key=lambda o: o.x))]
+
+
+def layouts(split: str, category: str = "objects", count: int = 2) -> Iterator[Sample]:
+    """Prompts with boxes; category "all" has each category in turn."""
+    kinds = CATEGORIES if category == "all" else (category,)
+    number = 0
+    while True:
+        for kind in kinds:
+            yield {"id": f"layout-{kind}-{count}-{split}-{number}", **_layout(layout(split, number, kind, count))}
+        number += 1
+
+
+def prompts(split: str) -> Iterator[Sample]:
+    """Prompts of two, three and four objects in turn."""
+    number = 0
+    while True:
+        yield {"id": f"prompt-{split}-{number}", **_layout(layout(split, number, "objects", 2 + number % 3))}
+        number += 1
+
+
+def _layout(item: Layout) -> Sample:
+    """regions: phrase -> box, as methods take it; words: the nouns of the phrases; texts: the phrases without articles."""
+    phrases = [{k: v for k, v in asdict(p).items() if v is not None} for p in item.phrases]
+    out: Sample = {
+        "prompt": item.prompt,
+        "phrases": phrases,
+        "category": item.category,
+        "words": [p.words.split()[-1] for p in item.phrases],
+        "texts": [p.words for p in item.phrases],
+    }
+    if item.boxes:
+        out["boxes"] = [list(b) for b in item.boxes]
+        out["regions"] = dict(zip(out["texts"], out["boxes"], strict=True))
+    if item.side is not None:
+        out["side"] = item.side
+    return out
+
+
+# Source -> its options with their values, and what draws it.
+SOURCES: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[..., Iterator[Sample]]]] = {
+    "reading": ({"task": (*TASKS, "all")}, readings),
+    "existence": ({"kind": NEGATIVES}, existence),
+    "captions": ({}, captions),
+    "layouts": ({"category": (*CATEGORIES, "all"), "count": (1, 2, 3, 4)}, layouts),
+    "prompts": ({}, prompts),
+}

@@ -1,0 +1,240 @@
+"""The model of a recipe: embedded, from a folder, from the hub, or with --tiny a random small one of its architecture."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RecipeError, did_you_mean, listing
+
+if TYPE_CHECKING:
+    from .data import Data
+    from .schema import ModelSpec
+
+KINDS = {"lm": "a language model", "vlm": "a vision-language model", "image": "a diffusion pipeline"}
+WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready.
+
+    Attributes:
+        kind: lm, vlm or image. target: what is steered: the model or the pipeline. tokenizer, processor: or None.
+        files: file -> SHA-256 of what it was loaded from. detector: reads objects from its pictures, where there is one.
+        device: of its inputs. dtype: of its weights.
+    """
+
+    kind: str
+    target: Any
+    tokenizer: Any = None
+    processor: Any = None
+    files: dict[str, str] = field(default_factory=dict)
+    detector: Any = None
+    device: Any = "cpu"
+    dtype: Any = None
+
+    def sites(self) -> Any:
+        """Its attention sites."""
+        from ..steering import sites
+
+        return sites(self.target)
+
+
+def load(spec: ModelSpec, *, device: str | None = None, tiny: Data | None = None, folder: Path | None = None) -> Loaded:
+    """The model of a recipe.
+
+    Args:
+        device: of this process, where several share a machine. tiny: the samples, to make a tiny model for them (an embedded
+            model is small already). folder: of the recipe.
+
+    Raises:
+        RecipeError: it is not there, of another kind, or without safe weights.
+    """
+    import torch
+
+    if spec.device_map is not None:
+        device = "cpu" if tiny is not None or spec.zoo is not None else device
+    elif spec.device != "auto":
+        device = spec.device
+    elif device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(f"model.device: {device} was asked for, and there is no CUDA device here; use auto or cpu.")
+    dtype = getattr(torch, spec.dtype)
+    with _quiet():
+        return _load(spec, dtype, device, tiny, folder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars that transformers shows for each file."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: Path | None) -> Loaded:
+    if spec.zoo is not None:
+        return _zoo(spec.zoo, spec.kind, dtype, device)
+    if tiny is not None:
+        from .tiny import tiny_model
+
+        return tiny_model(spec, tiny, dtype, device)
+    if spec.path is not None:
+        source = (Path() if folder is None else folder) / Path(spec.path).expanduser()
+        if not source.is_dir():
+            raise RecipeError(f"model.path: there is no folder {source}. A path is relative to the recipe's folder.")
+    else:
+        source = _snapshot(str(spec.hub), spec.revision, spec.kind)
+    return _folder(source, spec, dtype, device)
+
+
+def _zoo(name: str, kind: str, dtype: Any, device: Any) -> Loaded:
+    import json
+
+    from .. import zoo
+    from ..zoo.shapes.detect import detect
+
+    found = zoo.load(name, dtype=dtype, device=device)
+    files = json.loads((zoo.folder(name) / zoo.HASHES).read_text(encoding="utf-8"))
+    if kind == "image":
+        return Loaded(kind, found, getattr(found, "tokenizer", None), None, files, detect, device, dtype)
+    model, reader = found
+    if kind == "vlm":
+        return Loaded(kind, model, reader.tokenizer, reader, files, None, device, dtype)
+    return Loaded(kind, model, reader, None, files, None, device, dtype)
+
+
+def _snapshot(name: str, revision: str | None, kind: str) -> Path:
+    """A hub repository on this machine: weights in safetensors and texts, no code and no pickles."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(WEIGHTS)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" at {revision}" if revision else ""
+        raise RecipeError(
+            f"model.hub: {name}{at} cannot be had ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Check the "
+            "name, log in with `hf auth login` if it is gated, or download it and use model.path; --tiny needs no download."
+        ) from error
+
+
+def _folder(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loaded:
+    pipeline, config = (source / "model_index.json").is_file(), (source / "config.json").is_file()
+    if not pipeline and not config:
+        there = listing(sorted(p.name for p in source.iterdir()), 6) or "nothing"
+        raise RecipeError(
+            f"model: {source} has neither config.json nor model_index.json, so it is no model; it has {there}."
+        )
+    if pipeline != (spec.kind == "image"):
+        is_there = KINDS["image"] if pipeline else "a transformers model"
+        raise RecipeError(f"model.kind: {source} is {is_there}, and the recipe says {spec.kind}: {KINDS[spec.kind]}.")
+    if not any(source.rglob("*.safetensors")):
+        raise RecipeError(
+            f"model: {source} has no weights in safetensors. Other formats can run code when they are read, and are not."
+        )
+    try:
+        load = _pipeline if pipeline else _transformers
+        return load(source, spec, dtype, device)
+    except RecipeError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise RecipeError(
+            f"model: {source} cannot be loaded as {KINDS[spec.kind]} ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]})."
+        ) from error
+
+
+def _transformers(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loaded:
+    import transformers
+
+    safe = {"local_files_only": True, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(source, **safe)
+    auto = transformers.AutoModelForCausalLM if spec.kind == "lm" else transformers.AutoModelForImageTextToText
+    if type(config) not in auto._model_mapping:
+        other = transformers.AutoModelForImageTextToText if spec.kind == "lm" else transformers.AutoModelForCausalLM
+        kinds = {transformers.AutoModelForCausalLM: "lm", transformers.AutoModelForImageTextToText: "vlm"}
+        hint = f" Its kind is {kinds[other]}." if type(config) in other._model_mapping else ""
+        raise RecipeError(
+            f"model.kind: {source} is a {config.model_type} model, which is not {KINDS[spec.kind]} ({spec.kind}).{hint}"
+        )
+    placed = {"device_map": spec.device_map} if spec.device_map is not None else {}
+    model = auto.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, **safe, **placed).eval()
+    if not placed:
+        model = model.to(device)
+    processor = None
+    if spec.kind == "vlm":
+        processor = transformers.AutoProcessor.from_pretrained(source, **safe)
+        tokenizer = processor.tokenizer
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **safe)
+    return Loaded(
+        spec.kind,
+        model,
+        prepared(tokenizer),
+        processor,
+        hashes(source),
+        None,
+        model.device if placed else device,
+        dtype,
+    )
+
+
+def prepared(tokenizer: Any) -> Any:
+    """A tokenizer that pads on the left, where generation needs it."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _pipeline(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loaded:
+    import diffusers
+
+    placed = {"device_map": spec.device_map} if spec.device_map is not None else {}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        source, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **placed
+    )
+    if not placed:
+        pipe = pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return Loaded(spec.kind, pipe, getattr(pipe, "tokenizer", None), None, hashes(source), None, device or "cpu", dtype)
+
+
+def hashes(source: Path) -> dict[str, str]:
+    """SHA-256 of the weights and configs of a model folder, by relative path."""
+    found = sorted(f for f in source.rglob("*") if f.is_file() and f.suffix in (".safetensors", ".json"))
+    return {f.relative_to(source).as_posix(): _digest(f) for f in found}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def architecture(spec: ModelSpec, known: dict[str, Any]) -> str:
+    """The name of the tiny model of a recipe.
+
+    Raises:
+        RecipeError: it has none, or one that is not known.
+    """
+    if spec.architecture is None:
+        raise RecipeError(f"model.architecture: --tiny needs it here; for {spec.kind} there are {', '.join(known)}.")
+    if spec.architecture not in known:
+        raise RecipeError(
+            f"model.architecture: there is no tiny {spec.architecture!r} of kind {spec.kind}; there are {', '.join(known)}."
+            f"{did_you_mean(spec.architecture, known)}"
+        )
+    return spec.architecture

@@ -1,0 +1,438 @@
+"""Running a recipe: every arm answers every batch, each answer is on the disk before the next, and a run goes on after a kill."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingExtra, RecipeError, RunError
+from . import judges, store
+from .build import Arm, Plan, plan
+from .checks import check, resolve
+from .data import Data, Sample
+from .data import load as load_data
+from .gauges import environment, gauge
+from .models import Loaded
+from .models import load as load_model
+from .points import with_values
+from .ranks import Ranks
+from .schema import DataSpec, Recipe
+from .score import Scores, measures
+from .tasks import Ask, get_task
+
+# How often status.json is brought up to date, in seconds.
+PULSE = 1.0
+PARTS = (store.RECORDS, store.TIMINGS, store.AUDIT)
+
+
+def run(
+    recipe: Recipe, out: str | Path, *, tiny: bool = False, limit: int | None = None, progress: bool = True
+) -> Path:
+    """Evaluate a recipe, or go on with a run of it that was stopped.
+
+    Args:
+        recipe: see `load_recipe`. out: the run folder. tiny: few samples and steps on a random model of the recipe's
+            architecture: a test of the recipe. limit: samples, in place of the recipe's. progress: show a bar.
+
+    Returns:
+        the folder.
+
+    Raises:
+        RecipeError: the recipe, its data or its model are not what they should be; nothing was computed.
+        RunError: the folder is of another recipe, in use, damaged, or cannot be written.
+        KeyboardInterrupt: stopped by hand; what was done is kept and scored.
+    """
+    job = prepare(recipe, Path(out), tiny, limit)
+    ranks = Ranks()
+    lock = store.Lock(job.folder)
+    try:
+        if ranks.first:
+            lock.take(alone=True)
+            lock.take(alone=False)
+        ranks.wait()
+        if not ranks.first:
+            lock.take(alone=False)
+        with stoppable():
+            _run(job, ranks, progress)
+    finally:
+        lock.release()
+        ranks.close()
+    return job.folder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run before its model is loaded. recipe: resolved. source: the recipe as it was given, which tells runs apart."""
+
+    recipe: Recipe
+    source: Recipe
+    folder: Path
+    data: Data
+    tiny: bool
+
+    def samples(self, spec: DataSpec) -> list[Sample]:
+        """The samples of another section of the recipe."""
+        return self.load(spec).samples
+
+    def load(self, spec: DataSpec) -> Data:
+        """The samples of a section, and their images."""
+        if self.tiny and spec.zoo is None:
+            from .tiny import tiny_spec
+
+            spec = tiny_spec(spec, other=spec != self.recipe.data)
+        return load_data(spec, self.recipe.task, prompt=self.recipe.prompt, folder=self.recipe.folder)
+
+
+def prepare(recipe: Recipe, folder: Path, tiny: bool = False, limit: int | None = None) -> Job:
+    """Everything that can be checked without the model.
+
+    Raises:
+        RecipeError, MissingExtra: see `run`.
+    """
+    if limit is not None:
+        recipe = with_values(recipe, {"data.limit": limit})
+    missing = [] if tiny else [m for m in recipe.requires if find_spec(m.partition(".")[0]) is None]
+    if missing:
+        raise MissingExtra(f"the recipe {recipe.name} needs {', '.join(missing)}, which is not installed.")
+    problems = check(recipe, files=not tiny)
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise RecipeError(f"{recipe.name}: {' '.join(problems[:5])}{more}")
+    resolved = resolve(recipe, tiny)
+    job = Job(resolved, recipe, folder, Data([], lambda s: None), tiny)
+    data = job.load(resolved.data)
+    if tiny:
+        from .tiny import tiny_metrics
+
+        resolved = tiny_metrics(resolved)
+    measures(resolved, keys(resolved, data, tiny))
+    if resolved.data.limit is None:
+        resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"limit": len(data.samples)})})
+    return Job(resolved, recipe, folder, data, tiny)
+
+
+def keys(recipe: Recipe, data: Data, tiny: bool) -> list[str]:
+    """What every record will have."""
+    task = get_task(recipe.task)
+    out = ["arm", "seed", "id", *(k for k in task.KEEPS if all(k in s for s in data.samples)), *task.WRITES]
+    if recipe.task == "image":
+        if tiny or recipe.model.zoo is not None:
+            out += task.DETECTED
+        if judges.wanted(recipe) is not None:
+            out += judges.WRITES
+    return out
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM, as schedulers send it before they kill, stops a run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Status:
+    """status.json: written by the first process at the start, now and then, and at the end."""
+
+    def __init__(self, folder: Path, total: int, done: int, writes: bool):
+        self.path, self.total, self.done, self.writes = folder / store.STATUS, total, done, writes
+        before = store.read_json(self.path) if writes else None
+        again = isinstance(before, dict) and before.get("state") != "complete" and before.get("started")
+        self.started = before["started"] if again else now()
+        self._last = -PULSE
+        self.put("running")
+
+    def put(self, state: str, message: str = "", ended: bool = False) -> None:
+        """Write it."""
+        if self.writes:
+            self._last = time.monotonic()
+            value = {"state": state, "message": message, "started": self.started, "ended": now() if ended else None}
+            store.write_json(self.path, {**value, "done": self.done, "total": self.total})
+
+    def more(self, records: int) -> None:
+        """Records were added."""
+        self.done += records
+        if time.monotonic() - self._last >= PULSE:
+            self.put("running")
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _run(job: Job, ranks: Ranks, progress: bool) -> None:
+    recipe, folder = job.recipe, job.folder
+    loaded = load_model(
+        recipe.model, device=ranks.device, tiny=job.data if job.tiny else None, folder=job.source.folder
+    )
+    identity = {
+        "recipe": job.source.digest(),
+        "samples": job.data.digest(),
+        "model": loaded.files,
+        "tiny": job.tiny,
+    }
+    if ranks.first:
+        same_run(folder, identity)
+        for name in PARTS:
+            for path in store.parts(folder, name):
+                store.mend(path)
+        store.write_atomic(folder / store.RECIPE, recipe.canonical().encode())
+        store.write_json(folder / store.IDENTITY, identity)
+        store.write_json(folder / store.ENVIRONMENT, environment(loaded.device, ranks.world))
+        store.write_lines(folder / store.SAMPLES, job.data.samples)
+    ranks.wait()
+    done = read_records(folder)
+    # Nobody appends while another one still reads.
+    ranks.wait()
+    status = Status(folder, 0, sum(map(len, done.values())), ranks.first)
+    arms: Plan | None = None
+    try:
+        arms = planned(job, loaded, ranks, progress)
+        status.total = len(arms.arms) * len(recipe.seeds) * len(job.data.samples)
+        if ranks.first:
+            store.write_json(folder / store.ARMS, arms.to_dict())
+            status.put("running")
+        Work(job, loaded, arms.arms, ranks, status, progress).all(done)
+        ranks.wait()
+        if ranks.first:
+            finish(job, arms)
+            status.done = status.total
+            status.put("complete", ended=True)
+    except KeyboardInterrupt:
+        if ranks.first:
+            if arms is not None:
+                score(job, arms.to_dict())
+            status.put("interrupted", f"stopped by hand; {store.AGAIN}", ended=True)
+        raise
+    except BaseException as error:
+        _failed(status, error)
+        raise
+
+
+def _failed(status: Status, error: BaseException) -> None:
+    """Say why in status.json, if that can still be written; what happened first is what is raised."""
+    try:
+        status.put("failed", f"{type(error).__name__}: {' '.join(str(error).split())}", ended=True)
+    except RunError:
+        pass
+
+
+def same_run(folder: Path, identity: dict[str, Any]) -> None:
+    """Refuse a folder with a run of something else; nothing in it was touched.
+
+    Raises:
+        RunError: it is one; the message says what differs.
+    """
+    found = store.read_json(folder / store.IDENTITY)
+    if found is None:
+        others = [p.name for p in (folder / store.RECIPE, folder / store.RECORDS) if p.exists()]
+        if others:
+            raise RunError(f"{folder} has {others[0]} but no {store.IDENTITY}; give another folder with --out.")
+        return
+    if found == identity:
+        return
+    known = found if isinstance(found, dict) else {}
+    names = {"recipe": "recipe", "samples": "samples", "model": "weights of the model", "tiny": "--tiny"}
+    differ = [names[k] for k in names if known.get(k) != identity[k]]
+    raise RunError(
+        f"{folder} holds a run with other {' and '.join(differ)}, and stays as it is. Give another folder with --out, or "
+        "the recipe that it was made with."
+    )
+
+
+def planned(job: Job, loaded: Loaded, ranks: Ranks, progress: bool) -> Plan:
+    """The arms, after the searches of the recipe; the first process searches, the others take its cache."""
+    from .calibration import calibrate
+
+    found = None
+    if job.recipe.calibration is not None:
+        cache = job.folder / "calibration"
+        subject = _subject(job, loaded)
+        if ranks.first:
+            found = calibrate(job.recipe, subject, job.samples, cache, progress=progress)
+        ranks.wait()
+        if found is None:
+            found = calibrate(job.recipe, subject, job.samples, cache, progress=False)
+    return plan(job.recipe, loaded.sites(), found)
+
+
+def _subject(job: Job, loaded: Loaded) -> Any:
+    from .calibration import Subject
+    from .tasks.prompts import encode
+
+    inputs = None
+    if loaded.kind == "vlm":
+        data = job.load(job.recipe.calibration.data)
+        inputs = lambda samples: encode(loaded, Ask(samples, data, {}, 0))  # noqa: E731
+    return Subject(loaded.target, loaded.tokenizer, inputs)
+
+
+class Work:
+    """The batches of one process."""
+
+    def __init__(self, job: Job, loaded: Loaded, arms: Sequence[Arm], ranks: Ranks, status: Status, progress: bool):
+        self.job, self.loaded, self.arms, self.ranks, self.status = job, loaded, arms, ranks, status
+        self.task = get_task(job.recipe.task)
+        self.progress = progress and ranks.first
+        self.judge = judges.load(job.recipe, tiny=job.tiny, device=loaded.device)
+        self._begun: set[str] = set()
+
+    def all(self, done: dict[str, dict[tuple[int, str], Any]]) -> None:
+        """Do what is not done: for each seed, for each batch, each arm, so that a stopped run has pairs."""
+        from tqdm import tqdm
+
+        recipe, samples = self.job.recipe, self.job.data.samples
+        size = recipe.batch_size
+        batches = [(b, samples[s : s + size]) for b, s in enumerate(range(0, len(samples), size))]
+        own = [(b, part) for b, part in batches if b % self.ranks.world == self.ranks.rank]
+        total = len(recipe.seeds) * len(self.arms) * sum(len(part) for _, part in own)
+        files = {name: store.Lines(store.part(self.job.folder, name, self.ranks.rank)) for name in PARTS}
+        bar = tqdm(total=total, unit="sample", desc=recipe.name, disable=None if self.progress else True)
+        try:
+            for seed in recipe.seeds:
+                for number, part in own:
+                    for arm in self.arms:
+                        there = done.get(arm.id, {})
+                        missing = {s["id"] for s in part if (seed, s["id"]) not in there}
+                        if missing:
+                            self._batch(arm, seed, number, part, missing, files)
+                            self.status.more(len(missing))
+                        bar.update(len(part))
+        finally:
+            bar.close()
+            for file in files.values():
+                file.close()
+
+    def _batch(
+        self, arm: Arm, seed: int, number: int, part: list[Sample], missing: set[str], files: dict[str, store.Lines]
+    ) -> None:
+        """One batch of one arm. It is computed whole, whatever is missing of it, so that a resumed run has the same numbers."""
+        with gauge(self.loaded.device) as reading:
+            answers, units, audit = self._answers(arm, seed, part)
+        head = {"arm": arm.id, "seed": seed}
+        records = [{**head, "id": s["id"], **a} for s, a in zip(part, answers, strict=True)]
+        files[store.RECORDS].append([r for r in records if r["id"] in missing])
+        edits = sum(site["edits"] for entry in audit for site in entry["sites"].values())
+        files[store.TIMINGS].append(
+            [
+                {
+                    **head,
+                    "batch": number,
+                    "samples": len(part),
+                    "seconds": reading.seconds,
+                    self.task.UNIT: units,
+                    "peak_memory": reading.peak_memory,
+                    "edits": edits,
+                    "first": arm.id not in self._begun,
+                }
+            ]
+        )
+        files[store.AUDIT].append([{**head, "batch": number, "interventions": audit}])
+        self._begun.add(arm.id)
+
+    def _answers(self, arm: Arm, seed: int, part: list[Sample]) -> tuple[list[dict[str, Any]], int, list[Any]]:
+        from ..steering import steer
+
+        decoding = {**self.task.DECODING, **arm.decoding}
+        images = f"{store.IMAGES}/{arm.id}/{seed}"
+        ask = lambda run: Ask(part, self.job.data, decoding, seed, run, self.judge, self.job.folder, images)  # noqa: E731
+        methods = arm.make(part, self.loaded)
+        if not methods:
+            return (*self.task.ask(self.loaded, ask(None)), [])
+        steering = steer(self.loaded.target, *methods)
+        try:
+            answers, units = self.task.ask(self.loaded, ask(steering))
+        finally:
+            steering.remove()
+        # At zero strength a method may have nothing to do.
+        if arm.kind != "zero":
+            steering.check_fired()
+        return answers, units, steering.audit.to_dict()["interventions"]
+
+
+def read_records(folder: Path) -> dict[str, dict[tuple[int, str], dict[str, Any]]]:
+    """What is done: arm -> (seed, id) -> record, from the merged file and the parts."""
+    found: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
+    for path in (folder / store.RECORDS, *store.parts(folder, store.RECORDS)):
+        for record in store.read_lines(path):
+            try:
+                key = record["seed"], record["id"]
+                found.setdefault(record["arm"], {}).setdefault(key, record)
+            except KeyError as error:
+                raise RunError(f"{path} has a record without {error}; give another folder with --out.") from error
+    return found
+
+
+def read_timings(folder: Path) -> list[dict[str, Any]]:
+    """Lines of timings, merged and not."""
+    paths = (folder / store.TIMINGS, *store.parts(folder, store.TIMINGS))
+    return [line for path in paths for line in store.read_lines(path)]
+
+
+def score(job: Job, arms: dict[str, Any]) -> None:
+    """Write metrics.json from the records that there are."""
+    found = Scores(job.recipe, arms, job.data.samples, read_records(job.folder), read_timings(job.folder))
+    store.write_json(job.folder / store.METRICS, found.to_dict())
+
+
+def finish(job: Job, arms: Plan) -> None:
+    """Merge the parts in canonical order, score, and remove the parts."""
+    folder, recipe, samples = job.folder, job.recipe, job.data.samples
+    records, size = read_records(folder), job.recipe.batch_size
+    ordered = []
+    for seed in recipe.seeds:
+        for start in range(0, len(samples), size):
+            for arm in arms.arms:
+                ordered += [records[arm.id][seed, s["id"]] for s in samples[start : start + size]]
+    store.write_lines(folder / store.RECORDS, ordered)
+    place = {arm.id: i for i, arm in enumerate(arms.arms)}
+    seeds = {seed: i for i, seed in enumerate(recipe.seeds)}
+    lines = read_timings(folder)
+    lines.sort(key=lambda t: (seeds[t["seed"]], t["batch"], place[t["arm"]]))
+    audits = [line for path in store.parts(folder, store.AUDIT) for line in store.read_lines(path)]
+    score(job, arms.to_dict())
+    if audits or not (folder / store.AUDIT).is_file():
+        store.write_json(folder / store.AUDIT, {"arms": {arm.id: summed(arm.id, audits) for arm in arms.arms}})
+    store.write_lines(folder / store.TIMINGS, lines)
+    for name in PARTS:
+        for path in store.parts(folder, name):
+            path.unlink()
+
+
+def summed(arm: str, audits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The audit of an arm over its batches, by intervention: what `Audit.to_dict` has, counts added up."""
+    out: list[dict[str, Any]] = []
+    for line in audits:
+        if line["arm"] != arm:
+            continue
+        for index, entry in enumerate(line["interventions"]):
+            if index == len(out):
+                out.append({"intervention": entry["intervention"].partition("(")[0], "sites": {}})
+            for key, value in entry.items():
+                if isinstance(value, int):
+                    out[index][key] = out[index].get(key, 0) + value
+            for path, site in entry["sites"].items():
+                own = out[index]["sites"].setdefault(path, {"calls": 0, "edits": 0, "rows": 0, "heads": 0, "path": ""})
+                for key in ("calls", "edits", "rows"):
+                    own[key] += site[key]
+                own["heads"] = max(own["heads"], site["heads"])
+                own["path"] = own["path"] or site["path"]
+    return out

@@ -1,0 +1,69 @@
+"""The short result of a run, as a command prints it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import store
+
+HEAD = ("point", "arm", "{primary}", "difference to baseline", "p", "per second", "time")
+
+
+def table(folder: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]:
+    """Heading, a row for each arm and point, and lines below: what to watch for."""
+    folder = Path(folder)
+    found = json.loads((folder / store.METRICS).read_text(encoding="utf-8"))
+    metric, _, name = found["primary"].partition(".")
+    differences = {
+        (d["point"], d["arm"]): d for d in found["differences"] if d["against"] == "baseline" and d["metric"] == metric
+    }
+    rows = []
+    for point in found["points"]:
+        values = ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in point["values"].items())
+        for role, arm in point["arms"].items():
+            if arm not in found["arms"]:
+                continue
+            difference = differences.get((point["point"], role))
+            test = difference and difference["mcnemar"]
+            cost = found["cost"].get(arm, {})
+            rows.append(
+                (
+                    values,
+                    role,
+                    interval(found["arms"][arm][metric].get(name)),
+                    interval(difference["estimates"].get(name), sign="+") if difference else "",
+                    f"{test['p']:.3g}" if test else "",
+                    f"{cost['per_second']:.3g} {cost['unit']}" if cost else "",
+                    f"{cost['relative']:.2f}x" if cost and cost["relative"] else "",
+                )
+            )
+    head = tuple(h.format(primary=found["primary"]) for h in HEAD)
+    if not any(r[0] for r in rows):
+        head, rows = head[1:], [r[1:] for r in rows]
+    return head, rows, remarks(found)
+
+
+def remarks(found: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures must know."""
+    out = []
+    if found["partial"]:
+        out.append("partial: only the samples that every arm has answered are counted")
+    if found["zero_equals_baseline"] is not None:
+        same = "equals the baseline in every record" if found["zero_equals_baseline"] else "DIFFERS from the baseline"
+        out.append(f"control: at zero strength the method {same}")
+    guards = dict.fromkeys(g for d in found["differences"] if d["arm"] == "method" for g in d["guards"])
+    out += [f"watch: {g}" for g in guards]
+    return out + [f"warning: {w}" for w in found["warnings"]]
+
+
+def interval(value: Mapping[str, float | None] | None, sign: str = "") -> str:
+    """ "0.662 [0.632, 0.691]"."""
+    if value is None or value["value"] is None:
+        return "-"
+    text = f"{value['value']:{sign}.3f}"
+    if value["low"] is None or value["high"] is None:
+        return text
+    return f"{text} [{value['low']:{sign}.3f}, {value['high']:{sign}.3f}]"

@@ -1,0 +1,20 @@
+"""Answers in the model's own words, greedy; a single token where the recipe says `max_new_tokens: 1`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..models import Loaded
+from . import Ask, kept
+from .generating import generate
+
+WRITES = ("generated", "finished")
+KEEPS = ("label", "choices", "answer", "answers", "name", "synonyms", "level", "category")
+UNIT = "tokens"
+DECODING: dict[str, Any] = {"max_new_tokens": 16}
+
+
+def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
+    """Records with `generated`."""
+    rows, written = generate(loaded, ask)
+    return [{**kept(s, KEEPS), **r} for s, r in zip(ask.samples, rows, strict=True)], written

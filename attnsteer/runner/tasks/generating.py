@@ -1,0 +1,41 @@
+"""Texts that a model writes: greedy unless the recipe says otherwise."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+from ..models import Loaded
+from . import Ask
+from .prompts import encode
+
+
+def generate(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
+    """`generated` and `finished` (whether the model ended by itself) of each sample, and the tokens written."""
+    import torch
+
+    batch = encode(loaded, ask)
+    options = {"do_sample": False, **ask.decoding}
+    # Fixed by seed and batch, whatever was drawn before.
+    seed = zlib.crc32(f"{ask.seed} {ask.samples[0]['id']}".encode())
+    devices = [loaded.device] if torch.device(loaded.device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        torch.manual_seed(seed)
+        out = loaded.target.generate(**batch, **{"pad_token_id": loaded.tokenizer.pad_token_id, **options})
+    new = out[:, batch["input_ids"].shape[1] :]
+    ends = _ends(loaded)
+    rows, written = [], 0
+    for ids in new.tolist():
+        stop = next((i for i, token in enumerate(ids) if token in ends), None)
+        own = ids if stop is None else ids[:stop]
+        written += len(own) + (stop is not None)
+        text = loaded.tokenizer.decode(own, skip_special_tokens=True)
+        rows.append({"generated": text.strip(), "finished": stop is not None})
+    return rows, written
+
+
+def _ends(loaded: Loaded) -> set[int]:
+    """The tokens that end a text."""
+    config = loaded.target.generation_config
+    found = config.eos_token_id if config.eos_token_id is not None else []
+    return set(found if isinstance(found, list) else [found])

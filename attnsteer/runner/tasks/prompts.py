@@ -1,0 +1,46 @@
+"""Texts and images of samples as the inputs of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..models import Loaded
+from . import Ask
+
+
+def token_ids(loaded: Loaded, text: str, special: bool = True) -> list[int]:
+    """The token ids of a text; special: with what the tokenizer puts before it."""
+    return loaded.tokenizer(text, add_special_tokens=special).input_ids
+
+
+def encode(loaded: Loaded, ask: Ask, strip: bool = False) -> Any:
+    """The inputs of a batch, padded on the left, on the model's device.
+
+    Args:
+        strip: leave out white space at the end of the prompts, which then belongs to what follows.
+    """
+    texts = [s["prompt"].rstrip() if strip else s["prompt"] for s in ask.samples]
+    if loaded.kind == "lm":
+        batch = loaded.tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    else:
+        images = [ask.data.image(s) for s in ask.samples]
+        written = [with_image(loaded, t) for t in texts]
+        special = not all(loaded.tokenizer.bos_token and t.startswith(loaded.tokenizer.bos_token) for t in written)
+        batch = loaded.processor(
+            images=images, text=written, padding=True, return_tensors="pt", add_special_tokens=special
+        )
+        if loaded.dtype is not None:
+            return batch.to(loaded.device, loaded.dtype)
+    return batch.to(loaded.device)
+
+
+def with_image(loaded: Loaded, text: str) -> str:
+    """A prompt about one image: as it is where it says itself where the image is; else by the processor's chat template;
+    else after the image."""
+    token = getattr(loaded.processor, "image_token", "<image>")
+    if token in text:
+        return text
+    if getattr(loaded.processor, "chat_template", None):
+        turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        return loaded.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+    return f"{token} {text}"

@@ -1,0 +1,29 @@
+"""Every shipped recipe runs from end to end in its tiny form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from attnsteer.runner import load_recipe, run
+from attnsteer.runner.shipped import names
+from tests.runner.running import load
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", names())
+def test_a_shipped_recipe_runs_tiny(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    out = run(recipe, tmp_path / "run", tiny=True, progress=False)
+    found = load(out / "metrics.json")
+    metric, _, estimate = recipe.primary.partition(".")
+    for arm in found["arms"].values():
+        assert arm[metric][estimate]["value"] is not None
+    assert found["zero_equals_baseline"] is (True if recipe.controls.zero else None)
+    assert load(out / "status.json")["state"] == "complete" and load(out / "identity.json")["tiny"] is True
+    # The method was there: a random model may have nothing that it edits, such as a sink.
+    audit = load(out / "audit.json")["arms"]
+    for arm in (a for a in found["arms"] if a.startswith("method")):
+        seen = sum(s["calls"] for entry in audit[arm] for s in entry["sites"].values())
+        assert seen > 0 and len(audit[arm]) == len(recipe.interventions)
