@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import types
 from typing import Any
 
 import attnsteer
@@ -45,9 +46,9 @@ def steered(base: type) -> type:
 
         def _generate(self, ask: Any, requests: list[Any]) -> list[str]:
             model, failed = self.model, []
-            original = model.generate
+            original, own = model.generate, vars(model).get("generate")
 
-            def generate(*args: Any, **kwargs: Any) -> Any:
+            def generate(_: Any, *args: Any, **kwargs: Any) -> Any:
                 try:
                     return original(*args, **kwargs)
                 except AttnSteerError as error:
@@ -55,7 +56,7 @@ def steered(base: type) -> type:
                     raise
 
             # Some classes log an error in generation and go on with an empty answer.
-            model.generate = generate
+            model.generate = types.MethodType(generate, model)
             try:
                 with attnsteer.steer(model, *self.interventions) as run:
                     answers = ask(requests)
@@ -63,6 +64,8 @@ def steered(base: type) -> type:
                         raise failed[0]
             finally:
                 del model.generate
+                if own is not None:
+                    model.generate = own
             self.audit = run.audit
             print(run.audit, file=sys.stderr)
             return answers
