@@ -1,9 +1,9 @@
 """Row-batched ACT calibration against one steered forward per head and sample: `python -m benchmarks.calibration`.
 
 Four models, 24 prompts, one thread. "shapes-lm" is the embedded model (6 layers, 8 heads, 128 dimensions) on reading prompts of
-38 to 64 tokens with ACT's defaults; all of its heads are moved. The others are random Llamas of 5 layers on prompts of 120 tokens of one
-length, since how much is saved depends on how many heads the method moves: "random" has few sinks, "half" planted sinks above the
-threshold in about two thirds of the heads, "all" in every head from the first tokens on, the worst case.
+38 to 64 tokens with ACT's defaults; all of its heads are moved. The others are random Llamas of 5 layers on prompts of 120
+tokens, since how much is saved depends on how many heads the method moves: "random" has few sinks, "half" planted sinks
+above the threshold in about two thirds of the heads, "all" in every head from the first tokens on, the worst case.
 
 The two searches alternate, and the ratio is the median over the rounds: `python -m benchmarks.calibration 5` for five.
 """
