@@ -199,7 +199,7 @@ def run(
     chosen = prepared(recipe, settings or (), batch_size)
     target = run_folder(chosen, tiny) if out is None else out
     if check:
-        from .runner.runs import prepare
+        from .runner.job import prepare
 
         job = prepare(chosen, target, tiny, limit)
         print(f"{chosen.name}: {len(job.data.samples)} samples, nothing found wrong")

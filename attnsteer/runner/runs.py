@@ -7,30 +7,25 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtra, RecipeError, RunError
+from ..errors import RunError
 from . import judges, store
 from .build import Arm, Plan, plan
-from .checks import check, resolve
-from .data import Data, Sample
-from .data import load as load_data
+from .data import Sample
 from .gauges import environment, gauge
+from .job import Job, prepare
+from .merging import PARTS, finish, read_records, score
 from .models import Loaded
 from .models import load as load_model
-from .points import with_values
 from .ranks import Ranks
-from .schema import DataSpec, Recipe
-from .score import Scores, measures
+from .schema import Recipe
 from .tasks import Ask, get_task
 
 # How often status.json is brought up to date, in seconds.
 PULSE = 1.0
-PARTS = (store.RECORDS, store.TIMINGS, store.AUDIT)
 
 
 def run(
@@ -66,69 +61,6 @@ def run(
         lock.release()
         ranks.close()
     return job.folder
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run before its model is loaded. recipe: resolved. source: the recipe as it was given, which tells runs apart."""
-
-    recipe: Recipe
-    source: Recipe
-    folder: Path
-    data: Data
-    tiny: bool
-
-    def samples(self, spec: DataSpec) -> list[Sample]:
-        """The samples of another section of the recipe."""
-        return self.load(spec).samples
-
-    def load(self, spec: DataSpec) -> Data:
-        """The samples of a section, and their images."""
-        if self.tiny and spec.zoo is None:
-            from .tiny import tiny_spec
-
-            spec = tiny_spec(spec, other=spec != self.recipe.data)
-        return load_data(spec, self.recipe.task, prompt=self.recipe.prompt, folder=self.recipe.folder)
-
-
-def prepare(recipe: Recipe, folder: Path, tiny: bool = False, limit: int | None = None) -> Job:
-    """Everything that can be checked without the model.
-
-    Raises:
-        RecipeError, MissingExtra: see `run`.
-    """
-    if limit is not None:
-        recipe = with_values(recipe, {"data.limit": limit})
-    missing = [] if tiny else [m for m in recipe.requires if find_spec(m.partition(".")[0]) is None]
-    if missing:
-        raise MissingExtra(f"the recipe {recipe.name} needs {', '.join(missing)}, which is not installed.")
-    problems = check(recipe, files=not tiny)
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise RecipeError(f"{recipe.name}: {' '.join(problems[:5])}{more}")
-    resolved = resolve(recipe, tiny)
-    job = Job(resolved, recipe, folder, Data([], lambda s: None), tiny)
-    data = job.load(resolved.data)
-    if tiny:
-        from .tiny import tiny_metrics
-
-        resolved = tiny_metrics(resolved)
-    measures(resolved, keys(resolved, data, tiny))
-    if resolved.data.limit is None:
-        resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"limit": len(data.samples)})})
-    return Job(resolved, recipe, folder, data, tiny)
-
-
-def keys(recipe: Recipe, data: Data, tiny: bool) -> list[str]:
-    """What every record will have."""
-    task = get_task(recipe.task)
-    out = ["arm", "seed", "id", *(k for k in task.KEEPS if all(k in s for s in data.samples)), *task.WRITES]
-    if recipe.task == "image":
-        if tiny or recipe.model.zoo is not None:
-            out += task.DETECTED
-        if judges.wanted(recipe) is not None:
-            out += judges.WRITES
-    return out
 
 
 @contextmanager
@@ -366,73 +298,3 @@ class Work:
         if arm.kind != "zero":
             steering.check_fired()
         return answers, units, steering.audit.to_dict()["interventions"]
-
-
-def read_records(folder: Path) -> dict[str, dict[tuple[int, str], dict[str, Any]]]:
-    """What is done: arm -> (seed, id) -> record, from the merged file and the parts."""
-    found: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
-    for path in (folder / store.RECORDS, *store.parts(folder, store.RECORDS)):
-        for record in store.read_lines(path):
-            try:
-                key = record["seed"], record["id"]
-                found.setdefault(record["arm"], {}).setdefault(key, record)
-            except KeyError as error:
-                raise RunError(f"{path} has a record without {error}; give another folder with --out.") from error
-    return found
-
-
-def read_timings(folder: Path) -> list[dict[str, Any]]:
-    """Lines of timings, merged and not."""
-    paths = (folder / store.TIMINGS, *store.parts(folder, store.TIMINGS))
-    return [line for path in paths for line in store.read_lines(path)]
-
-
-def score(job: Job, arms: dict[str, Any]) -> None:
-    """Write metrics.json from the records that there are."""
-    found = Scores(job.recipe, arms, job.data.samples, read_records(job.folder), read_timings(job.folder))
-    store.write_json(job.folder / store.METRICS, found.to_dict())
-
-
-def finish(job: Job, arms: Plan) -> None:
-    """Merge the parts in canonical order, score, and remove the parts."""
-    folder, recipe, samples = job.folder, job.recipe, job.data.samples
-    records, size = read_records(folder), job.recipe.batch_size
-    ordered = []
-    for seed in recipe.seeds:
-        for start in range(0, len(samples), size):
-            for arm in arms.arms:
-                ordered += [records[arm.id][seed, s["id"]] for s in samples[start : start + size]]
-    store.write_lines(folder / store.RECORDS, ordered)
-    place = {arm.id: i for i, arm in enumerate(arms.arms)}
-    seeds = {seed: i for i, seed in enumerate(recipe.seeds)}
-    lines = read_timings(folder)
-    lines.sort(key=lambda t: (seeds[t["seed"]], t["batch"], place[t["arm"]]))
-    audits = [line for path in store.parts(folder, store.AUDIT) for line in store.read_lines(path)]
-    score(job, arms.to_dict())
-    if audits or not (folder / store.AUDIT).is_file():
-        store.write_json(folder / store.AUDIT, {"arms": {arm.id: summed(arm.id, audits) for arm in arms.arms}})
-    store.write_lines(folder / store.TIMINGS, lines)
-    for name in PARTS:
-        for path in store.parts(folder, name):
-            path.unlink()
-
-
-def summed(arm: str, audits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The audit of an arm over its batches, by intervention: what `Audit.to_dict` has, counts added up."""
-    out: list[dict[str, Any]] = []
-    for line in audits:
-        if line["arm"] != arm:
-            continue
-        for index, entry in enumerate(line["interventions"]):
-            if index == len(out):
-                out.append({"intervention": entry["intervention"].partition("(")[0], "sites": {}})
-            for key, value in entry.items():
-                if isinstance(value, int):
-                    out[index][key] = out[index].get(key, 0) + value
-            for path, site in entry["sites"].items():
-                own = out[index]["sites"].setdefault(path, {"calls": 0, "edits": 0, "rows": 0, "heads": 0, "path": ""})
-                for key in ("calls", "edits", "rows"):
-                    own[key] += site[key]
-                own["heads"] = max(own["heads"], site["heads"])
-                own["path"] = own["path"] or site["path"]
-    return out

@@ -116,9 +116,11 @@ class Lines:
         try:
             write_all(self._handle, "".join(to_json(line) + "\n" for line in lines).encode())
             os.fsync(self._handle)
-        except OSError as error:
+        except BaseException as error:
             os.ftruncate(self._handle, before)
-            raise failed(self.path, error) from error
+            if isinstance(error, OSError):
+                raise failed(self.path, error) from error
+            raise
 
     def close(self) -> None:
         """Close the file."""
@@ -150,7 +152,7 @@ def _whole(line: bytes) -> bool:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The objects of a JSON Lines file; one that is not there has none.
+    """The objects of a JSON Lines file; one that is not there has none. A last line without an end is being written.
 
     Raises:
         RunError: a line is no object.
@@ -159,6 +161,8 @@ def read_lines(path: Path) -> Iterator[Line]:
         return
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
             try:
                 found = json.loads(line)
             except ValueError:

@@ -8,6 +8,39 @@ from typing import Any
 
 from attnsteer.runner import load_recipe
 
+LVLM: dict[str, Any] = {"zoo": "shapes-lvlm", "kind": "vlm", "device": "cpu"}
+EXISTENCE: dict[str, Any] = {
+    "model": LVLM,
+    "data": {"zoo": "existence", "limit": 8, "options": {"kind": "adversarial"}},
+    "task": "answer",
+    "interventions": [{"method": "VHR", "params": {"alpha": 1.3}}],
+    "controls": {"zero": True},
+    "decoding": {"max_new_tokens": 1},
+    "metrics": ["pope"],
+    "primary": "pope.accuracy",
+}
+CAPTIONS: dict[str, Any] = {
+    **EXISTENCE,
+    "data": {"zoo": "captions", "limit": 4},
+    "task": "caption",
+    "decoding": {"max_new_tokens": 24},
+    "metrics": ["chair", "fluency"],
+    "primary": "chair.chair_i",
+    "batch_size": 2,
+}
+LAYOUTS: dict[str, Any] = {
+    "model": {"zoo": "shapes-sd", "kind": "image", "device": "cpu"},
+    "data": {"zoo": "layouts", "limit": 3},
+    "task": "image",
+    "interventions": [{"method": "PAG", "params": {"scale": 2.0}, "where": {"layers": [5, 6], "kinds": "self"}}],
+    "controls": {"zero": True},
+    "decoding": {"num_inference_steps": 2},
+    "metrics": ["layout"],
+    "primary": "layout.right",
+    "batch_size": 2,
+}
+
+
 READING: dict[str, Any] = {
     "schema": 1,
     "name": "test/reading",

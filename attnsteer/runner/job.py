@@ -1,0 +1,80 @@
+"""A run before its model is loaded: everything that can be known and checked by then."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import MissingExtra, RecipeError
+from . import judges
+from .checks import check, resolve
+from .data import Data, Sample
+from .data import load as load_data
+from .points import with_values
+from .schema import DataSpec, Recipe
+from .score import measures
+from .tasks import get_task
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run before its model is loaded. recipe: resolved. source: the recipe as it was given, which tells runs apart."""
+
+    recipe: Recipe
+    source: Recipe
+    folder: Path
+    data: Data
+    tiny: bool
+
+    def samples(self, spec: DataSpec) -> list[Sample]:
+        """The samples of another section of the recipe."""
+        return self.load(spec).samples
+
+    def load(self, spec: DataSpec) -> Data:
+        """The samples of a section, and their images."""
+        if self.tiny and spec.zoo is None:
+            from .tiny import tiny_spec
+
+            spec = tiny_spec(spec, other=spec != self.recipe.data)
+        return load_data(spec, self.recipe.task, prompt=self.recipe.prompt, folder=self.recipe.folder)
+
+
+def prepare(recipe: Recipe, folder: Path, tiny: bool = False, limit: int | None = None) -> Job:
+    """Everything that can be checked without the model.
+
+    Raises:
+        RecipeError, MissingExtra: see `run`.
+    """
+    if limit is not None:
+        recipe = with_values(recipe, {"data.limit": limit})
+    missing = [] if tiny else [m for m in recipe.requires if find_spec(m.partition(".")[0]) is None]
+    if missing:
+        raise MissingExtra(f"the recipe {recipe.name} needs {', '.join(missing)}, which is not installed.")
+    problems = check(recipe, files=not tiny)
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise RecipeError(f"{recipe.name}: {' '.join(problems[:5])}{more}")
+    resolved = resolve(recipe, tiny)
+    job = Job(resolved, recipe, folder, Data([], lambda s: None), tiny)
+    data = job.load(resolved.data)
+    if tiny:
+        from .tiny import tiny_metrics
+
+        resolved = tiny_metrics(resolved)
+    measures(resolved, keys(resolved, data, tiny))
+    if resolved.data.limit is None:
+        resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"limit": len(data.samples)})})
+    return Job(resolved, recipe, folder, data, tiny)
+
+
+def keys(recipe: Recipe, data: Data, tiny: bool) -> list[str]:
+    """What every record will have."""
+    task = get_task(recipe.task)
+    out = ["arm", "seed", "id", *(k for k in task.KEEPS if all(k in s for s in data.samples)), *task.WRITES]
+    if recipe.task == "image":
+        if tiny or recipe.model.zoo is not None:
+            out += task.DETECTED
+        if judges.wanted(recipe) is not None:
+            out += judges.WRITES
+    return out

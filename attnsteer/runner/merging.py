@@ -1,0 +1,85 @@
+"""From the parts that the processes of a run wrote to its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import RunError
+from . import store
+from .build import Plan
+from .job import Job
+from .score import Scores
+
+PARTS = (store.RECORDS, store.TIMINGS, store.AUDIT)
+
+
+def read_records(folder: Path) -> dict[str, dict[tuple[int, str], dict[str, Any]]]:
+    """What is done: arm -> (seed, id) -> record, from the merged file and the parts."""
+    found: dict[str, dict[tuple[int, str], dict[str, Any]]] = {}
+    for path in (folder / store.RECORDS, *store.parts(folder, store.RECORDS)):
+        for record in store.read_lines(path):
+            try:
+                key = record["seed"], record["id"]
+                found.setdefault(record["arm"], {}).setdefault(key, record)
+            except KeyError as error:
+                raise RunError(f"{path} has a record without {error}; give another folder with --out.") from error
+    return found
+
+
+def read_timings(folder: Path) -> list[dict[str, Any]]:
+    """Lines of timings, merged and not."""
+    paths = (folder / store.TIMINGS, *store.parts(folder, store.TIMINGS))
+    return [line for path in paths for line in store.read_lines(path)]
+
+
+def score(job: Job, arms: dict[str, Any]) -> None:
+    """Write metrics.json from the records that there are."""
+    found = Scores(job.recipe, arms, job.data.samples, read_records(job.folder), read_timings(job.folder))
+    store.write_json(job.folder / store.METRICS, found.to_dict())
+
+
+def finish(job: Job, arms: Plan) -> None:
+    """Merge the parts in canonical order, score, and remove the parts."""
+    folder, recipe, samples = job.folder, job.recipe, job.data.samples
+    records, size = read_records(folder), job.recipe.batch_size
+    ordered = []
+    for seed in recipe.seeds:
+        for start in range(0, len(samples), size):
+            for arm in arms.arms:
+                ordered += [records[arm.id][seed, s["id"]] for s in samples[start : start + size]]
+    store.write_lines(folder / store.RECORDS, ordered)
+    place = {arm.id: i for i, arm in enumerate(arms.arms)}
+    seeds = {seed: i for i, seed in enumerate(recipe.seeds)}
+    lines = read_timings(folder)
+    lines.sort(key=lambda t: (seeds[t["seed"]], t["batch"], place[t["arm"]]))
+    audits = [line for path in store.parts(folder, store.AUDIT) for line in store.read_lines(path)]
+    score(job, arms.to_dict())
+    if audits or not (folder / store.AUDIT).is_file():
+        store.write_json(folder / store.AUDIT, {"arms": {arm.id: summed(arm.id, audits) for arm in arms.arms}})
+    store.write_lines(folder / store.TIMINGS, lines)
+    for name in PARTS:
+        for path in store.parts(folder, name):
+            path.unlink()
+
+
+def summed(arm: str, audits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The audit of an arm over its batches, by intervention: what `Audit.to_dict` has, counts added up."""
+    out: list[dict[str, Any]] = []
+    for line in audits:
+        if line["arm"] != arm:
+            continue
+        for index, entry in enumerate(line["interventions"]):
+            if index == len(out):
+                out.append({"intervention": entry["intervention"].partition("(")[0], "sites": {}})
+            for key, value in entry.items():
+                if isinstance(value, int):
+                    out[index][key] = out[index].get(key, 0) + value
+            for path, site in entry["sites"].items():
+                own = out[index]["sites"].setdefault(path, {"calls": 0, "edits": 0, "rows": 0, "heads": 0, "path": ""})
+                for key in ("calls", "edits", "rows"):
+                    own[key] += site[key]
+                own["heads"] = max(own["heads"], site["heads"])
+                own["path"] = own["path"] or site["path"]
+    return out

@@ -1,0 +1,120 @@
+"""What a run refuses: folders, models, metrics and data that do not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnsteer.errors import NeverFired, RecipeError, RunError
+from attnsteer.runner import run, store
+from attnsteer.runner.job import prepare
+from tests.runner.running import EXISTENCE, LAYOUTS, load, recipe
+
+
+def test_the_folder_of_another_recipe_is_left_alone(tmp_path: Path, whole: Path) -> None:
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    other = recipe(tmp_path, interventions=[{"method": "ACT", "params": {"beta": 0.5}, "heads": "zoo:act"}])
+    with pytest.raises(RunError, match=r"other recipe, and stays as it is"):
+        run(other, whole, progress=False)
+    with pytest.raises(RunError, match=r"other recipe and samples"):
+        run(recipe(tmp_path), whole, limit=3, progress=False)
+    with pytest.raises(RunError, match=r"--tiny"):
+        run(recipe(tmp_path), whole, tiny=True, progress=False)
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
+
+
+def test_texts_about_a_recipe_may_change(tmp_path: Path, whole: Path) -> None:
+    run(recipe(tmp_path, notes="another note", summary="another"), whole, progress=False)
+
+
+def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    lock = store.Lock(out)
+    lock.take(alone=False)
+    try:
+        with pytest.raises(RunError, match="being written by another run"):
+            run(recipe(tmp_path), out, progress=False)
+    finally:
+        lock.release()
+    assert {p.name for p in out.iterdir()} == {".lock"}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"path": "nowhere", "kind": "lm", "architecture": "llama"}, "no folder"),
+        ({"path": "empty", "kind": "lm", "architecture": "llama"}, "neither config.json nor model_index.json"),
+        ({"path": "{lm}", "kind": "vlm", "architecture": "llava"}, r"is a llama model.*Its kind is lm"),
+        ({"path": "{lm}", "kind": "image", "architecture": "sd"}, "is a transformers model"),
+        ({"path": "{sd}", "kind": "lm", "architecture": "llama"}, "is a diffusion pipeline"),
+        ({"path": "unsafe", "kind": "lm", "architecture": "llama"}, "no weights in safetensors"),
+        ({"zoo": "shapes-lm", "kind": "lm", "device": "cuda:0"}, "no CUDA device"),
+    ],
+)
+def test_a_model_that_is_not_there_or_of_another_kind(tmp_path: Path, model: Any, message: str) -> None:
+    import torch
+
+    from attnsteer import zoo
+
+    if "cuda" in message.lower() and torch.cuda.is_available():
+        model = {**model, "device": "cuda:9"}
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unsafe").mkdir()
+    (tmp_path / "unsafe" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "unsafe" / "pytorch_model.bin").write_bytes(b"")
+    if "path" in model:
+        path = model["path"].format(lm=zoo.folder("shapes-lm"), sd=zoo.folder("shapes-sd"))
+        model = {**model, "path": path}
+    parts = {"lm": {}, "vlm": EXISTENCE, "image": LAYOUTS}[model["kind"]]
+    changes = {**parts, "model": model}
+    if model["kind"] == "lm":
+        changes |= {"interventions": [{"method": "ACT", "params": {"beta": 0.4}, "heads": {"1": [0]}}]}
+    if model["kind"] == "image":
+        changes |= {"metrics": [{"name": "clip_score", "model": "x"}], "primary": "clip_score.cosine"}
+    with pytest.raises((RecipeError, RunError), match=message):
+        run(recipe(tmp_path, **changes), tmp_path / "run", progress=False)
+
+
+def test_a_model_from_a_folder_answers_as_the_embedded_one(tmp_path: Path, whole: Path) -> None:
+    from attnsteer import zoo
+
+    heads = {"5": [0, 7]}
+    changes = {
+        "model": {"path": str(zoo.folder("shapes-lm")), "kind": "lm", "architecture": "llama", "device": "cpu"},
+        "interventions": [{"method": "ACT", "params": {"beta": 0.4}, "heads": heads}],
+    }
+    out = run(recipe(tmp_path, **changes), tmp_path / "run", progress=False)
+    assert load(whole / "arms.json")["arms"][2]["interventions"][0]["heads"] == heads
+    assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
+
+
+def test_a_metric_that_the_records_cannot_feed_is_found_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"letter needs .*no generated"):
+        prepare(recipe(tmp_path, metrics=["letter"], primary="letter.accuracy"), tmp_path / "run")
+
+
+def test_a_module_that_a_recipe_needs_is_asked_for_first(tmp_path: Path) -> None:
+    from attnsteer.errors import MissingExtra
+
+    with pytest.raises(MissingExtra, match="needs no_such_module"):
+        prepare(recipe(tmp_path, requires=["no_such_module.part"]), tmp_path / "run")
+    prepare(recipe(tmp_path, requires=["no_such_module.part"]), tmp_path / "run", tiny=True)
+
+
+def test_decoding_means_nothing_to_likelihoods(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no meaning for the task choice"):
+        run(recipe(tmp_path, decoding={"max_new_tokens": 2}), tmp_path / "run", progress=False)
+
+
+def test_a_method_that_never_acts_ends_the_run(tmp_path: Path) -> None:
+    changes = {
+        **LAYOUTS,
+        "interventions": [
+            {"method": "PAG", "params": {"scale": 2.0}, "where": {"layers": [5], "kinds": "self", "steps": [400, 401]}}
+        ],
+    }
+    with pytest.raises((NeverFired, RecipeError, RunError)):
+        run(recipe(tmp_path, **changes), tmp_path / "run", progress=False)
+    assert load(tmp_path / "run" / "status.json")["state"] == "failed"
