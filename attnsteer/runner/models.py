@@ -66,22 +66,28 @@ def load(spec: ModelSpec, *, device: str | None = None, tiny: Data | None = None
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"model.device: {device} was asked for, and there is no CUDA device here; use auto or cpu.")
     dtype = getattr(torch, spec.dtype)
-    with _quiet():
+    with _quiet(spec.kind):
         return _load(spec, dtype, device, tiny, folder)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars that transformers shows for each file."""
+def _quiet(kind: str) -> Iterator[None]:
+    """Without the bars that the libraries show for each file."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    own = [logging]
+    if kind == "image":
+        from diffusers.utils import logging as pictures
+
+        own.append(pictures)
+    shown = [library for library in own if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: Path | None) -> Loaded:
