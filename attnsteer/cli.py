@@ -10,6 +10,7 @@ import typer
 
 from ._version import __version__
 from .cli_recipes import calibrate, recipes
+from .cli_runs import compare, report
 from .errors import AttnSteerError
 from .output import print_json as _print_json
 from .output import print_table as _print_table
@@ -50,6 +51,8 @@ def _version(wanted: bool) -> None:
 
 app.add_typer(recipes, name="recipes")
 app.command()(calibrate)
+app.command()(compare)
+app.command()(report)
 
 
 @app.callback()

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LARGE = ("torch", "transformers", "diffusers", "accelerate", "huggingface_hub", "numpy", "typer", "rich", "pydantic")
+LARGE = (
+    "torch",
+    "transformers",
+    "diffusers",
+    "accelerate",
+    "huggingface_hub",
+    "numpy",
+    "typer",
+    "rich",
+    "pydantic",
+    "lm_eval",
+)
 # Seconds; the best of a few runs, because a busy machine can only make one slower.
 LIMIT, RUNS = 0.15, 5
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .lse import attend_lse
-from .problem import Attention, additive, assemble, exponential, pick
+from .problem import CPU_TILE, Attention, additive, assemble, exponential, pick
 
 # Below this many keys a gathered product beats a second fused call.
 FUSED_SLICE = 256
@@ -17,6 +17,8 @@ FUSED_SLICE = 256
 HOLES = 8
 # but for the rows that have less than this part of the span's mass outside of the holes: a difference would lose digits.
 LEFT = 0.1
+# Up to this many scores a head costs less than the call that computes it.
+SHORT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,27 @@ def leftover(att: Attention, lse: Tensor, keys: Tensor, inside: Tensor) -> Tenso
 
 def complement(
     att: Attention, lse: Tensor, keys: Tensor, wanted: Tensor
-) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[Tensor | int, Tensor | int, Tensor, Tensor, Tensor]]:
     """Attention over the keys that are not in `keys`, for the rows `wanted` [B, H, n], without any subtraction.
 
     Yields:
-        Batch row, head, query rows [r], their output over those keys [r, dv] and its mass [r].
+        Where r of the rows are: batch row and head (one number each for all, or [r]) and query row [r]; their output over
+        those keys [r, dv] and its mass [r].
     """
     B, H, n, m = att.shape
-    for b, h in wanted.any(dim=-1).nonzero().tolist():
+    bias = torch.zeros(keys.shape, dtype=att.stat_dtype, device=lse.device).masked_fill(keys, -torch.inf)
+    att = att.replace(sinks=None, key_bias=bias if att.key_bias is None else att.key_bias + bias)
+    pairs = wanted.any(dim=-1).nonzero()
+    if n * m <= SHORT:
+        # One call for many heads, with all of their rows: so little work takes less time than a call.
+        for b, h in (some.unbind(dim=1) for some in pairs.split(max(1, CPU_TILE // (m * max(n, att.q.shape[-1]))))):
+            out, part = attend_lse(att.pairs(b, h))
+            i, at = wanted[b, h].nonzero().unbind(dim=1)
+            b, h = b[i], h[i]
+            yield b, h, at, out[i, 0, at], torch.exp(part[i, 0, at] - lse[b, h, at])
+        return
+    for b, h in pairs.tolist():
         one = att.one(b, h)
-        bias = torch.zeros(1, 1, m, dtype=att.stat_dtype, device=lse.device)
-        bias = bias.masked_fill(keys.expand(B, H, m)[b, h], -torch.inf)
-        one = one.replace(sinks=None, key_bias=bias if one.key_bias is None else one.key_bias + bias)
         index = wanted[b, h].nonzero()[:, 0]
         # With many rows one call for all of them is cheaper: a causal flag stays one.
         whole = 2 * len(index) >= n

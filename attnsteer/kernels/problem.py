@@ -95,6 +95,20 @@ class Attention:
             key_bias=at(self.key_bias),
         )
 
+    def pairs(self, b: Tensor, h: Tensor) -> Attention:
+        """The computations of the batch rows `b` and heads `h`, [P] each, as a batch of P with one head; without sinks."""
+        g, (B, H, _, _) = h // self.groups, self.shape
+        # What is the same for all of them stays one.
+        at = lambda t: t if t is None or t.shape[:2] == (1, 1) else t.expand(B, H, *t.shape[2:])[b, h, None]  # noqa: E731
+        return self.replace(
+            q=self.q[b, h, None],
+            k=self.k[b, g, None],
+            v=self.v[b, g, None],
+            mask=at(self.mask4()),
+            sinks=None,
+            key_bias=at(self.key_bias),
+        )
+
     def take(self, index: Tensor) -> Attention:
         """The same computation for the query rows `index` [r]."""
         mask = self.mask4()

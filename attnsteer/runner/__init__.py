@@ -8,14 +8,17 @@ from typing import Any
 # Public name -> the module that defines it. No module has the name of a function: once imported, it would stand in its place.
 _WHERE = {
     "Arm": "build",
+    "Comparison": "comparison",
     "Plan": "build",
     "Point": "points",
     "Recipe": "schema",
     "calibrate": "calibration",
     "check": "checks",
+    "compare": "comparison",
     "json_schema": "schema",
     "load_recipe": "loading",
     "plan": "build",
+    "report": "reports",
     "resolve": "checks",
     "run": "runs",
     "with_values": "points",

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import AttnSteerError, RecipeError
 from ..heads import HeadSet
 from ..intervention import Intervention
 from ..registry import get_method
@@ -79,11 +79,11 @@ def plan(recipe: Recipe, sites: Iterable[Site] | None = None, found: Mapping[str
     Raises:
         RecipeError: a method, parameter, selection or file that is not there; a control that the method does not allow.
     """
-    sizes = head_counts(sites, recipe.model.kind)
+    sites = None if sites is None else list(sites)
     slots: list[tuple[int, str, Arm]] = []
     every = points(recipe)
     for point in every:
-        slots += [(point.index, arm.id, arm) for arm in _arms(point.recipe, sizes, found)]
+        slots += [(point.index, arm.id, arm) for arm in _arms(point.recipe, sites, found)]
     # Content -> the arm of a slot; a slot has several where points differ.
     contents: dict[str, dict[str, int]] = {}
     for index, slot, arm in slots:
@@ -102,16 +102,27 @@ def _content(arm: Arm) -> str:
     return digest({k: v for k, v in arm.to_dict().items() if k != "id"})
 
 
-def _arms(recipe: Recipe, sizes: Mapping[int, int] | None, found: Mapping[str, Any] | None) -> list[Arm]:
+def _arms(recipe: Recipe, sites: list[Site] | None, found: Mapping[str, Any] | None) -> list[Arm]:
     """The arms of one point."""
+    sizes = head_counts(sites, recipe.model.kind)
     decoding = dict(recipe.decoding)
     chosen = methods_of(recipe, found)
     out = [Arm("baseline", "baseline", (), {**decoding, **recipe.baseline})]
     if recipe.controls.zero:
         out.append(Arm("zero", "zero", zeroed(recipe, chosen), decoding))
     out.append(Arm("method", "method", chosen, decoding))
-    for draw in range(1, recipe.controls.random_heads + 1):
-        out.append(Arm(f"random-{draw}", "random", randomised(chosen, sizes, draw), decoding))
+    draws = range(1, recipe.controls.random_heads + 1)
+    if recipe.controls.random_from == "layer" or not draws:
+        return out + [Arm(f"random-{n}", "random", randomised(chosen, sizes, n), decoding) for n in draws]
+    allowed = [
+        sizes if m.heads is None or sites is None else allowed_heads(m, sites, recipe.model.kind) for m in chosen
+    ]
+    for draw in draws:
+        drawn = [
+            m if m.heads is None else replace(m, heads=random_heads_of_all(m.heads, counts, draw, m.place))
+            for m, counts in zip(chosen, allowed, strict=True)
+        ]
+        out.append(Arm(f"random-{draw}", "random", tuple(drawn), decoding))
     return out
 
 
@@ -175,6 +186,20 @@ def head_counts(sites: Iterable[Site] | None, kind: str) -> dict[int, int] | Non
     return counts
 
 
+def allowed_heads(method: Method, sites: Sequence[Site], kind: str) -> dict[int, int]:
+    """Heads by layer of the sites that an intervention's `where` allows, whatever heads it has.
+
+    Raises:
+        RecipeError: the selection matches nothing.
+    """
+    modality = "image" if kind == "image" else "text"
+    try:
+        found = method.where.resolve(sites, (modality,), method.cls.kinds)
+    except AttnSteerError as error:
+        raise RecipeError(f"{method.place}.where: {error}") from error
+    return head_counts([site for site, _ in found], kind) or {}
+
+
 def randomised(chosen: Sequence[Method], sizes: Mapping[int, int] | None, draw: int) -> tuple[Method, ...]:
     """The methods with random heads, as many in each layer as were chosen.
 
@@ -207,3 +232,14 @@ def random_heads(heads: HeadSet, sizes: Mapping[int, int] | None, draw: int, pla
         order = sorted(range(size), key=lambda h: hashlib.sha256(f"{draw}:{layer}:{h}".encode()).digest())
         out[layer] = sorted(order[:wanted])
     return HeadSet(out, shape=heads.shape, provenance={"random": draw})
+
+
+def random_heads_of_all(heads: HeadSet, sizes: Mapping[int, int] | None, draw: int, place: str = "heads") -> HeadSet:
+    """As many heads as `heads` has, drawn by hash from all heads of all layers in `sizes`."""
+    if sizes is None:
+        raise RecipeError(f"{place}: which heads there are is not known, so none can be drawn; load the model first.")
+    every = [(layer, h) for layer, size in sizes.items() for h in range(size)]
+    if len(heads) > len(every):
+        raise RecipeError(f"{place}: {len(heads)} heads are chosen, and there are {len(every)}.")
+    order = sorted(every, key=lambda pair: hashlib.sha256(f"{draw}:{pair[0]}:{pair[1]}".encode()).digest())
+    return HeadSet(sorted(order[: len(heads)]), shape=heads.shape, provenance={"random": draw})

@@ -197,7 +197,11 @@ class ControlsSpec(Spec):
     """What the method is compared with besides the baseline."""
 
     zero: bool = Field(True, description="The method at zero strength, which must equal the baseline.")
-    random_heads: int = Field(0, ge=0, le=100, description="Draws of random heads, as many per layer as chosen ones.")
+    random_heads: int = Field(0, ge=0, le=100, description="Draws of random heads, as many as chosen ones.")
+    random_from: Literal["layer", "where"] = Field(
+        "layer",
+        description="Drawn from the layers of the chosen heads, as many in each; or from all heads that `where` allows.",
+    )
 
 
 class MetricSpec(BaseModel):

@@ -51,7 +51,8 @@ class EachHeadAlone(Intervention):
     """
 
     inner: Intervention
-    script: Script
+    # It holds tensors, which take long to print.
+    script: Script = field(repr=False)
 
     kinds = property(lambda self: self.inner.kinds)
     needs = property(lambda self: self.inner.needs)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attnsteer import kernels
-from attnsteer.kernels import Attention
+from attnsteer.kernels import Attention, groups
 from tests.kernels.common import OUTPUT, close, edited, problem, truth
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -153,3 +153,33 @@ def test_nothing_is_written_to() -> None:
     kernels.column_mass(att, lse)
     for a, b in zip(before, (out, lse, mass, u, att.q, att.k, att.v), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_complement_of_many_heads_at_once_is_that_of_each(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, masked: bool
+) -> None:
+    """Short problems take one kernel call for all (batch row, head) pairs, long ones a call for each."""
+    B, H, n = 3, 4, 12
+    q, k, v = (torch.randn(B, h, n, 8, dtype=dtype) for h in (H, 2, 2))
+    mask = torch.ones(n, n, dtype=torch.bool).tril().expand(B, 1, n, n).clone() if masked else None
+    if masked:
+        mask[1, :, :, :3] = False
+    att = Attention(q, k, v, 0.3, mask=mask, causal=not masked, key_bias=torch.randn(1, H, n))
+    lse = kernels.attend_lse(att)[1]
+    keys, wanted = torch.rand(B, H, n) < 0.3, torch.rand(B, H, n) < 0.4
+    # Rows that see no key are never asked for.
+    wanted[0, 1], wanted[1, :, :3] = False, False
+
+    def found() -> tuple[torch.Tensor, torch.Tensor]:
+        out, mass = torch.full((B, H, n, 8), -7.0), torch.full((B, H, n), -7.0)
+        for b, h, at, o, m in groups.complement(att, lse, keys, wanted):
+            out[b, h, at], mass[b, h, at] = o.float(), m
+        return out, mass
+
+    many = found()
+    monkeypatch.setattr(groups, "SHORT", 0)
+    for ours, each in zip(many, found(), strict=True):
+        assert torch.equal(ours == -7.0, each == -7.0) and bool((ours != -7.0).any())
+        torch.testing.assert_close(ours, each, rtol=1e-5 if dtype == torch.float32 else 2e-2, atol=1e-6)

@@ -10,7 +10,7 @@ import pytest
 
 from attnsteer import ACT, PASTA, HeadSet, Where, get_method, methods
 from attnsteer.errors import RecipeError
-from attnsteer.runner.build import Plan, head_counts, plan, random_heads
+from attnsteer.runner.build import Plan, head_counts, plan, random_heads, random_heads_of_all
 from attnsteer.runner.checks import check
 from attnsteer.runner.parameters import ZERO
 from attnsteer.site import Site
@@ -57,6 +57,15 @@ def test_random_heads_are_the_same_everywhere_and_differ_by_draw() -> None:
         random_heads(HeadSet({2: [1]}), None, 1)
     with pytest.raises(RecipeError, match="3 heads are chosen in layer 2, which has 2"):
         random_heads(heads, {2: 2}, 1)
+
+
+def test_random_heads_of_everywhere() -> None:
+    made = arms(controls={"random_heads": 9, "random_from": "where"}, interventions__0__where={"layers": [1, 3, 5]})
+    drawn = [m.make([])[0].heads for m in made.arms[3:]]
+    assert all(len(d) == 3 and set(d.layers) <= {1, 3, 5} for d in drawn)
+    assert {layer for d in drawn for layer in d.layers} == {1, 3, 5} and len({str(d) for d in drawn}) > 7
+    with pytest.raises(RecipeError, match="3 heads are chosen, and there are 2"):
+        random_heads_of_all(HeadSet({2: [1, 4, 6]}), {0: 1, 1: 1}, 1)
 
 
 def test_heads_are_counted_in_the_stack_that_is_steered() -> None:

@@ -207,9 +207,9 @@ def test_calibrate_says_what_it_cannot_do(tmp_path: Path) -> None:
 
 
 def test_the_heads_of_the_zoo_are_what_the_recipe_uses() -> None:
-    from attnsteer.runner.build import plan
+    from attnsteer.runner.build import methods_of, plan
 
     made = plan(load_recipe("act/shapes-reading")).arms[2].make([])[0]
     assert made.heads == HeadSet.load(zoo.folder("shapes-lm") / "act" / "heads.safetensors")
-    assert len(plan(load_recipe("softpag/shapes-prompts")).arms[2].make([])[0].heads) == 6
+    assert len(methods_of(load_recipe("softpag/shapes-prompts"))[0].heads) == 6
     assert len(calibration_key(load_recipe("softpag/shapes-search"))) == 64

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -139,10 +140,17 @@ class Batches:
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Latents fp32 [B, 4, 16, 16] and tokens [B, L]; one caption in ten is empty."""
-        g = rng("train", step, stream=self.stream)
-        rows = g.integers(0, len(self.z), self.size)
+        g, rows = self._draw(step)
         texts = ["" if g.random() < EMPTY else describe(scene(int(i)).objects, g) for i in rows]
         return self.z[torch.from_numpy(rows)].float(), self.tokens(texts)
+
+    def scenes(self, step: int) -> list[Scene]:
+        """The scenes of a step."""
+        return [scene(int(i)) for i in self._draw(step)[1]]
+
+    def _draw(self, step: int) -> tuple[np.random.Generator, np.ndarray]:
+        g = rng("train", step, stream=self.stream)
+        return g, g.integers(0, len(self.z), self.size)
 
     def tokens(self, texts: list[str]) -> Tensor:
         """Padded ids [B, L]; whole words only, so a table is enough."""

@@ -85,5 +85,5 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     torch.manual_seed(plan.seed)
     model = LlamaForCausalLM(config())
     curve = fit("lm", model, loss, plan, out, device=device, compiled=() if steps else (model,))
-    model.config.use_cache = True
+    model.config.use_cache = model.generation_config.use_cache = True
     return publish("shapes-lm", {"": model}, {"": word_tokenizer()}, out, {"lm": curve})

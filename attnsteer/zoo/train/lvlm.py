@@ -185,6 +185,6 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     model.model.vision_tower.requires_grad_(False)
     compiled = () if steps else (model.model.language_model,)
     curve = fit("lvlm", model, loss, plan, out, device=device, compiled=compiled)
-    model.config.text_config.use_cache = True
+    model.config.text_config.use_cache = model.generation_config.use_cache = True
     curves = {"lvlm-tower": tower_curve, "lvlm": curve}
     return publish("shapes-lvlm", {"": model}, {"": processor()}, out, curves)

@@ -31,13 +31,17 @@ def attention_in_fp32(model: nn.Module) -> None:
 
 def exchange(model: nn.Module, primitives: dict[str, Callable[..., Tensor]]) -> None:
     """Give the attention processors of a diffusers model these primitives; those exchanged before are left alone."""
+    # One type for all modules, so that blocks that differ in nothing else are compiled once.
+    made: dict[type, type] = {}
     for module in model.modules():
         processor = getattr(module, "processor", None)
         if processor is None or not callable(processor) or type(processor).__name__.startswith("Training"):
             continue
         kind = type(processor)
-        call = rebind(kind.__call__, primitives)
-        module.processor = type(f"Training{kind.__name__}", (kind,), {"__call__": call})()
+        if kind not in made:
+            call = rebind(kind.__call__, primitives)
+            made[kind] = type(f"Training{kind.__name__}", (kind,), {"__call__": call})
+        module.processor = made[kind]()
 
 
 def sdpa_in_fp32(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:

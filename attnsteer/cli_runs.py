@@ -1,0 +1,50 @@
+"""The commands about finished runs: compare them, and report one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders; the first is compared with.")],
+    other_samples: Annotated[
+        bool, typer.Option("--other-samples", help="Runs of unlike samples too, on those that all have.")
+    ] = False,
+    other_model: Annotated[bool, typer.Option("--other-model", help="Runs of unlike models too.")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="Unfinished runs too, on what there is.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of Markdown.")] = False,
+) -> None:
+    """Compare runs over the same samples: paired differences with intervals, tests adjusted for all of them, cost.
+
+    Prints Markdown. What differs in the recipes is listed at the end.
+    """
+    from .runner import comparison
+
+    found = comparison.compare(runs, other_samples=other_samples, other_model=other_model, partial=partial)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+        return
+    print(found.markdown(), end="")
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    attention: Annotated[
+        int, typer.Option(min=0, help="Also load the model again, and show the attention of this many samples.")
+    ] = 0,
+) -> None:
+    """Write report.html and report.md into a run folder, and print where.
+
+    The page is one file: open it in a browser, send it to someone, or print it. It loads nothing.
+    """
+    from .runner import reports
+
+    if attention:
+        from .runner.looking import look
+
+        look(run, attention)
+    print(reports.report(run))

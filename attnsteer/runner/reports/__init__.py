@@ -1,0 +1,62 @@
+"""The report of a run: one HTML page that loads nothing from anywhere, and the same in short as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from pathlib import Path
+
+from ..folder import read_run
+
+HERE = Path(__file__).parent
+HTML, MARKDOWN = "report.html", "report.md"
+
+
+def report(folder: str | Path) -> Path:
+    """Write report.html and report.md into a run folder; returns the path of the page.
+
+    Raises:
+        RunError: the folder is damaged, or its run has no figures yet.
+    """
+    from .content import content
+    from .markdown import markdown
+
+    run = read_run(folder)
+    found = content(run)
+    _write(run.path / MARKDOWN, markdown(run, found))
+    _write(run.path / HTML, page(found))
+    return run.path / HTML
+
+
+def page(found: dict) -> str:
+    """The HTML of `content`."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    from ..._version import __version__
+    from .samples import script_json
+    from .story import p_text
+
+    script = (HERE / "page.js").read_text(encoding="utf-8").strip()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html.j2").render(
+        **found,
+        version=__version__,
+        p_text=p_text,
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8").strip()),
+        script=Markup(script),
+        # The page's policy lets this script run and no other, so that no text of a run can become one.
+        script_hash=f"sha256-{digest}",
+        data_json=Markup(script_json(found["data"])),
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    # What a model wrote may have halves of characters; they are written as escapes, which JSON reads back.
+    part.write_bytes(text.encode("utf-8", "backslashreplace"))
+    os.replace(part, path)

@@ -1,0 +1,59 @@
+"""The attention of a real run of an embedded model, from the run folder to the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from attnsteer import cli
+from attnsteer.errors import RunError
+from attnsteer.runner import load_recipe, looking, run
+from attnsteer.runner.folder import read_run
+from attnsteer.runner.points import with_values
+from attnsteer.runner.reports.samples import states
+from attnsteer.runner.reports.story import headline
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture(scope="module")
+def reading(tmp_path_factory: Any) -> Path:
+    recipe = with_values(load_recipe(RECIPES / "act/shapes-reading.yaml"), {"controls.random_heads": 0})
+    return run(recipe, tmp_path_factory.mktemp("runs") / "reading", limit=30, progress=False)
+
+
+def test_from_a_run_to_its_page(reading: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["report", str(reading), "--attention", "2"])
+    assert done.exit_code == 0, done.output
+    found = json.loads((reading / "attention.json").read_text())
+    assert [list(s["arms"]) for s in found["samples"]] == [["baseline", "method"]] * 2
+    assert "steered heads" in found["note"] and '<p class="heat">' in (reading / "report.html").read_text()
+    # What changed is looked at first.
+    whole = read_run(reading)
+    state = states(whole, headline(whole, set()))
+    changed = [k for k, v in state.items() if v != "same"]
+    assert {(0, s["id"]) for s in found["samples"]} >= set(changed[:1])
+
+
+def test_pictures_are_those_of_the_run(tmp_path: Path) -> None:
+    recipe = with_values(
+        load_recipe(RECIPES / "attention-refocusing/shapes-layouts.yaml"),
+        {"decoding.num_inference_steps": 2, "controls.zero": False, "batch_size": 2},
+    )
+    folder = run(recipe, tmp_path / "run", limit=2, progress=False)
+    looking.look(folder, 1)
+    (entry,) = json.loads((folder / "attention.json").read_text())["samples"]
+    for arm, part in entry["arms"].items():
+        assert part["image"] == read_run(folder).records[arm][0, entry["id"]]["image"]
+        assert part["labels"] and len(part["maps"]) == len(part["labels"])
+
+
+def test_another_model_by_now(reading: Path, tmp_path: Path) -> None:
+    identity = json.loads((reading / "identity.json").read_text())
+    (reading / "identity.json").write_text(json.dumps({**identity, "model": {"model.safetensors": "0"}}))
+    with pytest.raises(RunError, match="not those of the run"):
+        looking.look(reading)
