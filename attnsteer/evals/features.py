@@ -73,6 +73,33 @@ def inception(weights: str | Path | None = None, device: str | torch.device = "c
     return features
 
 
+def embedded(device: str | torch.device = "cpu") -> Callable[[Tensor], Tensor]:
+    """The features of shapes-lvlm's vision tower, the mean over its patches [B, 128]; images are resized to 64 x 64.
+
+    It knows shapes on plain or textured ground and nothing else, so a distance by it says something in the shapes world only,
+    and is no FID.
+    """
+    from .. import zoo
+
+    model, processor = zoo.load("shapes-lvlm")
+    tower = model.model.vision_tower.to(device)
+
+    def features(images: Tensor) -> Tensor:
+        pictures = [(i.clamp(0, 1) * 255).round().byte().cpu() for i in images]
+        pixels = processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            return tower(pixels.to(device)).last_hidden_state[:, 1:].float().mean(dim=1)
+
+    return features
+
+
+# What a recipe can name.
+FUNCTIONS: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
+    "shapes-lvlm": embedded,
+    "inception": lambda device="cpu": inception(device=device),
+}
+
+
 def save_reference(path: str | Path, features: Tensor, name: str) -> None:
     """Write reference features [N, d] with the name of what made them, as safetensors."""
     save_file({"features": features.float().contiguous()}, str(path), metadata={"features": name})

@@ -96,6 +96,5 @@ def keys(recipe: Recipe, data: Data, tiny: bool) -> list[str]:
     if recipe.task == "image":
         if tiny or recipe.model.zoo is not None:
             out += task.DETECTED
-        if judges.wanted(recipe) is not None:
-            out += judges.WRITES
+        out += judges.writes(recipe)
     return out

@@ -1,44 +1,93 @@
-"""Models that judge pictures while they are made, for metrics that need one: CLIPScore."""
+"""Models that look at pictures while they are made, for metrics that need one: CLIPScore, and distances of features."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..errors import RecipeError
+from ..errors import AttnSteerError, RecipeError, did_you_mean
 from .schema import Recipe
 
 # Pictures [B, 3, h, w] and their prompts -> what goes into the records.
 Judge = Callable[[Any, Sequence[str]], list[dict[str, Any]]]
-WRITES = ("similarity",)
+SETS = ("fid", "precision_recall")
 
 
-def wanted(recipe: Recipe) -> str | None:
-    """The CLIP model that a recipe's metrics need, or None.
+def writes(recipe: Recipe) -> tuple[str, ...]:
+    """What a recipe's judges put into its records.
 
     Raises:
-        RecipeError: CLIPScore without a model.
+        RecipeError: a metric does not say which model it needs.
+    """
+    clip, features = wanted(recipe)
+    return ("similarity",) * (clip is not None) + ("features",) * (features is not None)
+
+
+def wanted(recipe: Recipe) -> tuple[str | None, str | None]:
+    """The CLIP model and the features that a recipe's metrics need.
+
+    Raises:
+        RecipeError: CLIPScore without a model; a distance without features, with unknown ones, or with others than another's.
     """
     if recipe.task != "image":
-        return None
+        return None, None
+    from ..evals.features import FUNCTIONS
+
+    clip, features = None, None
     for spec in recipe.metrics:
         if spec.name == "clip_score":
-            name = spec.options.get("model")
-            if not isinstance(name, str):
+            clip = spec.options.get("model")
+            if not isinstance(clip, str):
                 raise RecipeError("metrics: clip_score needs a model: {name: clip_score, model: HUB-ID or folder}.")
-            return name
-    return None
+        if spec.name in SETS:
+            name = spec.options.get("features")
+            if name not in FUNCTIONS:
+                raise RecipeError(
+                    f"metrics: {spec.name} has features {name!r}; {{name: {spec.name}, features: ..., reference: FILE}} takes "
+                    f"{', '.join(FUNCTIONS)}.{did_you_mean(str(name), FUNCTIONS)}"
+                )
+            if features not in (None, name):
+                raise RecipeError(f"metrics: features {features} and {name} in one run; a record has room for one.")
+            features = name
+    return clip, features
 
 
 def load(recipe: Recipe, *, tiny: bool, device: Any) -> Judge | None:
-    """The judge of a recipe.
+    """The judges of a recipe as one.
 
     Raises:
-        RecipeError: its model cannot be had, or is of another kind.
+        RecipeError: a model cannot be had, or is of another kind.
     """
-    name = wanted(recipe)
-    if name is None:
+    clip, features = wanted(recipe)
+    judges: list[Judge] = []
+    if clip is not None:
+        judges.append(_similarity(recipe, clip, tiny, device))
+    if features is not None:
+        judges.append(_features(features, device))
+    if not judges:
         return None
+
+    def judge(pictures: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = [{} for _ in prompts]
+        for one in judges:
+            for record, new in zip(found, one(pictures, prompts), strict=True):
+                record.update(new)
+        return found
+
+    return judge
+
+
+def _features(name: str, device: Any) -> Judge:
+    from ..evals.features import FUNCTIONS, extract
+
+    try:
+        function = FUNCTIONS[name](device=device)
+    except AttnSteerError as error:
+        raise RecipeError(f"metrics: features {name}: {error}") from error
+    return lambda pictures, prompts: [{"features": row} for row in extract(pictures, function).tolist()]
+
+
+def _similarity(recipe: Recipe, name: str, tiny: bool, device: Any) -> Judge:
     from ..evals.clip import Similarity
 
     if tiny:

@@ -122,6 +122,52 @@ def test_a_picture_does_not_depend_on_its_batch_and_is_on_the_disk(tmp_path: Pat
         assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
+def test_distances_of_features_are_those_of_the_pictures(tmp_path: Path) -> None:
+    import torch
+
+    from attnsteer.evals.features import embedded, extract, save_reference
+    from attnsteer.evals.metrics import get_metric
+    from attnsteer.zoo.shapes.questions import picture
+    from attnsteer.zoo.shapes.render import render
+
+    reference = extract(render([picture("calibration", i) for i in range(12)]), embedded())
+    save_reference(tmp_path / "shapes.safetensors", reference, "shapes-lvlm")
+    metrics = [{"name": "fid", "features": "shapes-lvlm", "reference": "shapes.safetensors"}]
+    asked = {**LAYOUTS, "metrics": metrics, "primary": "fid.frechet_distance"}
+    out = run(recipe(tmp_path, **asked), tmp_path / "run", progress=False)
+    rows = [r for r in records(out) if r["arm"] == "method"]
+    assert all(len(r["features"]) == 128 for r in rows)
+    fid = get_metric("fid", reference=reference)
+    whole = fid.aggregate([fid.sample(r) for r in rows])["frechet_distance"]
+    value = getattr(whole, "value", whole)
+    assert load(out / "metrics.json")["arms"]["method"]["fid"]["frechet_distance"]["value"] == pytest.approx(
+        value, rel=1e-6
+    )
+    # Pictures of the same kind are nearer than pictures of another.
+    near, far = (
+        extract(images, embedded())
+        for images in (render([picture("test", i) for i in range(12)]), torch.rand(12, 3, 64, 64))
+    )
+    distance = [
+        fid.aggregate([fid.sample({"features": f.tolist()}) for f in rows])["frechet_distance"] for rows in (near, far)
+    ]
+    near, far = (getattr(d, "value", d) for d in distance)
+    assert near < far / 2
+
+
+@pytest.mark.parametrize("features", [None, "shapes-lvml"])
+def test_a_distance_says_of_what(tmp_path: Path, features: str | None) -> None:
+    import torch
+
+    from attnsteer.errors import RecipeError
+    from attnsteer.evals.features import save_reference
+
+    save_reference(tmp_path / "shapes.safetensors", torch.randn(4, 128), "shapes-lvlm")
+    metric = {"name": "fid", "reference": "shapes.safetensors", **({} if features is None else {"features": features})}
+    with pytest.raises(RecipeError, match="features"):
+        run(recipe(tmp_path, **{**LAYOUTS, "metrics": [metric], "primary": "fid.frechet_distance"}), tmp_path / "run")
+
+
 def test_seeds_give_other_pictures_and_are_summarised(tmp_path: Path) -> None:
     out = run(
         recipe(tmp_path, **{**LAYOUTS, "seeds": [0, 5], "controls": {"zero": False}}), tmp_path / "run", progress=False
