@@ -194,8 +194,9 @@ def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
     """
     from .loading import validate
 
-    data = (with_values(recipe, recipe.tiny) if tiny else recipe).dump() | {"tiny": {}}
     folder = recipe.folder
+    told = with_values(recipe, recipe.tiny) if tiny else recipe
+    data = told.dump() | {"tiny": {}}
     put: Callable[[dict[str, Any], str], None] = lambda part, key: part.update(  # noqa: E731
         {key: str((folder / part[key]).absolute())} if part.get(key) is not None else {}
     )
@@ -207,7 +208,7 @@ def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
     for spec in data["interventions"]:
         if _is_file(spec["heads"]):
             put(spec, "heads")
-    data["metrics"] = [{"name": m.name, **absolute_options(m.name, m.options, folder)} for m in recipe.metrics]
+    data["metrics"] = [{"name": m.name, **absolute_options(m.name, m.options, folder)} for m in told.metrics]
     if tiny:
         for section in sections:
             section["limit"] = min(section["limit"] or TINY_SAMPLES, TINY_SAMPLES)

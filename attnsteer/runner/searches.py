@@ -12,6 +12,7 @@ from ..heads import HeadSet
 from ..intervention import Intervention
 from .parameters import Sample
 from .schema import Recipe
+from .tasks.prompts import continuations
 
 # Batches of samples -> what the model is called with.
 Inputs = Callable[[Sequence[Sample]], Mapping[str, Any]]
@@ -76,20 +77,6 @@ def _choices(subject: Subject, samples: Sequence[Sample]) -> list[dict[str, Any]
         prompt, candidates = continuations(subject.tokenizer, sample["prompt"], sample["choices"])
         out.append({"prompt": prompt, "candidates": candidates, "answer": sample["answer"]})
     return out
-
-
-def continuations(tokenizer: Any, prompt: str, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a prompt, and what each choice adds to it. A blank stands between the two unless the prompt ends with
-    white space, and belongs to the choice, as in lm-evaluation-harness."""
-    text = prompt.rstrip()
-    between = prompt[len(text) :] or " "
-    start = tokenizer(text).input_ids
-    whole = [tokenizer(text + between + c).input_ids for c in choices]
-    # A tokenizer may join what stands left and right of the seam; the choice is then encoded alone.
-    alone = lambda c: tokenizer(c, add_special_tokens=False).input_ids  # noqa: E731
-    return start, [
-        w[len(start) :] if w[: len(start)] == start else alone(c) for w, c in zip(whole, choices, strict=True)
-    ]
 
 
 def _calibrate_heads(task: Task) -> HeadSet:

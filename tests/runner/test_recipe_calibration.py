@@ -17,7 +17,8 @@ from attnsteer.runner.calibration import calibrate, needed
 from attnsteer.runner.checks import check
 from attnsteer.runner.loading import validate
 from attnsteer.runner.schema import DataSpec, Recipe
-from attnsteer.runner.searches import Search, Subject, continuations
+from attnsteer.runner.searches import Search, Subject
+from attnsteer.runner.tasks.prompts import continuations
 from attnsteer.search import SinkDims, calibrate_act
 from attnsteer.zoo.shapes.reading import reading
 from tests.runner.common import CALIBRATION, changed

@@ -13,7 +13,7 @@ from typing import Any
 from ...errors import RecipeError
 from ..models import Loaded
 from . import Ask, kept
-from .prompts import encode, token_ids
+from .prompts import continuations, encode
 
 WRITES = ("scores",)
 KEEPS = ("choices", "answer", "level", "category")
@@ -31,7 +31,7 @@ def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
         raise RecipeError(
             f"decoding: {', '.join(ask.decoding)} has no meaning for the task choice, which writes nothing."
         )
-    every = [candidates(loaded, s["prompt"], s["choices"]) for s in ask.samples]
+    every = [continuations(loaded.tokenizer, s["prompt"], s["choices"])[1] for s in ask.samples]
     with torch.inference_mode():
         if all(len(c) == 1 for own in every for c in own):
             scores = _at_once(loaded, ask, every)
@@ -44,30 +44,13 @@ def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
     return records, len(records)
 
 
-def candidates(loaded: Loaded, prompt: str, choices: Sequence[str]) -> list[tuple[int, ...]]:
-    """The tokens that each choice adds to the prompt, as lm-evaluation-harness counts them: a blank stands between the two
-    unless the prompt ends with white space, and belongs to the choice."""
-    text = prompt.rstrip()
-    between = prompt[len(text) :] or " "
-    start = token_ids(loaded, text)
-    out = []
-    for choice in choices:
-        whole = token_ids(loaded, text + between + choice)
-        # A tokenizer may join what stands left and right of the seam; the choice is then encoded alone.
-        own = whole[len(start) :] if whole[: len(start)] == start else token_ids(loaded, choice, special=False)
-        if not own:
-            raise RecipeError(f"data: the choice {choice!r} after {prompt[-40:]!r} has no tokens; it cannot be scored.")
-        out.append(tuple(own))
-    return out
-
-
-def _at_once(loaded: Loaded, ask: Ask, every: Sequence[Sequence[tuple[int, ...]]]) -> list[list[float]]:
+def _at_once(loaded: Loaded, ask: Ask, every: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
     batch = encode(loaded, ask, strip=True)
     logits = loaded.target(**batch, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
     return [logits[i, [c[0] for c in own]].tolist() for i, own in enumerate(every)]
 
 
-def _one_by_one(loaded: Loaded, ask: Ask, index: int, own: Sequence[tuple[int, ...]]) -> list[float]:
+def _one_by_one(loaded: Loaded, ask: Ask, index: int, own: Sequence[Sequence[int]]) -> list[float]:
     from dataclasses import replace
 
     from ...search.samples import Choice, candidate_log_likelihoods

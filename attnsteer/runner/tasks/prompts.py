@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from ...errors import RecipeError
 from ..models import Loaded
 from . import Ask
 
 
-def token_ids(loaded: Loaded, text: str, special: bool = True) -> list[int]:
-    """The token ids of a text; special: with what the tokenizer puts before it."""
-    return loaded.tokenizer(text, add_special_tokens=special).input_ids
+def continuations(tokenizer: Any, prompt: str, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt, and what each choice adds to it. A blank stands between the two unless the prompt ends with
+    white space, and belongs to the choice, as in lm-evaluation-harness.
+
+    Raises:
+        RecipeError: a choice has no tokens.
+    """
+    text = prompt.rstrip()
+    between = prompt[len(text) :] or " "
+    start = tokenizer(text).input_ids
+    found = []
+    for choice in choices:
+        whole = tokenizer(text + between + choice).input_ids
+        # A tokenizer may join what stands left and right of the seam; the choice is then encoded alone.
+        joined = whole[: len(start)] != start
+        own = tokenizer(choice, add_special_tokens=False).input_ids if joined else whole[len(start) :]
+        if not own:
+            raise RecipeError(f"data: the choice {choice!r} after {prompt[-40:]!r} has no tokens; it cannot be scored.")
+        found.append(own)
+    return start, found
 
 
 def encode(loaded: Loaded, ask: Ask, strip: bool = False) -> Any:
