@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...evals.statistics import Interval
-from .images import STEPS, middle
+from .images import FILLERS, STEPS, middle
 
 TITLES = {
     "shapes-lm": ("LlamaForCausalLM", "reads passages about coloured shapes and chooses answers"),
@@ -148,7 +148,12 @@ def _images(metrics: dict[str, Any]) -> list[str]:
         "",
         "All there: the detector finds every object of the prompt in its colour and shape. Right: that, in a wholly valid",
         "picture. Exact: and no other object. Wholly valid: every coloured patch is a clean known shape, and there is one.",
-        f"{STEPS} steps.",
+        f"{STEPS} steps"
+        + (
+            f"; {FILLERS} places for the missing T5's tokens (max_sequence_length), and 256, the pipeline's default, where it says so."
+            if any("text length" in name for name in metrics)
+            else "."
+        ),
         "",
         "### Where the text-image attention means something",
         "",

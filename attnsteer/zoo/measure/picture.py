@@ -9,7 +9,7 @@ import torch
 from ...steering import steer
 from ...viz import contact_sheet
 from ...viz.record import PhraseRecorder
-from .images import STEPS, generate, middle
+from .images import STEPS, generate, middle, shorter
 
 PROMPT = "a red circle and a blue square"
 TOKENS = {"red": 2, "circle": 3, "and": 4, "blue": 6, "square": 7, "end": 8}
@@ -21,7 +21,7 @@ def map_picture(pipe: Any, table: dict[str, Any], rows: int = 6, seed: int = 0) 
     best = sorted(scores, key=scores.get, reverse=True)[:rows]
     recorder = PhraseRecorder(tuple(TOKENS.values()))
     with steer(pipe, recorder):
-        image = generate(pipe, [PROMPT], seeds=[seed])[0]
+        image = generate(pipe, [PROMPT], seeds=[seed], **shorter(pipe))[0]
     tiles, labels = [], []
     for site in best:
         maps = torch.stack([r.maps[0] for r in recorder.records if r.site == site and abs(r.step - STEPS // 2) <= 2])
