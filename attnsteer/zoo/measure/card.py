@@ -150,7 +150,7 @@ def _images(metrics: dict[str, Any]) -> list[str]:
         "picture. Exact: and no other object. Wholly valid: every coloured patch is a clean known shape, and there is one.",
         f"{STEPS} steps"
         + (
-            f"; {FILLERS} places for the missing T5's tokens (max_sequence_length), and 256, the pipeline's default, where it says so."
+            f"; {FILLERS} places for the missing T5's tokens (max_sequence_length), where it says so 256, the default."
             if any("text length" in name for name in metrics)
             else "."
         ),
