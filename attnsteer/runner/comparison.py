@@ -153,6 +153,11 @@ def compare(
     if not keys:
         raise RunError(f"{' and '.join(labels)} have no sample in common, so nothing can be paired.")
     groups = runs[0].groups(keys)
+    if groups is not None:
+        notes.append(
+            f"the records are of {len(set(groups))} groups (one picture, one sample under several seeds): a group is "
+            "gained or lost by its balance"
+        )
     rows, read = [], []
     for run, label, chosen in zip(runs, labels, arms, strict=True):
         for arm, kind, values in chosen:
@@ -286,7 +291,7 @@ def _differences(
                 continue
             found = metric.compare(before, after, groups=groups, draws=draws)
             estimates = {k: _interval(v) for k, v in found.items()}
-            yield Difference(i, against, name, estimates, metric.mcnemar(before, after))
+            yield Difference(i, against, name, estimates, metric.mcnemar(before, after, groups=groups))
 
 
 def _with_holm(found: Sequence[Difference], rows: Sequence[Row]) -> list[Difference]:

@@ -170,7 +170,7 @@ class Scores:
 
             metric, before, after = self.measures[m], self.numbers[other][m], self.numbers[arm][m]
             found = metric.compare(before, after, groups=self.groups)
-            test = metric.mcnemar(before, after)
+            test = metric.mcnemar(before, after, groups=self.groups)
             self._compared[arm, other, m] = {
                 "metric": m,
                 "estimates": self._plain(found),

@@ -103,6 +103,31 @@ def test_mcnemar() -> None:
         mcnemar([0.5], [1])
 
 
+def test_mcnemar_of_groups_counts_each_once() -> None:
+    """Copies of answers are no further evidence; a group is gained or lost by its balance, and left out where it has none."""
+    before, after = [0] * 3 + [1] * 7, [1] * 3 + [1] * 7
+    one = mcnemar(before, after)
+    assert mcnemar(before * 4, after * 4, list(range(10)) * 4) == one == McNemar(3, 0, 0.25)
+    assert mcnemar(before, after, range(10)) == one
+    # Groups of two answers: gained and unchanged, gained and lost, lost twice.
+    assert mcnemar([0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 0, 0], "aabbcc") == McNemar(1, 1, 1.0)
+    with pytest.raises(ValueError, match="2 answers and 1 groups"):
+        mcnemar([1, 0], [1, 0], ["a"])
+
+
+def test_mcnemar_of_independent_groups_is_seldom_significant_by_chance() -> None:
+    """Under the null hypothesis, with answers of a group that change together."""
+    g = torch.Generator().manual_seed(0)
+    seen = alone = 0
+    for _ in range(300):
+        base, moved = (torch.randint(0, 2, (30,), generator=g) for _ in range(2))
+        before, after = (v.repeat_interleave(4).tolist() for v in (base, moved))
+        labels = [i // 4 for i in range(120)]
+        seen += mcnemar(before, after, labels).p <= 0.05
+        alone += mcnemar(before, after).p <= 0.05
+    assert seen <= 15 + 10 and alone > 60
+
+
 def test_holm() -> None:
     """4 x 0.005, 3 x 0.01, 2 x 0.03, and 0.04 is raised to its predecessor; never above one."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])

@@ -305,7 +305,7 @@ def score(
         for one, against in pairs:
             for n, m in metrics.items():
                 before, after = read[roles[against], n], read[roles[one], n]
-                test = m.mcnemar(before, after)
+                test = m.mcnemar(before, after, groups=labels)
                 estimates = _plain(m.compare(before, after, groups=labels, draws=500))
                 differences.append({"point": point["point"], "arm": one, "against": against, "metric": n})
                 differences[-1] |= {"estimates": estimates, "mcnemar": test and test._asdict(), "guards": []}

@@ -73,6 +73,24 @@ def test_a_sweep_is_one_family(runs: dict[str, Path]) -> None:
     assert [d.p_holm for d in tests] == holm([d.mcnemar.p for d in tests])
 
 
+def test_questions_about_one_picture_are_one_answer_of_the_test(runs: dict[str, Path], tmp_path: Path) -> None:
+    other = copy(runs["existence"], tmp_path / "other")
+    plan = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(plan.replace("name: vhr/", "name: other/"))
+    rows = [json.loads(line) for line in (other / "records.jsonl").read_text().splitlines()]
+    right = read_run(runs["existence"]).records["method"]
+    known = {i for (_, i), r in right.items() if r["generated"] == r["label"]}
+    # Both answers about one picture are lost.
+    chosen = next({f"p{i}-0", f"p{i}-1"} for i in range(20) if {f"p{i}-0", f"p{i}-1"} <= known)
+    for row in rows:
+        if row["arm"] == "method" and row["id"] in chosen:
+            row["generated"] = "maybe"
+    folders.lines(other / "records.jsonl", rows)
+    found = compare([runs["existence"], other], draws=200)
+    assert [d.mcnemar[:2] for d in found.differences if d.metric == "pope"] == [(0, 1)]
+    assert any("groups (one picture, one sample under several seeds)" in n for n in found.notes)
+
+
 def test_what_is_printed(runs: dict[str, Path]) -> None:
     found = compare([runs["strong"], runs["weak"]], draws=200)
     text = found.markdown()

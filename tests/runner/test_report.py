@@ -347,6 +347,17 @@ def test_mcnemar_is_shown_for_what_it_is_about(runs: dict[str, Path], tmp_path: 
     assert found["counts"]["gained"] > 0 and "McNemar" not in text_of(report(other).read_text())
 
 
+def test_what_gained_and_lost_count_is_said(runs: dict[str, Path]) -> None:
+    """Two questions about each picture are a group, and the test is of groups."""
+    grouped, single = (text_of(report(runs[n]).read_text()) for n in ("existence", "text"))
+    assert "Groups that changed" in grouped and "Groups of answers gained and lost are tested" in grouped
+    assert "Answers that changed" in single and "Groups" not in single
+    run = read_run(runs["existence"])
+    head = headline(run, set())
+    assert head.grouped and head.gained + head.lost <= len({s["group"] for s in run.samples.values()})
+    assert "McNemar: groups of answers" in (runs["existence"] / "report.md").read_text()
+
+
 def test_several_draws_of_random_heads_are_one_line(runs: dict[str, Path], tmp_path: Path) -> None:
     other = copy(runs["text"], tmp_path / "other")
     arms, metrics = (json.loads((other / n).read_text()) for n in ("arms.json", "metrics.json"))

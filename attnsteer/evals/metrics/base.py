@@ -170,11 +170,17 @@ class Metric:
             out[key] = Interval(value, *percentiles(difference))
         return out
 
-    def mcnemar(self, before: Sequence[Sample], after: Sequence[Sample]) -> McNemar | None:
-        """The exact test on the answers that changed; None for a metric that has no right and wrong."""
+    def mcnemar(
+        self, before: Sequence[Sample], after: Sequence[Sample], *, groups: Sequence[Any] | None = None
+    ) -> McNemar | None:
+        """The exact test on the answers that changed; None for a metric that has no right and wrong.
+
+        Args:
+            before, after: see `compare`. groups: see `aggregate`; a group counts once, by its balance.
+        """
         if self.correct is None:
             return None
-        return mcnemar(*([s.get(self.correct, 0) for s in arm] for arm in (before, after)))
+        return mcnemar(*([s.get(self.correct, 0) for s in arm] for arm in (before, after)), groups=groups)
 
     def _present(self, names: Sequence[str]) -> dict[str, Statistic]:
         return {k: s for k, s in self.statistics.items() if self.when.get(k, SAMPLES) in names}

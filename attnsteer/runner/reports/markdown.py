@@ -19,7 +19,8 @@ def markdown(run: RunFolder, found: Mapping[str, Any]) -> str:
         f"**{head.words}: {head.baseline.number} → {head.method.number}{head.method.unit}.** {found['sentence']}",
         "",
     ]
-    tested = f" McNemar: {head.gained} gained, {head.lost} lost, {p_text(head.p)}." if head.p is not None else ""
+    what = "groups of answers " if head.grouped else ""
+    tested = f" McNemar: {what}{head.gained} gained, {head.lost} lost, {p_text(head.p)}." if head.p is not None else ""
     out += [
         f"{head.metric}.{head.estimate}, {head.records} pairs.{tested}" + (f" {head.chosen}." if head.chosen else "")
     ]

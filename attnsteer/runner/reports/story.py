@@ -79,6 +79,7 @@ class Headline:
         point: of the sweep; its values. arm: the method's; base: its baseline's. chosen: why this point, or "".
         baseline, method, difference: of the figure. gained, lost, p, p_holm: of McNemar's test, or None.
         verdict: "better", "worse", "none" or "changed". records: pairs.
+        grouped: gained and lost count groups of answers (about one picture, of one sample under several seeds).
     """
 
     metric: str
@@ -97,6 +98,7 @@ class Headline:
     p_holm: float | None
     verdict: str
     records: int
+    grouped: bool
 
     @property
     def words(self) -> str:
@@ -130,6 +132,7 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
     test = (found.get("mcnemar") or {}) if tested(run.measures[metric], estimate) else {}
     p_holm = found.get("p_holm") if test else None
     arms = run.metrics["arms"]
+    paired = sorted(set(run.records.get(base, {})) & set(run.records.get(arm, {})))
     return Headline(
         metric,
         estimate,
@@ -146,7 +149,8 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         test.get("p"),
         p_holm,
         verdict(change, better, p_holm if len(run.points) > 1 else None),
-        len(set(run.records.get(base, {})) & set(run.records.get(arm, {}))),
+        len(paired),
+        run.groups(paired) is not None,
     )
 
 

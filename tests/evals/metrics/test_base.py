@@ -120,6 +120,7 @@ def test_zero_over_zero_is_reported() -> None:
 def test_mcnemar() -> None:
     metric = of({}, correct="x")
     assert metric.mcnemar([{"x": 1}, {}], [{"x": 1}, {"x": 1}]) == McNemar(1, 0, 1.0)
+    assert metric.mcnemar([{}, {}], [{"x": 1}, {"x": 1}], groups=["a", "a"]) == McNemar(1, 0, 1.0)
     assert of({}).mcnemar([{"x": 1}], [{"x": 1}]) is None
 
 
