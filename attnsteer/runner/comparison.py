@@ -12,7 +12,6 @@ from ..errors import RunError, listing
 from ..evals.metrics import Metric
 from ..evals.statistics import Interval, McNemar, holm
 from .folder import Key, RunFolder, read_run
-from .reports.story import tested
 
 # Fields of a recipe that say what the run is called, not what it computes.
 NAMES = ("name", "summary", "notes", "claims")
@@ -180,7 +179,7 @@ def compare(
         primary=primary,
         paired=len(keys),
         figures=list(dict.fromkeys([primary, *(f"{n}.{k}" for n, m in measures.items() for k in m.better)])),
-        tested=[f"{n}.{k}" for n, m in measures.items() for k in m.statistics if tested(m, k)],
+        tested=[f"{n}.{k}" for n, m in measures.items() for k in m.statistics if m.tested(k)],
         rows=rows,
         differences=_with_holm(differences, rows),
         recipes=recipe_differences([r.recipe for r in runs]),

@@ -11,6 +11,7 @@ from ..errors import RecipeError, listing
 from ..evals.metrics import get_metric
 from ..evals.metrics.base import Metric
 from ..evals.statistics import Interval, holm, over_seeds
+from .points import own_point
 from .schema import Recipe
 
 # (seed, id) of a record.
@@ -154,15 +155,21 @@ class Scores:
                 for m in self.measures:
                     entry = self._compare(roles[role], roles[other], m, arms)
                     out.append({"point": point["point"], "arm": role, "against": other, **entry})
-        primary = self.recipe.primary.partition(".")[0]
-        tested = [
-            d
-            for d in out
-            if (d["arm"], d["against"], d["metric"]) == ("method", "baseline", primary) and d["mcnemar"] is not None
-        ]
-        for entry, p in zip(tested, holm([d["mcnemar"]["p"] for d in tested]), strict=True):
-            entry["p_holm"] = p
+        self._adjust(out)
         return out
+
+    def _adjust(self, differences: Sequence[dict[str, Any]]) -> None:
+        """Holm's adjustment of the primary figure's tests, method against baseline; points that share both arms are one test."""
+        arms = {p["point"]: p["arms"] for p in self.plan["points"]}
+        tests = {
+            (arms[d["point"]]["method"], arms[d["point"]]["baseline"]): d["p"]
+            for d in differences
+            if (d["arm"], d["against"]) == ("method", "baseline") and d["p"] is not None
+        }
+        adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
+        for d in differences:
+            if (d["arm"], d["against"]) == ("method", "baseline") and d["p"] is not None:
+                d["p_holm"] = adjusted[arms[d["point"]]["method"], arms[d["point"]]["baseline"]]
 
     def _compare(self, arm: str, other: str, m: str, arms: Mapping[str, Any]) -> dict[str, Any]:
         if (arm, other, m) not in self._compared:
@@ -171,10 +178,13 @@ class Scores:
             metric, before, after = self.measures[m], self.numbers[other][m], self.numbers[arm][m]
             found = metric.compare(before, after, groups=self.groups)
             test = metric.mcnemar(before, after, groups=self.groups)
+            primary, _, estimate = self.recipe.primary.partition(".")
             self._compared[arm, other, m] = {
                 "metric": m,
                 "estimates": self._plain(found),
                 "mcnemar": None if test is None else dict(test._asdict()),
+                # Of the primary figure.
+                "p": test.p if test is not None and m == primary and metric.tested(estimate) else None,
                 "p_holm": None,
                 "guards": guard(arms[other][m], arms[arm][m]),
             }
@@ -223,16 +233,19 @@ class Scores:
                 "peak_memory_mb": max(t["peak_memory"] for t in lines) / 2**20,
                 "relative": None,
             }
-        base = next((p["arms"]["baseline"] for p in self.plan["points"] if "baseline" in p["arms"]), None)
-        for own in out.values():
-            if base in out:
+        for arm, own in out.items():
+            # Settings of decoding give each point a baseline of its own.
+            bases = (p["arms"].get("baseline") for p in self.plan["points"] if arm in p["arms"].values())
+            base = next((b for b in bases if b in out), None)
+            if base is not None:
                 own["relative"] = own["seconds_per_sample"] / out[base]["seconds_per_sample"]
         return out
 
     def _claims(self, arms: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The paper's figures, with ours of the first point beside them."""
+        """The paper's figures, with ours beside them: of the recipe's own point, else of the first one."""
         out = []
-        roles = self.plan["points"][0]["arms"]
+        points = self.plan["points"]
+        roles = (own_point(points, self.recipe.dump()) or points[0])["arms"]
         for claim in self.recipe.claims:
             m, _, name = claim.metric.partition(".")
             entry: dict[str, Any] = {**claim.model_dump(mode="json"), "ours": None}

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from attnsteer.evals.statistics import McNemar
+from attnsteer.runner import summary
 from attnsteer.runner.score import Scores
 from tests.runner.running import recipe
 
@@ -42,3 +46,62 @@ def test_seeds_with_equal_answers_are_no_further_evidence(tmp_path: Path) -> Non
         own = recipe(tmp_path, seeds=list(seeds), controls={})
         (found,) = Scores(own, plan(), samples(20), records, []).to_dict()["differences"]
         assert found["mcnemar"] == McNemar(3, 0, 0.25)._asdict() and found["p_holm"] == 0.25
+
+
+SWEEP = {"interventions.0.params.beta": [0.2, 0.4, 0.6]}
+POINTS = [
+    {"values": {"interventions.0.params.beta": b}, "arms": {"baseline": "baseline", "method": f"method@{i}"}}
+    for i, b in enumerate(SWEEP["interventions.0.params.beta"])
+]
+
+
+def swept(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A sweep whose own point (0.4) is the second one: 1, 6 and 3 of 20 answers are gained."""
+    rows = {f"method@{i}": [[1] * (10 + n) + [0] * (10 - n)] for i, n in enumerate((1, 6, 3))}
+    records = choices({"baseline": [[1] * 10 + [0] * 10], **rows})
+    own = recipe(folder, **{"sweep": SWEEP, "controls": {}, **changes})
+    return Scores(own, plan(*POINTS), samples(20), records, []).to_dict()
+
+
+def test_claims_are_about_the_point_of_the_recipe(tmp_path: Path) -> None:
+    claim = {"metric": "choice.accuracy", "baseline": 57.1, "value": 60.2, "source": "Table 2"}
+    for beta, gained in ((0.4, 6), (0.5, 1)):
+        method = {"method": "ACT", "params": {"beta": beta}, "heads": "zoo:act"}
+        (found,) = swept(tmp_path, claims=[claim], interventions=[method])["claims"]
+        # Without a point of its own, the first one.
+        assert found["ours"]["difference"]["value"] == pytest.approx(gained / 20)
+        assert found["ours"]["value"]["value"] == pytest.approx((10 + gained) / 20)
+
+
+def test_points_that_share_their_arms_are_one_test(tmp_path: Path) -> None:
+    found = swept(tmp_path)["differences"]
+    assert [d["p"] for d in found] == [1.0, 2 / 64, 2 / 8]
+    assert [d["p_holm"] for d in found] == [1.0, 3 * 2 / 64, 2 * 2 / 8]
+    records = choices({"baseline": [[0] * 6], "method": [[1] * 6]})
+    points = [{"values": {"controls.zero": z}, "arms": ROLES} for z in (True, False)]
+    found = Scores(recipe(tmp_path, controls={}), plan(*points), samples(6), records, []).to_dict()["differences"]
+    assert [d["p_holm"] for d in found] == [2 / 64, 2 / 64]
+
+
+def test_the_printed_table_has_adjusted_tests_of_the_primary_figure(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps(swept(tmp_path)))
+    head, rows, _ = summary.table(tmp_path)
+    column = head.index("p (Holm)")
+    assert [r[column] for r in rows if r[1] == "method"] == ["1", "0.0938", "0.5"]
+    # McNemar's test of `choice` says nothing of other figures.
+    (tmp_path / "metrics.json").write_text(json.dumps(swept(tmp_path, primary="choice.confidence")))
+    assert {r[column] for r in summary.table(tmp_path)[1]}.isdisjoint({"1", "0.0938", "0.5", "0.0312", "0.25"})
+
+
+def test_times_are_relative_to_the_baseline_of_the_point(tmp_path: Path) -> None:
+    points = [
+        {"values": {}, "arms": {"baseline": f"baseline@{i}", "method": f"method@{i}", "zero": "zero"}} for i in (1, 2)
+    ]
+    seconds = {"baseline@1": 1.0, "method@1": 2.0, "zero": 1.5, "baseline@2": 10.0, "method@2": 15.0}
+    lines = [
+        {"arm": a, "seed": 0, "batch": 0, "samples": 1, "seconds": s, "tokens": 1, "peak_memory": 0}
+        for a, s in seconds.items()
+    ]
+    cost = Scores(recipe(tmp_path), plan(*points), samples(1), {}, lines).cost()
+    found = {a: c["relative"] for a, c in cost.items()}
+    assert found == {"baseline@1": 1.0, "method@1": 2.0, "zero": 1.5, "baseline@2": 1.0, "method@2": 1.5}

@@ -182,6 +182,10 @@ class Metric:
             return None
         return mcnemar(*([s.get(self.correct, 0) for s in arm] for arm in (before, after)), groups=groups)
 
+    def tested(self, estimate: str) -> bool:
+        """Whether `mcnemar` is about this estimate: the share of right answers."""
+        return self.correct is not None and self.statistics.get(estimate) == Mean(self.correct)
+
     def _present(self, names: Sequence[str]) -> dict[str, Statistic]:
         return {k: s for k, s in self.statistics.items() if self.when.get(k, SAMPLES) in names}
 

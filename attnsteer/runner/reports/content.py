@@ -21,7 +21,6 @@ from .story import (
     headline,
     p_text,
     shares,
-    tested,
     values_text,
     verdict,
 )
@@ -251,7 +250,7 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
             key = f"{name}.{estimate}"
             share, better = key in percent, metric.better.get(estimate, 0)
             change = Figure.of(entry["estimates"].get(estimate), share, signed=True)
-            p = entry.get("p_holm") if len(run.points) > 1 and tested(metric, estimate) else None
+            p = entry.get("p_holm") if len(run.points) > 1 and metric.tested(estimate) else None
             found.append(
                 {
                     "metric": name,
@@ -311,7 +310,7 @@ def _difference_row(
     name = _label(run, arm)
     if name == "method":
         name = _method(run, head)
-    about = tested(run.measures[head.metric], head.estimate)
+    about = run.measures[head.metric].tested(head.estimate)
     said = verdict(change, head.better, d.get("p_holm") if about and len(run.points) > 1 else None)
     test = (d.get("mcnemar") or {}) if about else {}
     return {

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ...errors import RunError
-from ...evals.metrics.base import SAMPLES, Mean, Metric, Totals
+from ...evals.metrics.base import SAMPLES, Metric, Totals
 from ..folder import Key, RunFolder
+from ..points import own_point
 
 # A difference counts as seen where its 95 % interval leaves out zero; of several settings, the p-value adjusted for all
 # must be at most this too. A single setting was chosen before the run, so that nothing needs an adjustment.
@@ -129,7 +130,7 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         )
     share = f"{metric}.{estimate}" in percent
     change = Figure.of(found["estimates"][estimate], share, signed=True)
-    test = (found.get("mcnemar") or {}) if tested(run.measures[metric], estimate) else {}
+    test = (found.get("mcnemar") or {}) if run.measures[metric].tested(estimate) else {}
     p_holm = found.get("p_holm") if test else None
     arms = run.metrics["arms"]
     paired = sorted(set(run.records.get(base, {})) & set(run.records.get(arm, {})))
@@ -152,11 +153,6 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         len(paired),
         run.groups(paired) is not None,
     )
-
-
-def tested(metric: Metric, estimate: str) -> bool:
-    """Whether McNemar's test of a metric is about this estimate: the share of right answers."""
-    return metric.correct is not None and metric.statistics.get(estimate) == Mean(metric.correct)
 
 
 def verdict(change: Figure, better: int, p: float | None) -> str:
@@ -183,9 +179,9 @@ def _point(run: RunFolder, metric: str, estimate: str, better: int) -> tuple[dic
         raise RunError(f"{run.path}: no arm of kind method; there are {', '.join(run.arms)}.")
     if len(points) == 1:
         return points[0], ""
-    for point in points:
-        if all(field_of(run.recipe, k) == v for k, v in point["values"].items()):
-            return point, f"the recipe's own of {len(points)} settings"
+    own = own_point(points, run.recipe)
+    if own is not None:
+        return own, f"the recipe's own of {len(points)} settings"
 
     def worth(point: dict[str, Any]) -> float:
         found = difference(run, point, metric)
@@ -193,18 +189,6 @@ def _point(run: RunFolder, metric: str, estimate: str, better: int) -> tuple[dic
         return float("-inf") if value is None else (better or 1) * value
 
     return max(points, key=worth), f"best of {len(points)} settings, chosen on these samples: expect less on others"
-
-
-def field_of(recipe: Any, dotted: str) -> Any:
-    """A field by its dotted path, or None."""
-    for part in dotted.split("."):
-        if isinstance(recipe, list) and part.isdecimal() and int(part) < len(recipe):
-            recipe = recipe[int(part)]
-        elif isinstance(recipe, Mapping):
-            recipe = recipe.get(part)
-        else:
-            return None
-    return recipe
 
 
 def values_text(values: Mapping[str, Any]) -> str:
