@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import RecipeError, listing
+from ..errors import RecipeError, RecordError, listing
 from ..evals.metrics import get_metric
 from ..evals.metrics.base import Metric
 from ..evals.statistics import Interval, holm, over_seeds
@@ -134,14 +134,26 @@ class Scores:
             of_seeds = []
             for seed in self.recipe.seeds:
                 rows = [i for i, (s, _) in enumerate(self.keys) if s == seed]
-                if rows:
-                    groups = None if self.groups is None else [self.groups[i] for i in rows]
+                if not rows:
+                    continue
+                groups = None if self.groups is None else [self.groups[i] for i in rows]
+                try:
                     of_seeds.append(metric.aggregate([self.numbers[arm][m][i] for i in rows], groups=groups, draws=1))
-            for name in of_seeds[0]:
-                values = [float(getattr(e[name], "value", e[name])) for e in of_seeds]
-                found = over_seeds(values)
-                low, high = (None, None) if found.interval is None else found.interval[1:]
-                out[f"{m}.{name}"] = {"mean": found.mean, "low": low, "high": high, "values": values}
+                except RecordError as error:
+                    # Figures of sets need more samples than a seed that is not whole may have.
+                    self.warnings.append(f"seed {seed}: {error}")
+            # A seed that is not whole may lack what an estimate is about, such as the questions of one category.
+            for name in dict.fromkeys(k for e in of_seeds for k in e):
+                values = [float(getattr(e[name], "value", e[name])) for e in of_seeds if name in e]
+                known = [v for v in values if math.isfinite(v)]
+                row: dict[str, Any] = {"mean": None, "low": None, "high": None}
+                if known:
+                    found = over_seeds(known)
+                    low, high = (None, None) if found.interval is None else found.interval[1:]
+                    row = {"mean": found.mean, "low": low, "high": high}
+                if len(known) < len(values):
+                    self.warnings.append(f"{name}: a seed's value is not finite, and is null")
+                out[f"{m}.{name}"] = {**row, "values": [v if math.isfinite(v) else None for v in values]}
         return out
 
     def _differences(self, arms: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from attnsteer.evals.statistics import McNemar
 from attnsteer.runner import summary
@@ -105,3 +108,44 @@ def test_times_are_relative_to_the_baseline_of_the_point(tmp_path: Path) -> None
     cost = Scores(recipe(tmp_path), plan(*points), samples(1), {}, lines).cost()
     found = {a: c["relative"] for a, c in cost.items()}
     assert found == {"baseline@1": 1.0, "method@1": 2.0, "zero": 1.5, "baseline@2": 1.0, "method@2": 1.5}
+
+
+def test_a_seed_that_is_not_whole_may_lack_an_estimate(tmp_path: Path) -> None:
+    """Of the second seed, which was stopped, there are pictures of counts only; only the first one says something of colours."""
+    phrase = {"label": "dog", "count": 1, "colour": "red"}
+    seen = [{"label": "dog", "box": [0, 0, 9, 9], "colour": "red"}]
+
+    def record(category: str) -> dict[str, Any]:
+        return {"category": category, "phrases": [phrase], "detected": seen}
+
+    rows = {(seed, c): record(c) for seed, c in ((0, "count"), (0, "colour"), (1, "count"))}
+    own = recipe(tmp_path, seeds=[0, 1], controls={}, metrics=["hrs"], primary="hrs.count_f1")
+    asked = [{"id": c, "group": c} for c in ("count", "colour")]
+    for keys in (list(rows), [(0, "count"), (1, "colour")]):
+        records = {arm: {k: record(k[1]) for k in keys} for arm in ROLES}
+        found = Scores(own, plan(), asked, records, []).to_dict()
+        assert found["partial"] and found["seeds"]["method"]["hrs.colour"]["values"] == [1.0]
+        json.dumps(found, allow_nan=False)
+
+
+def test_a_seed_whose_figure_is_not_finite_is_null(tmp_path: Path) -> None:
+    own = recipe(tmp_path, seeds=[0, 1, 2], controls={})
+    found = Scores(own, plan(), samples(4), choices({a: [[1, 0, 1, 1]] * 3 for a in ROLES}, (0, 1, 2)), [])
+    values = iter([0.5, math.inf, 0.7])
+    metric = dataclasses.replace(found.measures["choice"])
+    object.__setattr__(metric, "aggregate", lambda *a, **k: {"accuracy": next(values)})
+    found.measures["choice"] = metric
+    row = found._seeds("method")["choice.accuracy"]
+    assert row["values"] == [0.5, None, 0.7] and row["mean"] == pytest.approx(0.6)
+    assert found.warnings == ["accuracy: a seed's value is not finite, and is null"]
+
+
+def test_a_seed_with_too_few_samples_for_a_set_is_left_out(tmp_path: Path) -> None:
+    from attnsteer.evals.metrics import get_metric
+
+    own = recipe(tmp_path, seeds=[0, 1], controls={})
+    found = Scores(own, plan(), samples(4), choices({a: [[1, 0, 1, 1], [1]] for a in ROLES}, (0, 1)), [])
+    found.measures = {"fid": get_metric("fid", reference=torch.eye(4, 3, dtype=torch.float64))}
+    found.numbers = {a: {"fid": [{"features": [float(i), 1.0, 0.0]} for i in range(5)]} for a in ROLES}
+    assert len(found._seeds("method")["fid.frechet_distance"]["values"]) == 1
+    assert found.warnings == ["seed 1: fid: 1 samples; a set has at least two."]
