@@ -97,6 +97,26 @@ def percentiles(values: torch.Tensor) -> tuple[float, float]:
     return float(spread[int(0.025 * len(spread))]), float(spread[min(len(spread) - 1, int(0.975 * len(spread)))])
 
 
+def bootstrap_p(differences: torch.Tensor) -> float:
+    """The two-sided p-value of resampled differences [draws]: twice the share on the other side of zero, which counts itself.
+
+    That is the level at which the percentile interval just reaches zero (Efron and Tibshirani 1993, 15.4); never zero, since
+    draws that were not made could lie there (Davison and Hinkley 1997, 4.2.1). Undefined ones count as 0.
+    """
+    values = differences.nan_to_num(0.0)
+    beyond = min(int((values <= 0).sum()), int((values >= 0).sum()))
+    return min(1.0, 2 * (1 + beyond) / (len(values) + 1))
+
+
+def jackknife_p(found: Interval, groups: int = 20) -> float:
+    """The two-sided p-value of an estimate of `jackknife` being zero, by Student's t as its interval."""
+    half = found.high - found.value
+    if half == 0:
+        return 1.0 if found.value == 0 else 0.0
+    t = abs(found.value) / half * student_t(groups - 1)
+    return min(1.0, max(0.0, 1 - _within(math.atan(t / math.sqrt(groups - 1)), groups - 1)))
+
+
 def jackknife(count: int, statistic: Callable[[list[int]], float], groups: int = 20) -> Interval:
     """A smooth statistic of a set of samples, with its delete-a-group interval (Efron and Tibshirani 1993, 11.5).
 

@@ -171,17 +171,24 @@ class Scores:
         return out
 
     def _adjust(self, differences: Sequence[dict[str, Any]]) -> None:
-        """Holm's adjustment of the primary figure's tests, method against baseline; points that share both arms are one test."""
+        """The primary figure's tests, method against baseline, with Holm's adjustment; points with both arms in common are one."""
+        m, _, estimate = self.recipe.primary.partition(".")
         arms = {p["point"]: p["arms"] for p in self.plan["points"]}
-        tests = {
-            (arms[d["point"]]["method"], arms[d["point"]]["baseline"]): d["p"]
-            for d in differences
-            if (d["arm"], d["against"]) == ("method", "baseline") and d["p"] is not None
-        }
-        adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
+        entries: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for d in differences:
-            if (d["arm"], d["against"]) == ("method", "baseline") and d["p"] is not None:
-                d["p_holm"] = adjusted[arms[d["point"]]["method"], arms[d["point"]]["baseline"]]
+            if (d["arm"], d["against"], d["metric"]) == ("method", "baseline", m):
+                roles = arms[d["point"]]
+                entries.setdefault((roles["method"], roles["baseline"]), []).append(d)
+        found = {
+            (arm, base): self.measures[m].p_value(
+                estimate, self.numbers[base][m], self.numbers[arm][m], groups=self.groups
+            )
+            for arm, base in entries
+        }
+        tests = {pair: p for pair, p in found.items() if p is not None}
+        for (pair, p), adjusted in zip(tests.items(), holm(list(tests.values())), strict=True):
+            for d in entries[pair]:
+                d |= {"p": p, "p_holm": adjusted}
 
     def _compare(self, arm: str, other: str, m: str, arms: Mapping[str, Any]) -> dict[str, Any]:
         if (arm, other, m) not in self._compared:
@@ -190,13 +197,12 @@ class Scores:
             metric, before, after = self.measures[m], self.numbers[other][m], self.numbers[arm][m]
             found = metric.compare(before, after, groups=self.groups)
             test = metric.mcnemar(before, after, groups=self.groups)
-            primary, _, estimate = self.recipe.primary.partition(".")
             self._compared[arm, other, m] = {
                 "metric": m,
                 "estimates": self._plain(found),
                 "mcnemar": None if test is None else dict(test._asdict()),
-                # Of the primary figure.
-                "p": test.p if test is not None and m == primary and metric.tested(estimate) else None,
+                # Of the primary figure, method against baseline.
+                "p": None,
                 "p_holm": None,
                 "guards": guard(arms[other][m], arms[arm][m]),
             }

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from attnsteer.evals.statistics import McNemar
+from attnsteer.evals.metrics import get_metric
+from attnsteer.evals.statistics import McNemar, holm
 from attnsteer.runner import summary
 from attnsteer.runner.score import Scores
 from tests.runner.running import recipe
@@ -92,8 +93,16 @@ def test_the_printed_table_has_adjusted_tests_of_the_primary_figure(tmp_path: Pa
     column = head.index("p (Holm)")
     assert [r[column] for r in rows if r[1] == "method"] == ["1", "0.0938", "0.5"]
     # McNemar's test of `choice` says nothing of other figures.
-    (tmp_path / "metrics.json").write_text(json.dumps(swept(tmp_path, primary="choice.confidence")))
-    assert {r[column] for r in summary.table(tmp_path)[1]}.isdisjoint({"1", "0.0938", "0.5", "0.0312", "0.25"})
+    (tmp_path / "metrics.json").write_text(json.dumps(swept(tmp_path, primary="choice.loss")))
+    assert not {"0.0938", "0.5", "0.0312", "0.25"} & {r[column] for r in summary.table(tmp_path)[1]}
+
+
+def test_figures_without_right_and_wrong_are_adjusted_too(tmp_path: Path) -> None:
+    found = swept(tmp_path, primary="choice.loss")["differences"]
+    assert [d["p_holm"] for d in found] == holm([d["p"] for d in found])
+    metric, rows = get_metric("choice"), choices({"b": [[1] * 10 + [0] * 10], "m": [[1] * 16 + [0] * 4]})
+    before, after = ([metric.sample(r) for r in rows[a].values()] for a in "bm")
+    assert found[1]["p"] == metric.p_value("loss", before, after)
 
 
 def test_times_are_relative_to_the_baseline_of_the_point(tmp_path: Path) -> None:

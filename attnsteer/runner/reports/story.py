@@ -78,7 +78,8 @@ class Headline:
     Attributes:
         metric, estimate: the primary figure. better: 1, -1, or 0 where no direction is good.
         point: of the sweep; its values. arm: the method's; base: its baseline's. chosen: why this point, or "".
-        baseline, method, difference: of the figure. gained, lost, p, p_holm: of McNemar's test, or None.
+        baseline, method, difference: of the figure. gained, lost: of McNemar's test, or None where it is not about this figure.
+        test, p, p_holm: "McNemar" or "Resampling", its p-value, and the one adjusted for all settings, or None.
         verdict: "better", "worse", "none" or "changed". records: pairs.
         grouped: gained and lost count groups of answers (about one picture, of one sample under several seeds).
     """
@@ -95,6 +96,7 @@ class Headline:
     difference: Figure
     gained: int | None
     lost: int | None
+    test: str
     p: float | None
     p_holm: float | None
     verdict: str
@@ -131,7 +133,7 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
     share = f"{metric}.{estimate}" in percent
     change = Figure.of(found["estimates"][estimate], share, signed=True)
     test = (found.get("mcnemar") or {}) if run.measures[metric].tested(estimate) else {}
-    p_holm = found.get("p_holm") if test else None
+    p_holm = found.get("p_holm")
     arms = run.metrics["arms"]
     paired = sorted(set(run.records.get(base, {})) & set(run.records.get(arm, {})))
     return Headline(
@@ -147,7 +149,8 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         change,
         test.get("gained"),
         test.get("lost"),
-        test.get("p"),
+        "McNemar" if test else "Resampling",
+        found.get("p"),
         p_holm,
         verdict(change, better, p_holm if len(run.points) > 1 else None),
         len(paired),
