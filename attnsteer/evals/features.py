@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import MissingExtra, RecordError
 from .metrics.base import Metric, Sample
-from .statistics import Interval, jackknife
+from .statistics import Interval, jackknife, jackknife_p
 
 # Groups left out in turn for an interval, and the least number of samples for one.
 GROUPS, LEAST = 20, 10
@@ -180,6 +180,21 @@ class SetMetric(Metric):
             return {k: high[k] - low[k] for k in high}
 
         return self._intervals(difference, len(first), groups)
+
+    def p_value(
+        self,
+        estimate: str,
+        before: Sequence[Sample],
+        after: Sequence[Sample],
+        *,
+        groups: Sequence[Any] | None = None,
+        draws: int = 0,
+        seed: int = 0,
+    ) -> float | None:
+        """By Student's t, as the interval; None for fewer than 10 samples (or groups)."""
+        found = self.compare(before, after, groups=groups).get(estimate)
+        units = len(before) if groups is None else len(set(groups))
+        return jackknife_p(found, min(GROUPS, units)) if isinstance(found, Interval) else None
 
     def _stack(self, samples: Sequence[Sample]) -> Tensor:
         if len(samples) < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -97,6 +97,26 @@ def percentiles(values: torch.Tensor) -> tuple[float, float]:
     return float(spread[int(0.025 * len(spread))]), float(spread[min(len(spread) - 1, int(0.975 * len(spread)))])
 
 
+def bootstrap_p(differences: torch.Tensor) -> float:
+    """The two-sided p-value of resampled differences [draws]: twice the share on the other side of zero, which counts itself.
+
+    That is the level at which the percentile interval just reaches zero (Efron and Tibshirani 1993, 15.4); never zero, since
+    draws that were not made could lie there (Davison and Hinkley 1997, 4.2.1). Undefined ones count as 0.
+    """
+    values = differences.nan_to_num(0.0)
+    beyond = min(int((values <= 0).sum()), int((values >= 0).sum()))
+    return min(1.0, 2 * (1 + beyond) / (len(values) + 1))
+
+
+def jackknife_p(found: Interval, groups: int = 20) -> float:
+    """The two-sided p-value of an estimate of `jackknife` being zero, by Student's t as its interval."""
+    half = found.high - found.value
+    if half == 0:
+        return 1.0 if found.value == 0 else 0.0
+    t = abs(found.value) / half * student_t(groups - 1)
+    return min(1.0, max(0.0, 1 - _within(math.atan(t / math.sqrt(groups - 1)), groups - 1)))
+
+
 def jackknife(count: int, statistic: Callable[[list[int]], float], groups: int = 20) -> Interval:
     """A smooth statistic of a set of samples, with its delete-a-group interval (Efron and Tibshirani 1993, 11.5).
 
@@ -120,7 +140,7 @@ def jackknife(count: int, statistic: Callable[[list[int]], float], groups: int =
 
 
 class McNemar(NamedTuple):
-    """Paired answers that changed, and the two-sided exact p-value of as many changes being this one-sided."""
+    """Paired answers (or groups of them) that changed, and the two-sided exact p-value of changes being this one-sided."""
 
     gained: int
     lost: int
@@ -130,11 +150,16 @@ class McNemar(NamedTuple):
         return f"{self.gained} gained, {self.lost} lost, p = {self.p:.4f}"
 
 
-def mcnemar(before: Sequence[float], after: Sequence[float]) -> McNemar:
+def mcnemar(before: Sequence[float], after: Sequence[float], groups: Sequence[Hashable] | None = None) -> McNemar:
     """The exact test of paired accuracies (McNemar 1947): the changed answers against a fair coin.
+
+    Answers of one group (one sample under several seeds, questions about one picture) are no independent coins. With
+    groups this is the sign test of their balances: a group counts once, as gained where more of its answers were gained
+    than lost, and not at all where as many. Groups of one answer each give McNemar's test itself.
 
     Args:
         before, after: 1 for a right answer and 0 for a wrong one, for the same samples in the same order.
+        groups: one label per sample.
 
     Raises:
         ValueError: lists of different length, empty ones, or values other than 0 and 1.
@@ -145,8 +170,12 @@ def mcnemar(before: Sequence[float], after: Sequence[float]) -> McNemar:
         )
     if not {*before, *after} <= {0, 1}:
         raise ValueError("McNemar's test takes 1 for a right answer and 0 for a wrong one, nothing else.")
-    gained = sum(a > b for b, a in zip(before, after, strict=True))
-    lost = sum(a < b for b, a in zip(before, after, strict=True))
+    if groups is not None and len(groups) != len(before):
+        raise ValueError(f"{len(before)} answers and {len(groups)} groups: give one group per sample.")
+    balance: dict[Hashable, float] = {}
+    for label, b, a in zip(range(len(before)) if groups is None else groups, before, after, strict=True):
+        balance[label] = balance.get(label, 0) + a - b
+    gained, lost = (sum(sign * v > 0 for v in balance.values()) for sign in (1, -1))
     n = gained + lost
     tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
     # Whole numbers until the end, so that no tail is too small for a float.

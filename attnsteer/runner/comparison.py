@@ -12,7 +12,6 @@ from ..errors import RunError, listing
 from ..evals.metrics import Metric
 from ..evals.statistics import Interval, McNemar, holm
 from .folder import Key, RunFolder, read_run
-from .reports.story import tested
 
 # Fields of a recipe that say what the run is called, not what it computes.
 NAMES = ("name", "summary", "notes", "claims")
@@ -26,7 +25,8 @@ class Row:
 
     Attributes:
         run, arm: its run's label, its id. kind: baseline or method. values: of the sweep, or {}. count: records.
-        estimates: "metric.estimate" -> value with interval, over the samples that all runs have. cost: of metrics.json, or {}.
+        estimates: "metric.estimate" -> value over the samples that all runs have, with its interval if it has one.
+        cost: of metrics.json, or {}.
     """
 
     run: str
@@ -34,7 +34,7 @@ class Row:
     kind: str
     values: dict[str, Any]
     count: int
-    estimates: dict[str, Interval]
+    estimates: dict[str, Interval | float]
     cost: dict[str, Any]
 
 
@@ -45,7 +45,7 @@ class Difference:
     row: int
     against: int
     metric: str
-    estimates: dict[str, Interval]
+    estimates: dict[str, Interval | float]
     mcnemar: McNemar | None
     p_holm: float | None = None
 
@@ -73,12 +73,12 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; intervals as {"value", "low", "high"}."""
+        """JSON-able; estimates as {"value", "low", "high"}, the last two None where there is no interval."""
         found = asdict(self)
         for row, out in zip(self.rows, found["rows"], strict=True):
-            out["estimates"] = {k: v._asdict() for k, v in row.estimates.items()}
+            out["estimates"] = {k: _plain(v) for k, v in row.estimates.items()}
         for one, out in zip(self.differences, found["differences"], strict=True):
-            out["estimates"] = {k: v._asdict() for k, v in one.estimates.items()}
+            out["estimates"] = {k: _plain(v) for k, v in one.estimates.items()}
             out["mcnemar"] = one.mcnemar and one.mcnemar._asdict()
         return found
 
@@ -89,7 +89,7 @@ class Comparison:
         out += [f"{self.paired} paired records; primary figure: {self.primary}.", ""]
         out += [f"- {note}" for note in self.notes] + [""] * bool(self.notes)
         body = [
-            [r.run, _arm(r), *(str(r.estimates[k]) if k in r.estimates else "" for k in shown), *_cost(r.cost)]
+            [r.run, _arm(r), *(_written(r.estimates[k]) if k in r.estimates else "" for k in shown), *_cost(r.cost)]
             for r in self.rows
         ]
         out += table(["run", "arm", *shown, "s / sample", "relative", "peak MB"], body)
@@ -153,12 +153,17 @@ def compare(
     if not keys:
         raise RunError(f"{' and '.join(labels)} have no sample in common, so nothing can be paired.")
     groups = runs[0].groups(keys)
+    if groups is not None:
+        notes.append(
+            f"the records are of {len(set(groups))} groups (one picture, one sample under several seeds): a group is "
+            "gained or lost by its balance"
+        )
     rows, read = [], []
     for run, label, chosen in zip(runs, labels, arms, strict=True):
         for arm, kind, values in chosen:
             found = {n: [m.sample(run.records[arm][k]) for k in keys] for n, m in measures.items()}
             estimates = {
-                f"{n}.{k}": _interval(v)
+                f"{n}.{k}": v
                 for n, m in measures.items()
                 for k, v in m.aggregate(found[n], groups=groups, draws=draws).items()
             }
@@ -175,7 +180,7 @@ def compare(
         primary=primary,
         paired=len(keys),
         figures=list(dict.fromkeys([primary, *(f"{n}.{k}" for n, m in measures.items() for k in m.better)])),
-        tested=[f"{n}.{k}" for n, m in measures.items() for k in m.statistics if tested(m, k)],
+        tested=[f"{n}.{k}" for n, m in measures.items() for k in m.statistics if m.tested(k)],
         rows=rows,
         differences=_with_holm(differences, rows),
         recipes=recipe_differences([r.recipe for r in runs]),
@@ -284,9 +289,8 @@ def _differences(
             before, after = read[against][name], read[i][name]
             if row.kind == "baseline" and before == after:
                 continue
-            found = metric.compare(before, after, groups=groups, draws=draws)
-            estimates = {k: _interval(v) for k, v in found.items()}
-            yield Difference(i, against, name, estimates, metric.mcnemar(before, after))
+            estimates = metric.compare(before, after, groups=groups, draws=draws)
+            yield Difference(i, against, name, estimates, metric.mcnemar(before, after, groups=groups))
 
 
 def _with_holm(found: Sequence[Difference], rows: Sequence[Row]) -> list[Difference]:
@@ -333,8 +337,12 @@ def _machines(runs: Sequence[RunFolder], labels: Sequence[str]) -> list[str]:
     return found
 
 
-def _interval(value: Interval | float) -> Interval:
-    return value if isinstance(value, Interval) else Interval(float(value), float(value), float(value))
+def _plain(value: Interval | float) -> dict[str, float | None]:
+    return value._asdict() if isinstance(value, Interval) else {"value": float(value), "low": None, "high": None}
+
+
+def _written(value: Interval | float) -> str:
+    return str(value) if isinstance(value, Interval) else f"{value:.3f}"
 
 
 def _arm(row: Row) -> str:
@@ -347,8 +355,10 @@ def _cost(cost: Mapping[str, Any]) -> list[str]:
     return ["" if cost.get(k) is None else format(cost[k], form) for k, form in shown]
 
 
-def signed(value: Interval) -> str:
-    """ "+0.031 [-0.002, +0.064]"."""
+def signed(value: Interval | float) -> str:
+    """ "+0.031 [-0.002, +0.064]"; without an interval the value alone."""
+    if not isinstance(value, Interval):
+        return f"{value:+.3f}"
     return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,27 @@ def points(recipe: Recipe) -> list[Point]:
         values = dict(zip(recipe.sweep, chosen, strict=True))
         found.append(Point(index, values, _with(recipe, {**values, "sweep": {}}, "sweep")))
     return found
+
+
+def field_of(recipe: Any, dotted: str) -> Any:
+    """A field of a recipe as plain data by its dotted path, or None."""
+    for part in dotted.split("."):
+        if isinstance(recipe, list) and part.isdecimal() and int(part) < len(recipe):
+            recipe = recipe[int(part)]
+        elif isinstance(recipe, Mapping):
+            recipe = recipe.get(part)
+        else:
+            return None
+    return recipe
+
+
+def own_point(points: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> Any:
+    """The point of arms.json or metrics.json whose values are those of the recipe without its sweep, or None.
+
+    It was chosen before the run, so it is what headlines, claims and tables of results are about; the first point stands in
+    for it where there is none.
+    """
+    return next((p for p in points if all(field_of(recipe, k) == v for k, v in p["values"].items())), None)
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import RecipeError
 from . import yaml
 from .loading import load_recipe
+from .points import own_point
 from .schema import Recipe
 
 HEAD = ("recipe", "figure", "paper", "here: baseline", "here: method", "difference [95 %]", "samples")
 NOT_RUN = "not run"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+
+class Done(NamedTuple):
+    """A complete run: the time of its metrics.json, what it holds, the run's recipe, and the number of samples."""
+
+    when: float
+    recipe: dict[str, Any]
+    metrics: dict[str, Any]
+    samples: int
 
 
 def results_table(folder: str | Path, runs: str | Path) -> str:
@@ -54,20 +63,21 @@ def write_results(folder: str | Path, runs: str | Path) -> bool:
     return new != text
 
 
-def _runs(root: Path) -> dict[str, tuple[float, dict[str, Any], int]]:
-    """Name of a recipe -> (time, metrics, samples) of its last complete run that is not a tiny one."""
-    out: dict[str, tuple[float, dict[str, Any], int]] = {}
+def _runs(root: Path) -> dict[str, Done]:
+    """Name of a recipe -> the last complete run of it that is not a tiny one."""
+    out: dict[str, Done] = {}
     for path in sorted(root.rglob("metrics.json")):
         status, identity = (_json(path.with_name(n)) for n in ("status.json", "identity.json"))
         metrics = _json(path)
         whole = status.get("state") == "complete" and not metrics.get("partial") and not identity.get("tiny")
         try:
-            name = yaml.read(path.with_name("recipe.yaml")).value.get("name") if whole and metrics else None
-        except (RecipeError, AttributeError):
-            name = None
+            recipe = yaml.read(path.with_name("recipe.yaml")).value if whole and metrics else None
+        except RecipeError:
+            recipe = None
+        name = recipe.get("name") if isinstance(recipe, dict) else None
         when = path.stat().st_mtime
-        if name is not None and when >= out.get(name, (-math.inf,))[0]:
-            out[name] = (when, metrics, _count(path.with_name("samples.jsonl")))
+        if name is not None and (name not in out or when >= out[name].when):
+            out[name] = Done(when, recipe, metrics, _count(path.with_name("samples.jsonl")))
     return out
 
 
@@ -87,28 +97,28 @@ def _count(path: Path) -> int:
         return 0
 
 
-def _row(recipe: Recipe, runs: dict[str, tuple[float, dict[str, Any], int]]) -> tuple[str, ...]:
+def _row(recipe: Recipe, runs: dict[str, Done]) -> tuple[str, ...]:
     paper = "; ".join(_claim(c) for c in recipe.claims if c.metric == recipe.primary) or "-"
     name = f"[{recipe.name}]({recipe.name.rpartition('/')[2]}.yaml)"
     if recipe.name not in runs:
         return name, recipe.primary, paper, NOT_RUN, NOT_RUN, "", ""
-    _, metrics, samples = runs[recipe.name]
+    done = runs[recipe.name]
+    metrics = done.metrics
     metric, _, estimate = recipe.primary.partition(".")
-    # The first point of a sweep stands for the recipe; its report has all.
-    point = (metrics.get("points") or [{"arms": {}}])[0]["arms"]
+    # One point of a sweep stands for the recipe; its report has all.
+    points = metrics.get("points") or [{"point": 0, "values": {}, "arms": {}}]
+    point = own_point(points, done.recipe) or points[0]
     arms = metrics.get("arms", {})
-    own = [arms.get(point.get(k, k), {}).get(metric, {}).get(estimate) for k in ("baseline", "method")]
+    own = [arms.get(point["arms"].get(k, k), {}).get(metric, {}).get(estimate) for k in ("baseline", "method")]
     change = next(
         (
             d["estimates"].get(estimate)
             for d in metrics.get("differences", [])
-            if d["metric"] == metric
-            and d["arm"] == point.get("method", "method")
-            and d["against"].startswith("baseline")
+            if (d["point"], d["metric"], d["arm"], d["against"]) == (point["point"], metric, "method", "baseline")
         ),
         None,
     )
-    return name, recipe.primary, paper, _figure(own[0]), _figure(own[1]), _figure(change, sign="+"), str(samples)
+    return name, recipe.primary, paper, _figure(own[0]), _figure(own[1]), _figure(change, sign="+"), str(done.samples)
 
 
 def _claim(claim: Any) -> str:

@@ -7,10 +7,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import RecipeError, listing
+from ..errors import RecipeError, RecordError, listing
 from ..evals.metrics import get_metric
 from ..evals.metrics.base import Metric
 from ..evals.statistics import Interval, holm, over_seeds
+from .points import own_point
 from .schema import Recipe
 
 # (seed, id) of a record.
@@ -133,14 +134,26 @@ class Scores:
             of_seeds = []
             for seed in self.recipe.seeds:
                 rows = [i for i, (s, _) in enumerate(self.keys) if s == seed]
-                if rows:
-                    groups = None if self.groups is None else [self.groups[i] for i in rows]
+                if not rows:
+                    continue
+                groups = None if self.groups is None else [self.groups[i] for i in rows]
+                try:
                     of_seeds.append(metric.aggregate([self.numbers[arm][m][i] for i in rows], groups=groups, draws=1))
-            for name in of_seeds[0]:
-                values = [float(getattr(e[name], "value", e[name])) for e in of_seeds]
-                found = over_seeds(values)
-                low, high = (None, None) if found.interval is None else found.interval[1:]
-                out[f"{m}.{name}"] = {"mean": found.mean, "low": low, "high": high, "values": values}
+                except RecordError as error:
+                    # Figures of sets need more samples than a seed that is not whole may have.
+                    self.warnings.append(f"seed {seed}: {error}")
+            # A seed that is not whole may lack what an estimate is about, such as the questions of one category.
+            for name in dict.fromkeys(k for e in of_seeds for k in e):
+                values = [float(getattr(e[name], "value", e[name])) for e in of_seeds if name in e]
+                known = [v for v in values if math.isfinite(v)]
+                row: dict[str, Any] = {"mean": None, "low": None, "high": None}
+                if known:
+                    found = over_seeds(known)
+                    low, high = (None, None) if found.interval is None else found.interval[1:]
+                    row = {"mean": found.mean, "low": low, "high": high}
+                if len(known) < len(values):
+                    self.warnings.append(f"{name}: a seed's value is not finite, and is null")
+                out[f"{m}.{name}"] = {**row, "values": [v if math.isfinite(v) else None for v in values]}
         return out
 
     def _differences(self, arms: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -154,15 +167,28 @@ class Scores:
                 for m in self.measures:
                     entry = self._compare(roles[role], roles[other], m, arms)
                     out.append({"point": point["point"], "arm": role, "against": other, **entry})
-        primary = self.recipe.primary.partition(".")[0]
-        tested = [
-            d
-            for d in out
-            if (d["arm"], d["against"], d["metric"]) == ("method", "baseline", primary) and d["mcnemar"] is not None
-        ]
-        for entry, p in zip(tested, holm([d["mcnemar"]["p"] for d in tested]), strict=True):
-            entry["p_holm"] = p
+        self._adjust(out)
         return out
+
+    def _adjust(self, differences: Sequence[dict[str, Any]]) -> None:
+        """The primary figure's tests, method against baseline, with Holm's adjustment; points with both arms in common are one."""
+        m, _, estimate = self.recipe.primary.partition(".")
+        arms = {p["point"]: p["arms"] for p in self.plan["points"]}
+        entries: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for d in differences:
+            if (d["arm"], d["against"], d["metric"]) == ("method", "baseline", m):
+                roles = arms[d["point"]]
+                entries.setdefault((roles["method"], roles["baseline"]), []).append(d)
+        found = {
+            (arm, base): self.measures[m].p_value(
+                estimate, self.numbers[base][m], self.numbers[arm][m], groups=self.groups
+            )
+            for arm, base in entries
+        }
+        tests = {pair: p for pair, p in found.items() if p is not None}
+        for (pair, p), adjusted in zip(tests.items(), holm(list(tests.values())), strict=True):
+            for d in entries[pair]:
+                d |= {"p": p, "p_holm": adjusted}
 
     def _compare(self, arm: str, other: str, m: str, arms: Mapping[str, Any]) -> dict[str, Any]:
         if (arm, other, m) not in self._compared:
@@ -170,11 +196,13 @@ class Scores:
 
             metric, before, after = self.measures[m], self.numbers[other][m], self.numbers[arm][m]
             found = metric.compare(before, after, groups=self.groups)
-            test = metric.mcnemar(before, after)
+            test = metric.mcnemar(before, after, groups=self.groups)
             self._compared[arm, other, m] = {
                 "metric": m,
                 "estimates": self._plain(found),
                 "mcnemar": None if test is None else dict(test._asdict()),
+                # Of the primary figure, method against baseline.
+                "p": None,
                 "p_holm": None,
                 "guards": guard(arms[other][m], arms[arm][m]),
             }
@@ -223,16 +251,19 @@ class Scores:
                 "peak_memory_mb": max(t["peak_memory"] for t in lines) / 2**20,
                 "relative": None,
             }
-        base = next((p["arms"]["baseline"] for p in self.plan["points"] if "baseline" in p["arms"]), None)
-        for own in out.values():
-            if base in out:
+        for arm, own in out.items():
+            # Settings of decoding give each point a baseline of its own.
+            bases = (p["arms"].get("baseline") for p in self.plan["points"] if arm in p["arms"].values())
+            base = next((b for b in bases if b in out), None)
+            if base is not None:
                 own["relative"] = own["seconds_per_sample"] / out[base]["seconds_per_sample"]
         return out
 
     def _claims(self, arms: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The paper's figures, with ours of the first point beside them."""
+        """The paper's figures, with ours beside them: of the recipe's own point, else of the first one."""
         out = []
-        roles = self.plan["points"][0]["arms"]
+        points = self.plan["points"]
+        roles = (own_point(points, self.recipe.dump()) or points[0])["arms"]
         for claim in self.recipe.claims:
             m, _, name = claim.metric.partition(".")
             entry: dict[str, Any] = {**claim.model_dump(mode="json"), "ours": None}

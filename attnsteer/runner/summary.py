@@ -9,7 +9,7 @@ from typing import Any
 
 from . import store
 
-HEAD = ("point", "arm", "{primary}", "difference to baseline", "p", "per second", "time")
+HEAD = ("point", "arm", "{primary}", "difference to baseline", "{p}", "per second", "time")
 
 
 def table(folder: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]:
@@ -20,6 +20,8 @@ def table(folder: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]], l
     differences = {
         (d["point"], d["arm"]): d for d in found["differences"] if d["against"] == "baseline" and d["metric"] == metric
     }
+    # Of several settings one is looked for, so only adjusted tests are shown; controls are outside their family.
+    sweep = len(found["points"]) > 1
     rows = []
     for point in found["points"]:
         values = ", ".join(f"{k.rpartition('.')[2]}={v}" for k, v in point["values"].items())
@@ -27,7 +29,7 @@ def table(folder: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]], l
             if arm not in found["arms"]:
                 continue
             difference = differences.get((point["point"], role))
-            test = difference and difference["mcnemar"]
+            p = difference and difference.get("p_holm" if sweep else "p")
             cost = found["cost"].get(arm, {})
             rows.append(
                 (
@@ -35,12 +37,12 @@ def table(folder: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]], l
                     role,
                     interval(found["arms"][arm][metric].get(name)),
                     interval(difference["estimates"].get(name), sign="+") if difference else "",
-                    f"{test['p']:.3g}" if test else "",
+                    f"{p:.3g}" if p is not None else "",
                     f"{cost['per_second']:.3g} {cost['unit']}" if cost else "",
                     f"{cost['relative']:.2f}x" if cost and cost["relative"] else "",
                 )
             )
-    head = tuple(h.format(primary=found["primary"]) for h in HEAD)
+    head = tuple(h.format(primary=found["primary"], p="p (Holm)" if sweep else "p") for h in HEAD)
     if not any(r[0] for r in rows):
         head, rows = head[1:], [r[1:] for r in rows]
     return head, rows, remarks(found)

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from attnsteer.evals.statistics import (
+    Interval,
     McNemar,
+    bootstrap_p,
     holm,
     jackknife,
+    jackknife_p,
     mcnemar,
     over_seeds,
     paired_bootstrap,
@@ -101,6 +104,56 @@ def test_mcnemar() -> None:
         mcnemar([1], [1, 0])
     with pytest.raises(ValueError, match="nothing else"):
         mcnemar([0.5], [1])
+
+
+def test_mcnemar_of_groups_counts_each_once() -> None:
+    """Copies of answers are no further evidence; a group is gained or lost by its balance, and left out where it has none."""
+    before, after = [0] * 3 + [1] * 7, [1] * 3 + [1] * 7
+    one = mcnemar(before, after)
+    assert mcnemar(before * 4, after * 4, list(range(10)) * 4) == one == McNemar(3, 0, 0.25)
+    assert mcnemar(before, after, range(10)) == one
+    # Groups of two answers: gained and unchanged, gained and lost, lost twice.
+    assert mcnemar([0, 0, 0, 1, 1, 1], [1, 0, 1, 0, 0, 0], "aabbcc") == McNemar(1, 1, 1.0)
+    with pytest.raises(ValueError, match="2 answers and 1 groups"):
+        mcnemar([1, 0], [1, 0], ["a"])
+
+
+def test_mcnemar_of_independent_groups_is_seldom_significant_by_chance() -> None:
+    """Under the null hypothesis, with answers of a group that change together."""
+    g = torch.Generator().manual_seed(0)
+    seen = alone = 0
+    for _ in range(300):
+        base, moved = (torch.randint(0, 2, (30,), generator=g) for _ in range(2))
+        before, after = (v.repeat_interleave(4).tolist() for v in (base, moved))
+        labels = [i // 4 for i in range(120)]
+        seen += mcnemar(before, after, labels).p <= 0.05
+        alone += mcnemar(before, after).p <= 0.05
+    assert seen <= 15 + 10 and alone > 60
+
+
+def test_p_of_the_bootstrap() -> None:
+    """2 (1 + the draws on the other side) / (draws + 1); zero is on both sides."""
+    draws = torch.cat([torch.full((95,), 0.2), torch.full((4,), -0.1)])
+    assert bootstrap_p(draws) == bootstrap_p(-draws) == 2 * 5 / 100
+    assert bootstrap_p(torch.zeros(99)) == 1.0 and bootstrap_p(torch.full((99,), float("nan"))) == 1.0
+    assert bootstrap_p(torch.ones(9999)) == 2 / 10000
+
+
+def test_p_of_the_bootstrap_is_seldom_small_by_chance() -> None:
+    g = torch.Generator().manual_seed(0)
+    small = 0
+    for seed in range(200):
+        difference = torch.randn(60, 1, generator=g, dtype=torch.float64)
+        small += bootstrap_p(resampled_totals(difference, 500, seed)[:, 0]) <= 0.05
+    assert 2 <= small <= 20
+
+
+def test_p_of_the_jackknife() -> None:
+    """At the edge of the 95 % interval p is 0.05; a t of 4.781 with 9 degrees of freedom has p = 0.001 (tables)."""
+    assert jackknife_p(Interval(1.0, 0.0, 2.0), 10) == pytest.approx(0.05)
+    assert jackknife_p(Interval(-1.0, -2.0, 0.0), 20) == pytest.approx(0.05)
+    assert jackknife_p(Interval(4.781, 4.781 - 2.262157, 4.781 + 2.262157), 10) == pytest.approx(0.001, abs=1e-6)
+    assert jackknife_p(Interval(0.0, 0.0, 0.0), 10) == 1.0 and jackknife_p(Interval(1.0, 1.0, 1.0), 10) == 0.0
 
 
 def test_holm() -> None:

@@ -305,14 +305,17 @@ def score(
         for one, against in pairs:
             for n, m in metrics.items():
                 before, after = read[roles[against], n], read[roles[one], n]
-                test = m.mcnemar(before, after)
+                test = m.mcnemar(before, after, groups=labels)
                 estimates = _plain(m.compare(before, after, groups=labels, draws=500))
                 differences.append({"point": point["point"], "arm": one, "against": against, "metric": n})
                 differences[-1] |= {"estimates": estimates, "mcnemar": test and test._asdict(), "guards": []}
-    primary = plan["primary"].partition(".")[0]
-    main = ("method", "baseline", primary)
-    tests = [d for d in differences if d["mcnemar"] and (d["arm"], d["against"], d["metric"]) == main]
-    for d, p in zip(tests, holm([d["mcnemar"]["p"] for d in tests]), strict=True):
+    primary, _, estimate = plan["primary"].partition(".")
+    roles = {p["point"]: p["arms"] for p in points}
+    tests = [d for d in differences if (d["arm"], d["against"], d["metric"]) == ("method", "baseline", primary)]
+    for d in tests:
+        before, after = (read[roles[d["point"]][r], primary] for r in ("baseline", "method"))
+        d["p"] = metrics[primary].p_value(estimate, before, after, groups=labels, draws=500)
+    for d, p in zip(tests, holm([d["p"] for d in tests]), strict=True):
         d["p_holm"] = p
     costs = {a: (0.021 if a == "baseline" else 0.0243) for a in rows}
     unit = "images" if plan["task"] == "image" else "tokens"
@@ -330,7 +333,7 @@ def score(
         "partial": partial,
         "primary": plan["primary"],
         "arms": found,
-        "differences": [{"p_holm": None, **d} for d in differences],
+        "differences": [{"p": None, "p_holm": None, **d} for d in differences],
         "points": list(points),
         "zero_equals_baseline": True if any(a["kind"] == "zero" for a in arms) else None,
         "cost": {

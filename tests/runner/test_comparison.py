@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from attnsteer.errors import RunError
-from attnsteer.evals.metrics import get_metric
+from attnsteer.evals.metrics import Metric, get_metric
 from attnsteer.evals.statistics import holm
 from attnsteer.runner.comparison import compare, recipe_differences
 from attnsteer.runner.folder import read_run
@@ -71,6 +71,47 @@ def test_a_sweep_is_one_family(runs: dict[str, Path]) -> None:
     tests = [d for d in found.differences if d.mcnemar is not None]
     assert len(tests) == 4
     assert [d.p_holm for d in tests] == holm([d.mcnemar.p for d in tests])
+
+
+def test_questions_about_one_picture_are_one_answer_of_the_test(runs: dict[str, Path], tmp_path: Path) -> None:
+    other = copy(runs["existence"], tmp_path / "other")
+    plan = (other / "recipe.yaml").read_text()
+    (other / "recipe.yaml").write_text(plan.replace("name: vhr/", "name: other/"))
+    rows = [json.loads(line) for line in (other / "records.jsonl").read_text().splitlines()]
+    right = read_run(runs["existence"]).records["method"]
+    known = {i for (_, i), r in right.items() if r["generated"] == r["label"]}
+    # Both answers about one picture are lost.
+    chosen = next({f"p{i}-0", f"p{i}-1"} for i in range(20) if {f"p{i}-0", f"p{i}-1"} <= known)
+    for row in rows:
+        if row["arm"] == "method" and row["id"] in chosen:
+            row["generated"] = "maybe"
+    folders.lines(other / "records.jsonl", rows)
+    found = compare([runs["existence"], other], draws=200)
+    assert [d.mcnemar[:2] for d in found.differences if d.metric == "pope"] == [(0, 1)]
+    assert any("groups (one picture, one sample under several seeds)" in n for n in found.notes)
+
+
+def test_an_estimate_without_an_interval_has_none(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set of fewer than ten samples has a figure, of which nothing more can be said: not an interval of no width."""
+
+    def bare(function: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> dict[str, float]:
+            return {k: v.value for k, v in function(*args, **options).items()}
+
+        return wrapped
+
+    for name in ("aggregate", "compare"):
+        monkeypatch.setattr(Metric, name, bare(getattr(Metric, name)))
+    found = compare([runs["strong"], runs["weak"]], draws=200)
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    for part in ("rows", "differences"):
+        for one in written[part]:
+            assert {(e["low"], e["high"]) for e in one["estimates"].values()} == {(None, None)}
+    value = found.differences[0].estimates["accuracy"]
+    text = found.markdown()
+    assert f"| {value:+.3f} " in text and "| 0.550 " in text and "0.550 [" not in text
 
 
 def test_what_is_printed(runs: dict[str, Path]) -> None:

@@ -138,7 +138,7 @@ def fake_run(folder: Path, name: str, method: float, state: str = "complete", ti
         "arms": {"baseline": {"choice": {"accuracy": interval(0.5)}}, "method@1": {"choice": {"accuracy": interval(method)}}},
         "differences": [
             {**change, "arm": "zero", "estimates": {"accuracy": interval(0.0)}},
-            {**change, "arm": "method@1", "estimates": {"accuracy": interval(method - 0.5)}},
+            {**change, "arm": "method", "estimates": {"accuracy": interval(method - 0.5)}},
         ],
         "points": [{"point": 0, "values": {}, "arms": {"baseline": "baseline", "method": "method@1"}}],
     }  # fmt: skip

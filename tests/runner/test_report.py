@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from attnsteer import cli
 from attnsteer.errors import RunError
+from attnsteer.evals.statistics import holm
 from attnsteer.runner.folder import read_run
 from attnsteer.runner.reports import report
 from attnsteer.runner.reports.content import content
@@ -340,11 +341,46 @@ def test_mcnemar_is_shown_for_what_it_is_about(runs: dict[str, Path], tmp_path: 
     run = read_run(runs["images"])
     assert headline(run, set()).gained is not None
     other = copy(runs["images"], tmp_path / "other")
-    edit(other / "metrics.json", primary="layout.in_box")
+    metrics = json.loads((other / "metrics.json").read_text())
+    differences = [{**d, "p": d["p"] and 0.031, "p_holm": None} for d in metrics["differences"]]
+    edit(other / "metrics.json", primary="layout.in_box", differences=differences)
     found = content(read_run(other))
-    assert (found["head"].gained, found["head"].p, found["balance"]) == (None, None, None)
-    assert all(r["gained"] is None and r["p"] == "" for r in found["forest"]["rows"])
+    assert (found["head"].gained, found["head"].p, found["balance"]) == (None, 0.031, None)
+    assert all(r["gained"] is None and r["p"] == ("p = 0.03" if r["main"] else "") for r in found["forest"]["rows"])
+    assert (
+        "Resampling p = 0.03" in text_of(report(other).read_text())
+        and "Resampling p" in (other / "report.md").read_text()
+    )
     assert found["counts"]["gained"] > 0 and "McNemar" not in text_of(report(other).read_text())
+
+
+def test_the_best_of_several_settings_is_adjusted_whatever_the_figure(tmp_path: Path) -> None:
+    """Confidence has no right and wrong, so that its test is the bootstrap's."""
+    run = folders.text_run(tmp_path / "run", sweep=True, changes={"primary": "choice.confidence"})
+    metrics = json.loads((run / "metrics.json").read_text())
+    tests = [d for d in metrics["differences"] if d["p"] is not None]
+    assert len(tests) == 4 and [d["p_holm"] for d in tests] == holm([d["p"] for d in tests])
+    head = headline(read_run(run), set())
+    assert head.test == "Resampling" and head.gained is None and head.p < head.p_holm
+    assert head.difference.low > 0 and head.verdict == "better"
+    for p, said in ((0.051, "not once all 4 settings are accounted for"), (None, "rises")):
+        edit(run / "metrics.json", differences=[{**d, "p_holm": p} for d in metrics["differences"]])
+        found = content(read_run(run))
+        assert said in found["sentence"]
+        assert [c for c in found["cautions"] if "4 settings" in c] == (
+            [] if p else ["Nothing here is adjusted for the 4 settings that were tried."]
+        )
+
+
+def test_what_gained_and_lost_count_is_said(runs: dict[str, Path]) -> None:
+    """Two questions about each picture are a group, and the test is of groups."""
+    grouped, single = (text_of(report(runs[n]).read_text()) for n in ("existence", "text"))
+    assert "Groups that changed" in grouped and "Groups of answers gained and lost are tested" in grouped
+    assert "Answers that changed" in single and "Groups" not in single
+    run = read_run(runs["existence"])
+    head = headline(run, set())
+    assert head.grouped and head.gained + head.lost <= len({s["group"] for s in run.samples.values()})
+    assert "McNemar: groups of answers" in (runs["existence"] / "report.md").read_text()
 
 
 def test_several_draws_of_random_heads_are_one_line(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RecordError, listing
-from ..statistics import Interval, McNemar, mcnemar, percentiles, resampled_totals, wilson
+from ..statistics import Interval, McNemar, bootstrap_p, mcnemar, percentiles, resampled_totals, wilson
 
 Sample = Mapping[str, float]
 # The column of ones that every sample has.
@@ -157,24 +157,67 @@ class Metric:
         Raises:
             RecordError: as `aggregate`, or lists of different length.
         """
+        names, first, second, low, high = self._resampled(before, after, groups, draws, seed)
+        out: dict[str, Interval | float] = {}
+        for key, statistic in self._present(names).items():
+            value = self._value(key, statistic, names, second) - self._value(key, statistic, names, first)
+            out[key] = Interval(value, *percentiles(_change(statistic, low, high)))
+        return out
+
+    def p_value(
+        self,
+        estimate: str,
+        before: Sequence[Sample],
+        after: Sequence[Sample],
+        *,
+        groups: Sequence[Any] | None = None,
+        draws: int = 10_000,
+        seed: int = 0,
+    ) -> float | None:
+        """The two-sided p-value of one estimate's difference: McNemar's where it is about it, else that of the bootstrap.
+
+        None where there is neither: an estimate that these samples do not have, or sets too small for an interval.
+
+        Args:
+            estimate: its name. before, after, groups, draws, seed: see `compare`.
+
+        Raises:
+            RecordError: as `compare`.
+        """
+        if self.tested(estimate):
+            test = self.mcnemar(before, after, groups=groups)
+            return None if test is None else test.p
+        names, _, _, low, high = self._resampled(before, after, groups, draws, seed)
+        statistic = self._present(names).get(estimate)
+        return None if statistic is None else bootstrap_p(_change(statistic, low, high))
+
+    def _resampled(
+        self, before: Sequence[Sample], after: Sequence[Sample], groups: Sequence[Any] | None, draws: int, seed: int
+    ) -> tuple[list[str], Tensor, Tensor, Totals, Totals]:
+        """The columns, the table of each arm [N, K], and each arm's totals of the same resamples."""
         if len(before) != len(after):
             raise RecordError(
                 f"{self.name}: {len(before)} samples before and {len(after)} after; a paired difference needs the same ones."
             )
         names, (first, second) = self._table([before, after], groups)
         low, high = (_totals(names, resampled_totals(t, draws, seed)) for t in (first, second))
-        out: dict[str, Interval | float] = {}
-        for key, statistic in self._present(names).items():
-            value = self._value(key, statistic, names, second) - self._value(key, statistic, names, first)
-            difference = statistic(high).nan_to_num(0.0) - statistic(low).nan_to_num(0.0)
-            out[key] = Interval(value, *percentiles(difference))
-        return out
+        return names, first, second, low, high
 
-    def mcnemar(self, before: Sequence[Sample], after: Sequence[Sample]) -> McNemar | None:
-        """The exact test on the answers that changed; None for a metric that has no right and wrong."""
+    def mcnemar(
+        self, before: Sequence[Sample], after: Sequence[Sample], *, groups: Sequence[Any] | None = None
+    ) -> McNemar | None:
+        """The exact test on the answers that changed; None for a metric that has no right and wrong.
+
+        Args:
+            before, after: see `compare`. groups: see `aggregate`; a group counts once, by its balance.
+        """
         if self.correct is None:
             return None
-        return mcnemar(*([s.get(self.correct, 0) for s in arm] for arm in (before, after)))
+        return mcnemar(*([s.get(self.correct, 0) for s in arm] for arm in (before, after)), groups=groups)
+
+    def tested(self, estimate: str) -> bool:
+        """Whether `mcnemar` is about this estimate: the share of right answers."""
+        return self.correct is not None and self.statistics.get(estimate) == Mean(self.correct)
 
     def _present(self, names: Sequence[str]) -> dict[str, Statistic]:
         return {k: s for k, s in self.statistics.items() if self.when.get(k, SAMPLES) in names}
@@ -215,6 +258,10 @@ class Metric:
         top, bottom = (sum((columns.get(c, zero) for c in part), zero) for part in (statistic.top, statistic.bottom))
         single = ((top == 0) | (top == 1)) & ((bottom == 0) | (bottom == 1)) & (top <= bottom)
         return (int(top.sum()), int(bottom.sum())) if bool(single.all()) and bool(bottom.any()) else None
+
+
+def _change(statistic: Statistic, low: Totals, high: Totals) -> Tensor:
+    return statistic(high).nan_to_num(0.0) - statistic(low).nan_to_num(0.0)
 
 
 def _totals(names: Sequence[str], sums: Tensor) -> Totals:

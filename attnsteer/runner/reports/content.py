@@ -21,7 +21,6 @@ from .story import (
     headline,
     p_text,
     shares,
-    tested,
     values_text,
     verdict,
 )
@@ -101,6 +100,8 @@ def _alerts(run: RunFolder) -> list[tuple[str, str]]:
 def _cautions(run: RunFolder, head: Headline) -> list[str]:
     """What a reader must know before believing the headline."""
     found = [head.chosen[0].upper() + head.chosen[1:] + "."] if head.chosen.startswith("best") else []
+    if len(run.points) > 1 and head.p_holm is None:
+        found.append(f"Nothing here is adjusted for the {len(run.points)} settings that were tried.")
     if head.records < FEW:
         found.append(f"Only {head.records} pairs: so few say little, whatever their interval.")
     if run.metrics.get("zero_equals_baseline") is False:
@@ -251,12 +252,13 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
             key = f"{name}.{estimate}"
             share, better = key in percent, metric.better.get(estimate, 0)
             change = Figure.of(entry["estimates"].get(estimate), share, signed=True)
-            p = entry.get("p_holm") if len(run.points) > 1 and tested(metric, estimate) else None
+            primary = (name, estimate) == (head.metric, head.estimate)
+            p = entry.get("p_holm") if len(run.points) > 1 and primary else None
             found.append(
                 {
                     "metric": name,
                     "estimate": estimate.replace("_", " "),
-                    "primary": (name, estimate) == (head.metric, head.estimate),
+                    "primary": primary,
                     "better": better,
                     "baseline": Figure.of(arms[head.base][name][estimate], share),
                     "method": Figure.of(arms.get(head.arm, {}).get(name, {}).get(estimate), share),
@@ -311,8 +313,8 @@ def _difference_row(
     name = _label(run, arm)
     if name == "method":
         name = _method(run, head)
-    about = tested(run.measures[head.metric], head.estimate)
-    said = verdict(change, head.better, d.get("p_holm") if about and len(run.points) > 1 else None)
+    about = run.measures[head.metric].tested(head.estimate)
+    said = verdict(change, head.better, d.get("p_holm") if len(run.points) > 1 else None)
     test = (d.get("mcnemar") or {}) if about else {}
     return {
         "name": name,
@@ -325,8 +327,9 @@ def _difference_row(
         "role": {"better": "gain", "worse": "loss"}.get(said, "none"),
         "gained": test.get("gained"),
         "lost": test.get("lost"),
-        "p": p_text(test.get("p")),
-        "holm": p_text(d.get("p_holm")) if about else "",
+        # A control has McNemar's test or none; it is outside the family of the settings.
+        "p": p_text(test.get("p", d.get("p"))),
+        "holm": p_text(d.get("p_holm")),
     }
 
 

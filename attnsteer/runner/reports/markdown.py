@@ -19,7 +19,12 @@ def markdown(run: RunFolder, found: Mapping[str, Any]) -> str:
         f"**{head.words}: {head.baseline.number} → {head.method.number}{head.method.unit}.** {found['sentence']}",
         "",
     ]
-    tested = f" McNemar: {head.gained} gained, {head.lost} lost, {p_text(head.p)}." if head.p is not None else ""
+    what = "groups of answers " if head.grouped else ""
+    changed = f": {what}{head.gained} gained, {head.lost} lost," if head.gained is not None else ""
+    tested = f" {head.test}{changed} {p_text(head.p)}" if head.p is not None else ""
+    if head.p_holm is not None and head.p_holm != head.p:
+        tested += f" ({p_text(head.p_holm).replace('p', 'Holm', 1)})"
+    tested += "." if tested else ""
     out += [
         f"{head.metric}.{head.estimate}, {head.records} pairs.{tested}" + (f" {head.chosen}." if head.chosen else "")
     ]
@@ -68,7 +73,7 @@ def markdown(run: RunFolder, found: Mapping[str, Any]) -> str:
         for r in found["forest"]["rows"]
     ]
     out += [f"## Differences: {found['forest']['name']}", ""]
-    out += [*table(["arms", "difference", "gained / lost", "McNemar", "Holm"], rows), ""]
+    out += [*table(["arms", "difference", "gained / lost", head.test, "Holm"], rows), ""]
     if found["cost"]:
         rows = [[c["arm"], c["seconds"], c["rate"], c["relative"], c["memory"]] for c in found["cost"]]
         out += ["## Cost", "", *table(["arm", "per sample", "rate", "time against baseline", "peak memory"], rows), ""]

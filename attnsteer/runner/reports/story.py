@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ...errors import RunError
-from ...evals.metrics.base import SAMPLES, Mean, Metric, Totals
+from ...evals.metrics.base import SAMPLES, Metric, Totals
 from ..folder import Key, RunFolder
+from ..points import own_point
 
 # A difference counts as seen where its 95 % interval leaves out zero; of several settings, the p-value adjusted for all
 # must be at most this too. A single setting was chosen before the run, so that nothing needs an adjustment.
@@ -77,8 +78,10 @@ class Headline:
     Attributes:
         metric, estimate: the primary figure. better: 1, -1, or 0 where no direction is good.
         point: of the sweep; its values. arm: the method's; base: its baseline's. chosen: why this point, or "".
-        baseline, method, difference: of the figure. gained, lost, p, p_holm: of McNemar's test, or None.
+        baseline, method, difference: of the figure. gained, lost: of McNemar's test, or None where it is not about this figure.
+        test, p, p_holm: "McNemar" or "Resampling", its p-value, and the one adjusted for all settings, or None.
         verdict: "better", "worse", "none" or "changed". records: pairs.
+        grouped: gained and lost count groups of answers (about one picture, of one sample under several seeds).
     """
 
     metric: str
@@ -93,10 +96,12 @@ class Headline:
     difference: Figure
     gained: int | None
     lost: int | None
+    test: str
     p: float | None
     p_holm: float | None
     verdict: str
     records: int
+    grouped: bool
 
     @property
     def words(self) -> str:
@@ -127,9 +132,10 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         )
     share = f"{metric}.{estimate}" in percent
     change = Figure.of(found["estimates"][estimate], share, signed=True)
-    test = (found.get("mcnemar") or {}) if tested(run.measures[metric], estimate) else {}
-    p_holm = found.get("p_holm") if test else None
+    test = (found.get("mcnemar") or {}) if run.measures[metric].tested(estimate) else {}
+    p_holm = found.get("p_holm")
     arms = run.metrics["arms"]
+    paired = sorted(set(run.records.get(base, {})) & set(run.records.get(arm, {})))
     return Headline(
         metric,
         estimate,
@@ -143,16 +149,13 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         change,
         test.get("gained"),
         test.get("lost"),
-        test.get("p"),
+        "McNemar" if test else "Resampling",
+        found.get("p"),
         p_holm,
         verdict(change, better, p_holm if len(run.points) > 1 else None),
-        len(set(run.records.get(base, {})) & set(run.records.get(arm, {}))),
+        len(paired),
+        run.groups(paired) is not None,
     )
-
-
-def tested(metric: Metric, estimate: str) -> bool:
-    """Whether McNemar's test of a metric is about this estimate: the share of right answers."""
-    return metric.correct is not None and metric.statistics.get(estimate) == Mean(metric.correct)
 
 
 def verdict(change: Figure, better: int, p: float | None) -> str:
@@ -179,9 +182,9 @@ def _point(run: RunFolder, metric: str, estimate: str, better: int) -> tuple[dic
         raise RunError(f"{run.path}: no arm of kind method; there are {', '.join(run.arms)}.")
     if len(points) == 1:
         return points[0], ""
-    for point in points:
-        if all(field_of(run.recipe, k) == v for k, v in point["values"].items()):
-            return point, f"the recipe's own of {len(points)} settings"
+    own = own_point(points, run.recipe)
+    if own is not None:
+        return own, f"the recipe's own of {len(points)} settings"
 
     def worth(point: dict[str, Any]) -> float:
         found = difference(run, point, metric)
@@ -189,18 +192,6 @@ def _point(run: RunFolder, metric: str, estimate: str, better: int) -> tuple[dic
         return float("-inf") if value is None else (better or 1) * value
 
     return max(points, key=worth), f"best of {len(points)} settings, chosen on these samples: expect less on others"
-
-
-def field_of(recipe: Any, dotted: str) -> Any:
-    """A field by its dotted path, or None."""
-    for part in dotted.split("."):
-        if isinstance(recipe, list) and part.isdecimal() and int(part) < len(recipe):
-            recipe = recipe[int(part)]
-        elif isinstance(recipe, Mapping):
-            recipe = recipe.get(part)
-        else:
-            return None
-    return recipe
 
 
 def values_text(values: Mapping[str, Any]) -> str:

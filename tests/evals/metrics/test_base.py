@@ -120,7 +120,24 @@ def test_zero_over_zero_is_reported() -> None:
 def test_mcnemar() -> None:
     metric = of({}, correct="x")
     assert metric.mcnemar([{"x": 1}, {}], [{"x": 1}, {"x": 1}]) == McNemar(1, 0, 1.0)
+    assert metric.mcnemar([{}, {}], [{"x": 1}, {"x": 1}], groups=["a", "a"]) == McNemar(1, 0, 1.0)
     assert of({}).mcnemar([{"x": 1}], [{"x": 1}]) is None
+
+
+def test_the_p_value_of_a_figure() -> None:
+    """McNemar's where it is about the figure; else the bootstrap's, which agrees with the interval."""
+    metric = of(
+        {"share": Mean("x"), "ratio": Ratio(("x",), ("y",)), "rare": Mean("z")}, correct="x", when={"rare": "z"}
+    )
+    before, after = [{"x": i % 2, "y": 1} for i in range(40)], [{"x": int(i % 8 != 0), "y": 1} for i in range(40)]
+    assert metric.p_value("share", before, after) == metric.mcnemar(before, after).p == 2 / 2**15
+    groups = [i // 4 for i in range(40)]
+    assert metric.p_value("share", before, after, groups=groups) == metric.mcnemar(before, after, groups=groups).p
+    assert metric.p_value("ratio", before, after) < 0.01 and metric.p_value("ratio", before, before) == 1.0
+    assert metric.p_value("ratio", after, before) == metric.p_value("ratio", before, after)
+    assert metric.p_value("rare", before, after) is None
+    with pytest.raises(RecordError, match="40 samples before and 39 after"):
+        metric.p_value("ratio", before, after[1:])
 
 
 def test_bad_records() -> None:

@@ -48,6 +48,18 @@ def test_frechet_distance_by_the_formula(count: int) -> None:
     )
 
 
+def test_the_p_value_of_a_distance_is_that_of_its_interval() -> None:
+    g = torch.Generator().manual_seed(3)
+    metric = get_metric("fid", reference=torch.randn(500, 3, generator=g))
+    first, second = ([{"features": r} for r in (torch.randn(60, 3, generator=g) + m).tolist()] for m in (0.0, 0.6))
+    found = metric.compare(first, second)["frechet_distance"]
+    p = metric.p_value("frechet_distance", first, second)
+    assert found.low > 0 and 0 < p < 0.05 and metric.p_value("frechet_distance", first, first) == 1.0
+    # Three samples to a group are 20 groups, and as many are left out one at a time.
+    assert metric.p_value("frechet_distance", first, second, groups=[i // 3 for i in range(60)]) < 0.05
+    assert metric.p_value("frechet_distance", first[:9], second[:9]) is None
+
+
 def test_the_interval_of_a_distance_covers_what_resampling_shows() -> None:
     """The jackknife's half width over the spread of the same figure on fresh sets."""
     g = torch.Generator().manual_seed(2)
