@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import RunError, listing
 from . import store
 from .build import Plan
 from .job import Job
 from .score import Scores
 
+# What has to be equal for numbers to be equal.
+EQUAL = ("versions", "python", "platform", "cpu", "threads", "gpu", "device", "git")
 PARTS = (store.RECORDS, store.TIMINGS, store.AUDIT)
 
 
@@ -37,7 +39,17 @@ def read_timings(folder: Path) -> list[dict[str, Any]]:
 def score(job: Job, arms: dict[str, Any]) -> None:
     """Write metrics.json from the records that there are."""
     found = Scores(job.recipe, arms, job.data.samples, read_records(job.folder), read_timings(job.folder))
-    store.write_json(job.folder / store.METRICS, found.to_dict())
+    out = found.to_dict()
+    out["warnings"] += mixed(store.read_json(job.folder / store.ENVIRONMENT))
+    store.write_json(job.folder / store.METRICS, out)
+
+
+def mixed(environment: Any) -> list[str]:
+    """What to say of a run whose parts ran on different machines or versions; see `EQUAL`."""
+    if not isinstance(environment, dict):
+        return []
+    differ = [k for k in EQUAL if any(e.get(k) != environment.get(k) for e in environment.get("earlier", ()))]
+    return [f"parts of the run differ in {listing(differ)} (environment.json); numbers may too"] if differ else []
 
 
 def finish(job: Job, arms: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import threading
 import time
@@ -85,7 +86,7 @@ class Status:
 
     def __init__(self, folder: Path, total: int, done: int, writes: bool):
         self.path, self.total, self.done, self.writes = folder / store.STATUS, total, done, writes
-        before = store.read_json(self.path) if writes else None
+        self._before = before = store.read_json(self.path) if writes else None
         again = isinstance(before, dict) and before.get("state") != "complete" and before.get("started")
         self.started = before["started"] if again else now()
         self._last = -PULSE
@@ -97,6 +98,12 @@ class Status:
             self._last = time.monotonic()
             value = {"state": state, "message": message, "started": self.started, "ended": now() if ended else None}
             store.write_json(self.path, {**value, "done": self.done, "total": self.total})
+
+    def undo(self) -> None:
+        """Put back what was there before, for good: the run in the folder is another one."""
+        if self._before is not None:
+            store.write_json(self.path, self._before)
+        self.writes = False
 
     def more(self, records: int) -> None:
         """Records were added."""
@@ -128,7 +135,6 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
                 store.mend(path)
         store.write_atomic(folder / store.RECIPE, recipe.canonical().encode())
         store.write_json(folder / store.IDENTITY, identity)
-        store.write_json(folder / store.ENVIRONMENT, environment(loaded.device, ranks.world))
         store.write_lines(folder / store.SAMPLES, job.data.samples)
     ranks.wait()
     done = read_records(folder)
@@ -140,8 +146,13 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
         arms = planned(job, loaded, ranks, progress)
         status.total = len(arms.arms) * len(recipe.seeds) * len(job.data.samples)
         if ranks.first:
+            same_arms(folder, arms, status)
+            if status.done < status.total:
+                note_environment(folder, environment(loaded.device, ranks.world), again=status.done > 0)
             store.write_json(folder / store.ARMS, arms.to_dict())
             status.put("running")
+        # Nobody answers for arms that were refused.
+        ranks.wait()
         Work(job, loaded, arms.arms, ranks, status, progress).all(done)
         ranks.wait()
         if ranks.first:
@@ -188,6 +199,38 @@ def same_run(folder: Path, identity: dict[str, Any]) -> None:
         f"{folder} holds a run with other {' and '.join(differ)}, and stays as it is. Give another folder with --out, or "
         "the recipe that it was made with."
     )
+
+
+def same_arms(folder: Path, arms: Plan, status: Status) -> None:
+    """Refuse to go on with other arms than the records are of: files of heads can change under an equal recipe.
+
+    Raises:
+        RunError: they differ.
+    """
+    before = store.read_json(folder / store.ARMS)
+    if before is None or before == json.loads(store.to_json(arms.to_dict())):
+        return
+    if status.done:
+        status.undo()
+        raise RunError(
+            f"{folder} holds a run with other arms (heads or parameters), and stays as it is. Give another folder with "
+            "--out, or the files of heads that it was made with."
+        )
+    # Nothing was answered, and what was measured of a batch on the way there is of no arm any more.
+    for name in PARTS:
+        for path in store.parts(folder, name):
+            path.unlink()
+
+
+def note_environment(folder: Path, found: dict[str, Any], again: bool) -> None:
+    """Write environment.json; those of earlier parts of the run that differ are kept under `earlier`."""
+    before = store.read_json(folder / store.ENVIRONMENT) if again else None
+    earlier = []
+    if isinstance(before, dict):
+        earlier = before.pop("earlier", [])
+        if before not in (found, *earlier):
+            earlier.append(before)
+    store.write_json(folder / store.ENVIRONMENT, {**found, **({"earlier": earlier} if earlier else {})})
 
 
 def planned(job: Job, loaded: Loaded, ranks: Ranks, progress: bool) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
@@ -173,6 +174,12 @@ def read_lines(path: Path) -> Iterator[Line]:
                     f"again), and {AGAIN}."
                 )
             yield found
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256, in hex, of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:

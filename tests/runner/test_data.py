@@ -161,6 +161,16 @@ def test_pope_is_json_lines_under_the_name_json(tmp_path: Path) -> None:
     assert data.samples[0]["label"] == "no"
 
 
+def test_samples_with_other_pictures_are_other_samples(tmp_path: Path) -> None:
+    pictures = [(FIXTURES / "images" / f"000{i}.png").read_bytes() for i in range(2)]
+    digests = set()
+    for content in (*pictures, pictures[0]):
+        (tmp_path / "a.png").write_bytes(content)
+        data = saved(tmp_path, "a.jsonl", '{"image_id": 1, "image": "a.png"}', "captions")
+        digests.add(data.digest())
+    assert len(digests) == 2
+
+
 def test_captions_of_a_coco_file(tmp_path: Path) -> None:
     text = json.dumps({"images": [{"id": 42, "file_name": "0001.png"}], "annotations": []}, indent=1)
     data = saved(tmp_path, "instances.json", text, "captions", images=str(FIXTURES / "images"))

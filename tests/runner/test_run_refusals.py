@@ -90,6 +90,16 @@ def test_a_model_from_a_folder_answers_as_the_embedded_one(tmp_path: Path, whole
     assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
 
 
+def test_every_file_that_a_model_is_made_of_tells_it_apart(tmp_path: Path) -> None:
+    from attnsteer.runner.models import WEIGHTS, hashes
+
+    names = ["a.safetensors", "config.json", "merges.txt", "spiece.model", "chat_template.jinja"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"1")
+    (tmp_path / "README.md").write_bytes(b"1")
+    assert sorted(hashes(tmp_path)) == sorted(names) and len(names) == len(WEIGHTS)
+
+
 def test_a_metric_that_the_records_cannot_feed_is_found_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"letter needs .*no generated"):
         prepare(recipe(tmp_path, metrics=["letter"], primary="letter.accuracy"), tmp_path / "run")

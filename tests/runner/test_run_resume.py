@@ -218,6 +218,53 @@ def test_ctrl_c_amid_a_line_leaves_none_of_it(tmp_path: Path, whole: Path, monke
     assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
 
 
+def test_a_run_does_not_go_on_with_other_heads(tmp_path: Path) -> None:
+    from attnsteer import HeadSet
+
+    heads = tmp_path / "heads.safetensors"
+    HeadSet({5: [0, 7]}).save(heads)
+    base = recipe(tmp_path, interventions=[{"method": "ACT", "params": {"beta": 0.4}, "heads": heads.name}])
+    out = tmp_path / "run"
+    stopped(base, out, after=6)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    HeadSet({3: [1]}).save(heads)
+    with pytest.raises(RunError, match=r"other arms .heads or parameters., and stays as it is"):
+        run(base, out, progress=False)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    HeadSet({5: [0, 7]}).save(heads)
+    run(base, out, progress=False)
+    assert load(out / "status.json")["state"] == "complete"
+
+
+def test_heads_may_change_while_nothing_was_answered(tmp_path: Path) -> None:
+    from attnsteer import HeadSet
+
+    heads = tmp_path / "heads.safetensors"
+    HeadSet({5: [0, 7]}).save(heads)
+    base = recipe(tmp_path, interventions=[{"method": "ACT", "params": {"beta": 0.4}, "heads": heads.name}])
+    out = tmp_path / "run"
+    stopped(base, out, after=0)
+    HeadSet({3: [1]}).save(heads)
+    run(base, out, progress=False)
+    assert load(out / "arms.json")["arms"][2]["interventions"][0]["heads"] == {"3": [1]}
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnsteer.runner import runs
+
+    base, out, real = recipe(tmp_path), tmp_path / "run", runs.environment
+    stopped(base, out, after=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "environment", lambda *a: {**real(*a), "threads": 99})
+        stopped(base, out, after=2)
+    run(base, out, progress=False)
+    found = load(out / "environment.json")
+    assert found["threads"] != 99 and [e["threads"] == 99 for e in found["earlier"]] == [False, True]
+    assert [w for w in load(out / "metrics.json")["warnings"] if "differ in threads" in w]
+    run(base, out, progress=False)
+    assert load(out / "environment.json") == found
+
+
 def test_a_failure_is_in_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnsteer.runner.tasks import choice
 

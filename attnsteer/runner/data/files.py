@@ -39,7 +39,7 @@ def load(spec: DataSpec, task: str, prompt: str | None, folder: Path) -> Data:
             f"{path}: {len(absent)} of {len(found)} images are not in {images}; the first is {absent[0]['image']!r} of "
             f"sample {absent[0]['id']}. Say where they are with data.images."
         )
-    return Data(found, opener(images))
+    return Data(found, opener(images), images)
 
 
 def opener(folder: Path) -> Callable[[Mapping[str, Any]], Any]:
