@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import RunError, listing
 from . import judges, store
 from .build import Arm, Plan, plan
 from .data import Sample
@@ -133,8 +133,9 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
         for name in PARTS:
             for path in store.parts(folder, name):
                 store.mend(path)
-        store.write_atomic(folder / store.RECIPE, recipe.canonical().encode())
+        # First of all, so that a folder with anything else in it is known.
         store.write_json(folder / store.IDENTITY, identity)
+        store.write_atomic(folder / store.RECIPE, recipe.canonical().encode())
         store.write_lines(folder / store.SAMPLES, job.data.samples)
     ranks.wait()
     done = read_records(folder)
@@ -179,16 +180,20 @@ def _failed(status: Status, error: BaseException) -> None:
 
 
 def same_run(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder with a run of something else; nothing in it was touched.
+    """Refuse a folder with a run of something else, or with files that a run would replace; nothing in it was touched.
 
     Raises:
         RunError: it is one; the message says what differs.
     """
     found = store.read_json(folder / store.IDENTITY)
     if found is None:
-        others = [p.name for p in (folder / store.RECIPE, folder / store.RECORDS) if p.exists()]
+        others = [name for name in store.OWN if (folder / name).exists()]
+        others += [path.name for name in PARTS for path in store.parts(folder, name)]
         if others:
-            raise RunError(f"{folder} has {others[0]} but no {store.IDENTITY}; give another folder with --out.")
+            raise RunError(
+                f"{folder} has {listing(others)} but no {store.IDENTITY}, so it is no run's, which would replace "
+                f"{'it' if len(others) == 1 else 'them'}; give another folder with --out."
+            )
         return
     if found == identity:
         return

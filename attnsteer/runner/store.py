@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from ..errors import RunError
 RECIPE, IDENTITY, STATUS, SAMPLES, ARMS = "recipe.yaml", "identity.json", "status.json", "samples.jsonl", "arms.json"
 RECORDS, TIMINGS, METRICS, AUDIT = "records.jsonl", "timings.jsonl", "metrics.json", "audit.json"
 ENVIRONMENT, IMAGES, LOCK = "environment.json", "images", ".lock"
+# What a run writes, its searches, and what is made from it later.
+OWN = (RECIPE, STATUS, SAMPLES, ARMS, RECORDS, TIMINGS, METRICS, AUDIT, ENVIRONMENT, IMAGES)
+OWN += ("calibration", "attention.json", "report.html", "report.md")
 AGAIN = "start the run again with the same command, and it goes on where it stopped"
 Line = dict[str, Any]
 
@@ -240,7 +244,7 @@ class Lock:
 def parts(folder: Path, name: str) -> list[Path]:
     """The parts that the processes of a run wrote of a file: "records.jsonl" -> records-0.jsonl, records-1.jsonl, ..."""
     stem = name.partition(".")[0]
-    return sorted(folder.glob(f"{stem}-*.jsonl"))
+    return sorted(p for p in folder.glob(f"{stem}-*.jsonl") if re.fullmatch(rf"{stem}-\d+\.jsonl", p.name))
 
 
 def part(folder: Path, name: str, rank: int) -> Path:

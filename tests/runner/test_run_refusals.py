@@ -10,7 +10,7 @@ import pytest
 from attnsteer.errors import NeverFired, RecipeError, RunError
 from attnsteer.runner import run, store
 from attnsteer.runner.job import prepare
-from tests.runner.running import EXISTENCE, LAYOUTS, load, recipe
+from tests.runner.running import EXISTENCE, LAYOUTS, READING, load, recipe
 
 
 def test_the_folder_of_another_recipe_is_left_alone(tmp_path: Path, whole: Path) -> None:
@@ -23,6 +23,42 @@ def test_the_folder_of_another_recipe_is_left_alone(tmp_path: Path, whole: Path)
     with pytest.raises(RunError, match=r"--tiny"):
         run(recipe(tmp_path), whole, tiny=True, progress=False)
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "name", ["samples.jsonl", "metrics.json", "records-2.jsonl", "recipe.yaml", "report.html", "images", "calibration"]
+)
+def test_a_folder_with_files_of_someone_else_is_left_alone(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / name).write_text("mine")
+    with pytest.raises(RunError, match=f"has {name} but no identity.json"):
+        run(recipe(tmp_path), out, progress=False)
+    assert {p.name for p in out.iterdir()} == {".lock", name} and (out / name).read_text() == "mine"
+
+
+def test_other_files_in_the_folder_stay_as_they_are(tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    for name in ("records-old.jsonl", "timings-2020-1.jsonl", "notes.txt"):
+        (out / name).write_text("torn")
+    run(recipe(tmp_path, data={**READING["data"], "limit": 1}), out, progress=False)
+    assert {p.read_text() for p in (*out.glob("*-*.jsonl"), out / "notes.txt")} == {"torn"}
+
+
+def test_a_run_killed_before_its_recipe_is_written_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out, real = recipe(tmp_path, data={**READING["data"], "limit": 1}), tmp_path / "run", store.write_atomic
+
+    def write(path: Path, data: bytes) -> None:
+        real(path, data)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_atomic", write)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, out, progress=False)
+    run(base, out, progress=False)
+    assert load(out / "status.json")["state"] == "complete"
 
 
 def test_texts_about_a_recipe_may_change(tmp_path: Path, whole: Path) -> None:
