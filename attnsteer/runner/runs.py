@@ -309,23 +309,20 @@ class Work:
             answers, units, audit = self._answers(arm, seed, part)
         head = {"arm": arm.id, "seed": seed}
         records = [{**head, "id": s["id"], **a} for s, a in zip(part, answers, strict=True)]
-        files[store.RECORDS].append([r for r in records if r["id"] in missing])
-        edits = sum(site["edits"] for entry in audit for site in entry["sites"].values())
-        files[store.TIMINGS].append(
-            [
-                {
-                    **head,
-                    "batch": number,
-                    "samples": len(part),
-                    "seconds": reading.seconds,
-                    self.task.UNIT: units,
-                    "peak_memory": reading.peak_memory,
-                    "edits": edits,
-                    "first": arm.id not in self._begun,
-                }
-            ]
-        )
+        timing = {
+            **head,
+            "batch": number,
+            "samples": len(part),
+            "seconds": reading.seconds,
+            self.task.UNIT: units,
+            "peak_memory": reading.peak_memory,
+            "edits": sum(site["edits"] for entry in audit for site in entry["sites"].values()),
+            "first": arm.id not in self._begun,
+        }
+        # Records come last: they say that a batch is done. What a stop leaves of the others is superseded.
         files[store.AUDIT].append([{**head, "batch": number, "interventions": audit}])
+        files[store.TIMINGS].append([timing])
+        files[store.RECORDS].append([r for r in records if r["id"] in missing])
         self._begun.add(arm.id)
 
     def _answers(self, arm: Arm, seed: int, part: list[Sample]) -> tuple[list[dict[str, Any]], int, list[Any]]:

@@ -265,6 +265,65 @@ def test_a_run_that_goes_on_elsewhere_says_so(tmp_path: Path, monkeypatch: pytes
     assert load(out / "environment.json") == found
 
 
+@pytest.mark.parametrize("writes", range(2))
+@pytest.mark.parametrize("name", ["records", "timings", "audit"])
+def test_a_batch_has_one_line_in_each_file_wherever_it_was_stopped(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str, writes: int
+) -> None:
+    base, out, real, count = recipe(tmp_path), tmp_path / "run", store.Lines.append, [0]
+
+    def append(self: store.Lines, lines: Any) -> None:
+        count[0] += self.path.name == f"{name}-0.jsonl"
+        if count[0] == 6 and writes:
+            real(self, lines)
+        if count[0] == 6:
+            raise KeyboardInterrupt
+        real(self, lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Lines, "append", append)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, out, progress=False)
+    run(base, out, progress=False)
+    same_batches(out, whole)
+
+
+def same_batches(out: Path, whole: Path) -> None:
+    """Compare all that does not measure time."""
+    for file in ("records.jsonl", "audit.json"):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
+    lines = [[json.loads(s) for s in (f / "timings.jsonl").read_text().splitlines()] for f in (out, whole)]
+    one, two = ([(t["arm"], t["seed"], t["batch"], t["edits"]) for t in own] for own in lines)
+    assert one == two and not list(out.glob("*-*.jsonl"))
+
+
+@pytest.mark.parametrize("gone", range(6))
+def test_a_stop_while_files_are_merged_loses_and_doubles_nothing(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, gone: int
+) -> None:
+    base, out, real, count = recipe(tmp_path), tmp_path / "run", Path.unlink, [0]
+    stopped(base, out, after=7)
+    # As if two processes had written.
+    for name in ("records", "timings", "audit"):
+        lines = (out / f"{name}-0.jsonl").read_bytes().splitlines(keepends=True)
+        (out / f"{name}-0.jsonl").write_bytes(b"".join(lines[:4]))
+        (out / f"{name}-1.jsonl").write_bytes(b"".join(lines[4:]))
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".jsonl":
+            count[0] += 1
+            if count[0] > gone:
+                raise KeyboardInterrupt
+        real(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, out, progress=False)
+    run(base, out, progress=False)
+    same_batches(out, whole)
+
+
 def test_a_failure_is_in_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnsteer.runner.tasks import choice
 
