@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def run(
     return job.folder
 
 
-@contextmanager
+@contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """SIGTERM, as schedulers send it before they kill, stops a run as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
@@ -161,22 +161,31 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
             status.done = status.total
             status.put("complete", ended=True)
     except KeyboardInterrupt:
-        if ranks.first:
-            if arms is not None:
-                score(job, arms.to_dict())
-            status.put("interrupted", f"stopped by hand; {store.AGAIN}", ended=True)
+        _ended(status, "interrupted", f"stopped by hand; {store.AGAIN}")
+        if ranks.first and arms is not None:
+            _score_part(job, arms, status)
         raise
     except BaseException as error:
-        _failed(status, error)
+        _ended(status, "failed", _said(error))
         raise
 
 
-def _failed(status: Status, error: BaseException) -> None:
-    """Say why in status.json, if that can still be written; what happened first is what is raised."""
+def _ended(status: Status, state: str, message: str) -> None:
+    """Say so in status.json, if that can still be written; what happened first is what is raised."""
+    with contextlib.suppress(RunError):
+        status.put(state, message, ended=True)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _score_part(job: Job, arms: Plan, status: Status) -> None:
+    """Score what there is. Where that is too little for a metric, the status says so: the records are what counts."""
     try:
-        status.put("failed", f"{type(error).__name__}: {' '.join(str(error).split())}", ended=True)
-    except RunError:
-        pass
+        score(job, arms.to_dict())
+    except Exception as error:
+        _ended(status, "interrupted", f"stopped by hand; {store.AGAIN}. No figures yet ({_said(error)})")
 
 
 def same_run(folder: Path, identity: dict[str, Any]) -> None:

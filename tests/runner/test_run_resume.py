@@ -134,6 +134,22 @@ def test_ctrl_c_keeps_and_scores_what_is_complete(tmp_path: Path, whole: Path) -
     assert load(out / "status.json")["state"] == "complete"
 
 
+@pytest.mark.parametrize("error", [KeyError("colour"), RunError("too few"), ValueError("nan")])
+def test_what_cannot_be_scored_yet_does_not_hide_the_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from attnsteer.runner import runs
+
+    def score(*args: Any) -> None:
+        assert load(tmp_path / "run" / "status.json")["state"] == "interrupted"
+        raise error
+
+    monkeypatch.setattr(runs, "score", score)
+    stopped(recipe(tmp_path), tmp_path / "run", after=6)
+    status = load(tmp_path / "run" / "status.json")
+    assert status["state"] == "interrupted" and type(error).__name__ in status["message"] and status["done"] == 24
+
+
 def test_sigterm_stops_a_run_as_ctrl_c_does(tmp_path: Path) -> None:
     from attnsteer.runner.runs import stoppable
 
