@@ -180,6 +180,17 @@ def read_lines(path: Path) -> Iterator[Line]:
             yield found
 
 
+def inside(folder: Path, name: str) -> Path | None:
+    """The path of a file that data or a record names, or None where the name leads out of the folder.
+
+    Names are not trusted; links that lie in the folder are.
+    """
+    path = os.path.normpath(name)
+    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir or "\0" in name:
+        return None
+    return folder / path
+
+
 def file_hash(path: Path) -> str:
     """SHA-256, in hex, of a file."""
     with path.open("rb") as file:

@@ -171,6 +171,15 @@ def test_samples_with_other_pictures_are_other_samples(tmp_path: Path) -> None:
     assert len(digests) == 2
 
 
+@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "{}/secret.png"])
+def test_images_outside_their_folder_are_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.png").write_bytes((FIXTURES / "images" / "0000.png").read_bytes())
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    row = {"image_id": 1, "image": name.format(tmp_path)}
+    with pytest.raises(RecipeError, match=r"secret.png' of sample 1 is not in .*data.images"):
+        saved(tmp_path / "in", "a.jsonl", json.dumps(row), "captions")
+
+
 def test_captions_of_a_coco_file(tmp_path: Path) -> None:
     text = json.dumps({"images": [{"id": 42, "file_name": "0001.png"}], "annotations": []}, indent=1)
     data = saved(tmp_path, "instances.json", text, "captions", images=str(FIXTURES / "images"))

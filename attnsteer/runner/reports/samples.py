@@ -176,6 +176,8 @@ def _notes(run: RunFolder, total: int, album: Album, arms: Sequence[Any]) -> lis
         found.append(
             f"Pictures left out of this page, which would be too large: {album.left_out}; they are in the run folder."
         )
+    if album.missing:
+        found.append(f"Pictures of the data that cannot be read where the report is made: {album.missing}.")
     if album.shrunk:
         found.append(f"Pictures made smaller for this page: {album.shrunk}.")
     return found
