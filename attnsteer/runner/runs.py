@@ -15,6 +15,7 @@ from typing import Any
 from ..errors import RunError, listing
 from . import judges, store
 from .build import Arm, Plan, plan
+from .checks import check_call
 from .data import Sample
 from .gauges import environment, gauge
 from .job import Job, prepare
@@ -122,6 +123,8 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
     loaded = load_model(
         recipe.model, device=ranks.device, tiny=job.data if job.tiny else None, folder=job.source.folder
     )
+    if loaded.kind == "image":
+        check_call(recipe, loaded.target)
     identity = {
         "recipe": job.source.digest(),
         "samples": job.data.digest(),

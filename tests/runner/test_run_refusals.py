@@ -10,7 +10,7 @@ import pytest
 from attnsteer.errors import NeverFired, RecipeError, RunError
 from attnsteer.runner import run, store
 from attnsteer.runner.job import prepare
-from tests.runner.running import EXISTENCE, LAYOUTS, READING, load, recipe
+from tests.runner.running import CAPTIONS, EXISTENCE, LAYOUTS, READING, load, recipe
 
 
 def test_the_folder_of_another_recipe_is_left_alone(tmp_path: Path, whole: Path) -> None:
@@ -160,9 +160,42 @@ def test_every_sample_of_a_vision_model_has_an_image_and_none_of_a_language_mode
         prepare(recipe(tmp_path, **seen), tmp_path / "run")
 
 
-def test_decoding_means_nothing_to_likelihoods(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no meaning for the task choice"):
-        run(recipe(tmp_path, decoding={"max_new_tokens": 2}), tmp_path / "run", progress=False)
+@pytest.mark.parametrize(
+    ("base", "changes", "message"),
+    [
+        ({}, {"decoding": {"max_new_tokens": 2}}, "decoding: max_new_tokens has no meaning for the task choice"),
+        ({}, {"baseline": {"max_new_tokens": 2}}, "baseline: max_new_tokens has no meaning for the task choice"),
+        (EXISTENCE, {"decoding": {"max_new_token": 3}}, "decoding.max_new_token: .* Did you mean 'max_new_tokens'"),
+        (EXISTENCE, {"baseline": {"num_beam": 3}}, "baseline.num_beam: .* Did you mean 'num_beams'"),
+        (EXISTENCE, {"sweep": {"decoding.top_kk": [1, 2]}}, "decoding.top_kk: .* Did you mean 'top_k'"),
+        (EXISTENCE, {"decoding": {"num_return_sequences": 2}}, "num_return_sequences is set by the run itself"),
+        (CAPTIONS, {"decoding": {"return_dict_in_generate": True}}, "return_dict_in_generate is set by the run itself"),
+        (LAYOUTS, {"decoding": {"output_type": "np"}}, "output_type is set by the run itself"),
+    ],
+)
+def test_arguments_of_the_call_are_checked_before_the_model_is_loaded(
+    tmp_path: Path, base: Any, changes: Any, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        prepare(recipe(tmp_path, **{**base, **changes}), tmp_path / "run")
+
+
+@pytest.mark.parametrize("place", ["decoding", "baseline"])
+def test_arguments_of_a_pipeline_are_checked_before_anything_is_written(tmp_path: Path, place: str) -> None:
+    changes = {**LAYOUTS, place: {"num_inference_step": 2}}
+    with pytest.raises(RecipeError, match=f"{place}.num_inference_step: .* Did you mean 'num_inference_steps'"):
+        run(recipe(tmp_path, **changes), tmp_path / "run", progress=False)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock"}
+
+
+def test_scores_that_are_no_numbers_are_said_with_their_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnsteer.runner.tasks import choice
+
+    monkeypatch.setattr(choice, "_at_once", lambda loaded, ask, every: [[float("nan")] * len(own) for own in every])
+    with pytest.raises(RunError, match=r"log-likelihoods of reading-lookup-test-0, .* float32"):
+        run(recipe(tmp_path), tmp_path / "run", progress=False)
 
 
 def test_a_method_that_never_acts_ends_the_run(tmp_path: Path) -> None:
