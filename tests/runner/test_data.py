@@ -211,6 +211,30 @@ def test_boxes_in_pixels_and_several_of_one_phrase(tmp_path: Path) -> None:
     assert again["regions"] == sample["regions"]
 
 
+@pytest.mark.parametrize("name", ["b.jsonl", "b.csv"])
+def test_boxes_of_a_file_are_fractions_everywhere(tmp_path: Path, name: str) -> None:
+    import csv
+    import io
+
+    from attnsteer.runner.reports.samples import _asked
+
+    row = {"prompt": "a cat and a dog", "phrases": ["dog", "cat"], "boxes": [[0, 0, 256, 256], [256, 0, 512, 512]]}
+    text = io.StringIO()
+    if name.endswith(".csv"):
+        table = csv.writer(text)
+        table.writerow(row)
+        table.writerow([row["prompt"], json.dumps(row["phrases"]), json.dumps(row["boxes"])])
+    else:
+        json.dump(row, text)
+    (sample,) = saved(tmp_path, name, text.getvalue(), "boxes", options={"side": 512}).samples
+    assert sample["texts"] == ["dog", "cat"] and sample["boxes"] == [[0, 0, 0.5, 0.5], [0.5, 0, 1, 1]]
+    assert _asked(sample)["boxes"] == [["dog", 0, 0, 0.5, 0.5], ["cat", 0.5, 0, 1, 1]]
+    # Of a phrase with several there is no one box to give; they are drawn all the same.
+    row["phrases"], row["prompt"] = ["cats", "cats"], "two cats"
+    (sample,) = saved(tmp_path, "c.jsonl", json.dumps(row), "boxes", options={"side": 512}).samples
+    assert "boxes" not in sample and len(_asked(sample)["boxes"]) == 2
+
+
 GOOD = '{"question": "Q?", "choices": ["a", "b"], "answer": 0}\n'
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import RunError
 from ..models import Loaded
 from . import Ask, kept
-from .prompts import continuations, encode
+from .prompts import continuations, encode, positions
 
 WRITES = ("scores",)
 KEEPS = ("choices", "answer", "level", "category")
@@ -49,6 +49,8 @@ def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
 
 def _at_once(loaded: Loaded, ask: Ask, every: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
     batch = encode(loaded, ask, strip=True)
+    if loaded.kind == "lm":
+        batch = {**batch, **positions(loaded.target, batch["attention_mask"])}
     logits = loaded.target(**batch, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
     return [logits[i, [c[0] for c in own]].tolist() for i, own in enumerate(every)]
 
