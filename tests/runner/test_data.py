@@ -180,6 +180,21 @@ def test_images_outside_their_folder_are_not_read(tmp_path: Path, name: str) -> 
         saved(tmp_path / "in", "a.jsonl", json.dumps(row), "captions")
 
 
+@pytest.mark.parametrize("form", ["pope", "questions"])
+def test_questions_are_grouped_as_a_column_says_else_by_picture(tmp_path: Path, form: str) -> None:
+    (tmp_path / "a.png").write_bytes((FIXTURES / "images" / "0000.png").read_bytes())
+    rows = [
+        {"question": "Is there a dog?", "answer": "no", "label": "no", "image": "a.png", "scene": g} for g in (1, 2)
+    ]
+    for columns, groups in (({}, ["a.png", "a.png"]), ({"group": "scene"}, ["1", "2"])):
+        text = "\n".join(map(json.dumps, rows))
+        found = saved(tmp_path, "a.jsonl", text, form, columns=columns).samples
+        assert [s["group"] for s in found] == groups
+    rows = [{**r, "group": r["scene"]} for r in rows]
+    found = saved(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)), form).samples
+    assert [s["group"] for s in found] == ["1", "2"]
+
+
 def test_captions_of_a_coco_file(tmp_path: Path) -> None:
     text = json.dumps({"images": [{"id": 42, "file_name": "0001.png"}], "annotations": []}, indent=1)
     data = saved(tmp_path, "instances.json", text, "captions", images=str(FIXTURES / "images"))

@@ -120,12 +120,17 @@ def samples(
             raise RecipeError(
                 f"data.options.{name}: the format {form} has no such option; there are: {', '.join(known) or 'none'}."
             )
-    out = [{**build(row, options, prompt), "index": start + i} for i, row in enumerate(rows)]
+    out = [{**build(row, options, prompt), **_group(row), "index": start + i} for i, row in enumerate(rows)]
     if options.get("levels"):
         # HRS-Bench's files: three equal thirds, from easy to hard.
         for sample in out:
             sample["level"] = LEVELS[min(2, 3 * sample["index"] // total)]
     return out
+
+
+def _group(row: Row) -> Sample:
+    """What a sample was drawn together with, where a column says so; else samples of one picture are a group."""
+    return {"group": str(row.get("group"))} if row.has("group") else {}
 
 
 def filled(template: str, row: Row, values: Mapping[str, Any]) -> str:
