@@ -211,7 +211,7 @@ def _pipeline(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loaded:
 
     placed = {"device_map": spec.device_map} if spec.device_map is not None else {}
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        source, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **placed
+        source, torch_dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **placed
     )
     if not placed:
         pipe = pipe.to(device)

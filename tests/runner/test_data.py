@@ -365,6 +365,20 @@ def test_hub_data_is_read_at_its_revision_and_pictures_when_they_are_needed(monk
         load(spec, "answer")
 
 
+def test_code_of_a_data_set_is_refused_where_the_library_would_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, trust_remote_code: bool = True, **options: Any) -> Table:
+        asked.append(trust_remote_code)
+        return Table([{"prompt": "a cat"}], {"prompt": "text"})
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    load(DataSpec(hub="a/b", format="prompts", limit=1), "image")
+    assert asked == [False]
+
+
 def test_hub_data_without_the_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingExtra, match=r"attnsteer\[eval\]"):

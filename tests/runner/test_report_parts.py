@@ -125,6 +125,34 @@ def test_pictures_of_data_files_come_from_their_folder_and_from_nowhere_else(
             album.add(name, own=True)
 
 
+def test_a_full_disk_is_an_error_and_leaves_no_half_file(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    from attnsteer import HeadSet
+    from attnsteer.runner import attention, calibration, store
+
+    own = copy(runs["text"], tmp_path / "run")
+    before = {p: p.read_bytes() for p in own.rglob("*") if p.is_file()}
+
+    def full(handle: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, "write_all", full)
+    writers = [
+        lambda: report(own),
+        lambda: attention.save(own, {"schema": 1}),
+        lambda: calibration._write(HeadSet({1: [0]}), own / "calibration" / "h.safetensors"),
+        lambda: calibration._write((1, 2), own / "calibration" / "d.json"),
+    ]
+    for write in writers:
+        with pytest.raises(RunError, match="the disk is full"):
+            write()
+    assert {p: p.read_bytes() for p in own.rglob("*") if p.is_file()} == before
+
+
 def test_a_picture_of_the_data_that_cannot_be_read_is_noted(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     album = pictures.Album(runs["images"], {"data": {"images": str(tmp_path)}})
