@@ -8,8 +8,6 @@ all heads where a method has no heads of its own, read by `attnsteer.viz.record`
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from ..intervention import Intervention
 from ..steering import steer
 from ..viz.record import WordRecorder, phrase_maps, word_maps
 from ..where import Where
+from . import store
 
 FILE, SCHEMA_VERSION = "attention.json", 1
 # Words of an answer that get a map each, cells of a map's side, and tokens of a prompt's end.
@@ -78,11 +77,13 @@ def collect(
 
 
 def save(folder: str | Path, found: Mapping[str, Any]) -> Path:
-    """Write attention.json into a run folder, whole or not at all."""
+    """Write attention.json into a run folder, whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     path = Path(folder) / FILE
-    part = path.with_name(f".{FILE}.part")
-    part.write_text(json.dumps(found, allow_nan=False), encoding="utf-8")
-    os.replace(part, path)
+    store.write_atomic(path, store.to_json(found).encode())
     return path
 
 

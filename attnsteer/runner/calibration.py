@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from .._version import __version__
 from ..errors import AttnSteerError, RecipeError, RunError, SerializationError, did_you_mean
 from ..heads import HeadSet
+from . import store
 from .parameters import Method, Sample, method
 from .points import points
 from .schema import CALIBRATED, DataSpec, Recipe, digest
@@ -103,11 +104,8 @@ def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
         raise RunError(f"the cache {folder} cannot be made ({error.strerror}); give another folder.") from error
     state = folder / f"{name}.state.safetensors"
     found = _run(search, replace(task, state=state))
-    try:
-        _write(found, path)
-        state.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}).") from error
+    _write(found, path)
+    state.unlink(missing_ok=True)
     return found
 
 
@@ -164,25 +162,21 @@ def save_found(given: str | Path, out: str | Path, cache: str | Path | None, *, 
         recipe, Subject(loaded.target, loaded.tokenizer, inputs), lambda spec: get(spec).samples, cache
     ).values()
     path = Path(out)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(found, path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}).") from error
+    _write(found, path)
     return f"{path}: {len(found)} {'heads, ' + repr(found) if search.heads else 'dimensions, ' + repr(found)}"
 
 
 def _write(found: Any, path: Path) -> None:
-    """Write a result whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        if isinstance(found, HeadSet):
-            found.save(part)
-        else:
-            part.write_text(json.dumps(list(found)), encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a result whole or not at all.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    if not isinstance(found, HeadSet):
+        return store.write_atomic(path, store.to_json(list(found)).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        data = found.save(Path(folder) / path.name).read_bytes()
+    store.write_atomic(path, data)
 
 
 def search_of(recipe: Recipe) -> Search:

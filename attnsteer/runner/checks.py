@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .calibration import calibration_key, search_of, searched_method
 from .parameters import ZOO
 from .points import points, with_values
 from .schema import CALIBRATED, Recipe
+from .tasks import get_task
 
 # Options of metrics that are files, relative to the recipe.
 METRIC_FILES = {
@@ -45,6 +47,8 @@ def check(recipe: Recipe, *, files: bool = True) -> list[str]:
     for point in points(here):
         with noted():
             _check_arms(point.recipe)
+        with noted():
+            _check_decoding(point.recipe)
     if recipe.tiny:
         with noted():
             _check_arms(resolve(here, tiny=True))
@@ -92,6 +96,45 @@ def _check_arms(recipe: Recipe) -> None:
         # Sizes of layers come with the model; until then the chosen heads are all there are.
         least = {layer: max(m.heads[layer]) + 1 for m in chosen if m.heads is not None for layer in m.heads.layers}
         randomised(chosen, least, 1)
+
+
+def _check_decoding(recipe: Recipe) -> None:
+    """What can be said of arguments of the model's call without the model; see `check_call` for pipelines."""
+    task = get_task(recipe.task)
+    for place, given in (("decoding", recipe.decoding), ("baseline", recipe.baseline)):
+        if given and recipe.task == "choice":
+            raise RecipeError(f"{place}: {listing(given)} has no meaning for the task choice, which writes nothing.")
+        taken = [k for k in task.RESERVED if k in given]
+        if taken:
+            raise RecipeError(f"{place}: {listing(taken)} is set by the run itself.")
+        if given and recipe.task in ("answer", "caption"):
+            from transformers import GenerationConfig
+
+            _check_arguments(place, given, sorted(set(GenerationConfig().to_dict()) - {*task.RESERVED, *_INTERNAL}))
+
+
+# Of a generation config, what is no argument.
+_INTERNAL = ("_from_model_config", "transformers_version")
+
+
+def check_call(recipe: Recipe, pipe: Any) -> None:
+    """Check that a pipeline takes the arguments that a recipe gives for its call, at every point of its sweep.
+
+    Raises:
+        RecipeError: it has no such argument.
+    """
+    found = list(inspect.signature(type(pipe).__call__).parameters.values())[1:]
+    # Those with **kwargs take deprecated arguments by it, and pass over whatever else there is.
+    names = [p.name for p in found if p.kind is not p.VAR_KEYWORD and p.name not in get_task("image").RESERVED]
+    for point in points(recipe):
+        for place in ("decoding", "baseline"):
+            _check_arguments(place, getattr(point.recipe, place), names)
+
+
+def _check_arguments(place: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise RecipeError(f"{place}.{name}: the model's call has no such argument.{did_you_mean(name, known)}")
 
 
 def _check_metrics(recipe: Recipe, files: bool) -> None:

@@ -11,9 +11,9 @@ from typing import Any
 
 from ..errors import RecipeError, RunError, listing
 from ..evals.metrics import Metric, get_metric
-from . import yaml
+from . import store, yaml
+from .store import AGAIN
 
-AGAIN = "start the run again with the same command: it goes on where it stopped"
 # (seed, id) of a record.
 Key = tuple[int, str]
 
@@ -196,7 +196,7 @@ def _records(path: Path, complete: bool) -> dict[str, dict[Key, dict[str, Any]]]
     if complete or whole.is_file():
         files = [whole]
     else:
-        files = sorted(path.glob("records-*.jsonl"))
+        files = store.parts(path, store.RECORDS)
     found: dict[str, dict[Key, dict[str, Any]]] = {}
     for file in files:
         for record in _lines(file, ("arm", "seed", "id"), torn=file != whole):

@@ -40,7 +40,7 @@ class Job:
         data = load_data(spec, self.recipe.task, prompt=self.recipe.prompt, folder=self.recipe.folder)
         if self.tiny and spec.zoo is None and self.recipe.model.kind == "lm":
             # The bundled questions are about pictures; texts alone are asked of a language model.
-            data = Data([{k: v for k, v in s.items() if k != "image"} for s in data.samples], data.image)
+            data = Data([{k: v for k, v in s.items() if k != "image"} for s in data.samples], data.image, data.folder)
         return data
 
 

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import RunError, listing
 from . import store
 from .build import Plan
 from .job import Job
 from .score import Scores
 
+# What has to be equal for numbers to be equal.
+EQUAL = ("versions", "python", "platform", "cpu", "threads", "gpu", "device", "git")
 PARTS = (store.RECORDS, store.TIMINGS, store.AUDIT)
 
 
@@ -30,14 +32,29 @@ def read_records(folder: Path) -> dict[str, dict[tuple[int, str], dict[str, Any]
 
 def read_timings(folder: Path) -> list[dict[str, Any]]:
     """Lines of timings, merged and not."""
-    paths = (folder / store.TIMINGS, *store.parts(folder, store.TIMINGS))
-    return [line for path in paths for line in store.read_lines(path)]
+    return _batches([folder / store.TIMINGS, *store.parts(folder, store.TIMINGS)])
+
+
+def _batches(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """One line for each batch of an arm, the last: a batch may have been computed again, or merged already."""
+    found = {(s["arm"], s["seed"], s["batch"]): s for path in paths for s in store.read_lines(path)}
+    return list(found.values())
 
 
 def score(job: Job, arms: dict[str, Any]) -> None:
     """Write metrics.json from the records that there are."""
     found = Scores(job.recipe, arms, job.data.samples, read_records(job.folder), read_timings(job.folder))
-    store.write_json(job.folder / store.METRICS, found.to_dict())
+    out = found.to_dict()
+    out["warnings"] += mixed(store.read_json(job.folder / store.ENVIRONMENT))
+    store.write_json(job.folder / store.METRICS, out)
+
+
+def mixed(environment: Any) -> list[str]:
+    """What to say of a run whose parts ran on different machines or versions; see `EQUAL`."""
+    if not isinstance(environment, dict):
+        return []
+    differ = [k for k in EQUAL if any(e.get(k) != environment.get(k) for e in environment.get("earlier", ()))]
+    return [f"parts of the run differ in {listing(differ)} (environment.json); numbers may too"] if differ else []
 
 
 def finish(job: Job, arms: Plan) -> None:
@@ -54,9 +71,10 @@ def finish(job: Job, arms: Plan) -> None:
     seeds = {seed: i for i, seed in enumerate(recipe.seeds)}
     lines = read_timings(folder)
     lines.sort(key=lambda t: (seeds[t["seed"]], t["batch"], place[t["arm"]]))
-    audits = [line for path in store.parts(folder, store.AUDIT) for line in store.read_lines(path)]
     score(job, arms.to_dict())
-    if audits or not (folder / store.AUDIT).is_file():
+    # Where it is there, it was made of all batches, and the parts may be gone.
+    if not (folder / store.AUDIT).is_file():
+        audits = _batches(store.parts(folder, store.AUDIT))
         store.write_json(folder / store.AUDIT, {"arms": {arm.id: summed(arm.id, audits) for arm in arms.arms}})
     store.write_lines(folder / store.TIMINGS, lines)
     for name in PARTS:

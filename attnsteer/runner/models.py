@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError, did_you_mean, listing
+from . import store
 
 if TYPE_CHECKING:
     from .data import Data
@@ -211,7 +211,7 @@ def _pipeline(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loaded:
 
     placed = {"device_map": spec.device_map} if spec.device_map is not None else {}
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        source, torch_dtype=dtype, use_safetensors=True, local_files_only=True, **placed
+        source, torch_dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False, **placed
     )
     if not placed:
         pipe = pipe.to(device)
@@ -220,14 +220,9 @@ def _pipeline(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loaded:
 
 
 def hashes(source: Path) -> dict[str, str]:
-    """SHA-256 of the weights and configs of a model folder, by relative path."""
-    found = sorted(f for f in source.rglob("*") if f.is_file() and f.suffix in (".safetensors", ".json"))
-    return {f.relative_to(source).as_posix(): _digest(f) for f in found}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of the weights, configs and texts (of tokenizers, templates) of a model folder, by relative path."""
+    found = sorted(f for f in source.rglob("*") if f.is_file() and any(f.match(pattern) for pattern in WEIGHTS))
+    return {f.relative_to(source).as_posix(): store.file_hash(f) for f in found}
 
 
 def architecture(spec: ModelSpec, known: dict[str, Any]) -> str:

@@ -55,25 +55,6 @@ class Ranks:
         except RuntimeError as error:
             raise RunError(f"another process of this run has ended; its own message says why. Then {AGAIN}.") from error
 
-    def tell(self, value: Any) -> Any:
-        """What the first process has (plain data), in all of them.
-
-        Raises:
-            RunError: the first process has ended.
-        """
-        if self._group is None:
-            return value
-        import torch
-
-        box = [value]
-        try:
-            torch.distributed.broadcast_object_list(box, src=0, group=self._group)
-        except RuntimeError as error:
-            raise RunError(
-                f"the first process of this run has ended; its own message says why. Then {AGAIN}."
-            ) from error
-        return box[0]
-
     def close(self) -> None:
         """Leave the group."""
         if self._group is not None:

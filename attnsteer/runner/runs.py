@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..errors import RunError
+from ..errors import RunError, listing
 from . import judges, store
 from .build import Arm, Plan, plan
+from .checks import check_call
 from .data import Sample
 from .gauges import environment, gauge
 from .job import Job, prepare
@@ -63,7 +65,7 @@ def run(
     return job.folder
 
 
-@contextmanager
+@contextlib.contextmanager
 def stoppable() -> Iterator[None]:
     """SIGTERM, as schedulers send it before they kill, stops a run as Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
@@ -85,7 +87,7 @@ class Status:
 
     def __init__(self, folder: Path, total: int, done: int, writes: bool):
         self.path, self.total, self.done, self.writes = folder / store.STATUS, total, done, writes
-        before = store.read_json(self.path) if writes else None
+        self._before = before = store.read_json(self.path) if writes else None
         again = isinstance(before, dict) and before.get("state") != "complete" and before.get("started")
         self.started = before["started"] if again else now()
         self._last = -PULSE
@@ -97,6 +99,12 @@ class Status:
             self._last = time.monotonic()
             value = {"state": state, "message": message, "started": self.started, "ended": now() if ended else None}
             store.write_json(self.path, {**value, "done": self.done, "total": self.total})
+
+    def undo(self) -> None:
+        """Put back what was there before, for good: the run in the folder is another one."""
+        if self._before is not None:
+            store.write_json(self.path, self._before)
+        self.writes = False
 
     def more(self, records: int) -> None:
         """Records were added."""
@@ -115,6 +123,8 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
     loaded = load_model(
         recipe.model, device=ranks.device, tiny=job.data if job.tiny else None, folder=job.source.folder
     )
+    if loaded.kind == "image":
+        check_call(recipe, loaded.target)
     identity = {
         "recipe": job.source.digest(),
         "samples": job.data.digest(),
@@ -126,9 +136,9 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
         for name in PARTS:
             for path in store.parts(folder, name):
                 store.mend(path)
-        store.write_atomic(folder / store.RECIPE, recipe.canonical().encode())
+        # First of all, so that a folder with anything else in it is known.
         store.write_json(folder / store.IDENTITY, identity)
-        store.write_json(folder / store.ENVIRONMENT, environment(loaded.device, ranks.world))
+        store.write_atomic(folder / store.RECIPE, recipe.canonical().encode())
         store.write_lines(folder / store.SAMPLES, job.data.samples)
     ranks.wait()
     done = read_records(folder)
@@ -140,8 +150,13 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
         arms = planned(job, loaded, ranks, progress)
         status.total = len(arms.arms) * len(recipe.seeds) * len(job.data.samples)
         if ranks.first:
+            same_arms(folder, arms, status)
+            if status.done < status.total:
+                note_environment(folder, environment(loaded.device, ranks.world), again=status.done > 0)
             store.write_json(folder / store.ARMS, arms.to_dict())
             status.put("running")
+        # Nobody answers for arms that were refused.
+        ranks.wait()
         Work(job, loaded, arms.arms, ranks, status, progress).all(done)
         ranks.wait()
         if ranks.first:
@@ -149,35 +164,48 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
             status.done = status.total
             status.put("complete", ended=True)
     except KeyboardInterrupt:
-        if ranks.first:
-            if arms is not None:
-                score(job, arms.to_dict())
-            status.put("interrupted", f"stopped by hand; {store.AGAIN}", ended=True)
+        _ended(status, "interrupted", f"stopped by hand; {store.AGAIN}")
+        if ranks.first and arms is not None:
+            _score_part(job, arms, status)
         raise
     except BaseException as error:
-        _failed(status, error)
+        _ended(status, "failed", _said(error))
         raise
 
 
-def _failed(status: Status, error: BaseException) -> None:
-    """Say why in status.json, if that can still be written; what happened first is what is raised."""
+def _ended(status: Status, state: str, message: str) -> None:
+    """Say so in status.json, if that can still be written; what happened first is what is raised."""
+    with contextlib.suppress(RunError):
+        status.put(state, message, ended=True)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _score_part(job: Job, arms: Plan, status: Status) -> None:
+    """Score what there is. Where that is too little for a metric, the status says so: the records are what counts."""
     try:
-        status.put("failed", f"{type(error).__name__}: {' '.join(str(error).split())}", ended=True)
-    except RunError:
-        pass
+        score(job, arms.to_dict())
+    except Exception as error:
+        _ended(status, "interrupted", f"stopped by hand; {store.AGAIN}. No figures yet ({_said(error)})")
 
 
 def same_run(folder: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder with a run of something else; nothing in it was touched.
+    """Refuse a folder with a run of something else, or with files that a run would replace; nothing in it was touched.
 
     Raises:
         RunError: it is one; the message says what differs.
     """
     found = store.read_json(folder / store.IDENTITY)
     if found is None:
-        others = [p.name for p in (folder / store.RECIPE, folder / store.RECORDS) if p.exists()]
+        others = [name for name in store.OWN if (folder / name).exists()]
+        others += [path.name for name in PARTS for path in store.parts(folder, name)]
         if others:
-            raise RunError(f"{folder} has {others[0]} but no {store.IDENTITY}; give another folder with --out.")
+            raise RunError(
+                f"{folder} has {listing(others)} but no {store.IDENTITY}, so it is no run's, which would replace "
+                f"{'it' if len(others) == 1 else 'them'}; give another folder with --out."
+            )
         return
     if found == identity:
         return
@@ -188,6 +216,38 @@ def same_run(folder: Path, identity: dict[str, Any]) -> None:
         f"{folder} holds a run with other {' and '.join(differ)}, and stays as it is. Give another folder with --out, or "
         "the recipe that it was made with."
     )
+
+
+def same_arms(folder: Path, arms: Plan, status: Status) -> None:
+    """Refuse to go on with other arms than the records are of: files of heads can change under an equal recipe.
+
+    Raises:
+        RunError: they differ.
+    """
+    before = store.read_json(folder / store.ARMS)
+    if before is None or before == json.loads(store.to_json(arms.to_dict())):
+        return
+    if status.done:
+        status.undo()
+        raise RunError(
+            f"{folder} holds a run with other arms (heads or parameters), and stays as it is. Give another folder with "
+            "--out, or the files of heads that it was made with."
+        )
+    # Nothing was answered, and what was measured of a batch on the way there is of no arm any more.
+    for name in PARTS:
+        for path in store.parts(folder, name):
+            path.unlink()
+
+
+def note_environment(folder: Path, found: dict[str, Any], again: bool) -> None:
+    """Write environment.json; those of earlier parts of the run that differ are kept under `earlier`."""
+    before = store.read_json(folder / store.ENVIRONMENT) if again else None
+    earlier = []
+    if isinstance(before, dict):
+        earlier = before.pop("earlier", [])
+        if before not in (found, *earlier):
+            earlier.append(before)
+    store.write_json(folder / store.ENVIRONMENT, {**found, **({"earlier": earlier} if earlier else {})})
 
 
 def planned(job: Job, loaded: Loaded, ranks: Ranks, progress: bool) -> Plan:
@@ -261,23 +321,20 @@ class Work:
             answers, units, audit = self._answers(arm, seed, part)
         head = {"arm": arm.id, "seed": seed}
         records = [{**head, "id": s["id"], **a} for s, a in zip(part, answers, strict=True)]
-        files[store.RECORDS].append([r for r in records if r["id"] in missing])
-        edits = sum(site["edits"] for entry in audit for site in entry["sites"].values())
-        files[store.TIMINGS].append(
-            [
-                {
-                    **head,
-                    "batch": number,
-                    "samples": len(part),
-                    "seconds": reading.seconds,
-                    self.task.UNIT: units,
-                    "peak_memory": reading.peak_memory,
-                    "edits": edits,
-                    "first": arm.id not in self._begun,
-                }
-            ]
-        )
+        timing = {
+            **head,
+            "batch": number,
+            "samples": len(part),
+            "seconds": reading.seconds,
+            self.task.UNIT: units,
+            "peak_memory": reading.peak_memory,
+            "edits": sum(site["edits"] for entry in audit for site in entry["sites"].values()),
+            "first": arm.id not in self._begun,
+        }
+        # Records come last: they say that a batch is done. What a stop leaves of the others is superseded.
         files[store.AUDIT].append([{**head, "batch": number, "interventions": audit}])
+        files[store.TIMINGS].append([timing])
+        files[store.RECORDS].append([r for r in records if r["id"] in missing])
         self._begun.add(arm.id)
 
     def _answers(self, arm: Arm, seed: int, part: list[Sample]) -> tuple[list[dict[str, Any]], int, list[Any]]:

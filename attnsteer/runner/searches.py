@@ -12,7 +12,7 @@ from ..heads import HeadSet
 from ..intervention import Intervention
 from .parameters import Sample
 from .schema import Recipe
-from .tasks.prompts import continuations
+from .tasks.prompts import continuations, positions
 
 # Batches of samples -> what the model is called with.
 Inputs = Callable[[Sequence[Sample]], Mapping[str, Any]]
@@ -151,7 +151,8 @@ def _batches(task: Task, size: int) -> Iterator[Mapping[str, Any]]:
             texts = [s["prompt"] for s in part]
             batch = subject.tokenizer(texts, padding=len(texts) > 1, return_tensors="pt")
             device = next(subject.target.parameters()).device
-            yield {k: v.to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+            batch = {k: v.to(device) for k, v in batch.items() if k in ("input_ids", "attention_mask")}
+            yield {**batch, **positions(subject.target, batch["attention_mask"])}
 
 
 def valid(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:

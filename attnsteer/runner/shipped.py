@@ -75,7 +75,8 @@ def copy(name: str | Path, to: str | Path, force: bool = False) -> list[Path]:
     for relative in _files(recipe):
         inside = (source.parent / relative).resolve()
         if inside.is_file() and inside.is_relative_to(source.parent.resolve()):
-            pairs.append((inside, target.parent / relative))
+            # Not `relative`, in which .. may lead out and in again here, but not there.
+            pairs.append((inside, target.parent / inside.relative_to(source.parent.resolve())))
     taken = [str(t) for _, t in pairs if t.exists()]
     if taken and not force:
         raise RecipeError(f"{', '.join(taken)} is there already; give another place, or --force.")

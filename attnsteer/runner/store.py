@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +17,9 @@ from ..errors import RunError
 RECIPE, IDENTITY, STATUS, SAMPLES, ARMS = "recipe.yaml", "identity.json", "status.json", "samples.jsonl", "arms.json"
 RECORDS, TIMINGS, METRICS, AUDIT = "records.jsonl", "timings.jsonl", "metrics.json", "audit.json"
 ENVIRONMENT, IMAGES, LOCK = "environment.json", "images", ".lock"
+# What a run writes, its searches, and what is made from it later.
+OWN = (RECIPE, STATUS, SAMPLES, ARMS, RECORDS, TIMINGS, METRICS, AUDIT, ENVIRONMENT, IMAGES)
+OWN += ("calibration", "attention.json", "report.html", "report.md")
 AGAIN = "start the run again with the same command, and it goes on where it stopped"
 Line = dict[str, Any]
 
@@ -175,6 +180,23 @@ def read_lines(path: Path) -> Iterator[Line]:
             yield found
 
 
+def inside(folder: Path, name: str) -> Path | None:
+    """The path of a file that data or a record names, or None where the name leads out of the folder.
+
+    Names are not trusted; links that lie in the folder are.
+    """
+    path = os.path.normpath(name)
+    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir or "\0" in name:
+        return None
+    return folder / path
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256, in hex, of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_json(path: Path) -> Any:
     """A JSON file of a run, or None where it is not there.
 
@@ -233,7 +255,7 @@ class Lock:
 def parts(folder: Path, name: str) -> list[Path]:
     """The parts that the processes of a run wrote of a file: "records.jsonl" -> records-0.jsonl, records-1.jsonl, ..."""
     stem = name.partition(".")[0]
-    return sorted(folder.glob(f"{stem}-*.jsonl"))
+    return sorted(p for p in folder.glob(f"{stem}-*.jsonl") if re.fullmatch(rf"{stem}-\d+\.jsonl", p.name))
 
 
 def part(folder: Path, name: str, rank: int) -> Path:

@@ -161,6 +161,40 @@ def test_pope_is_json_lines_under_the_name_json(tmp_path: Path) -> None:
     assert data.samples[0]["label"] == "no"
 
 
+def test_samples_with_other_pictures_are_other_samples(tmp_path: Path) -> None:
+    pictures = [(FIXTURES / "images" / f"000{i}.png").read_bytes() for i in range(2)]
+    digests = set()
+    for content in (*pictures, pictures[0]):
+        (tmp_path / "a.png").write_bytes(content)
+        data = saved(tmp_path, "a.jsonl", '{"image_id": 1, "image": "a.png"}', "captions")
+        digests.add(data.digest())
+    assert len(digests) == 2
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "a/../../secret.png", "{}/secret.png"])
+def test_images_outside_their_folder_are_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "secret.png").write_bytes((FIXTURES / "images" / "0000.png").read_bytes())
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    row = {"image_id": 1, "image": name.format(tmp_path)}
+    with pytest.raises(RecipeError, match=r"secret.png' of sample 1 is not in .*data.images"):
+        saved(tmp_path / "in", "a.jsonl", json.dumps(row), "captions")
+
+
+@pytest.mark.parametrize("form", ["pope", "questions"])
+def test_questions_are_grouped_as_a_column_says_else_by_picture(tmp_path: Path, form: str) -> None:
+    (tmp_path / "a.png").write_bytes((FIXTURES / "images" / "0000.png").read_bytes())
+    rows = [
+        {"question": "Is there a dog?", "answer": "no", "label": "no", "image": "a.png", "scene": g} for g in (1, 2)
+    ]
+    for columns, groups in (({}, ["a.png", "a.png"]), ({"group": "scene"}, ["1", "2"])):
+        text = "\n".join(map(json.dumps, rows))
+        found = saved(tmp_path, "a.jsonl", text, form, columns=columns).samples
+        assert [s["group"] for s in found] == groups
+    rows = [{**r, "group": r["scene"]} for r in rows]
+    found = saved(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)), form).samples
+    assert [s["group"] for s in found] == ["1", "2"]
+
+
 def test_captions_of_a_coco_file(tmp_path: Path) -> None:
     text = json.dumps({"images": [{"id": 42, "file_name": "0001.png"}], "annotations": []}, indent=1)
     data = saved(tmp_path, "instances.json", text, "captions", images=str(FIXTURES / "images"))
@@ -190,6 +224,30 @@ def test_boxes_in_pixels_and_several_of_one_phrase(tmp_path: Path) -> None:
         tmp_path, "b.jsonl", json.dumps({"prompt": row["prompt"], "regions": sample["regions"]}), "boxes"
     ).samples
     assert again["regions"] == sample["regions"]
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.csv"])
+def test_boxes_of_a_file_are_fractions_everywhere(tmp_path: Path, name: str) -> None:
+    import csv
+    import io
+
+    from attnsteer.runner.reports.samples import _asked
+
+    row = {"prompt": "a cat and a dog", "phrases": ["dog", "cat"], "boxes": [[0, 0, 256, 256], [256, 0, 512, 512]]}
+    text = io.StringIO()
+    if name.endswith(".csv"):
+        table = csv.writer(text)
+        table.writerow(row)
+        table.writerow([row["prompt"], json.dumps(row["phrases"]), json.dumps(row["boxes"])])
+    else:
+        json.dump(row, text)
+    (sample,) = saved(tmp_path, name, text.getvalue(), "boxes", options={"side": 512}).samples
+    assert sample["texts"] == ["dog", "cat"] and sample["boxes"] == [[0, 0, 0.5, 0.5], [0.5, 0, 1, 1]]
+    assert _asked(sample)["boxes"] == [["dog", 0, 0, 0.5, 0.5], ["cat", 0.5, 0, 1, 1]]
+    # Of a phrase with several there is no one box to give; they are drawn all the same.
+    row["phrases"], row["prompt"] = ["cats", "cats"], "two cats"
+    (sample,) = saved(tmp_path, "c.jsonl", json.dumps(row), "boxes", options={"side": 512}).samples
+    assert "boxes" not in sample and len(_asked(sample)["boxes"]) == 2
 
 
 GOOD = '{"question": "Q?", "choices": ["a", "b"], "answer": 0}\n'
@@ -305,6 +363,20 @@ def test_hub_data_is_read_at_its_revision_and_pictures_when_they_are_needed(monk
     with pytest.raises(RecipeError, match=r"a/b \(val\), row 1: the column 'query'"):
         rows[1].pop("query")
         load(spec, "answer")
+
+
+def test_code_of_a_data_set_is_refused_where_the_library_would_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, trust_remote_code: bool = True, **options: Any) -> Table:
+        asked.append(trust_remote_code)
+        return Table([{"prompt": "a cat"}], {"prompt": "text"})
+
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    load(DataSpec(hub="a/b", format="prompts", limit=1), "image")
+    assert asked == [False]
 
 
 def test_hub_data_without_the_library_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

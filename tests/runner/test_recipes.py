@@ -97,9 +97,15 @@ def test_a_copy_brings_its_files_and_replaces_nothing(tmp_path: Path) -> None:
         shipped.copy("attend-and-excite/sd14-animals", tmp_path / "new")
     assert shipped.copy("act/shapes-reading", tmp_path / "mine.yaml") == [tmp_path / "mine.yaml"]
     assert shipped.copy("act/shapes-reading", tmp_path / "mine.yaml", force=True)
+    # Nor write what is not beside the copy: in/../in is beside the recipe, and not beside the copy.
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "rows.jsonl").write_text("{}")
+    around = tmp_path / "in" / "around.yaml"
+    around.write_text(yaml.dump(changed({"data": {"file": "../in/rows.jsonl", "format": "choices"}})))
+    found = shipped.copy(around, tmp_path / "deep" / "out")
+    assert found == [tmp_path / "deep" / "out" / name for name in ("around.yaml", "rows.jsonl")]
     # A recipe cannot make `cp` read what is not beside it.
     (tmp_path / "secret.jsonl").write_text("{}")
-    (tmp_path / "in").mkdir()
     bad = tmp_path / "in" / "bad.yaml"
     bad.write_text(yaml.dump(changed({"data": {"file": "../secret.jsonl", "format": "choices"}})))
     assert shipped.copy(bad, tmp_path / "out") == [tmp_path / "out" / "bad.yaml"]

@@ -103,6 +103,62 @@ def test_pictures_that_are_not_there(runs: dict[str, Path], tmp_path: Path) -> N
     assert album.add("/nowhere/at/all.png") is None and album.add(3) is None and album.add(None) is None
 
 
+def test_pictures_of_data_files_come_from_their_folder_and_from_nowhere_else(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    own = copy(runs["images"], tmp_path / "run")
+    folder = tmp_path / "data"
+    for path in (folder / "a.png", tmp_path / "secret.png", own / "images" / "a.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2)).save(path)
+    for data in ({"images": str(folder)}, {"file": str(folder / "x.json")}):
+        album = pictures.Album(own, {"data": data})
+        assert album.add("a.png") == 0 and album.missing == 0
+        for name in ("../secret.png", "x/../../secret.png", str(tmp_path / "secret.png"), "b.png"):
+            assert album.add(name) is None
+        assert album.missing == 4
+    (own / "images" / "link.png").symlink_to(tmp_path / "secret.png")
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "images/link.png"):
+        with pytest.raises(RunError, match="is not in the folder"):
+            album.add(name, own=True)
+
+
+def test_a_full_disk_is_an_error_and_leaves_no_half_file(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    from attnsteer import HeadSet
+    from attnsteer.runner import attention, calibration, store
+
+    own = copy(runs["text"], tmp_path / "run")
+    before = {p: p.read_bytes() for p in own.rglob("*") if p.is_file()}
+
+    def full(handle: int, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(store, "write_all", full)
+    writers = [
+        lambda: report(own),
+        lambda: attention.save(own, {"schema": 1}),
+        lambda: calibration._write(HeadSet({1: [0]}), own / "calibration" / "h.safetensors"),
+        lambda: calibration._write((1, 2), own / "calibration" / "d.json"),
+    ]
+    for write in writers:
+        with pytest.raises(RunError, match="the disk is full"):
+            write()
+    assert {p: p.read_bytes() for p in own.rglob("*") if p.is_file()} == before
+
+
+def test_a_picture_of_the_data_that_cannot_be_read_is_noted(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    album = pictures.Album(runs["images"], {"data": {"images": str(tmp_path)}})
+    assert album.add("a.png") is None and album.missing == 1
+
+
 # ------------------------------------------------------------------------------------------------ attention, heads, plots
 
 

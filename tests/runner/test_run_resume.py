@@ -134,6 +134,22 @@ def test_ctrl_c_keeps_and_scores_what_is_complete(tmp_path: Path, whole: Path) -
     assert load(out / "status.json")["state"] == "complete"
 
 
+@pytest.mark.parametrize("error", [KeyError("colour"), RunError("too few"), ValueError("nan")])
+def test_what_cannot_be_scored_yet_does_not_hide_the_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from attnsteer.runner import runs
+
+    def score(*args: Any) -> None:
+        assert load(tmp_path / "run" / "status.json")["state"] == "interrupted"
+        raise error
+
+    monkeypatch.setattr(runs, "score", score)
+    stopped(recipe(tmp_path), tmp_path / "run", after=6)
+    status = load(tmp_path / "run" / "status.json")
+    assert status["state"] == "interrupted" and type(error).__name__ in status["message"] and status["done"] == 24
+
+
 def test_sigterm_stops_a_run_as_ctrl_c_does(tmp_path: Path) -> None:
     from attnsteer.runner.runs import stoppable
 
@@ -216,6 +232,112 @@ def test_ctrl_c_amid_a_line_leaves_none_of_it(tmp_path: Path, whole: Path, monke
     assert load(out / "status.json")["state"] == "interrupted"
     run(base, out, progress=False)
     assert (out / "records.jsonl").read_bytes() == (whole / "records.jsonl").read_bytes()
+
+
+def test_a_run_does_not_go_on_with_other_heads(tmp_path: Path) -> None:
+    from attnsteer import HeadSet
+
+    heads = tmp_path / "heads.safetensors"
+    HeadSet({5: [0, 7]}).save(heads)
+    base = recipe(tmp_path, interventions=[{"method": "ACT", "params": {"beta": 0.4}, "heads": heads.name}])
+    out = tmp_path / "run"
+    stopped(base, out, after=6)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    HeadSet({3: [1]}).save(heads)
+    with pytest.raises(RunError, match=r"other arms .heads or parameters., and stays as it is"):
+        run(base, out, progress=False)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    HeadSet({5: [0, 7]}).save(heads)
+    run(base, out, progress=False)
+    assert load(out / "status.json")["state"] == "complete"
+
+
+def test_heads_may_change_while_nothing_was_answered(tmp_path: Path) -> None:
+    from attnsteer import HeadSet
+
+    heads = tmp_path / "heads.safetensors"
+    HeadSet({5: [0, 7]}).save(heads)
+    base = recipe(tmp_path, interventions=[{"method": "ACT", "params": {"beta": 0.4}, "heads": heads.name}])
+    out = tmp_path / "run"
+    stopped(base, out, after=0)
+    HeadSet({3: [1]}).save(heads)
+    run(base, out, progress=False)
+    assert load(out / "arms.json")["arms"][2]["interventions"][0]["heads"] == {"3": [1]}
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnsteer.runner import runs
+
+    base, out, real = recipe(tmp_path), tmp_path / "run", runs.environment
+    stopped(base, out, after=6)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "environment", lambda *a: {**real(*a), "threads": 99})
+        stopped(base, out, after=2)
+    run(base, out, progress=False)
+    found = load(out / "environment.json")
+    assert found["threads"] != 99 and [e["threads"] == 99 for e in found["earlier"]] == [False, True]
+    assert [w for w in load(out / "metrics.json")["warnings"] if "differ in threads" in w]
+    run(base, out, progress=False)
+    assert load(out / "environment.json") == found
+
+
+@pytest.mark.parametrize("writes", range(2))
+@pytest.mark.parametrize("name", ["records", "timings", "audit"])
+def test_a_batch_has_one_line_in_each_file_wherever_it_was_stopped(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str, writes: int
+) -> None:
+    base, out, real, count = recipe(tmp_path), tmp_path / "run", store.Lines.append, [0]
+
+    def append(self: store.Lines, lines: Any) -> None:
+        count[0] += self.path.name == f"{name}-0.jsonl"
+        if count[0] == 6 and writes:
+            real(self, lines)
+        if count[0] == 6:
+            raise KeyboardInterrupt
+        real(self, lines)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.Lines, "append", append)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, out, progress=False)
+    run(base, out, progress=False)
+    same_batches(out, whole)
+
+
+def same_batches(out: Path, whole: Path) -> None:
+    """Compare all that does not measure time."""
+    for file in ("records.jsonl", "audit.json"):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
+    lines = [[json.loads(s) for s in (f / "timings.jsonl").read_text().splitlines()] for f in (out, whole)]
+    one, two = ([(t["arm"], t["seed"], t["batch"], t["edits"]) for t in own] for own in lines)
+    assert one == two and not list(out.glob("*-*.jsonl"))
+
+
+@pytest.mark.parametrize("gone", range(6))
+def test_a_stop_while_files_are_merged_loses_and_doubles_nothing(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, gone: int
+) -> None:
+    base, out, real, count = recipe(tmp_path), tmp_path / "run", Path.unlink, [0]
+    stopped(base, out, after=7)
+    # As if two processes had written.
+    for name in ("records", "timings", "audit"):
+        lines = (out / f"{name}-0.jsonl").read_bytes().splitlines(keepends=True)
+        (out / f"{name}-0.jsonl").write_bytes(b"".join(lines[:4]))
+        (out / f"{name}-1.jsonl").write_bytes(b"".join(lines[4:]))
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".jsonl":
+            count[0] += 1
+            if count[0] > gone:
+                raise KeyboardInterrupt
+        real(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(KeyboardInterrupt):
+            run(base, out, progress=False)
+    run(base, out, progress=False)
+    same_batches(out, whole)
 
 
 def test_a_failure_is_in_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

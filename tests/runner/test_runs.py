@@ -179,6 +179,55 @@ def test_seeds_give_other_pictures_and_are_summarised(tmp_path: Path) -> None:
     assert found["samples"] == 3
 
 
+def test_a_prompt_beside_a_longer_one_is_scored_as_alone(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": i,
+            "prompt": " ".join(["a red circle is above a blue star ."] * n),
+            "choices": ["red", "blue"],
+            "answer": 0,
+        }
+        for i, n in enumerate((1, 4))
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    changes = {
+        # Learned positions.
+        "model": {"path": ".", "kind": "lm", "architecture": "gpt2", "device": "cpu"},
+        "interventions": [{"method": "ACT", "params": {"beta": 0.4}, "heads": {"1": [0]}}],
+        "controls": {"zero": False},
+        "data": {"file": "rows.jsonl", "format": "choices"},
+    }
+    from attnsteer.runner import models
+    from attnsteer.runner.data import load as load_data
+    from attnsteer.runner.tasks import Ask, choice
+
+    asked = recipe(tmp_path, **changes)
+    data = load_data(asked.data, "choice", folder=tmp_path)
+    loaded = models.load(asked.model, tiny=data)
+    together, _ = choice.ask(loaded, Ask(data.samples, data, {}, 0))
+    for sample, record in zip(data.samples, together, strict=True):
+        (alone,), _ = choice.ask(loaded, Ask([sample], data, {}, 0))
+        assert record["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+        assert alone["scores"][0] != alone["scores"][1]
+
+
+def test_prompts_of_a_search_have_the_positions_that_they_have_alone(tmp_path: Path) -> None:
+    import torch
+
+    from attnsteer.runner.searches import Subject, Task, _batches
+    from attnsteer.runner.tiny import tiny_model
+
+    model = {"path": ".", "kind": "lm", "architecture": "gpt2", "device": "cpu"}
+    spec = recipe(tmp_path, model=model, interventions=[{"method": "ACT", "heads": {"1": [0]}}])
+    samples = [{"id": i, "prompt": "a red circle " * n} for i, n in enumerate((1, 3))]
+    from attnsteer.runner.data import Data
+
+    loaded = tiny_model(spec.model, Data(samples, lambda s: None), torch.float32, "cpu")
+    (batch,) = _batches(Task(spec, Subject(loaded.target, loaded.tokenizer), samples), 2)
+    count = int(batch["attention_mask"][0].sum())
+    assert batch["position_ids"][0, -count:].tolist() == list(range(count))
+
+
 def test_choices_of_several_tokens_are_scored_exactly(tmp_path: Path) -> None:
     import torch
 

@@ -22,17 +22,22 @@ class Data:
 
     Attributes:
         samples: in order; `index` counts them from the start of the source, whatever part of it is used.
-        image: the picture of a sample, as a PIL image.
+        image: the picture of a sample, as a PIL image. folder: that the samples' pictures are files of, where they are.
     """
 
     samples: list[Sample]
     image: Callable[[Mapping[str, Any]], Any]
+    folder: Path | None = None
 
     def digest(self) -> str:
-        """SHA-256, in hex, of all samples."""
+        """SHA-256, in hex, of all samples, and of the files of their pictures."""
+        from .. import store
         from ..schema import digest
 
-        return digest(self.samples)
+        names = [] if self.folder is None else sorted({str(s["image"]) for s in self.samples if "image" in s})
+        if not names:
+            return digest(self.samples)
+        return digest([self.samples, {name: store.file_hash(self.folder / name) for name in names}])
 
 
 def load(spec: DataSpec, task: str, *, prompt: str | None = None, folder: str | Path = ".") -> Data:

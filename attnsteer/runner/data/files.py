@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RecipeError, listing
+from .. import store
 from . import Data, Sample
 from .rows import Row, samples
 
@@ -33,13 +34,20 @@ def load(spec: DataSpec, task: str, prompt: str | None, folder: Path) -> Data:
     stop = None if spec.limit is None else spec.start + spec.limit
     found = samples(rows[spec.start : stop], str(spec.format), spec.options, prompt, spec.start, len(rows))
     images = folder / spec.images if spec.images is not None else path.parent
-    absent = [s for s in found if "image" in s and not (images / str(s["image"])).is_file()]
+    pictures = [(s, store.inside(images, str(s["image"]))) for s in found if "image" in s]
+    outside = [s for s, picture in pictures if picture is None]
+    if outside:
+        raise RecipeError(
+            f"{path}: the image {outside[0]['image']!r} of sample {outside[0]['id']} is not in {images}, and images elsewhere "
+            "are not read. Name images relative to their folder, and give that as data.images."
+        )
+    absent = [s for s, picture in pictures if not picture.is_file()]
     if absent:
         raise RecipeError(
             f"{path}: {len(absent)} of {len(found)} images are not in {images}; the first is {absent[0]['image']!r} of "
             f"sample {absent[0]['id']}. Say where they are with data.images."
         )
-    return Data(found, opener(images))
+    return Data(found, opener(images), images)
 
 
 def opener(folder: Path) -> Callable[[Mapping[str, Any]], Any]:

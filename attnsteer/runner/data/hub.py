@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,11 @@ def load(spec: DataSpec, task: str, prompt: str | None) -> Data:
             f"data.hub: {spec.hub} needs the library datasets: pip install 'attnsteer[eval]'. Or save it as JSON Lines and "
             "give data.file; --tiny needs neither."
         ) from error
+    # Versions from 4 on have no code to trust, and no such argument.
+    takes = inspect.signature(datasets.load_dataset).parameters
+    safe = {"trust_remote_code": False} if "trust_remote_code" in takes else {}
     try:
-        table = datasets.load_dataset(spec.hub, spec.config, revision=spec.revision, split=spec.split)
+        table = datasets.load_dataset(spec.hub, spec.config, revision=spec.revision, split=spec.split, **safe)
     except Exception as error:  # the library raises errors of its own, of the hub's and of pyarrow's
         raise RecipeError(
             f"data.hub: {spec.hub} (config {spec.config}, split {spec.split}, revision {spec.revision}) cannot be had "

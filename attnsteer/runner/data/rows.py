@@ -120,12 +120,17 @@ def samples(
             raise RecipeError(
                 f"data.options.{name}: the format {form} has no such option; there are: {', '.join(known) or 'none'}."
             )
-    out = [{**build(row, options, prompt), "index": start + i} for i, row in enumerate(rows)]
+    out = [{**build(row, options, prompt), **_group(row), "index": start + i} for i, row in enumerate(rows)]
     if options.get("levels"):
         # HRS-Bench's files: three equal thirds, from easy to hard.
         for sample in out:
             sample["level"] = LEVELS[min(2, 3 * sample["index"] // total)]
     return out
+
+
+def _group(row: Row) -> Sample:
+    """What a sample was drawn together with, where a column says so; else samples of one picture are a group."""
+    return {"group": str(row.get("group"))} if row.has("group") else {}
 
 
 def filled(template: str, row: Row, values: Mapping[str, Any]) -> str:
@@ -194,10 +199,7 @@ def _choices(row: Row, options: Mapping[str, Any]) -> tuple[list[str], list[str]
             return found, labels[: len(found)]
     value = row.get("choices")
     if isinstance(value, str) and value.lstrip().startswith("{"):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise row.wrong("choices", value, "JSON") from None
+        value = _object(row, "choices", value)
     if isinstance(value, Mapping):
         if not isinstance(value.get("text"), (list, tuple)):
             raise row.wrong("choices", value, 'a list, or {"text": [...], "label": [...]}')
@@ -297,6 +299,8 @@ def boxes(row: Row, options: Mapping[str, Any], prompt: str | None) -> Sample:
         raise RecipeError(f"data.options.side: {side!r}; a number above 0 is needed.")
     if row.has("regions"):
         given = row.get("regions")
+        if isinstance(given, str):
+            given = _object(row, "regions", given)
         if not isinstance(given, Mapping) or not given:
             raise row.wrong("regions", given, "{phrase: box}")
         every = [(t, b) for t, own in given.items() for b in (own if own and isinstance(own[0], list) else [own])]
@@ -310,9 +314,21 @@ def boxes(row: Row, options: Mapping[str, Any], prompt: str | None) -> Sample:
         if text.lower() not in out["prompt"].lower():
             raise row.wrong("phrases", text, f"a part of the prompt {out['prompt']!r}")
         regions.setdefault(text, []).append(_box(row, box, side))
+    # The columns are in pixels, or text.
+    out = {k: v for k, v in out.items() if k not in ("boxes", "phrases")}
     # A phrase of one box has the box itself, as methods and figures take it.
     out["regions"] = {t: b[0] if len(b) == 1 else b for t, b in regions.items()}
+    if all(len(b) == 1 for b in regions.values()):
+        out["boxes"] = list(out["regions"].values())
     return {**out, "texts": list(regions), "words": [t.split()[-1] for t in regions], "phrases": _labels(regions)}
+
+
+def _object(row: Row, field: str, text: str) -> Any:
+    """What a cell of a CSV file holds as JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise row.wrong(field, text, "an object in JSON") from None
 
 
 def _labels(regions: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 
+from .. import store
 from ..folder import read_run
 
 HERE = Path(__file__).parent
@@ -17,15 +17,16 @@ def report(folder: str | Path) -> Path:
     """Write report.html and report.md into a run folder; returns the path of the page.
 
     Raises:
-        RunError: the folder is damaged, or its run has no figures yet.
+        RunError: the folder is damaged or cannot be written, or its run has no figures yet.
     """
     from .content import content
     from .markdown import markdown
 
     run = read_run(folder)
     found = content(run)
-    _write(run.path / MARKDOWN, markdown(run, found))
-    _write(run.path / HTML, page(found))
+    for name, text in ((MARKDOWN, markdown(run, found)), (HTML, page(found))):
+        # What a model wrote may have halves of characters; they are written as escapes, which JSON reads back.
+        store.write_atomic(run.path / name, text.encode("utf-8", "backslashreplace"))
     return run.path / HTML
 
 
@@ -53,10 +54,3 @@ def page(found: dict) -> str:
         script_hash=f"sha256-{digest}",
         data_json=Markup(script_json(found["data"])),
     )
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    # What a model wrote may have halves of characters; they are written as escapes, which JSON reads back.
-    part.write_bytes(text.encode("utf-8", "backslashreplace"))
-    os.replace(part, path)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import RunError
+from .. import store
 
 # Bytes of all pictures in a page, and the longest side in pixels.
 BUDGET, SIDE = 12 * 2**20, 320
@@ -22,12 +24,18 @@ class Album:
 
     Attributes:
         uris: data URIs; samples refer to them by index. left_out: pictures that no longer fitted. shrunk: made smaller.
+        missing: pictures of the data that are not there (any more), or cannot be read here.
     """
 
     def __init__(self, folder: Path, recipe: dict[str, Any], budget: int = BUDGET):
         self.folder, self.recipe, self.left = folder, recipe, budget
         self.uris: list[str] = []
-        self.left_out = self.shrunk = 0
+        self.left_out = self.shrunk = self.missing = 0
+        data = recipe.get("data") or {}
+        file = data.get("file")
+        # Where `attnsteer.runner.data.files` has the pictures from; paths of a run's recipe are absolute.
+        source = data.get("images") or (os.path.dirname(file) if isinstance(file, str) else None)
+        self.source = Path(source) if isinstance(source, str) and os.path.isabs(source) else None
         self.known: dict[Any, int | None] = {}
 
     def add(self, image: Any, own: bool = False) -> int | None:
@@ -35,17 +43,19 @@ class Album:
 
         Args:
             image: a path, or the number of a scene of the shapes world. own: a path in the run folder, which must be there;
-                data may lie elsewhere by now.
+                else it is one in the folder of the data, which may lie elsewhere by now.
 
         Raises:
-            RunError: a missing file of the run, or a file that is no picture.
+            RunError: a missing file of the run, one that is no picture, or a path that leads out of its folder.
         """
         if image is None or isinstance(image, bool) or not isinstance(image, int | str):
             return None
-        if image not in self.known:
+        key = (image, own)
+        if key not in self.known:
             content = self._content(image, own)
-            self.known[image] = None if content is None else self._keep(content)
-        return self.known[image]
+            self.missing += content is None
+            self.known[key] = None if content is None else self._keep(content)
+        return self.known[key]
 
     def _keep(self, uri: str) -> int | None:
         if len(uri) > self.left:
@@ -60,8 +70,13 @@ class Album:
 
         if isinstance(image, int):
             return self._scene(image)
-        path = self.folder / image if own else Path(image)
-        if not path.is_file():
+        folder = self.folder if own else self.source
+        path = None if folder is None else store.inside(folder, image)
+        if own and (path is None or not path.resolve().is_relative_to(folder.resolve())):
+            raise RunError(
+                f"{self.folder}: a record's picture {image!r} is not in the folder; it was not written by a run."
+            )
+        if path is None or not path.is_file():
             if own:
                 raise RunError(f"{path} is missing; start the run again with the same command.")
             return None
@@ -70,7 +85,9 @@ class Album:
                 if max(opened.size) <= SIDE and opened.format in KIND:
                     return uri(path.read_bytes(), KIND[opened.format])
                 smaller = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
+            if not own:
+                return None
             raise RunError(f"{path} is no picture ({error}); delete it and start the run again.") from error
         smaller.thumbnail((SIDE, SIDE))
         self.shrunk += 1

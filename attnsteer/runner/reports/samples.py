@@ -126,9 +126,15 @@ def _asked(sample: Mapping[str, Any]) -> dict[str, Any]:
         found["truth"] = ", ".join(dict.fromkeys(map(_words, sample["answers"])))
     elif sample.get("objects"):
         found["truth"] = _words(sample["objects"])
-    if sample.get("boxes"):
+    pairs: Sequence[tuple[str, Any]] = ()
+    if sample.get("regions"):
+        # A phrase has one box or several.
+        regions = sample["regions"].items()
+        pairs = [(name, box) for name, own in regions for box in (own if isinstance(own[0], list) else [own])]
+    elif sample.get("boxes"):
         names = [_words(p) for p in sample.get("phrases", ())]
         pairs = sample["boxes"].items() if isinstance(sample["boxes"], Mapping) else _named(names, sample["boxes"])
+    if pairs:
         found["boxes"] = [[str(name), *map(float, box)] for name, box in pairs]
     return found
 
@@ -176,6 +182,8 @@ def _notes(run: RunFolder, total: int, album: Album, arms: Sequence[Any]) -> lis
         found.append(
             f"Pictures left out of this page, which would be too large: {album.left_out}; they are in the run folder."
         )
+    if album.missing:
+        found.append(f"Pictures of the data that cannot be read where the report is made: {album.missing}.")
     if album.shrunk:
         found.append(f"Pictures made smaller for this page: {album.shrunk}.")
     return found

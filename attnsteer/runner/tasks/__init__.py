@@ -41,13 +41,14 @@ class Task(Protocol):
     Attributes:
         WRITES: the keys of a record that come from the model. KEEPS: keys of a sample that a record repeats for metrics.
         UNIT: what the throughput counts.
-        DECODING: arguments of the model's call that the recipe may leave out.
+        DECODING: arguments of the model's call that the recipe may leave out. RESERVED: those that it may not give.
     """
 
     WRITES: tuple[str, ...]
     KEEPS: tuple[str, ...]
     UNIT: str
     DECODING: dict[str, Any]
+    RESERVED: tuple[str, ...]
 
     def ask(self, loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
         """The records of a batch (without arm, seed and id), and how many units were made."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..models import Loaded
 from . import Ask, kept
+from .generating import RESERVED as RESERVED
 from .generating import generate
 
 WRITES = ("generated", "finished")

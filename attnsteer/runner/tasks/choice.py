@@ -7,18 +7,20 @@ over its cache, so that no choice can move them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import RecipeError
+from ...errors import RunError
 from ..models import Loaded
 from . import Ask, kept
-from .prompts import continuations, encode
+from .prompts import continuations, encode, positions
 
 WRITES = ("scores",)
 KEEPS = ("choices", "answer", "level", "category")
 UNIT = "samples"
 DECODING: dict[str, Any] = {}
+RESERVED: tuple[str, ...] = ()
 # Where the model gives a choice no probability at all; JSON has no infinity.
 LEAST = -1e9
 
@@ -27,16 +29,17 @@ def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
     """Records with `choices`, `scores`, `answer`."""
     import torch
 
-    if ask.decoding:
-        raise RecipeError(
-            f"decoding: {', '.join(ask.decoding)} has no meaning for the task choice, which writes nothing."
-        )
     every = [continuations(loaded.tokenizer, s["prompt"], s["choices"])[1] for s in ask.samples]
     with torch.inference_mode():
         if all(len(c) == 1 for own in every for c in own):
             scores = _at_once(loaded, ask, every)
         else:
             scores = [_one_by_one(loaded, ask, i, own) for i, own in enumerate(every)]
+    bad = [s["id"] for s, own in zip(ask.samples, scores, strict=True) if any(map(math.isnan, own))]
+    if bad:
+        raise RunError(
+            f"the log-likelihoods of {', '.join(bad[:3])} are not finite; use model.dtype float32, or a smaller strength."
+        )
     records = [
         {**kept(s, KEEPS), "scores": [max(float(v), LEAST) for v in own]}
         for s, own in zip(ask.samples, scores, strict=True)
@@ -46,6 +49,8 @@ def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
 
 def _at_once(loaded: Loaded, ask: Ask, every: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
     batch = encode(loaded, ask, strip=True)
+    if loaded.kind == "lm":
+        batch = {**batch, **positions(loaded.target, batch["attention_mask"])}
     logits = loaded.target(**batch, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
     return [logits[i, [c[0] for c in own]].tolist() for i, own in enumerate(every)]
 

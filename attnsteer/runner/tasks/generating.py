@@ -9,6 +9,9 @@ from ..models import Loaded
 from . import Ask
 from .prompts import encode
 
+# Arguments of `generate` that are the run's own: one text for each sample, and nothing beside it.
+RESERVED = ("num_return_sequences", "return_dict_in_generate")
+
 
 def generate(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
     """`generated` and `finished` (whether the model ended by itself) of each sample, and the tokens written."""

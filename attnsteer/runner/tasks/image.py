@@ -8,7 +8,7 @@ import re
 from dataclasses import asdict
 from typing import Any
 
-from ...errors import RecipeError, RunError
+from ...errors import RunError
 from .. import store
 from ..models import Loaded
 from . import Ask, kept
@@ -29,9 +29,6 @@ def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
     """Records with `image`, the path of the PNG in the run folder, `detected` and `valid`."""
     import torch
 
-    taken = [k for k in RESERVED if k in ask.decoding]
-    if taken:
-        raise RecipeError(f"decoding: {', '.join(taken)} is set by the run itself.")
     generators = [torch.Generator().manual_seed(seed_of(ask.seed, s["index"])) for s in ask.samples]
     pictures = loaded.target(
         prompt=[s["prompt"] for s in ask.samples], generator=generators, output_type="pt", **ask.decoding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,19 @@ def encode(loaded: Loaded, ask: Ask, strip: bool = False) -> Any:
         if loaded.dtype is not None:
             return batch.to(loaded.device, loaded.dtype)
     return batch.to(loaded.device)
+
+
+def positions(model: Any, mask: Any) -> dict[str, Any]:
+    """`position_ids` of prompts padded on the left, where the model's forward takes them: one with learned positions counts
+    padding otherwise. Nothing where none is padded. `generate` does so by itself, and models of pictures have their own.
+
+    Args:
+        mask: of attention [B, n].
+    """
+    takes = "position_ids" in inspect.signature(type(model).forward).parameters
+    if not takes or bool(mask.all()):
+        return {}
+    return {"position_ids": mask.cumsum(-1).sub(1).clamp_min(0)}
 
 
 def with_image(loaded: Loaded, text: str) -> str:
