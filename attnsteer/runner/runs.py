@@ -133,6 +133,7 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
     }
     if ranks.first:
         same_run(folder, identity)
+        store.tidy(folder)
         for name in PARTS:
             for path in store.parts(folder, name):
                 store.mend(path)

@@ -17,9 +17,9 @@ from ..errors import RunError
 RECIPE, IDENTITY, STATUS, SAMPLES, ARMS = "recipe.yaml", "identity.json", "status.json", "samples.jsonl", "arms.json"
 RECORDS, TIMINGS, METRICS, AUDIT = "records.jsonl", "timings.jsonl", "metrics.json", "audit.json"
 ENVIRONMENT, IMAGES, LOCK = "environment.json", "images", ".lock"
-# What a run writes, its searches, and what is made from it later.
-OWN = (RECIPE, STATUS, SAMPLES, ARMS, RECORDS, TIMINGS, METRICS, AUDIT, ENVIRONMENT, IMAGES)
-OWN += ("calibration", "attention.json", "report.html", "report.md")
+# What a run writes; and with what its searches find, and what is made from it later.
+WRITTEN = (RECIPE, STATUS, SAMPLES, ARMS, RECORDS, TIMINGS, METRICS, AUDIT, ENVIRONMENT)
+OWN = (*WRITTEN, IMAGES, "calibration", "attention.json", "report.html", "report.md")
 AGAIN = "start the run again with the same command, and it goes on where it stopped"
 Line = dict[str, Any]
 
@@ -57,6 +57,14 @@ def write_atomic(path: Path, data: bytes) -> None:
                 os.unlink(temporary)
             except OSError:
                 pass
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a kill left of files that a run was writing (`write_atomic`)."""
+    names = "|".join(map(re.escape, (IDENTITY, *WRITTEN)))
+    left = [p for p in folder.glob(".*.part") if re.fullmatch(rf"\.({names})\.\w+\.part", p.name)]
+    for path in (*left, *(folder / IMAGES).rglob(".*.part")):
+        path.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

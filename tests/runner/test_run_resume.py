@@ -340,6 +340,30 @@ def test_a_stop_while_files_are_merged_loses_and_doubles_nothing(
     same_batches(out, whole)
 
 
+def test_what_a_kill_left_of_a_file_goes_and_other_files_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out, kept = recipe(tmp_path), tmp_path / "run", []
+
+    class Killed(BaseException):
+        pass
+
+    def killed(old: Any, new: Any) -> None:
+        raise Killed
+
+    for name in ("identity.json", "images/a/b.png"):
+        with monkeypatch.context() as patch:
+            patch.setattr(store.os, "replace", killed)
+            patch.setattr(store.os, "unlink", lambda path: kept.append(path))
+            with pytest.raises(Killed):
+                store.write_atomic(out / name, b"half")
+    (out / "images").rename(out / "kept")
+    (out / ".notes.json.abc.part").write_text("mine")
+    assert len(kept) == 2
+    stopped(base, out, after=2)
+    (out / "kept").rename(out / "images")
+    run(base, out, progress=False)
+    assert [p.name for p in out.rglob("*.part")] == [".notes.json.abc.part"]
+
+
 def test_a_failure_is_in_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from attnsteer.runner.tasks import choice
 
