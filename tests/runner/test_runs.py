@@ -93,7 +93,17 @@ def test_a_run_again_changes_nothing(whole: Path) -> None:
 # ------------------------------------------------------------------------------------------------ tasks
 
 
-@pytest.mark.parametrize("changes", [EXISTENCE, CAPTIONS, LAYOUTS], ids=["existence", "captions", "layouts"])
+MMDIT = {
+    **LAYOUTS,
+    "model": {"zoo": "shapes-mmdit", "kind": "image", "device": "cpu"},
+    "interventions": [{"method": "SoftPAG", "params": {"scale": 2.0, "strength": 0.5}, "where": {"layers": [5]}}],
+    "decoding": {"num_inference_steps": 2, "max_sequence_length": 8},
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [EXISTENCE, CAPTIONS, LAYOUTS, MMDIT], ids=["existence", "captions", "layouts", "mmdit"]
+)
 def test_at_zero_strength_every_embedded_model_answers_as_the_baseline(tmp_path: Path, changes: Any) -> None:
     out = run(recipe(tmp_path, **changes), tmp_path / "run", progress=False)
     found = load(out / "metrics.json")
