@@ -24,6 +24,11 @@ DATA = {
     "now and then (`language.describe`), one in ten empty.",
 }
 DATA["shapes-mmdit"] = DATA["shapes-sd"]
+# What stock `from_pretrained` has to be told.
+LOADING = {
+    "shapes-mmdit": " It has no T5, which diffusers wants to hear: "
+    "`StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`."
+}
 
 
 def write_card(folder: Path, metrics: dict[str, Any]) -> Path:
@@ -42,7 +47,7 @@ def write_card(folder: Path, metrics: dict[str, Any]) -> Path:
         "**Training.** " + "; ".join(_stage(*s) for s in curves.items()) + f". `python -m attnsteer.zoo.train {name}`",
         "trains it again; times are those of one core of a shared machine.",
         "",
-        "**Use.** To try and test attention interventions. It knows shapes and nothing else.",
+        "**Use.** To try and test attention interventions. It knows shapes and nothing else." + LOADING.get(name, ""),
         "",
         "## Measured",
         "",
