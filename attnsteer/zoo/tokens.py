@@ -50,16 +50,19 @@ def clip_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
+    # The trainer numbers letters that end a word in the order of a hash table, another one in each process, and breaks ties
+    # by number; named here, they have their numbers before.
+    words = [w for w in WORDS if w.islower() or not w.isalpha()]
+    letters = sorted({*"abcdefghijklmnopqrstuvwxyz.,", *"".join(words)})
     inner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
         vocab_size=4096,
         end_of_word_suffix="</w>",
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz.,"),
+        special_tokens=["<|startoftext|>", "<|endoftext|>", *(f"{c}</w>" for c in letters)],
+        initial_alphabet=letters,
         show_progress=False,
     )
-    words = [w for w in WORDS if w.islower() or not w.isalpha()]
     inner.train_from_iterator(words, trainer)
     import json
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -239,3 +241,16 @@ def test_existence_of_one_class() -> None:
     scene = picture("test", 0)
     o = scene.objects[0]
     assert existence(scene, o.colour, o.shape).answer == "yes"
+
+
+def test_the_tokenizers_are_the_same_in_every_process() -> None:
+    """A training that goes on in another process must read its captions in the same way."""
+    code = (
+        "from attnsteer.zoo.tokens import clip_tokenizer, word_tokenizer as w\n"
+        "print([sorted(t.get_vocab().items()) for t in (clip_tokenizer(), w())])"
+    )
+    seen = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    }
+    assert len(seen) == 1 and "circle</w>" in seen.pop()
