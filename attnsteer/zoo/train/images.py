@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +134,16 @@ def text_encoder(width: int = 96, layers: int = 1, projection: bool = False) -> 
 class Batches:
     """Latents and tokens of each training step."""
 
-    def __init__(self, z: Tensor, size: int, stream: int):
-        self.z, self.size, self.stream = z, size, stream
+    def __init__(self, z: Tensor, size: int, stream: int, empty: Sequence[float] = (EMPTY,) * len(COUNTS)):
+        self.z, self.size, self.stream, self.empty = z, size, stream, empty
         self.tokenizer = clip_tokenizer()
         self.words: dict[str, int] = {}
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Latents fp32 [B, 4, 16, 16] and tokens [B, L]; one caption in ten is empty."""
+        """Latents fp32 [B, 4, 16, 16] and tokens [B, L]; captions are empty as often as `empty` says for the count."""
         g, rows = self._draw(step)
-        texts = ["" if g.random() < EMPTY else describe(scene(int(i)).objects, g) for i in rows]
+        shown = [scene(int(i)).objects for i in rows]
+        texts = ["" if g.random() < self.empty[len(objects) - 1] else describe(objects, g) for objects in shown]
         return self.z[torch.from_numpy(rows)].float(), self.tokens(texts)
 
     def scenes(self, step: int) -> list[Scene]:

@@ -14,6 +14,7 @@ a vision model; here the renderer knows the answer. The layer is thrown away.
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ from .lvlm import labels
 from .precision import exchange, sdpa_in_fp32
 from .sd import PROMPTS
 
-BATCH, WIDTH, TEXT = 32, 144, 72
-PLAN = Plan(steps=18_000, lr=1.5e-3, warmup=300)
+BATCH, WIDTH, TEXT = 32, 144, 48
+PLAN = Plan(steps=13_000, lr=1.5e-3, warmup=300)
+# A second stage teaches what the empty caption stands for, above all scenes of one object: without it three in four unguided
+# pictures of the empty prompt have a shape that is none.
+EMPTY_PLAN = Plan(steps=3000, lr=1e-3, warmup=100)
+EMPTY = (0.9, 0.05, 0.05, 0.05, 0.05)
 FILLERS = (1, 32, 256)
 # Of the six blocks, the one whose image states are read, and the weight of that loss.
 READ, READING = 3, 0.1
@@ -105,7 +110,8 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     from .publish import publish
 
     vae, vae_curve = train_autoencoder(out, device, steps)
-    batches = Batches(latents(vae, out / "vae", 64 if steps else 40_000), BATCH, stream=4)
+    z = latents(vae, out / "vae", 64 if steps else 40_000)
+    batches = Batches(z, BATCH, stream=4)
     raised = torch.zeros(())
 
     def weighted(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -113,7 +119,7 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
         bias = nn.functional.pad(raised.to(key.device).view(1, 1, 1, 1), (key.shape[2] - 1, 0))
         return sdpa_in_fp32(query, key, value, bias, **options)
 
-    def loss(model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(batches: Batches, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
         z, tokens = batches(step)
         g = torch.Generator().manual_seed(step)
         raised.fill_(math.log(FILLERS[int(torch.randint(len(FILLERS), (1,), generator=g))]))
@@ -136,8 +142,13 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     model = Model()
     exchange(model, {SDPA: weighted})
     compiled = () if steps else tuple(model.transformer.transformer_blocks)
-    curve = fit("mmdit", model, loss, plan, out, device=device, look=look, compiled=compiled)
-    return publish("shapes-mmdit", {"": pipeline(vae, model)}, {}, out, {"vae": vae_curve, "mmdit": curve})
+    curves = {"vae": vae_curve}
+    curves["mmdit"] = fit("mmdit", model, partial(loss, batches), plan, out, device=device, look=look, compiled=compiled)
+    batches, plan = Batches(z, BATCH, 5, EMPTY), shorten(EMPTY_PLAN, steps)
+    curves["mmdit-empty"] = fit(
+        "mmdit-empty", model, partial(loss, batches), plan, out, device=device, look=look, compiled=compiled
+    )
+    return publish("shapes-mmdit", {"": pipeline(vae, model)}, {}, out, curves)
 
 
 def reading(logits: tuple[Tensor, Tensor], wanted: Tensor, weight: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def test_a_record_of_a_real_layout(category: str) -> None:
         "detected": [dataclasses.asdict(o) for o in read.objects], "valid": read.valid,
     }  # fmt: skip
     found = get_metric("layout").sample(record)
-    assert found["right"] == found["valid"] == 1
+    assert found["right"] == found["exact"] == found["valid"] == 1
     if asked.boxes:
         assert found["boxed"] == found["in_box"] == len(asked.boxes) and found["all_in_box"] == 1
     assert get_metric("binding").sample(record)["all_bound"] == 1
@@ -66,8 +66,21 @@ def test_layout_over_samples() -> None:
     found = metric.aggregate(samples, draws=300)
     assert found["right"] == wilson(2, 3) and found["valid"] == wilson(2, 3) and found["all_in_box"] == wilson(1, 3)
     assert found["in_box"] == ratio_bootstrap([2, 1, 0], [2, 2, 2], draws=300)
+    assert found["exact"] == wilson(2, 3)
     bare = [metric.sample({"phrases": ["a red circle"], "detected": [thing("red", "circle")], "valid": True})]
-    assert set(metric.aggregate(bare, draws=10)) == {"right", "valid"}
+    assert set(metric.aggregate(bare, draws=10)) == {"right", "exact", "valid"}
+
+
+@pytest.mark.parametrize("detected, valid, right, exact", [
+    ([thing("red", "circle", 0.2)], True, 1, 1),
+    ([thing("red", "circle", 0.2)], False, 1, 0),
+    ([thing("red", "circle", 0.2), thing("red", "circle", 0.7)], True, 1, 0),
+    ([thing("red", "circle", 0.2), thing("blue", "star", 0.7)], True, 1, 0),
+    ([thing("blue", "circle", 0.2)], True, 0, 0),
+])  # fmt: skip
+def test_layout_exact(detected: list[dict[str, object]], valid: bool, right: int, exact: int) -> None:
+    found = get_metric("layout").sample({"phrases": ["a red circle"], "detected": detected, "valid": valid})
+    assert (found["right"], found["exact"], found["valid"]) == (right, exact, int(valid))
 
 
 def test_binding() -> None:
