@@ -114,9 +114,10 @@ def test_a_model_that_is_not_there_or_of_another_kind(tmp_path: Path, model: Any
 
 
 def test_a_model_from_a_folder_answers_as_the_embedded_one(tmp_path: Path, whole: Path) -> None:
-    from attnsteer import zoo
+    from attnsteer import HeadSet, zoo
 
-    heads = {"5": [0, 7]}
+    shipped = HeadSet.load(zoo.folder("shapes-lm") / "act" / "heads.safetensors")
+    heads = {str(layer): list(places) for layer, places in shipped.to_dict().items()}
     changes = {
         "model": {"path": str(zoo.folder("shapes-lm")), "kind": "lm", "architecture": "llama", "device": "cpu"},
         "interventions": [{"method": "ACT", "params": {"beta": 0.4}, "heads": heads}],

@@ -77,10 +77,9 @@ def test_the_first_batch_of_an_arm_does_not_count_in_the_cost(whole: Path) -> No
 
 def test_the_audit_counts_over_all_batches(whole: Path) -> None:
     arms = load(whole / "audit.json")["arms"]
-    (site,) = arms["method"][0]["sites"].values()
-    assert site["calls"] == site["edits"] == 3 and arms["baseline"] == []
-    (idle,) = arms["zero"][0]["sites"].values()
-    assert idle["calls"] == 3 and idle["edits"] == 0
+    steered, idle = (list(arms[arm][0]["sites"].values()) for arm in ("method", "zero"))
+    assert steered and all(site["calls"] == site["edits"] == 3 for site in steered) and arms["baseline"] == []
+    assert len(idle) == len(steered) and all(site["calls"] == 3 and site["edits"] == 0 for site in idle)
 
 
 def test_a_run_again_changes_nothing(whole: Path) -> None:

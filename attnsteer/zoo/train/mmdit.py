@@ -143,7 +143,9 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     exchange(model, {SDPA: weighted})
     compiled = () if steps else tuple(model.transformer.transformer_blocks)
     curves = {"vae": vae_curve}
-    curves["mmdit"] = fit("mmdit", model, partial(loss, batches), plan, out, device=device, look=look, compiled=compiled)
+    curves["mmdit"] = fit(
+        "mmdit", model, partial(loss, batches), plan, out, device=device, look=look, compiled=compiled
+    )
     batches, plan = Batches(z, BATCH, 5, EMPTY), shorten(EMPTY_PLAN, steps)
     curves["mmdit-empty"] = fit(
         "mmdit-empty", model, partial(loss, batches), plan, out, device=device, look=look, compiled=compiled
