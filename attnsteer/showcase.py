@@ -126,7 +126,7 @@ def _boxes(name: str) -> tuple[Line, Sheet | None]:
     # Where the words of each model mean something, by its card.
     sites, step_size = {
         "shapes-sd": (Where(modules=[r".*down_blocks\.1.*attn2", r".*up_blocks\.0.*attn2"]), 0.0025),
-        "shapes-mmdit": (Where(layers=[2, 4]), 0.01),
+        "shapes-mmdit": (Where(layers=[2, 3]), 0.01),
     }[name]
     method = AttentionRefocusing(
         [{p.words: b for p, b in zip(w.phrases, w.boxes, strict=True)} for w in wanted],

@@ -59,6 +59,21 @@ def test_rate() -> None:
     assert plan.rate(55) == pytest.approx(0.55) and plan.rate(100) == pytest.approx(0.1)
 
 
+def test_batches_draw_single_objects_and_empty_captions_as_often_as_asked() -> None:
+    from attnsteer.zoo.train.images import Batches
+
+    z, steps = torch.arange(500.0).view(-1, 1), range(12)
+    plain, more = Batches(z, 32, 5), Batches(z, 32, 5, (0.5, 0.0, 0.0, 0.0, 0.0), 1 / 3)
+    single = [[len(s.objects) == 1 for k in steps for s in b.scenes(k)] for b in (plain, more)]
+    assert 0.2 < sum(single[0]) / len(single[0]) < 0.35 and 0.44 < sum(single[1]) / len(single[1]) < 0.6
+    # Latents, scenes and captions are of the same rows, and an empty caption is one of a single object.
+    drawn = [more(k) for k in steps]
+    assert torch.equal(torch.cat([d[0] for d in drawn])[:, 0], z[[i for k in steps for i in more._draw(k)[1]], 0])
+    empty = (torch.cat([d[1] for d in drawn]) == more.tokens([""])).all(dim=1).tolist()
+    assert all(s for s, e in zip(single[1], empty, strict=True) if e)
+    assert 0.4 < sum(empty) / sum(single[1]) < 0.6
+
+
 @pytest.mark.slow
 def test_each_model_trains_for_a_few_steps(tmp_path: Path) -> None:
     """Also that a stock library loads what was written, and that it computes."""

@@ -80,11 +80,11 @@ def test_plain_libraries_load_it(name: str) -> None:
 @pytest.mark.parametrize("name", zoo.available())
 def test_size_card_and_record(name: str) -> None:
     folder = zoo.folder(name)
-    assert sum(f.stat().st_size for f in folder.rglob("*.safetensors")) <= 12 * 2**20
+    assert sum(f.stat().st_size for f in folder.rglob("*.safetensors")) <= 12_000_000
     card = (folder / "README.md").read_text()
     assert card.startswith(f"# {name}") and "## Measured" in card
     assert json.loads((folder / "training.json").read_text())
-    assert sum(f.stat().st_size for f in zoo.MODELS.rglob("*.safetensors")) <= 36 * 2**20
+    assert sum(f.stat().st_size for f in zoo.MODELS.rglob("*.safetensors")) <= 36_000_000
 
 
 @pytest.mark.parametrize("name", zoo.available())

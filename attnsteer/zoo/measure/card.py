@@ -23,7 +23,11 @@ DATA = {
     "shapes-sd": "Scenes of 1 to 5 objects on plain ground (`train.images.scene`), captions in random order with a size "
     "now and then (`language.describe`), one in ten empty.",
 }
-DATA["shapes-mmdit"] = DATA["shapes-sd"]
+DATA["shapes-mmdit"] = (
+    DATA["shapes-sd"]
+    + " In a second stage half the scenes have one object; half the captions of those are empty, and one in twenty of the "
+    "others. The weights are the average of both stages' (0.4 and 0.6)."
+)
 # What stock `from_pretrained` has to be told.
 LOADING = {
     "shapes-mmdit": " It has no T5, which diffusers wants to hear: "

@@ -134,13 +134,17 @@ def text_encoder(width: int = 96, layers: int = 1, projection: bool = False) -> 
 class Batches:
     """Latents and tokens of each training step."""
 
-    def __init__(self, z: Tensor, size: int, stream: int, empty: Sequence[float] = (EMPTY,) * len(COUNTS)):
-        self.z, self.size, self.stream, self.empty = z, size, stream, empty
+    def __init__(
+        self, z: Tensor, size: int, stream: int, empty: Sequence[float] = (EMPTY,) * len(COUNTS), single: float = 0.0
+    ):
+        """`empty`: share of captions left out, by count of objects. `single`: share of rows drawn among single objects."""
+        self.z, self.size, self.stream, self.empty, self.single = z, size, stream, empty, single
+        self.singles = np.array([i for i in range(len(z)) if single and len(scene(i).objects) == 1])
         self.tokenizer = clip_tokenizer()
         self.words: dict[str, int] = {}
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Latents fp32 [B, 4, 16, 16] and tokens [B, L]; captions are empty as often as `empty` says for the count."""
+        """Latents fp32 [B, 4, 16, 16] and tokens [B, L]; captions are empty as often as `empty` says."""
         g, rows = self._draw(step)
         shown = [scene(int(i)).objects for i in rows]
         texts = ["" if g.random() < self.empty[len(objects) - 1] else describe(objects, g) for objects in shown]
@@ -152,7 +156,10 @@ class Batches:
 
     def _draw(self, step: int) -> tuple[np.random.Generator, np.ndarray]:
         g = rng("train", step, stream=self.stream)
-        return g, g.integers(0, len(self.z), self.size)
+        rows = g.integers(0, len(self.z), self.size)
+        if self.single:
+            rows = np.where(g.random(self.size) < self.single, g.choice(self.singles, self.size), rows)
+        return g, rows
 
     def tokens(self, texts: list[str]) -> Tensor:
         """Padded ids [B, L]; whole words only, so a table is enough."""
