@@ -123,10 +123,10 @@ def _boxes(name: str) -> tuple[Line, Sheet | None]:
 
     pipe = zoo.load(name)
     wanted = [layout("test", i) for i in range(PICTURES)]
-    # Where the words of each model mean something, by its card.
+    # Sites and step sizes of the recipes attention-refocusing/shapes-layouts and shapes-mmdit.
     sites, step_size = {
         "shapes-sd": (Where(modules=[r".*down_blocks\.1.*attn2", r".*up_blocks\.0.*attn2"]), 0.0025),
-        "shapes-mmdit": (Where(layers=[2, 3]), 0.01),
+        "shapes-mmdit": (Where(layers=[0, 2, 3]), 0.01),
     }[name]
     method = AttentionRefocusing(
         [{p.words: b for p, b in zip(w.phrases, w.boxes, strict=True)} for w in wanted],
