@@ -58,10 +58,6 @@ def test_causal_flag_is_upper_left(shape: tuple[int, int], quirk: str) -> None:
     check(problem("causal", n=shape[0], m=shape[1], **QUIRKS[quirk]))
 
 
-# Two results in fp32, each within its limit of the truth: scores above 16 are rounded to 2e-6, differently on each processor.
-APART = 2 * STATISTIC[torch.float32]
-
-
 @pytest.mark.parametrize("quirk", ["plain", "soft-capped", "sinks", "bias per head"])
 @pytest.mark.parametrize("mask", ["none", "causal", "left padding, causal flag", "bool", "float min"])
 def test_large_spans_take_the_fused_path(mask: str, quirk: str) -> None:
@@ -71,7 +67,7 @@ def test_large_spans_take_the_fused_path(mask: str, quirk: str) -> None:
     assert kernels.index_keys(keys).span == (30, 300)
     gathered = kernels.groups._gathered(att, lse, kernels.index_keys(keys), True)
     for fused, slow in zip(kernels.partial(att, lse, keys), gathered, strict=True):
-        close(fused, slow, APART)
+        close(fused, slow, STATISTIC[torch.float32])
     check(att)
 
 
@@ -79,7 +75,8 @@ def test_large_spans_take_the_fused_path(mask: str, quirk: str) -> None:
 @pytest.mark.parametrize("mask", ["none", "causal", "left padding, causal flag", "bool", "float min"])
 def test_large_spans_with_holes(mask: str, quirk: str) -> None:
     """Another span with other holes in each batch row; some rows see hardly anything but holes."""
-    att = problem(mask, B=2, n=320, m=320, **QUIRKS[quirk])
+    # With scores above 16, which fp32 rounds to 2e-6, the last digit of the limit would be the processor's.
+    att = problem(mask, B=2, n=320, m=320, sharp=1.0, **QUIRKS[quirk])
     keys = torch.zeros(2, 1, 320, dtype=torch.bool)
     keys[0, 0, 30:300], keys[1, 0, 2:305] = True, True
     holes = [[30, 31, 77], [2, 100, 101, 102, 301]]
@@ -92,7 +89,7 @@ def test_large_spans_with_holes(mask: str, quirk: str) -> None:
     assert [(start, stop, holes.size) for start, stop, holes in index.runs] == [(30, 300, 2), (3, 305, 4)]
     gathered = kernels.groups._gathered(att, lse, index, True)
     for fused, slow in zip(kernels.partial(att, lse, keys), gathered, strict=True):
-        close(fused, slow, APART)
+        close(fused, slow, STATISTIC[torch.float32])
     assert torch.equal(kernels.mass(att, lse, keys), kernels.partial(att, lse, keys)[0])
 
 
