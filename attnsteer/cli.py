@@ -193,19 +193,19 @@ def run(
     The same command goes on with a run that was stopped. `accelerate launch -m attnsteer run ...` shares the samples
     among processes.
     """
-    from .runner.command import prepared, run_folder
-    from .runner.ranks import first
+    from .run.command import prepared, run_folder
+    from .run.ranks import first
 
     chosen = prepared(recipe, settings or (), batch_size)
     target = run_folder(chosen, tiny) if out is None else out
     if check:
-        from .runner.job import prepare
+        from .run.job import prepare
 
         job = prepare(chosen, target, tiny, limit)
         print(f"{chosen.name}: {len(job.data.samples)} samples, nothing found wrong")
         return
-    from .runner import run as evaluate
-    from .runner.summary import table
+    from .results.summary import table
+    from .run import run as evaluate
 
     try:
         evaluate(chosen, target, tiny=tiny, limit=limit)

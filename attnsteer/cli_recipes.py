@@ -18,7 +18,7 @@ def ls(
 ) -> None:
     """List the shipped recipes."""
     from .output import print_json, print_table
-    from .runner.shipped import shipped
+    from .recipe.shipped import shipped
 
     rows = [
         {
@@ -46,9 +46,9 @@ def show(
     tiny: Annotated[bool, typer.Option("--tiny", help="As a tiny run has it; implies --resolved.")] = False,
 ) -> None:
     """Print a recipe."""
-    from .runner.checks import resolve
-    from .runner.loading import load_recipe
-    from .runner.shipped import locate
+    from .recipe.loading import load_recipe
+    from .recipe.resolve import resolve
+    from .recipe.shipped import locate
 
     if resolved or tiny:
         print(resolve(load_recipe(recipe), tiny=tiny).canonical(), end="")
@@ -64,7 +64,7 @@ def cp(
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Copy a recipe, with the files beside it that it names, to change it."""
-    from .runner.shipped import copy
+    from .recipe.shipped import copy
 
     for path in copy(recipe, to, force):
         print(path)
@@ -74,7 +74,7 @@ def cp(
 def schema() -> None:
     """Print the JSON Schema of a recipe, for editors and other programs."""
     from .output import print_json
-    from .runner.schema import json_schema
+    from .recipe.schema import json_schema
 
     print_json(json_schema())
 
@@ -86,7 +86,7 @@ def table(
     write: Annotated[bool, typer.Option("--write", help="Put it into the folder's README.md.")] = False,
 ) -> None:
     """Print a table of results: the paper's figure, ours, and the difference."""
-    from .runner.results import results_table, write_results
+    from .results.readme_tables import results_table, write_results
 
     if write:
         print(f"{folder / 'README.md'}: {'written' if write_results(folder, runs) else 'unchanged'}")
@@ -104,6 +104,6 @@ def calibrate(
 
     The search goes on where an interrupted one stopped.
     """
-    from .runner.calibration import save_found
+    from .run.calibration import save_found
 
     print(save_found(recipe, out, cache, tiny=tiny))

@@ -22,7 +22,7 @@ def compare(
 
     Prints Markdown. What differs in the recipes is listed at the end.
     """
-    from .runner import comparison
+    from .results import comparison
 
     found = comparison.compare(runs, other_samples=other_samples, other_model=other_model, partial=partial)
     if as_json:
@@ -41,10 +41,10 @@ def report(
 
     The page is one file: open it in a browser, send it to someone, or print it. It loads nothing.
     """
-    from .runner import reports
+    from .results import report as reports
 
     if attention:
-        from .runner.looking import look
+        from .results.drawings import look
 
         look(run, attention)
     print(reports.report(run))

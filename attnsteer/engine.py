@@ -11,27 +11,14 @@ from torch import Tensor
 
 from . import kernels
 from .audit import Mark
+from .bound import Bound, Heads
 from .call import AttentionMap, AttnCall, DenseMap, KeyBias, Reweight
 from .errors import CompositionError, SelectionError, UnsupportedHost
-from .intervention import Intervention
 from .kernels import Attention
 from .site import Site
-from .where import Where
 
 if TYPE_CHECKING:
     from .steering import Steering
-
-Heads = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Bound:
-    """One intervention of a steering: its place in the order, its selection, the doors it uses."""
-
-    index: int
-    method: Intervention
-    where: Where
-    doors: frozenset[str]
 
 
 @dataclass

@@ -25,9 +25,9 @@ _METHODS: dict[str, str | type] = {
 }
 # Asked in this order; the generic host takes any module, so it comes last.
 _HOSTS: dict[str, str | type] = {
-    "diffusers": "attnsteer.hosts.diffusers:DiffusersHost",
-    "transformers": "attnsteer.hosts.transformers:TransformersHost",
-    "generic": "attnsteer.hosts.generic:GenericHost",
+    "diffusers": "attnsteer.hosts.diffusers.host:DiffusersHost",
+    "transformers": "attnsteer.hosts.transformers.host:TransformersHost",
+    "generic": "attnsteer.hosts.sdpa.host:GenericHost",
 }
 _GROUPS = {"methods": "attnsteer.methods", "hosts": "attnsteer.hosts"}
 

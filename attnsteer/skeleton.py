@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import AttnSteerError, UnknownName, UnsupportedHost, did_you_mean, listing
-from .hosts.diffusers import DENOISERS
+from .hosts.diffusers.host import DENOISERS
 from .site import Site, SiteList
 from .steering import sites
 

@@ -4,56 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from .audit import Audit
-from .engine import Bound, SiteRuntime
+from .bound import Bound
+from .engine import SiteRuntime
 from .errors import AttnSteerError, NeverFired, SelectionError, UnsupportedHost, listing
 from .intervention import Intervention
 from .registry import get_host, hosts
 from .site import Site, SiteList
 from .tokens import checked_images
+from .undo import Journal
 from .where import Where
 
 # What `Where` selects over time; a host that cannot tell one of them refuses a selection by it.
 CLOCKS = ("phases", "steps", "branches")
-
-
-class Journal:
-    """Undo steps, run in reverse; each runs even when another fails."""
-
-    def __init__(self) -> None:
-        self._steps: list[Callable[[], None]] = []
-
-    def add(self, step: Callable[[], None]) -> None:
-        """Remember one undo step."""
-        self._steps.append(step)
-
-    def set_attr(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute and remember how to restore it (or to delete it)."""
-        own = vars(owner)
-        had, old = name in own, own.get(name)
-        own[name] = value
-
-        def undo() -> None:
-            if had:
-                vars(owner)[name] = old
-            else:
-                vars(owner).pop(name, None)
-
-        self.add(undo)
-
-    def undo(self) -> None:
-        """Run all steps; the first error is raised after the last step."""
-        first: BaseException | None = None
-        while self._steps:
-            try:
-                self._steps.pop()()
-            except Exception as error:  # every step must run, whatever another did
-                first = first or error
-        if first is not None:
-            raise first
 
 
 class Steering:

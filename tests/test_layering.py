@@ -56,7 +56,8 @@ def under(*packages: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", under("methods", "kernels", "guidance", "where", "heads", "call", "engine", "tokens", "audit", "site")
+    "name",
+    under("methods", "kernels", "maps", "where", "heads", "call", "branches", "engine", "tokens", "audit", "site"),
 )
 def test_tensor_maths_and_selection_know_no_model(name: str) -> None:
     outside, inside = imported(name)
@@ -88,12 +89,13 @@ def test_a_host_imports_its_own_library_only(name: str) -> None:
 
 
 def test_hosts_are_where_their_library_is() -> None:
-    assert imported("hosts.generic")[0] == imported("hosts.base")[0] | {"torch"} == {"torch"}
-    assert "transformers" in imported("hosts.transformers")[0]
+    assert imported("hosts.sdpa.host")[0] == imported("hosts.base")[0] | {"torch"} == {"torch"}
+    assert "transformers" in imported("hosts.transformers.host")[0]
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(MODULES) - set(under("testing", "hosts", "evals", "runner", "zoo", "viz")) - ENDS)
+    "name",
+    sorted(set(MODULES) - set(under("testing", "hosts", "evals", "recipe", "run", "results", "zoo", "viz")) - ENDS),
 )
 def test_the_core_knows_no_host_library(name: str) -> None:
     outside, inside = imported(name)
@@ -123,7 +125,7 @@ assert run.audit.fired(0)
 
 def test_the_walk_sees_imports() -> None:
     """The helper finds imports at the top, inside functions, and relative ones."""
-    assert {"transformers", "torch"} <= imported("hosts.transformers")[0]
-    assert {"engine", "hosts.base", "hosts.interface"} <= imported("hosts.transformers")[1]
-    assert "kernels" in imported("hosts.interface")[1]
+    assert {"transformers", "torch"} <= imported("hosts.transformers.host")[0]
+    assert {"bound", "hosts.base", "hosts.transformers.attention_function"} <= imported("hosts.transformers.host")[1]
+    assert "kernels" in imported("hosts.transformers.attention_function")[1]
     assert "cli" in imported("__main__")[1]

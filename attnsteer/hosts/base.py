@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..engine import Bound
+from ..bound import Bound
 from ..site import Site
 
 if TYPE_CHECKING:
-    from ..steering import Journal, Steering
+    from ..steering import Steering
+    from ..undo import Journal
 
 
 class Host:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
-from ..guidance.latent import LatentLoss, Plan, at
-from ..guidance.maps import COMPETE, Maps
-from ..guidance.phrases import checked, per_prompt
+from ..maps.phrases import checked, per_prompt
+from ..maps.words_to_image import COMPETE, Maps
+from .bases.latent_loss import LatentLoss, Plan, at
 
 
 def check_softmax(name: str, sharpness: float | None, compete: str | None) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
-from ..guidance.latent import LatentLoss, Plan, at
-from ..guidance.maps import Maps
-from ..guidance.regions import cells, layouts, union
+from ..maps.regions import cells, layouts, union
+from ..maps.words_to_image import Maps
 from .attend_and_excite import check_softmax, competing
+from .bases.latent_loss import LatentLoss, Plan, at
 
 # (first fraction of the loop, its end, step size, updates at most): the supplement, in its gaps the released code; of 50.
 SCHEDULE = (

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..call import AttnCall
 from ..errors import SelectionError, UnsupportedHost
-from ..guidance.weak import WeakBranch
 from ..heads import HeadSet
+from .bases.weak_branch import WeakBranch
 from .softpag import image_text, mean_query
 
 # The official code takes the token mean instead of a blur above this.

@@ -14,8 +14,8 @@ from torch import Tensor
 from .. import kernels
 from ..call import AttnCall
 from ..errors import SelectionError, UnsupportedHost
-from ..guidance.weak import WeakBranch
 from ..heads import HeadSet
+from .bases.weak_branch import WeakBranch
 
 JOINT = ("joint_identity", "ii_identity", "ii_identity_renorm", "image_rows_identity")
 TARGETS = ("identity", "uniform", "mean_query", "zero")

@@ -94,7 +94,7 @@ class VAR(Intervention):
     def prepared(self, target: Any) -> VAR:
         if self.sink_dims is not None:
             return self
-        from ..search.sink_dims import known_sink_dims
+        from ._sink_dims import known_sink_dims
 
         return self.new(sink_dims=known_sink_dims(target))
 

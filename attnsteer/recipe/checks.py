@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import AttnSteerError, RecipeError, did_you_mean, listing
 from ..heads import HeadSet
-from .build import methods_of, randomised, zeroed
-from .calibration import calibration_key, search_of, searched_method
-from .parameters import ZOO
-from .points import points, with_values
-from .schema import CALIBRATED, Recipe
-from .tasks import get_task
+from ..run.tasks import get_task
+from .arms import methods_of, randomised, zeroed
+from .resolve import METRIC_FILES, absolute_options, names_file, resolve
+from .schema import Recipe
+from .searched import calibration_key, search_of, searched_method
+from .sweep import points, with_values
 
-# Options of metrics that are files, relative to the recipe.
-METRIC_FILES = {
-    "chair": ("synonyms", "instances", "captions"),
-    "fid": ("reference",),
-    "precision_recall": ("reference",),
-}
-TINY_SAMPLES, TINY_STEPS, TINY_TOKENS = 4, 2, 8
 # What stands for heads and dimensions that a search will find.
 STAND_IN = HeadSet({0: [0]}, shape=(1, 2))
 
@@ -66,13 +59,9 @@ def _without_missing_heads(recipe: Recipe) -> Recipe:
     values = {
         f"interventions.{i}.heads": {"0": [0]}
         for i, s in enumerate(recipe.interventions)
-        if _is_file(s.heads) and not (recipe.folder / s.heads).is_file()
+        if names_file(s.heads) and not (recipe.folder / s.heads).is_file()
     }
     return with_values(recipe, values) if values else recipe
-
-
-def _is_file(heads: Any) -> bool:
-    return isinstance(heads, str) and heads != CALIBRATED and not heads.startswith(ZOO)
 
 
 def _check_arms(recipe: Recipe) -> None:
@@ -181,18 +170,6 @@ def _files_of(name: str, options: dict[str, Any]) -> list[Path]:
     return found
 
 
-def absolute_options(name: str, options: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A metric's options with its files absolute."""
-    out = dict(options)
-    for option in METRIC_FILES.get(name, ()):
-        value = out.get(option)
-        if isinstance(value, str):
-            out[option] = str((folder / value).absolute())
-        elif isinstance(value, list):
-            out[option] = [str((folder / v).absolute()) if isinstance(v, str) else v for v in value]
-    return out
-
-
 def _check_architecture(recipe: Recipe) -> None:
     model = recipe.model
     if model.zoo is not None and model.architecture is None:
@@ -224,44 +201,3 @@ def _missing_files(recipe: Recipe) -> list[str]:
         if data.images is not None and not (folder / data.images).is_dir():
             problems.append(f"{place}.images: there is no folder {folder / data.images}.")
     return problems
-
-
-def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
-    """The recipe that is run: paths absolute; with `tiny`, a few samples and steps, one seed, on the CPU.
-
-    A tiny run tests the recipe, not the method: the model is the random one of `model.architecture` unless it is embedded,
-    and `tiny` of the recipe says what does not fit it.
-
-    Raises:
-        RecipeError: a value does not fit.
-    """
-    from .loading import validate
-
-    folder = recipe.folder
-    told = with_values(recipe, recipe.tiny) if tiny else recipe
-    data = told.dump() | {"tiny": {}}
-    put: Callable[[dict[str, Any], str], None] = lambda part, key: part.update(  # noqa: E731
-        {key: str((folder / part[key]).absolute())} if part.get(key) is not None else {}
-    )
-    put(data["model"], "path")
-    sections = [data["data"], *([data["calibration"]["data"]] if data["calibration"] else [])]
-    for section in sections:
-        put(section, "file")
-        put(section, "images")
-    for spec in data["interventions"]:
-        if _is_file(spec["heads"]):
-            put(spec, "heads")
-    data["metrics"] = [{"name": m.name, **absolute_options(m.name, m.options, folder)} for m in told.metrics]
-    if tiny:
-        for section in sections:
-            section["limit"] = min(section["limit"] or TINY_SAMPLES, TINY_SAMPLES)
-        data["seeds"] = data["seeds"][:1]
-        data["batch_size"] = min(data["batch_size"], 2)
-        data["model"] |= {"dtype": "float32", "device": "cpu", "device_map": None}
-        for decoding in (data["decoding"], data["baseline"]):
-            for key, most in (("num_inference_steps", TINY_STEPS), ("max_new_tokens", TINY_TOKENS)):
-                if isinstance(decoding.get(key), int):
-                    decoding[key] = min(decoding[key], most)
-    made = validate(data)
-    made._source = recipe.source
-    return made

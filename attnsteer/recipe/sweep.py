@@ -85,7 +85,7 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def _with(recipe: Recipe, values: Mapping[str, Any], what: str) -> Recipe:
-    from .loading import validate
+    from .validate import validate
 
     data = recipe.dump()
     for path, value in values.items():

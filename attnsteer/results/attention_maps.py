@@ -18,10 +18,10 @@ from torch import Tensor
 from ..errors import RunError
 from ..heads import HeadSet
 from ..intervention import Intervention
+from ..run import store
 from ..steering import steer
 from ..viz.record import WordRecorder, phrase_maps, word_maps
 from ..where import Where
-from . import store
 
 FILE, SCHEMA_VERSION = "attention.json", 1
 # Words of an answer that get a map each, cells of a map's side, and tokens of a prompt's end.
@@ -40,7 +40,7 @@ def collect(
     picture: Callable[[str, Sample], str] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What attention.json holds (`attnsteer.runner.reports.attention` says how): all arms over all samples.
+    """What attention.json holds (`attnsteer.results.reports.overlays` says how): all arms over all samples.
 
     Args:
         loaded: `kind` (lm, vlm or image), `target`, and `tokenizer`. arms: each with `id`, `make(samples, loaded)` and

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
-from . import attention
-from .data import Sample
-from .folder import RunFolder, read_run
-from .loading import load_recipe
-from .models import Loaded
-from .ranks import Ranks
+from ..recipe.loading import load_recipe
+from ..run.data.sample import Sample
+from ..run.folder import RunFolder, read_run
+from ..run.loaded import Loaded
+from ..run.ranks import Ranks
+from ..run.runs import Job, planned, prepare
+from ..run.store import RECIPE
+from . import attention_maps as attention
+from .reports.headline import headline
 from .reports.samples import STATES, states
-from .reports.story import headline
-from .runs import Job, planned, prepare
-from .store import RECIPE
 
 
 def look(folder: str | Path, count: int = 3) -> Path:
@@ -25,7 +25,7 @@ def look(folder: str | Path, count: int = 3) -> Path:
         RunError: the folder is no finished run, or its model is not what it was then.
         RecipeError: the recipe's model or data are no longer there.
     """
-    from .models import load
+    from ..run.models import load
 
     run = read_run(folder)
     if run.metrics is None:
@@ -59,8 +59,8 @@ def chosen(run: RunFolder, samples: list[Sample], seed: int, count: int) -> list
 def _inputs(loaded: Loaded, job: Job) -> Any:
     if loaded.kind != "vlm":
         return None
-    from .tasks import Ask
-    from .tasks.prompts import encode
+    from ..run.tasks import Ask
+    from ..run.tasks.prompts import encode
 
     return lambda samples: encode(loaded, Ask(samples, job.data, {}, 0))
 
@@ -69,6 +69,6 @@ def _generator(seed: int, sample: Sample) -> Any:
     """The one that made the run's picture."""
     import torch
 
-    from .tasks.image import seed_of
+    from ..run.tasks.image import seed_of
 
     return torch.Generator().manual_seed(seed_of(seed, sample["index"]))

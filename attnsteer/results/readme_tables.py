@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import RecipeError
-from . import yaml
-from .loading import load_recipe
-from .points import own_point
-from .schema import Recipe
+from ..recipe import yaml
+from ..recipe.loading import load_recipe
+from ..recipe.schema import Recipe
+from ..recipe.sweep import own_point
 
 HEAD = ("recipe", "figure", "paper", "here: baseline", "here: method", "difference [95 %]", "samples")
 NOT_RUN = "not run"

@@ -11,8 +11,8 @@ from ..errors import RecipeError, RecordError, listing
 from ..evals.metrics import get_metric
 from ..evals.metrics.base import Metric
 from ..evals.statistics import Interval, holm, over_seeds
-from .points import own_point
-from .schema import Recipe
+from ..recipe.schema import Recipe
+from ..recipe.sweep import own_point
 
 # (seed, id) of a record.
 Key = tuple[int, str]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import store
+from ..run import store
 
 HEAD = ("point", "arm", "{primary}", "difference to baseline", "{p}", "per second", "time")
 

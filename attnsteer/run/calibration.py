@@ -10,26 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..errors import AttnSteerError, RecipeError, RunError, SerializationError, did_you_mean
+from ..errors import AttnSteerError, RecipeError, RunError, SerializationError
 from ..heads import HeadSet
+from ..recipe.parameters import Sample
+from ..recipe.schema import DataSpec, Recipe, digest
+from ..recipe.searched import NAMES, needed, search_of, searched_method
 from . import store
-from .parameters import Method, Sample, method
-from .points import points
-from .schema import CALIBRATED, DataSpec, Recipe, digest
-from .searches import SEARCHES, Search, Subject, Task
-
-# Names of a sample are not what it is.
-NAMES = ("id", "group", "index")
-
-
-def needed(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """The different searches of a recipe and its sweep: (key, the point's recipe); empty without a calibration."""
-    if recipe.calibration is None:
-        return []
-    found: dict[str, Recipe] = {}
-    for point in points(recipe):
-        found.setdefault(calibration_key(point.recipe), point.recipe)
-    return list(found.items())
+from .searches import Search, Subject, Task
 
 
 def calibrate(
@@ -48,7 +35,7 @@ def calibrate(
             nothing is kept.
 
     Returns:
-        {`calibration_key`: HeadSet, or a tuple of numbers}: what `attnsteer.runner.build.plan` takes as `found`.
+        {`calibration_key`: HeadSet, or a tuple of numbers}: what `attnsteer.run.build.plan` takes as `found`.
 
     Raises:
         RecipeError: the search does not take these samples, options or methods, or finds nothing; RunError: the cache cannot
@@ -71,16 +58,6 @@ def _refuse_overlap(split: Sequence[Sample], test: Sequence[Sample]) -> None:
             f"calibration.data: {both} of its {len(split)} samples are in the test split too; what is found on them would be "
             "tested on itself. Take others."
         )
-
-
-def calibration_key(recipe: Recipe) -> str:
-    """What the result of a recipe's search is known by: a hash of all that it depends on but samples and weights."""
-    parts = recipe.dump()
-    # The strength of the method that is searched for changes the result; that of another one does not.
-    own = search_of(recipe).for_method
-    searched = [s for s in parts["interventions"] if s["heads"] == CALIBRATED][:1] if own else []
-    kept = ("calibration", "model", "decoding") if own else ("calibration", "model")
-    return digest({"methods": searched, **{k: parts[k] for k in kept}})
 
 
 def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
@@ -137,8 +114,8 @@ def save_found(given: str | Path, out: str | Path, cache: str | Path | None, *, 
     Raises:
         RecipeError: see `calibrate`; the recipe has no search, or its sweep has several. RunError: the file cannot be written.
     """
-    from .checks import resolve
-    from .loading import load_recipe
+    from ..recipe.loading import load_recipe
+    from ..recipe.resolve import resolve
 
     recipe = resolve(load_recipe(given), tiny=tiny)
     if recipe.calibration is None:
@@ -177,50 +154,6 @@ def _write(found: Any, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = found.save(Path(folder) / path.name).read_bytes()
     store.write_atomic(path, data)
-
-
-def search_of(recipe: Recipe) -> Search:
-    """The search that a recipe names, its options checked by name.
-
-    Raises:
-        RecipeError: it is not known, is for another kind of model, or has no such option.
-    """
-    spec = recipe.calibration
-    if spec.search not in SEARCHES:
-        raise RecipeError(
-            f"calibration.search: there is no search {spec.search!r}; there are {', '.join(SEARCHES)}."
-            f"{did_you_mean(spec.search, SEARCHES)}"
-        )
-    search = SEARCHES[spec.search]
-    if recipe.model.kind not in search.kinds:
-        raise RecipeError(
-            f"calibration.search: {spec.search} is for models of kind {' or '.join(search.kinds)}; model.kind is "
-            f"{recipe.model.kind}."
-        )
-    for name in spec.options:
-        if name not in search.options:
-            raise RecipeError(
-                f"calibration.options.{name}: {spec.search} has {', '.join(search.options)}.{did_you_mean(name, search.options)}"
-            )
-    if search.heads != (spec.into == "heads"):
-        kind = "heads" if search.heads else "no heads"
-        raise RecipeError(f"calibration.into: {spec.search} finds {kind}; into is {spec.into!r}.")
-    return search
-
-
-def searched_method(recipe: Recipe) -> Method:
-    """The method that a search is for: the first whose heads are to be found.
-
-    Raises:
-        RecipeError: its parameters depend on samples, so it cannot be built for all of them.
-    """
-    index = next(i for i, s in enumerate(recipe.interventions) if s.heads == CALIBRATED)
-    found = method(recipe.interventions[index], f"interventions.{index}", recipe.folder, recipe.model, None)
-    if found.per_sample():
-        raise RecipeError(
-            f"{found.place}: heads cannot be searched for a method whose parameters come from the samples."
-        )
-    return found
 
 
 def weights(target: Any) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
-from . import yaml
-from .loading import load_recipe
-from .points import with_values
-from .schema import Recipe
+from ..recipe import yaml
+from ..recipe.loading import load_recipe
+from ..recipe.schema import Recipe
+from ..recipe.sweep import with_values
 
 RUNS = Path("runs")
 

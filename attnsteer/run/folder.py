@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import RecipeError, RunError, listing
 from ..evals.metrics import Metric, get_metric
-from . import store, yaml
+from ..recipe import yaml
+from . import store
 from .store import AGAIN
 
 # (seed, id) of a record.

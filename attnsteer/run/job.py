@@ -7,13 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import MissingExtra, RecipeError
-from . import judges
-from .checks import check, resolve
-from .data import Data, Sample
+from ..recipe.checks import check
+from ..recipe.resolve import resolve
+from ..recipe.schema import DataSpec, Recipe
+from ..recipe.sweep import with_values
+from ..results.score import measures
+from . import scorers as judges
 from .data import load as load_data
-from .points import with_values
-from .schema import DataSpec, Recipe
-from .score import measures
+from .data.sample import Data, Sample
 from .tasks import get_task
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError, listing
+from ..results.score import Scores
 from . import store
 from .build import Plan
 from .job import Job
-from .score import Scores
 
 # What has to be equal for numbers to be equal.
 EQUAL = ("versions", "python", "platform", "cpu", "threads", "gpu", "device", "git")

@@ -4,45 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RecipeError, did_you_mean, listing
+from ..errors import RecipeError, listing
 from . import store
+from .loaded import Loaded
 
 if TYPE_CHECKING:
-    from .data import Data
-    from .schema import ModelSpec
+    from ..recipe.schema import ModelSpec
+    from .data.sample import Data
 
 KINDS = {"lm": "a language model", "vlm": "a vision-language model", "image": "a diffusion pipeline"}
 WEIGHTS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model that is ready.
-
-    Attributes:
-        kind: lm, vlm or image. target: what is steered: the model or the pipeline. tokenizer, processor: or None.
-        files: file -> SHA-256 of what it was loaded from. detector: reads objects from its pictures, where there is one.
-        device: of its inputs. dtype: of its weights.
-    """
-
-    kind: str
-    target: Any
-    tokenizer: Any = None
-    processor: Any = None
-    files: dict[str, str] = field(default_factory=dict)
-    detector: Any = None
-    device: Any = "cpu"
-    dtype: Any = None
-
-    def sites(self) -> Any:
-        """Its attention sites."""
-        from ..steering import sites
-
-        return sites(self.target)
 
 
 def load(spec: ModelSpec, *, device: str | None = None, tiny: Data | None = None, folder: Path | None = None) -> Loaded:
@@ -223,19 +197,3 @@ def hashes(source: Path) -> dict[str, str]:
     """SHA-256 of the weights, configs and texts (of tokenizers, templates) of a model folder, by relative path."""
     found = sorted(f for f in source.rglob("*") if f.is_file() and any(f.match(pattern) for pattern in WEIGHTS))
     return {f.relative_to(source).as_posix(): store.file_hash(f) for f in found}
-
-
-def architecture(spec: ModelSpec, known: dict[str, Any]) -> str:
-    """The name of the tiny model of a recipe.
-
-    Raises:
-        RecipeError: it has none, or one that is not known.
-    """
-    if spec.architecture is None:
-        raise RecipeError(f"model.architecture: --tiny needs it here; for {spec.kind} there are {', '.join(known)}.")
-    if spec.architecture not in known:
-        raise RecipeError(
-            f"model.architecture: there is no tiny {spec.architecture!r} of kind {spec.kind}; there are {', '.join(known)}."
-            f"{did_you_mean(spec.architecture, known)}"
-        )
-    return spec.architecture

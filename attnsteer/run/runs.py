@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError, listing
-from . import judges, store
-from .build import Arm, Plan, plan
-from .checks import check_call
-from .data import Sample
-from .gauges import environment, gauge
+from ..recipe.arms import Arm
+from ..recipe.checks import check_call
+from ..recipe.schema import Recipe
+from . import scorers as judges
+from . import store
+from .build import Plan, plan
+from .cost import environment, gauge
+from .data.sample import Sample
 from .job import Job, prepare
+from .loaded import Loaded
 from .merging import PARTS, finish, read_records, score
-from .models import Loaded
 from .models import load as load_model
 from .ranks import Ranks
-from .schema import Recipe
 from .tasks import Ask, get_task
 
 # How often status.json is brought up to date, in seconds.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import AttnSteerError, RecipeError, did_you_mean
-from .schema import Recipe
+from ..recipe.schema import Recipe
 
 # Pictures [B, 3, h, w] and their prompts -> what goes into the records.
 Judge = Callable[[Any, Sequence[str]], list[dict[str, Any]]]

@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import RecipeError, listing
 from ..heads import HeadSet
 from ..intervention import Intervention
-from .parameters import Sample
-from .schema import Recipe
+from ..recipe.parameters import Sample
+from ..recipe.schema import Recipe
 from .tasks.prompts import continuations, positions
 
 # Batches of samples -> what the model is called with.

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .data import Data
-from .models import Loaded, architecture
+from .data.sample import Data
+from .loaded import Loaded, architecture
 
 if TYPE_CHECKING:
-    from .schema import DataSpec, ModelSpec, Recipe
+    from ..recipe.schema import DataSpec, ModelSpec, Recipe
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # Options of metrics that name files -> the files that stand in.
@@ -46,7 +46,7 @@ def tiny_spec(spec: DataSpec, other: bool = False) -> DataSpec:
 
 def tiny_metrics(recipe: Recipe) -> Recipe:
     """The recipe with bundled files in place of those that its metrics name."""
-    from .schema import MetricSpec
+    from ..recipe.schema import MetricSpec
 
     def stand_in(name: str) -> Any:
         files = FILES[name]

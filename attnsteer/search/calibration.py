@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import SelectionError, UnsupportedHost
 from ..heads import HeadSet
-from ..hosts.replay import Decoder, Pass
+from ..hosts.transformers.replay import Decoder, Pass
 from ..intervention import Intervention
 from ..methods.act import ACT
 from ..steering import Steering, steer

@@ -206,7 +206,9 @@ def law_local(method: MethodCase, host: HostCase) -> None:
     made = make(method, target, 2)
     inputs = host.inputs(target, 2, None, 3)
     if "around" in made.doors():
-        raise NotApplicable("what it changes is no head output of the strong pass; tests/guidance compares it whole")
+        raise NotApplicable(
+            "what it changes is no head output of the strong pass; tests/hosts/diffusers compares it whole"
+        )
     run = steer(target, made)
     chosen = {r.site.path: r.entries[0][1] for r in run.runtimes.values()}
     run.remove()
@@ -231,7 +233,9 @@ def law_rows(method: MethodCase, host: HostCase) -> None:
     target = host.build()
     made = make(method, target, 2)
     if "around" in made.doors() or made.where.rows is not None:
-        raise NotApplicable("what it changes is no head output of the strong pass; tests/guidance compares it whole")
+        raise NotApplicable(
+            "what it changes is no head output of the strong pass; tests/hosts/diffusers compares it whole"
+        )
     inputs = host.inputs(target, 2, None, 3)
     before = _head_outputs(target, host, inputs, None)
     with steer(target, made) as run:

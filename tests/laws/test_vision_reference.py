@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsteer import VAR, VHR, Intervention, Where, steer
-from tests.hosts.vision_families import IMAGE, build, prompts
+from tests.hosts.transformers.vision_families import IMAGE, build, prompts
 from tests.laws.dense_vision import DenseVision, choose_vhr, with_var, with_vhr
 
 TOLERANCE = 1e-5

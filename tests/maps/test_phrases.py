@@ -9,13 +9,13 @@ import torch
 
 from attnsteer import AttendAndExcite, AttentionRefocusing, Where, steer
 from attnsteer.errors import SelectionError, UnsupportedHost
-from attnsteer.guidance.maps import Maps, MapSite, SiteMaps, smoothed
-from attnsteer.guidance.phrases import Prompt, Segment
-from attnsteer.hosts.prompt_text import Prompts
+from attnsteer.hosts.diffusers.prompt_words import Prompts
+from attnsteer.maps.phrases import Prompt, Segment
+from attnsteer.maps.words_to_image import Maps, MapSite, SiteMaps, smoothed
 from attnsteer.site import Site
 from attnsteer.testing import tiny_clip_text_encoder, tiny_clip_tokenizer, tiny_pipeline
 
-from .latent_common import call_of, double
+from ..methods.latent_common import call_of, double
 
 # The tiny tokenizer has these words as one token each, others in letters: "p u r p l e" are six.
 TEXT = "A red cube, a purple-ball and a red dog"

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from attnsteer import PAG, AttendAndExcite, LatentLoss, Where, steer
 from attnsteer.errors import NotFinite, SelectionError, UnsupportedHost
-from attnsteer.guidance.maps import Maps
-from attnsteer.hosts.latents import Latents
+from attnsteer.hosts.diffusers.latents import Latents
+from attnsteer.maps.words_to_image import Maps
 from attnsteer.testing import SCHEDULERS, tiny_denoiser, tiny_pipeline, tiny_scheduler
 from attnsteer.testing.fingerprint import fingerprint
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from attnsteer import AttendAndExcite, Where, steer
 from attnsteer.errors import UnsupportedHost
-from attnsteer.hosts.latents import Latents
+from attnsteer.hosts.diffusers.latents import Latents
 from attnsteer.testing import PIPELINES, tiny_call, tiny_pipeline, tiny_scheduler
 from tests.reference import latent_loops as slow
 
-from . import test_more_pipelines as more
+from ..hosts.diffusers import test_more_pipelines as more
 from .latent_common import EXACT, by_sample, call_of, cross_layers, double, excite_loss, far
 
 # "a red cube and a blue ball": cube and ball.

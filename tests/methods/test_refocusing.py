@@ -11,9 +11,9 @@ from torch import Tensor
 
 from attnsteer import AttentionRefocusing, Where, steer
 from attnsteer.errors import SelectionError
-from attnsteer.guidance.latent import Plan
-from attnsteer.guidance.maps import Maps, SiteMaps, kernel, smoothed
-from attnsteer.guidance.phrases import Prompt
+from attnsteer.maps.phrases import Prompt
+from attnsteer.maps.words_to_image import Maps, SiteMaps, kernel, smoothed
+from attnsteer.methods.bases.latent_loss import Plan
 from attnsteer.site import Site
 from tests.reference import latent_loops as slow
 

@@ -15,7 +15,7 @@ from attnsteer.methods.var import sink_tokens
 from attnsteer.methods.vhr import above_median, divergence
 from attnsteer.site import Site
 from attnsteer.testing.fingerprint import fingerprint
-from tests.hosts.vision_families import VOCAB, build, prompts
+from tests.hosts.transformers.vision_families import VOCAB, build, prompts
 from tests.reference import lvlm_methods
 
 DIMS = (3, 17)
@@ -174,7 +174,7 @@ def test_a_language_model_is_asked_for_spans(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_model_whose_images_are_no_self_attention_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands for Mllama and Idefics, whose images are in cross-attention layers."""
-    from attnsteer.hosts import vision
+    from attnsteer.hosts.transformers import image_tokens as vision
 
     monkeypatch.setitem(vision.FAMILIES, "llava", vision.FAMILIES["mllama"])
     with pytest.raises(UnsupportedHost, match=rf"{name} acts on image tokens; .*cross-attention"):

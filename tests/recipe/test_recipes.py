@@ -13,12 +13,14 @@ from typer.testing import CliRunner
 from attnsteer import HeadSet, get_method, methods, zoo
 from attnsteer.cli import app
 from attnsteer.errors import RecipeError
-from attnsteer.runner import results, shipped, yaml
-from attnsteer.runner.calibration import calibration_key
-from attnsteer.runner.checks import check, resolve
-from attnsteer.runner.loading import load_recipe
-from attnsteer.runner.points import points
-from tests.runner.common import changed
+from attnsteer.recipe import shipped, yaml
+from attnsteer.recipe.checks import check
+from attnsteer.recipe.loading import load_recipe
+from attnsteer.recipe.resolve import resolve
+from attnsteer.recipe.searched import calibration_key
+from attnsteer.recipe.sweep import points
+from attnsteer.results import readme_tables as results
+from tests.run.common import changed
 
 NAMES = shipped.names()
 FOLDER = shipped.folder()
@@ -71,7 +73,7 @@ def test_a_shipped_recipe_resolves_and_round_trips(name: str, tmp_path: Path) ->
 
 
 def test_zero_strengths_agree_with_the_table() -> None:
-    from attnsteer.runner.parameters import ZERO
+    from attnsteer.recipe.parameters import ZERO
 
     for recipe in shipped.shipped():
         for spec in recipe.interventions:
@@ -195,7 +197,7 @@ def test_every_folder_has_a_readme_whose_table_lists_its_recipes(folder: str) ->
 
 
 def test_the_guide_describes_every_field() -> None:
-    from attnsteer.runner import schema
+    from attnsteer.recipe import schema
 
     guide = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     sections = {
@@ -213,7 +215,8 @@ def test_calibrate_says_what_it_cannot_do(tmp_path: Path) -> None:
 
 
 def test_the_heads_of_the_zoo_are_what_the_recipe_uses() -> None:
-    from attnsteer.runner.build import methods_of, plan
+    from attnsteer.recipe.arms import methods_of
+    from attnsteer.run.build import plan
 
     made = plan(load_recipe("act/shapes-reading")).arms[2].make([])[0]
     assert made.heads == HeadSet.load(zoo.folder("shapes-lm") / "act" / "heads.safetensors")

@@ -12,12 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnsteer.errors import RecipeError
-from attnsteer.runner import yaml
-from attnsteer.runner.checks import check, resolve
-from attnsteer.runner.loading import load_recipe, validate
-from attnsteer.runner.points import points, with_values
-from attnsteer.runner.schema import json_schema, template_fields
-from tests.runner.common import BASE, CALIBRATION, REMOVED, changed, recipe
+from attnsteer.recipe import yaml
+from attnsteer.recipe.checks import check
+from attnsteer.recipe.loading import load_recipe
+from attnsteer.recipe.resolve import resolve
+from attnsteer.recipe.schema import json_schema, template_fields
+from attnsteer.recipe.sweep import points, with_values
+from attnsteer.recipe.validate import validate
+from tests.run.common import BASE, CALIBRATION, REMOVED, changed, recipe
 
 HUB = {"hub": "a/b", "kind": "lm", "architecture": "llama"}
 ROWS = {"file": "a.jsonl", "format": "choices"}

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnsteer.errors import RecipeError
-from attnsteer.runner import yaml
+from attnsteer.recipe import yaml
 
 PROFILE = {
     "deadline": None,

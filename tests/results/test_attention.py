@@ -13,20 +13,20 @@ import torch
 
 from attnsteer import ACT, HeadGate, HeadSet, SoftPAG, zoo
 from attnsteer.errors import RunError
-from attnsteer.runner import attention
-from attnsteer.runner.reports import report
+from attnsteer.results import attention_maps as attention
+from attnsteer.results.reports import report
 from attnsteer.zoo.measure.text import inputs
 from attnsteer.zoo.shapes.layouts import layout
 from attnsteer.zoo.shapes.questions import picture
 from attnsteer.zoo.shapes.reading import reading
-from tests.runner import folders
+from tests.results import folders
 
 HEADS = HeadSet({1: [0, 2], 3: [1]})
 
 
 @dataclass
 class Arm:
-    """As `attnsteer.runner.build` makes them."""
+    """As `attnsteer.run.build` makes them."""
 
     id: str
     methods: list[Any] = field(default_factory=list)

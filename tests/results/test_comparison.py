@@ -12,9 +12,9 @@ import pytest
 from attnsteer.errors import RunError
 from attnsteer.evals.metrics import Metric, get_metric
 from attnsteer.evals.statistics import holm
-from attnsteer.runner.comparison import compare, recipe_differences
-from attnsteer.runner.folder import read_run
-from tests.runner import folders
+from attnsteer.results.comparison import compare, recipe_differences
+from attnsteer.run.folder import read_run
+from tests.results import folders
 
 WEAK = {"name": "act/weak", "interventions": [{"method": "ACT", "params": {"beta": 0.9}}]}
 

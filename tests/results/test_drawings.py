@@ -11,11 +11,13 @@ from typer.testing import CliRunner
 
 from attnsteer import cli
 from attnsteer.errors import RunError
-from attnsteer.runner import load_recipe, looking, run
-from attnsteer.runner.folder import read_run
-from attnsteer.runner.points import with_values
-from attnsteer.runner.reports.samples import states
-from attnsteer.runner.reports.story import headline
+from attnsteer.recipe import load_recipe
+from attnsteer.recipe.sweep import with_values
+from attnsteer.results import drawings as looking
+from attnsteer.results.reports.headline import headline
+from attnsteer.results.reports.samples import states
+from attnsteer.run import run
+from attnsteer.run.folder import read_run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

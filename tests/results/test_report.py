@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from attnsteer import cli
 from attnsteer.errors import RunError
 from attnsteer.evals.statistics import holm
-from attnsteer.runner.folder import read_run
-from attnsteer.runner.reports import report
-from attnsteer.runner.reports.content import content
-from attnsteer.runner.reports.story import Figure, headline, p_text, per_sample, shares, verdict
-from tests.runner import folders
+from attnsteer.results.reports import report
+from attnsteer.results.reports.content import content
+from attnsteer.results.reports.headline import Figure, headline, p_text, per_sample, shares, verdict
+from attnsteer.run.folder import read_run
+from tests.results import folders
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from attnsteer.runner.reports import report
-from tests.runner import browser, folders
+from attnsteer.results.reports import report
+from tests.results import browser, folders
 
 pytestmark = pytest.mark.skipif(browser.program() is None, reason="no Chromium on this machine")
 

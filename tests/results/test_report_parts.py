@@ -12,14 +12,15 @@ import pytest
 from PIL import Image
 
 from attnsteer.errors import RunError
-from attnsteer.runner.folder import read_run
-from attnsteer.runner.reports import pictures, report, samples
-from attnsteer.runner.reports.content import content
-from attnsteer.runner.reports.heads import heads_of
-from attnsteer.runner.reports.plots import Axis, head_grid, track
-from attnsteer.runner.reports.story import Figure
-from tests.runner import folders
-from tests.runner.test_report import copy, data_of
+from attnsteer.results.reports import album as pictures
+from attnsteer.results.reports import report, samples
+from attnsteer.results.reports.content import content
+from attnsteer.results.reports.head_grids import heads_of
+from attnsteer.results.reports.headline import Figure
+from attnsteer.results.reports.plots import Axis, head_grid, track
+from attnsteer.run.folder import read_run
+from tests.results import folders
+from tests.results.test_report import copy, data_of
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,8 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(
     import os
 
     from attnsteer import HeadSet
-    from attnsteer.runner import attention, calibration, store
+    from attnsteer.results import attention_maps as attention
+    from attnsteer.run import calibration, store
 
     own = copy(runs["text"], tmp_path / "run")
     before = {p: p.read_bytes() for p in own.rglob("*") if p.is_file()}

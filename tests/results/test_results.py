@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from attnsteer.runner.results import results_table
-from tests.runner import folders
-from tests.runner.running import written
+from attnsteer.results.readme_tables import results_table
+from tests.results import folders
+from tests.run.running import written
 
 
 def test_a_sweep_is_shown_at_the_point_of_the_recipe(tmp_path: Path) -> None:

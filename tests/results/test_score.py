@@ -13,9 +13,9 @@ import torch
 
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.statistics import McNemar, holm
-from attnsteer.runner import summary
-from attnsteer.runner.score import Scores
-from tests.runner.running import recipe
+from attnsteer.results import summary
+from attnsteer.results.score import Scores
+from tests.run.running import recipe
 
 ROLES = {"baseline": "baseline", "method": "method"}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from attnsteer.runner.loading import validate
-from attnsteer.runner.schema import Recipe
+from attnsteer.recipe.schema import Recipe
+from attnsteer.recipe.validate import validate
 
 BASE: dict[str, Any] = {
     "schema": 1,

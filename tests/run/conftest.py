@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.runner.running import recipe
+from tests.run.running import recipe
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run of the recipe of passages; tests leave it as it is."""
-    from attnsteer.runner import run
+    from attnsteer.run import run
 
     base = tmp_path_factory.mktemp("whole")
     return run(recipe(base), base / "run", progress=False)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from attnsteer.runner import load_recipe
+from attnsteer.recipe import load_recipe
 
 LVLM: dict[str, Any] = {"zoo": "shapes-lvlm", "kind": "vlm", "device": "cpu"}
 EXISTENCE: dict[str, Any] = {

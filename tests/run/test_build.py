@@ -10,11 +10,12 @@ import pytest
 
 from attnsteer import ACT, PASTA, HeadSet, Where, get_method, methods
 from attnsteer.errors import RecipeError
-from attnsteer.runner.build import Plan, head_counts, plan, random_heads, random_heads_of_all
-from attnsteer.runner.checks import check
-from attnsteer.runner.parameters import ZERO
+from attnsteer.recipe.arms import head_counts, random_heads, random_heads_of_all
+from attnsteer.recipe.checks import check
+from attnsteer.recipe.parameters import ZERO
+from attnsteer.run.build import Plan, plan
 from attnsteer.site import Site
-from tests.runner.common import BASE, changed, recipe
+from tests.run.common import BASE, changed, recipe
 
 SIZES = [Site(name=f"l{i}", layer=i, kind="self", heads=8, kv_heads=8, modality="text") for i in range(6)]
 
@@ -160,7 +161,7 @@ def test_every_method_of_the_library_has_a_zero_strength_that_builds() -> None:
     for name in sorted(own):
         params = {k: v for k, v in needed.items() if k in {f.name for f in _fields(name)}}
         data = changed({"interventions": [{"method": name, "params": params, "where": {"layers": 0}}]})
-        from attnsteer.runner.loading import validate
+        from attnsteer.recipe.validate import validate
 
         assert check(validate(data)) == [], name
 
@@ -219,7 +220,7 @@ GATE = {"method": "HeadGate", "params": {"gates": {"$pairs": [[[0, 0], 0.5]]}}}
     ],
 )  # fmt: skip
 def test_what_the_check_finds(changes: dict[str, Any], words: list[str]) -> None:
-    from attnsteer.runner.loading import validate
+    from attnsteer.recipe.validate import validate
 
     problems = check(validate(changed(changes)))
     assert any(all(w in p for w in words) for p in problems), problems

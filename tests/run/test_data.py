@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from attnsteer.errors import MissingExtra, RecipeError
-from attnsteer.runner.data import load
-from attnsteer.runner.schema import DataSpec
-from attnsteer.runner.tiny import FIXTURES
+from attnsteer.recipe.schema import DataSpec
+from attnsteer.run.data import load
+from attnsteer.run.tiny import FIXTURES
 
 ZOO = [
     ("reading", {"task": "all"}),
@@ -231,7 +231,7 @@ def test_boxes_of_a_file_are_fractions_everywhere(tmp_path: Path, name: str) -> 
     import csv
     import io
 
-    from attnsteer.runner.reports.samples import _asked
+    from attnsteer.results.reports.samples import _asked
 
     row = {"prompt": "a cat and a dog", "phrases": ["dog", "cat"], "boxes": [[0, 0, 256, 256], [256, 0, 512, 512]]}
     text = io.StringIO()

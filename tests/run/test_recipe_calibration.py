@@ -11,17 +11,18 @@ import torch
 
 from attnsteer import ACT, HeadSet, zoo
 from attnsteer.errors import RecipeError, RunError
-from attnsteer.runner import calibration, searches
-from attnsteer.runner.build import plan
-from attnsteer.runner.calibration import calibrate, needed
-from attnsteer.runner.checks import check
-from attnsteer.runner.loading import validate
-from attnsteer.runner.schema import DataSpec, Recipe
-from attnsteer.runner.searches import Search, Subject
-from attnsteer.runner.tasks.prompts import continuations
+from attnsteer.recipe.checks import check
+from attnsteer.recipe.schema import DataSpec, Recipe
+from attnsteer.recipe.searched import needed
+from attnsteer.recipe.validate import validate
+from attnsteer.run import calibration, searches
+from attnsteer.run.build import plan
+from attnsteer.run.calibration import calibrate
+from attnsteer.run.searches import Search, Subject
+from attnsteer.run.tasks.prompts import continuations
 from attnsteer.search import SinkDims, calibrate_act
 from attnsteer.zoo.shapes.reading import reading
-from tests.runner.common import CALIBRATION, changed
+from tests.run.common import CALIBRATION, changed
 
 SEARCHED = {"calibration": CALIBRATION, "interventions.0.heads": "calibrated"}
 

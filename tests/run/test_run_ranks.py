@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from attnsteer.runner import run
-from tests.runner.running import READING, figures, load, recipe, written
+from attnsteer.run import run
+from tests.run.running import READING, figures, load, recipe, written
 
 ROOT = Path(__file__).parents[2]
 

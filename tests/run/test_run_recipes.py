@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from attnsteer.runner import load_recipe, run
-from attnsteer.runner.shipped import names
-from tests.runner.running import load
+from attnsteer.recipe import load_recipe
+from attnsteer.recipe.shipped import names
+from attnsteer.run import run
+from tests.run.running import load
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from attnsteer.errors import NeverFired, RecipeError, RunError
-from attnsteer.runner import run, store
-from attnsteer.runner.job import prepare
-from tests.runner.running import CAPTIONS, EXISTENCE, LAYOUTS, READING, load, recipe
+from attnsteer.run import run, store
+from attnsteer.run.job import prepare
+from tests.run.running import CAPTIONS, EXISTENCE, LAYOUTS, READING, load, recipe
 
 
 def test_the_folder_of_another_recipe_is_left_alone(tmp_path: Path, whole: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_model_from_a_folder_answers_as_the_embedded_one(tmp_path: Path, whole
 
 
 def test_every_file_that_a_model_is_made_of_tells_it_apart(tmp_path: Path) -> None:
-    from attnsteer.runner.models import WEIGHTS, hashes
+    from attnsteer.run.models import WEIGHTS, hashes
 
     names = ["a.safetensors", "config.json", "merges.txt", "spiece.model", "chat_template.jinja"]
     for name in names:
@@ -192,7 +192,7 @@ def test_arguments_of_a_pipeline_are_checked_before_anything_is_written(tmp_path
 def test_scores_that_are_no_numbers_are_said_with_their_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from attnsteer.runner.tasks import choice
+    from attnsteer.run.tasks import choice
 
     monkeypatch.setattr(choice, "_at_once", lambda loaded, ask, every: [[float("nan")] * len(own) for own in every])
     with pytest.raises(RunError, match=r"log-likelihoods of reading-lookup-test-0, .* float32"):

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from attnsteer.errors import RunError
-from attnsteer.runner import run, store
-from tests.runner.running import READING, figures, load, recipe, written
+from attnsteer.run import run, store
+from tests.run.running import READING, figures, load, recipe, written
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,7 +115,7 @@ def test_a_torn_last_line_is_cut_and_its_sample_computed_again(tmp_path: Path, w
 
 def stopped(base: Any, out: Path, after: int) -> None:
     """A run stopped by Ctrl-C after some batches."""
-    from attnsteer.runner.tasks import choice
+    from attnsteer.run.tasks import choice
 
     real, count = choice.ask, [0]
 
@@ -149,7 +149,7 @@ def test_ctrl_c_keeps_and_scores_what_is_complete(tmp_path: Path, whole: Path) -
 def test_what_cannot_be_scored_yet_does_not_hide_the_interrupt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from attnsteer.runner import runs
+    from attnsteer.run import runs
 
     def score(*args: Any) -> None:
         assert load(tmp_path / "run" / "status.json")["state"] == "interrupted"
@@ -162,7 +162,7 @@ def test_what_cannot_be_scored_yet_does_not_hide_the_interrupt(
 
 
 def test_sigterm_stops_a_run_as_ctrl_c_does(tmp_path: Path) -> None:
-    from attnsteer.runner.runs import stoppable
+    from attnsteer.run.runs import stoppable
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), stoppable():
@@ -277,7 +277,7 @@ def test_heads_may_change_while_nothing_was_answered(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_elsewhere_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnsteer.runner import runs
+    from attnsteer.run import runs
 
     base, out, real = recipe(tmp_path), tmp_path / "run", runs.environment
     stopped(base, out, after=6)
@@ -376,7 +376,7 @@ def test_what_a_kill_left_of_a_file_goes_and_other_files_stay(tmp_path: Path, mo
 
 
 def test_a_failure_is_in_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from attnsteer.runner.tasks import choice
+    from attnsteer.run.tasks import choice
 
     def broken(*args: Any) -> Any:
         raise ValueError("no luck")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from attnsteer.runner import run
-from tests.runner.running import CAPTIONS, EXISTENCE, LAYOUTS, figures, load, recipe, records, written
+from attnsteer.run import run
+from tests.run.running import CAPTIONS, EXISTENCE, LAYOUTS, figures, load, recipe, records, written
 
 # ------------------------------------------------------------------------------------------------ the folder
 
@@ -206,9 +206,9 @@ def test_a_prompt_beside_a_longer_one_is_scored_as_alone(tmp_path: Path) -> None
         "controls": {"zero": False},
         "data": {"file": "rows.jsonl", "format": "choices"},
     }
-    from attnsteer.runner import models
-    from attnsteer.runner.data import load as load_data
-    from attnsteer.runner.tasks import Ask, choice
+    from attnsteer.run import models
+    from attnsteer.run.data import load as load_data
+    from attnsteer.run.tasks import Ask, choice
 
     asked = recipe(tmp_path, **changes)
     data = load_data(asked.data, "choice", folder=tmp_path)
@@ -223,13 +223,13 @@ def test_a_prompt_beside_a_longer_one_is_scored_as_alone(tmp_path: Path) -> None
 def test_prompts_of_a_search_have_the_positions_that_they_have_alone(tmp_path: Path) -> None:
     import torch
 
-    from attnsteer.runner.searches import Subject, Task, _batches
-    from attnsteer.runner.tiny import tiny_model
+    from attnsteer.run.searches import Subject, Task, _batches
+    from attnsteer.run.tiny import tiny_model
 
     model = {"path": ".", "kind": "lm", "architecture": "gpt2", "device": "cpu"}
     spec = recipe(tmp_path, model=model, interventions=[{"method": "ACT", "heads": {"1": [0]}}])
     samples = [{"id": i, "prompt": "a red circle " * n} for i, n in enumerate((1, 3))]
-    from attnsteer.runner.data import Data
+    from attnsteer.run.data.sample import Data
 
     loaded = tiny_model(spec.model, Data(samples, lambda s: None), torch.float32, "cpu")
     (batch,) = _batches(Task(spec, Subject(loaded.target, loaded.tokenizer), samples), 2)
@@ -267,7 +267,7 @@ def test_choices_of_several_tokens_about_a_picture_are_scored_exactly(tmp_path: 
     from PIL import Image
 
     from attnsteer import zoo
-    from attnsteer.runner.tiny import FIXTURES
+    from attnsteer.run.tiny import FIXTURES
 
     row = {
         "id": "a",

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import attnsteer.search
 from attnsteer import VAR, VHR, HeadSet, Where, steer
 from attnsteer.errors import SelectionError
+from attnsteer.methods._sink_dims import known_sink_dims
 from attnsteer.search import SINK_DIMS, find_sink_dims, scaled_tau, vhd
-from attnsteer.search.sink_dims import known_sink_dims
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from attnsteer.testing.fingerprint import fingerprint
-from tests.hosts.vision_families import build, prompts
+from tests.hosts.transformers.vision_families import build, prompts
 from tests.reference import lvlm_methods
 
 

@@ -109,7 +109,7 @@ def test_fillers_act_like_many_identical_tokens() -> None:
     """Training takes one filler token with a raised score; the pipeline gives the model n of them."""
     import math
 
-    from attnsteer.hosts.rebind import SDPA
+    from attnsteer.hosts.sdpa.rebind import SDPA
     from attnsteer.zoo.train.mmdit import Model
     from attnsteer.zoo.train.precision import exchange, sdpa_in_fp32
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ... import zoo
 from ..._version import __version__
 from ...errors import CompositionError, MissingExtra, SelectionError, UnsupportedHost
-from ...hosts.interface import RUNTIME
+from ...hosts.transformers.attention_function import RUNTIME
 from ...intervention import Intervention
 from ...steering import Steering
 from ...steering import steer as attach

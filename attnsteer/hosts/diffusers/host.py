@@ -7,15 +7,16 @@ from typing import Any
 
 from torch import nn
 
-from ..engine import Bound
-from ..errors import CompositionError, UnsupportedHost
-from ..site import Site
-from .base import Host, imported
-from .denoiser import DenoiserClock, wrap_denoiser
-from .generic import RUNTIME
+from ...bound import Bound
+from ...errors import CompositionError, UnsupportedHost
+from ...site import Site
+from ..base import Host, imported
+from ..sdpa.host import RUNTIME
+from ..sdpa.rebind import names_called
+from .clock import DenoiserClock
+from .guided_forward import wrap_denoiser
 from .processors import attach_linear, attach_processor, usable
-from .rebind import names_called
-from .sampling import Sampling
+from .steps import Sampling
 from .streams import LINEAR, kind_of, modality_of
 
 # Pipeline components that predict noise or velocity; encoders, VAEs and ControlNets are not steered.

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .branches import BranchInputs, Prediction
+from ...branches import BranchInputs, Prediction
 
 
 def way_to(model: nn.Module, names: list[str]) -> list[nn.Module]:

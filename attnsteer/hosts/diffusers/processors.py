@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import CallContext, SiteRuntime
-from ..errors import UnsupportedHost
-from ..site import Site
-from .generic import positions, problem, sdpa_primitive
-from .rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
+from ...engine import CallContext, SiteRuntime
+from ...errors import UnsupportedHost
+from ...site import Site
+from ..sdpa.host import positions, problem, sdpa_primitive
+from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
 
 if TYPE_CHECKING:
-    from .denoiser import DenoiserClock
+    from .clock import DenoiserClock
 
 
 class Local:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..guidance.phrases import Prompt, Segment
-from ..tokens import char_offsets
+from ...maps.phrases import Prompt, Segment
+from ...tokens import char_offsets
 from .pipelines import caller
 
 # Pipeline class -> its text keys in order: (tokenizer; arguments that give its prompt, the first that is set counts; the

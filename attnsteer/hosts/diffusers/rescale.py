@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UnsupportedHost
-from .branches import BranchInputs, Prediction
+from ...branches import BranchInputs, Prediction
+from ...errors import UnsupportedHost
 
 
 class Rescale:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedHost
-from ..guidance.rescale import Rescale
+from ...errors import UnsupportedHost
 from .latents import Latents
-from .prompt_text import Prompts
+from .prompt_words import Prompts
+from .rescale import Rescale
 
 # What the denoisers call their timestep.
 TIMES = ("timestep", "timesteps", "t", "timestep_ratio")

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from ..engine import Bound, CallContext, SiteRuntime
-from ..errors import CompositionError, UnsupportedHost
-from ..kernels import Attention
-from ..site import Site
-from .base import Host
+from ... import kernels
+from ...bound import Bound
+from ...engine import CallContext, SiteRuntime
+from ...errors import CompositionError, UnsupportedHost
+from ...kernels import Attention
+from ...site import Site
+from ..base import Host
 from .rebind import SDPA, names_called, rebind
 
 RUNTIME = "_attnsteer_runtime"

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
-from ..call import FEW_ROWS
-from ..engine import CallContext, SiteRuntime
-from ..errors import UnsupportedHost
-from ..kernels import Attention
-from ..site import Site
-from .generic import same_kernel
-from .sequence import SequenceClock, key_positions, valid_at
+from ... import kernels
+from ...call import FEW_ROWS
+from ...engine import CallContext, SiteRuntime
+from ...errors import UnsupportedHost
+from ...kernels import Attention
+from ...site import Site
+from ..sdpa.host import same_kernel
+from .sequence_clock import SequenceClock, key_positions, valid_at
 
 PREFIX = "attnsteer_"
 RUNTIME = "_attnsteer_runtime"

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedHost
-from ..site import Site
-from .generic import check_copyable, counting, patch_forward, sdpa_primitive
-from .interface import Attached, context
+from ...errors import UnsupportedHost
+from ...site import Site
+from ..sdpa.host import check_copyable, counting, patch_forward, sdpa_primitive
+from .attention_function import Attached, context
 
 
 def check_direct(site: Site) -> None:

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import Bound
-from ..errors import CompositionError, UnsupportedHost, listing
-from ..site import Site
-from .base import Host, imported
+from ...bound import Bound
+from ...errors import CompositionError, UnsupportedHost, listing
+from ...site import Site
+from ..base import Host, imported
+from ..sdpa.host import reaches
+from .attention_function import PREFIX, RUNTIME, Attached, phase_of, switch
 from .direct import attach_direct, check_direct
-from .generic import reaches
-from .interface import PREFIX, RUNTIME, Attached, phase_of, switch
+from .image_tokens import family_of
 from .layers import ImageFree, block_of, residual_hook
-from .prompts import PromptWatch, outer_modules, watch_prompts
-from .sequence import SequenceClock
-from .vision import family_of
+from .outer_calls import PromptWatch, outer_modules, watch_prompts
+from .sequence_clock import SequenceClock
 
 BASES = ("sdpa", "eager", "flex_attention")
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import SelectionError, UnsupportedHost
+from ...errors import SelectionError, UnsupportedHost
 
 # Arguments that bring images into a call; `generate` encodes them first and hands on `mm_encoder_outputs`.
 PIXELS = ("pixel_values", "pixel_values_videos", "image_patches")

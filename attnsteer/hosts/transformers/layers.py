@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedHost
-from ..tokens import Tokens
-from .prompts import PromptWatch
+from ...errors import UnsupportedHost
+from ...tokens import Tokens
+from .outer_calls import PromptWatch
 
 # (head outputs [B, H, n, d] of the image-free prompt, index [B] of each sample's last token) -> edited outputs or None.
 Edit = Callable[[Tensor, Tensor], Tensor | None]

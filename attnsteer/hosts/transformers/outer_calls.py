@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedHost
-from .vision import Family, brings_images, check_whole, family_of, image_tokens, placeholders
+from ...errors import UnsupportedHost
+from .image_tokens import Family, brings_images, check_whole, family_of, image_tokens, placeholders
 
 WATCH = "_attnsteer_prompt"
 

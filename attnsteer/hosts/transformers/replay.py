@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedHost
-from ..site import Site
+from ...errors import UnsupportedHost
+from ...site import Site
 
 
 @dataclass

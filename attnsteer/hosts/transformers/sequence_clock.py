@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedHost
-from ..tokens import Tokens
+from ...errors import UnsupportedHost
+from ...tokens import Tokens
 
 # (arguments of the stack, batch, new tokens, cached tokens) -> token ids and image tokens of the call [B, n], both None
 # where not known, and the length of the whole prompt where it was announced.

@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..call import AttnCall
-from ..errors import NotFinite, SelectionError, UnsupportedHost
-from ..intervention import Intervention
-from ..site import Site
-from ..where import Where
-from .branches import BranchInputs, Prediction
-from .maps import Capture, Enough, Maps, MapSite
-from .phrases import INCLUDE, Prompt
+from ...branches import BranchInputs, Prediction
+from ...call import AttnCall
+from ...errors import NotFinite, SelectionError, UnsupportedHost
+from ...intervention import Intervention
+from ...maps.phrases import INCLUDE, Prompt
+from ...maps.words_to_image import Capture, Enough, Maps, MapSite
+from ...site import Site
+from ...where import Where
 
 # Of the 60 cross-attentions of SDXL with 32 x 32 maps, those of the blocks that Bounded Attention reads.
 SDXL = re.compile(r"up_blocks\.0\.attentions\.0\.transformer_blocks\.[1-6]\.attn[12]")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import SelectionError, UnsupportedHost
-from ..intervention import Intervention
-from ..site import Site
-from ..where import Where
-from .branches import BranchInputs, Prediction, add_to_rows
+from ...branches import BranchInputs, Prediction, add_to_rows
+from ...errors import SelectionError, UnsupportedHost
+from ...intervention import Intervention
+from ...site import Site
+from ...where import Where
 
 
 @dataclass(frozen=True)

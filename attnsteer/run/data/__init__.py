@@ -9,35 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import RecipeError, listing
+from .sample import Data, Sample
 
 if TYPE_CHECKING:
-    from ..schema import DataSpec
-
-Sample = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Samples, and the images that they name.
-
-    Attributes:
-        samples: in order; `index` counts them from the start of the source, whatever part of it is used.
-        image: the picture of a sample, as a PIL image. folder: that the samples' pictures are files of, where they are.
-    """
-
-    samples: list[Sample]
-    image: Callable[[Mapping[str, Any]], Any]
-    folder: Path | None = None
-
-    def digest(self) -> str:
-        """SHA-256, in hex, of all samples, and of the files of their pictures."""
-        from .. import store
-        from ..schema import digest
-
-        names = [] if self.folder is None else sorted({str(s["image"]) for s in self.samples if "image" in s})
-        if not names:
-            return digest(self.samples)
-        return digest([self.samples, {name: store.file_hash(self.folder / name) for name in names}])
+    from ...recipe.schema import DataSpec
 
 
 def load(spec: DataSpec, task: str, *, prompt: str | None = None, folder: str | Path = ".") -> Data:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import RecipeError, listing
 from .. import store
-from . import Data, Sample
 from .rows import Row, samples
+from .sample import Data, Sample
 
 if TYPE_CHECKING:
-    from ..schema import DataSpec
+    from ...recipe.schema import DataSpec
 
 # Of a JSON object, the key that has the rows.
 LISTS = ("images", "questions", "data", "rows", "annotations")

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import MissingExtra, RecipeError
-from . import Data, Sample
 from .rows import Row, samples
+from .sample import Data, Sample
 
 if TYPE_CHECKING:
-    from ..schema import DataSpec
+    from ...recipe.schema import DataSpec
 
 
 def load(spec: DataSpec, task: str, prompt: str | None) -> Data:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import RecipeError, did_you_mean, listing
-from ..schema import template_fields
-from . import Sample
+from ...recipe.schema import template_fields
+from .sample import Sample
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LEVELS = ("easy", "medium", "hard")

@@ -13,10 +13,10 @@ from ...zoo.shapes.layouts import CATEGORIES, Layout, layout
 from ...zoo.shapes.questions import NEGATIVES, picture, pope
 from ...zoo.shapes.reading import TASKS, reading
 from ...zoo.shapes.world import SPLITS
-from . import Data, Sample
+from .sample import Data, Sample
 
 if TYPE_CHECKING:
-    from ..schema import DataSpec
+    from ...recipe.schema import DataSpec
 
 
 def load(spec: DataSpec) -> Data:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from ..data import Data, Sample
-    from ..models import Loaded
+    from ..data.sample import Data, Sample
+    from ..loaded import Loaded
 
 TASKS = ("choice", "answer", "caption", "image")
 
@@ -21,7 +21,7 @@ class Ask:
 
     Attributes:
         samples: of the batch. data: where their images are. decoding: arguments of the model's call. seed: of the recipe.
-        run: the steering, or None for the baseline. judge: of pictures, see `attnsteer.runner.judges`.
+        run: the steering, or None for the baseline. judge: of pictures, see `attnsteer.run.scorers`.
         folder: of the run. images: the folder in it for this arm's pictures.
     """
 

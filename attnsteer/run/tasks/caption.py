@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..models import Loaded
+from ..loaded import Loaded
 from . import Ask, kept
 from .generating import RESERVED as RESERVED
 from .generating import generate

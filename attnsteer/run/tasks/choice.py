@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import RunError
-from ..models import Loaded
+from ..loaded import Loaded
 from . import Ask, kept
 from .prompts import continuations, encode, positions
 

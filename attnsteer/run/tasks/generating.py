@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from typing import Any
 
-from ..models import Loaded
+from ..loaded import Loaded
 from . import Ask
 from .prompts import encode
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import RunError
 from .. import store
-from ..models import Loaded
+from ..loaded import Loaded
 from . import Ask, kept
 
 # pixels: a hash of the picture's values, by which two of them are the same.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import RecipeError
-from ..models import Loaded
+from ..loaded import Loaded
 from . import Ask
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnsteer.hosts.rebind import SDPA
+from attnsteer.hosts.sdpa.rebind import SDPA
 
 from ..shapes.world import COLOUR_NAMES, SHAPES
 from ..tokens import clip_tokenizer

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnsteer.hosts.rebind import DISPATCH, SDPA, rebind
+from attnsteer.hosts.sdpa.rebind import DISPATCH, SDPA, rebind
 
 NAME = "attnsteer_train_fp32"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from attnsteer import PAG, SEG, HeadGate, SoftPAG, Where, sites, steer
 from attnsteer.errors import NeverFired, SelectionError, UnsupportedHost
 from attnsteer.testing import tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
-from tests.guidance.common import at, denoiser, paths, relative
+from tests.hosts.diffusers.common import at, denoiser, paths, relative
 from tests.hosts.families import forward, randn
 
 # ------------------------------------------------------------------------------------------------ accelerate

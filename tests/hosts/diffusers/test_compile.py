@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 
 from attnsteer import SEG, HeadGate, SoftPAG, Where, sites, steer
 from attnsteer.testing import tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
-from tests.guidance.common import BOUND, at, denoiser, paths, relative
+from tests.hosts.diffusers.common import BOUND, at, denoiser, paths, relative
 from tests.hosts.families import forward
 
 # Attention in the middle block only: what is compiled is small.

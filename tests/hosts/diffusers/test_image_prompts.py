@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from attnsteer import PAG, HeadGate, Where, sites, steer
 from attnsteer.testing import official_pag, tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
-from tests.guidance.common import relative
+from tests.hosts.diffusers.common import relative
 from tests.hosts.families import DIM, FAMILIES, B, forward, randn
 
 

@@ -12,7 +12,7 @@ import torch
 
 from attnsteer import PAG, Where, steer
 from attnsteer.testing import randomize_, tiny_call, tiny_pipeline, tiny_scheduler, tiny_vae
-from tests.guidance.common import BOUND, EFFECT, against_a_wrapper, relative
+from tests.hosts.diffusers.common import BOUND, EFFECT, against_a_wrapper, relative
 from tests.hosts.families import DIM, FAMILIES, randn
 from tests.reference.guidance_loops import Edit, edited
 

@@ -18,7 +18,7 @@ from attnsteer.testing import (
     tiny_pipeline,
     tiny_scheduler,
 )
-from tests.guidance.common import BOUND, EFFECT, at, call_of, guidance, paths, pipeline, relative
+from tests.hosts.diffusers.common import BOUND, EFFECT, at, call_of, guidance, paths, pipeline, relative
 from tests.reference import guidance_loops
 from tests.reference.guidance_loops import JOINT, LOOPS, Edit, guided_latents
 

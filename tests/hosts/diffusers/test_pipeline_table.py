@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attnsteer.hosts.pipelines import DOUBLED, IN_CONTEXTS, IN_TURN, NORMALISED, TRIPLED
+from attnsteer.hosts.diffusers.pipelines import DOUBLED, IN_CONTEXTS, IN_TURN, NORMALISED, TRIPLED
 
 TABLES = {"doubled": DOUBLED, "tripled": TRIPLED, "contexts": IN_CONTEXTS, "turn": IN_TURN}
 

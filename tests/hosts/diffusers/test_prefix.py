@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import attnsteer.hosts.denoiser as host
+import attnsteer.hosts.diffusers.guided_forward as host
 from attnsteer import PAG, SEG, HeadGate, SoftPAG, Where, steer
 from attnsteer.testing import tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
-from tests.guidance.common import BOUND, at, call_of, denoiser, guidance, paths, pipeline, relative
+from tests.hosts.diffusers.common import BOUND, at, call_of, denoiser, guidance, paths, pipeline, relative
 from tests.hosts.families import FAMILIES, forward
 
 # family, part of the edited site's name, blocks that the weak pass must not compute

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from attnsteer import PAG, HeadGate, SoftPAG, Where, sites, steer
 from attnsteer.call import AttnCall, Reweight
 from attnsteer.errors import UnsupportedHost
-from attnsteer.hosts.diffusers import DiffusersHost
-from attnsteer.hosts.processors import usable
-from attnsteer.hosts.rebind import names_called
-from attnsteer.hosts.streams import LINEAR
+from attnsteer.hosts.diffusers.host import DiffusersHost
+from attnsteer.hosts.diffusers.processors import usable
+from attnsteer.hosts.diffusers.streams import LINEAR
+from attnsteer.hosts.sdpa.rebind import names_called
 from attnsteer.intervention import Intervention
 from attnsteer.site import Site
 from attnsteer.testing import tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
-from tests.guidance.common import at, relative
+from tests.hosts.diffusers.common import at, relative
 from tests.hosts.families import FAMILIES, forward
 
 

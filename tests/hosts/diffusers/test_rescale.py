@@ -10,7 +10,7 @@ import torch
 from attnsteer import PAG, SEG, SoftPAG, Where, steer
 from attnsteer.errors import UnsupportedHost
 from attnsteer.testing import SCHEDULERS, official_pag, tiny_call, tiny_pipeline, tiny_scheduler, tiny_vae
-from tests.guidance.common import BOUND, EFFECT, at, call_of, paths, pipeline, relative
+from tests.hosts.diffusers.common import BOUND, EFFECT, at, call_of, paths, pipeline, relative
 from tests.hosts.families import DIM, FAMILIES, randn
 from tests.reference.guidance_loops import Edit, guided_latents
 

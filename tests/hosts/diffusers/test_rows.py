@@ -11,7 +11,7 @@ from torch import Tensor
 from attnsteer import PAG, HeadGate, SoftPAG, Where, steer
 from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.testing import official_pag, tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
-from tests.guidance.common import BOUND, EFFECT, against_a_wrapper, at, call_of, paths, pipeline, relative
+from tests.hosts.diffusers.common import BOUND, EFFECT, against_a_wrapper, at, call_of, paths, pipeline, relative
 from tests.reference.guidance_loops import Edit, combine, edited, guided_latents
 
 # ------------------------------------------------------------------------------------------- pipelines, by running

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnsteer import VAR, VHR, Intervention, Where, steer
-from tests.hosts.vision_families import VOCAB, build
+from tests.hosts.transformers.vision_families import VOCAB, build
 
 BOTH = Where(layers=[0, 1])
 

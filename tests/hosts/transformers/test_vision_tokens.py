@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from attnsteer import Intervention, Tokens, steer
 from attnsteer.errors import SelectionError, UnsupportedHost
-from attnsteer.hosts.vision import FAMILIES as TABLE
+from attnsteer.hosts.transformers.image_tokens import FAMILIES as TABLE
 from attnsteer.testing.fingerprint import fingerprint
-from tests.hosts.vision_families import FAMILIES, IMAGE, VOCAB, build, prompts
+from tests.hosts.transformers.vision_families import FAMILIES, IMAGE, VOCAB, build, prompts
 
 SEEN: list[tuple[Tokens, str]] = []
 

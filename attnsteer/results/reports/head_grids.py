@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...heads import HeadSet
+from ...run.folder import RunFolder
 from ...zoo import MODELS, NAMES
-from ..folder import RunFolder
 from .plots import head_grid
 
 Pairs = list[tuple[int, int]]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RunError
-from .. import store
+from ...run import store
 
 # Bytes of all pictures in a page, and the longest side in pixels.
 BUDGET, SIDE = 12 * 2**20, 320
@@ -33,7 +33,7 @@ class Album:
         self.left_out = self.shrunk = self.missing = 0
         data = recipe.get("data") or {}
         file = data.get("file")
-        # Where `attnsteer.runner.data.files` has the pictures from; paths of a run's recipe are absolute.
+        # Where `attnsteer.run.data.files` has the pictures from; paths of a run's recipe are absolute.
         source = data.get("images") or (os.path.dirname(file) if isinstance(file, str) else None)
         self.source = Path(source) if isinstance(source, str) and os.path.isabs(source) else None
         self.known: dict[Any, int | None] = {}

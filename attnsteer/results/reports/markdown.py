@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...run.folder import RunFolder
 from ..comparison import table
-from ..folder import RunFolder
-from .story import Headline, p_text
+from .headline import Headline, p_text
 
 
 def markdown(run: RunFolder, found: Mapping[str, Any]) -> str:

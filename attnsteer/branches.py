@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedHost
+from .errors import UnsupportedHost
 
 # Arguments whose first dimension is the batch; everything else is passed on whole (position ids, rotary tables).
 BATCHED = frozenset(

@@ -6,7 +6,7 @@
                            "method": {"labels": ["circle"], "maps": [[[0.1, ...], ...]],           # [label][h][w], with
                                       "image": "images/method/0/l3.png"}}}]}                       # what they lie on
 
-`attnsteer.runner.attention` writes it.
+`attnsteer.results.attention_maps` writes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import RunError
-from .pictures import Album, heat
+from .album import Album, heat
 
 
 def overlays(found: Mapping[str, Any] | None, album: Album, samples: Mapping[str, Any]) -> dict[str, Any] | None:

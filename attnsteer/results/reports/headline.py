@@ -10,8 +10,8 @@ import torch
 
 from ...errors import RunError
 from ...evals.metrics.base import SAMPLES, Metric, Totals
-from ..folder import Key, RunFolder
-from ..points import own_point
+from ...recipe.sweep import own_point
+from ...run.folder import Key, RunFolder
 
 # A difference counts as seen where its 95 % interval leaves out zero; of several settings, the p-value adjusted for all
 # must be at most this too. A single setting was chosen before the run, so that nothing needs an adjustment.

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..folder import Key, RunFolder
-from .pictures import Album
-from .story import Headline, per_sample, values_text
+from ...run.folder import Key, RunFolder
+from .album import Album
+from .headline import Headline, per_sample, values_text
 
 # Samples in a page, and method arms to choose from; the rest is in the run folder.
 MOST, ARMS = 2000, 6

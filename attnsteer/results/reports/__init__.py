@@ -6,8 +6,8 @@ import base64
 import hashlib
 from pathlib import Path
 
-from .. import store
-from ..folder import read_run
+from ...run import store
+from ...run.folder import read_run
 
 HERE = Path(__file__).parent
 HTML, MARKDOWN = "report.html", "report.md"
@@ -36,8 +36,8 @@ def page(found: dict) -> str:
     from markupsafe import Markup
 
     from ..._version import __version__
+    from .headline import p_text
     from .samples import script_json
-    from .story import p_text
 
     script = (HERE / "page.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

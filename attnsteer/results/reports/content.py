@@ -8,13 +8,11 @@ from datetime import datetime
 from typing import Any
 
 from ...errors import RunError
-from ..folder import RunFolder
+from ...run.folder import RunFolder
 from . import plots
-from .attention import overlays
-from .heads import grids, heads_of
-from .pictures import Album
-from .samples import browser
-from .story import (
+from .album import Album
+from .head_grids import grids, heads_of
+from .headline import (
     Figure,
     Headline,
     difference,
@@ -24,6 +22,8 @@ from .story import (
     values_text,
     verdict,
 )
+from .overlays import overlays
+from .samples import browser
 
 # Pairs below which an interval says little; rows of the first picture, and blocks of the differences.
 FEW = 30

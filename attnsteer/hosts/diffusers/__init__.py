@@ -1,0 +1,1 @@
+"""diffusers: pipelines, UNets and transformers of denoising."""

@@ -1,0 +1,1 @@
+"""transformers: language, vision-language and encoder models."""

@@ -1,0 +1,1 @@
+"""What losses and readers see of the attention maps of a pipeline: words, regions, image positions."""

@@ -1,0 +1,7 @@
+"""Doing what a recipe asks: models, data, tasks, searches, and records that survive a kill."""
+
+from .._lazy import lazy
+
+__getattr__, __dir__, __all__ = lazy(
+    __name__, {"Arm": "build", "Plan": "build", "calibrate": "calibration", "plan": "build", "run": "runs"}
+)
