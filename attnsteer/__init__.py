@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .methods.bases.latent_loss import LatentLoss
     from .registry import get_method, register_host, register_method
     from .site import Site
-    from .steering import Steering, sites, steer
+    from .steering import Steering, detach, sites, steer
     from .tokens import Tokens
     from .where import Where
 
@@ -43,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy(
         "Steering": "steering",
         "Tokens": "tokens",
         "Where": "where",
+        "detach": "steering",
         "errors": "errors",
         "get_method": "registry",
         "methods": "methods",

@@ -1,80 +1,159 @@
-"""The audit: what each intervention saw and edited, per site."""
+"""The audit: what each intervention saw, returned and changed, per site; kept without reading the device."""
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
+PHASES = ("prefill", "decode")
+# From this many flags on they are summed, on the device.
+MANY = 256
+
+
+class Flags:
+    """A count of calls in which a device flag was set; reading it is the only synchronisation."""
+
+    def __init__(self) -> None:
+        self._new: list[Tensor] = []
+        self._sum: dict[torch.device, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def add(self, flag: Tensor) -> None:
+        """One call more: `flag` is a 0-d bool tensor."""
+        self._new.append(flag)
+        if len(self._new) > MANY:
+            self._gather()
+
+    def _gather(self) -> None:
+        with self._lock:
+            flags, self._new = self._new, []
+            for device in {f.device for f in flags}:
+                count = torch.stack([f.detach() for f in flags if f.device == device]).sum()
+                self._sum[device] = self._sum[device] + count if device in self._sum else count
+
+    def count(self) -> int:
+        """How many flags were set."""
+        self._gather()
+        return sum(int(t) for t in self._sum.values())
 
 
 @dataclass
 class Record:
-    """Counts of one intervention at one site.
+    """Counts of one intervention at one site, apart for prefill and decode.
 
     Attributes:
-        calls: attention calls seen while the selection held. edits: calls in which an edit was applied.
-        rows: query rows of those calls (batch times rows). heads: heads selected at this site.
-        path: "output", "inputs", "bias", "fused", "rows" or "dense": how the last edit was computed; joined by "+"
-            where head groups went different ways. "read": the map was taken for a loss, and nothing edited.
+        calls: attention calls seen while the selection held. edits: calls for which the method returned an edit.
+        rows: query rows of the edited calls (batch times rows). heads: heads selected at this site.
+        path: how the last edit was computed: "output", "inputs", "bias", "fused" (from the kernel's log-sum-exp), "rows" (from
+            the few rows of a decode step) or "dense" (from the whole map); joined by "+" where head groups went different ways.
+            "read": the map was taken for a loss, and nothing edited.
         distance: mean total-variation distance between the map before and after, when measured.
         compiled: the site runs in compiled code, where calls are not counted (a count that is read would compile anew
             at every call).
     """
 
-    calls: int = 0
-    edits: int = 0
+    calls_in: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    edits_in: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
+    flags_in: dict[str, Flags] = field(default_factory=lambda: {p: Flags() for p in PHASES})
     rows: int = 0
     heads: int = 0
     path: str = ""
     compiled: bool = False
-    _moved: float = 0.0
-    _measured: int = 0
+    _moved: list[Tensor] = field(default_factory=list)
+
+    @property
+    def calls(self) -> int:
+        """Attention calls seen."""
+        return sum(self.calls_in.values())
+
+    @property
+    def edits(self) -> int:
+        """Calls for which an edit was returned."""
+        return sum(self.edits_in.values())
+
+    @property
+    def changed(self) -> int:
+        """Calls in which something changed: a score, a share of a visible key, a head's output."""
+        return sum(flags.count() for flags in self.flags_in.values())
 
     @property
     def distance(self) -> float | None:
         """Mean total-variation distance, or None when it was not measured."""
-        return self._moved / self._measured if self._measured else None
+        return float(torch.stack([t.cpu() for t in self._moved]).mean()) if self._moved else None
 
-    def see(self, heads: int) -> None:
+    def see(self, heads: int, phase: str) -> None:
         """Count one call with this many selected heads."""
         if torch.compiler.is_compiling():
             self.compiled, self.heads = True, heads
             return
-        self.calls += 1
+        self.calls_in[phase] += 1
         self.heads = max(self.heads, heads)
 
-    def measure(self, mean: float) -> None:
-        """Add one call's mean distance."""
-        self._moved += mean
-        self._measured += 1
+    def measure(self, mean: Tensor) -> None:
+        """Add one call's mean distance, 0-d."""
+        self._moved.append(mean.detach())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        changed = {p: flags.count() for p, flags in self.flags_in.items()}
+        phases = {
+            p: {"calls": self.calls_in[p], "edits": self.edits_in[p], "changed": changed[p]}
+            for p in PHASES
+            if self.calls_in[p]
+        }
+        return {
+            "calls": self.calls,
+            "edits": self.edits,
+            "changed": sum(changed.values()),
+            "phases": phases,
+            "rows": self.rows,
+            "heads": self.heads,
+            "path": self.path,
+            "distance": self.distance,
+            **({"compiled": True} if self.compiled else {}),
+        }
 
 
-@dataclass
 class Mark:
     """One intervention in one attention call: its head groups report here, the record counts the call once."""
 
-    record: Record
-    rows: int
-    paths: tuple[str, ...] = ()
+    def __init__(self, record: Record, phase: str, rows: int):
+        self.record, self.phase, self.rows = record, phase, rows
+        self.paths: tuple[str, ...] = ()
+        self._flag: Tensor | None = None
 
-    def edited(self, path: str) -> None:
-        """A head group was edited by `path`."""
-        if not self.paths and not torch.compiler.is_compiling():
-            self.record.edits += 1
+    def edited(self, path: str, changed: Tensor | None) -> None:
+        """A head group was edited by `path`; `changed`: 0-d bool, whether anything moved; None: nothing can have."""
+        if torch.compiler.is_compiling():
+            self.record.path = path
+            return
+        if not self.paths:
+            self.record.edits_in[self.phase] += 1
             self.record.rows += self.rows
         if path not in self.paths:
             self.paths += (path,)
         self.record.path = "+".join(self.paths)
+        if changed is not None:
+            self._flag = changed if self._flag is None else self._flag | changed
+
+    def close(self) -> None:
+        """The call is over."""
+        if self._flag is not None:
+            self.record.flags_in[self.phase].add(self._flag)
 
 
 @dataclass
 class Audit:
-    """Per intervention and site: what was seen and edited. Prints as a table."""
+    """Per intervention and site: what was seen, returned and changed. Prints as a table."""
 
     names: list[str]
     records: dict[tuple[int, str], Record] = field(default_factory=dict)
     extra: dict[int, dict[str, int]] = field(default_factory=dict)
+    _around: dict[int, Flags] = field(default_factory=dict)
 
     def record(self, index: int, path: str) -> Record:
         """The record of intervention number `index` at the site `path`."""
@@ -85,44 +164,52 @@ class Audit:
         counts = self.extra.setdefault(index, {})
         counts[what] = counts.get(what, 0) + by
 
-    def fired(self, index: int) -> bool:
-        """Whether intervention number `index` acted: at a site, or, where it ran no weak pass, around the model."""
+    def moved(self, index: int, flag: Tensor) -> None:
+        """An `around` method gave a prediction, or moved a latent; `flag`: 0-d bool, whether it differs."""
+        self._around.setdefault(index, Flags()).add(flag)
+
+    def saw(self, index: int) -> bool:
+        """Whether intervention number `index` was asked at all: at a site, or around the model."""
         if any(r.calls or r.compiled for (i, _), r in self.records.items() if i == index):
             return True
-        extra = self.extra.get(index, {})
-        return bool(extra.get("guided calls")) and not extra.get("inside passes")
+        return bool(self.extra.get(index, {}).get("guided calls"))
+
+    def changed(self, index: int) -> int:
+        """Calls in which intervention number `index` changed something; for an `around` method, of the model as a whole."""
+        if index in self._around:
+            return self._around[index].count()
+        return sum(r.changed for (i, _), r in self.records.items() if i == index)
+
+    def fired(self, index: int) -> bool:
+        """Whether intervention number `index` changed anything; in compiled code, whether it ran."""
+        return bool(self.changed(index)) or any(r.compiled for (i, _), r in self.records.items() if i == index)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form: a list of interventions with their sites."""
         out = []
         for index, name in enumerate(self.names):
-            sites = {
-                path: {
-                    "calls": r.calls,
-                    "edits": r.edits,
-                    "rows": r.rows,
-                    "heads": r.heads,
-                    "path": r.path,
-                    "distance": r.distance,
-                    **({"compiled": True} if r.compiled else {}),
-                }
-                for (i, path), r in self.records.items()
-                if i == index
-            }
-            out.append({"intervention": name, "sites": sites, **self.extra.get(index, {})})
+            sites = {path: r.to_dict() for (i, path), r in self.records.items() if i == index}
+            around = {"changed": self.changed(index)} if index in self._around else {}
+            out.append({"intervention": name, "sites": sites, **self.extra.get(index, {}), **around})
         return {"interventions": out}
 
     def __str__(self) -> str:
-        lines = []
+        lines = ["calls seen / edits returned / calls in which something changed"]
         for index, name in enumerate(self.names):
             own = {path: r for (i, path), r in self.records.items() if i == index}
-            calls, edits = sum(r.calls for r in own.values()), sum(r.edits for r in own.values())
             extra = "".join(f", {n} {what}" for what, n in self.extra.get(index, {}).items())
-            lines.append(f"{name}: {calls} calls at {len(own)} sites, {edits} edited{extra}")
+            if index in self._around:
+                extra += f", {self.changed(index)} changed"
+            total = tuple(
+                sum(values) for values in zip(*((r.calls, r.edits, r.changed) for r in own.values()), strict=True)
+            )
+            calls, edits, changed = total or (0, 0, 0)
+            lines.append(f"{name}: {calls} / {edits} / {changed} at {len(own)} sites{extra}")
             for path, r in own.items():
+                parts = [
+                    f"{p} {r.calls_in[p]} / {r.edits_in[p]} / {r.flags_in[p].count()}" for p in PHASES if r.calls_in[p]
+                ]
                 moved = "" if r.distance is None else f", moved {r.distance:.4f}"
                 moved += ", compiled: calls not counted" if r.compiled else ""
-                lines.append(
-                    f"  {path}: {r.edits}/{r.calls} calls, {r.rows} rows x {r.heads} heads, {r.path or '-'}{moved}"
-                )
+                lines.append(f"  {path}: {', '.join(parts)}; {r.rows} rows x {r.heads} heads, {r.path or '-'}{moved}")
         return "\n".join(lines)

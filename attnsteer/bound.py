@@ -1,16 +1,11 @@
-"""One intervention of a steering, bound to its place, its selection and its doors."""
+"""One intervention of a steering, bound to its place in the order, its selection and its doors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from .intervention import Intervention
 from .where import Where
-
-if TYPE_CHECKING:
-    pass
-
 
 Heads = tuple[int, ...]
 
@@ -23,3 +18,8 @@ class Bound:
     method: Intervention
     where: Where
     doors: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        """Class name of the method."""
+        return type(self.method).__name__

@@ -1,281 +1,93 @@
-"""`AttnCall`: what a method sees of one attention call, and its lazy attention map."""
+"""`AttnCall`: what a method sees of one attention call. One typed object, made by the host, the same for all doors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import kernels
-from .kernels import Attention
+from .account import Track
+from .attention_map import FEW_ROWS, AttentionMap
+from .edits import KeyBias, Reweight
+from .errors import UnsupportedHost
 from .site import Site
 
-# Up to this many query rows (decoding), the rows themselves are cheaper than any identity.
-FEW_ROWS = 4
+if TYPE_CHECKING:
+    from .maps.words_to_image import Capture
+    from .tokens import Tokens
 
 
-@dataclass(frozen=True)
-class KeyBias:
-    """An additive score bias per key, [B or 1, H or 1, m], the same for all query rows."""
-
-    bias: Tensor
-
-
-@dataclass(frozen=True)
-class Reweight:
-    """Weights per row for disjoint sets of keys: A'_ij = w_{i,g(j)} A_ij.
-
-    Attributes:
-        groups: pairs (keys bool [B or 1, H or 1, m], weight broadcastable to [B, H, n]).
-        rest: weight of all other keys, broadcastable to [B, H, n].
-        normalise: divide each row by its new sum (what adding log w to the scores would do).
-    """
-
-    groups: tuple[tuple[Tensor, Tensor | float], ...]
-    rest: Tensor | float = 1.0
-    normalise: bool = True
-
-
-class AttentionMap:
-    """A lazy view of A = softmax(QK^T): ask for masses, partial outputs, columns, rows; nothing else is built.
-
-    Every answer is exact (fp32 statistics), comes from the kernel's row log-sum-exp, and is cached for
-    the duration of the call.
-    """
-
-    def __init__(
-        self,
-        att: Attention | Callable[[], Attention],
-        base: Callable[[], Tensor] | None = None,
-        fused: Callable[[], tuple[Tensor, Tensor]] | None = None,
-    ):
-        """`base` computes the output with the model's own kernel; `fused` gives that output and its lse.
-
-        `att` may be a function that builds it: head-output edits then need no gathered q, k, v.
-        """
-        self._att = att
-        self._base = base
-        self._fuse = fused
-        self._out: Tensor | None = None
-        self._lse: Tensor | None = None
-        self._dense: Tensor | None = None
-        self._groups: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @property
-    def att(self) -> Attention:
-        """The computation whose map this is."""
-        if not isinstance(self._att, Attention):
-            self._att = self._att()
-        return self._att
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(B, H, n, m)."""
-        return self.att.shape
-
-    @property
-    def few(self) -> bool:
-        """Whether the rows are so few that the map itself is the cheapest exact form."""
-        return self._dense is not None or self.att.shape[2] <= FEW_ROWS
-
-    @property
-    def out(self) -> Tensor:
-        """The attention output [B, H, n, dv] of the model's own kernel, in the model's dtype."""
-        if self._out is None:
-            self._out = self._base() if self._base is not None else self._both()[0]
-        return self._out
-
-    @property
-    def lse(self) -> Tensor:
-        """The row log-sum-exp [B, H, n], fp32; minus infinity for rows that see no key."""
-        if self._lse is None:
-            out, self._lse = self._both()
-            if self._out is None and self._fuse is not None:
-                self._out = out
-        return self._lse
-
-    def _both(self) -> tuple[Tensor, Tensor]:
-        return self._fuse() if self._fuse is not None else kernels.attend_lse(self.att)
-
-    def total(self) -> Tensor:
-        """Row sums [B, H, n]: 1, less the share of a learned sink, 0 for rows that see no key."""
-        return self.dense().sum(dim=-1) if self.few else self.att.visible_total(self.lse)
-
-    def dense(self) -> Tensor:
-        """The whole map [B, H, n, m], fp32, differentiable: the reference, not for the normal path."""
-        if self._dense is None:
-            self._dense = kernels.dense(self.att)
-        return self._dense
-
-    def mass(self, keys: Tensor) -> Tensor:
-        """sum of A over `keys` (bool [B or 1, H or 1, m]), [B, H, n]."""
-        if self.few and id(keys) not in self._groups:
-            # Without the partial output: a decoding step should not read all values for it.
-            return (self.dense() * keys[:, :, None]).sum(dim=-1)
-        return self.partial(keys)[0]
-
-    def outside(self, keys: Tensor) -> Tensor:
-        """sum of A over all keys but `keys`, [B, H, n], exact also where nearly nothing is left."""
-        if self.few:
-            return self.dense().masked_fill(keys[:, :, None], 0.0).sum(dim=-1)
-        return kernels.leftover(self.att, self.lse, keys, self.mass(keys))
-
-    def partial(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(mass [B, H, n], sum_j A_ij v_j over `keys` [B, H, n, dv]), fp32."""
-        found = self._groups.get(id(keys))
-        if found is None:
-            if self.few:
-                p = self.dense() * keys[:, :, None]
-                pair = p.sum(dim=-1), _apply(p, self.att)
-            else:
-                pair = kernels.partial(self.att, self.lse, keys)
-            # The tensor is kept with its answer, so that its id cannot be reused meanwhile.
-            found = self._groups[id(keys)] = (keys, *pair)
-        return found[1], found[2]
-
-    def column_mass(self, row_weight: Tensor | None = None) -> Tensor:
-        """sum_i w_i A_ij, [B, H, m]; `row_weight` [B or 1, n] is 0 for rows to leave out."""
-        if self.few:
-            A = self.dense()
-            return A.sum(dim=2) if row_weight is None else torch.einsum("bhnm,bn->bhm", A, _full(row_weight, A))
-        return kernels.column_mass(self.att, self.lse, row_weight)
-
-    def rows(self, index: Tensor) -> Tensor:
-        """The rows `index` [r] of the map, [B, H, r, m]."""
-        return self.dense()[:, :, index] if self.few else kernels.rows(self.att, self.lse, index)
-
-    def entropy(self) -> Tensor:
-        """Row entropies in nats, [B, H, n]."""
-        return torch.special.entr(self.dense()).sum(dim=-1) if self.few else kernels.entropy(self.att, self.lse)
-
-    def reweight(self, edit: Reweight) -> Tensor:
-        """The output [B, H, n, dv] under `edit`; rows whose weights are all one are `out` bit for bit."""
-        if self.few:
-            return self._few_reweight(edit)
-        groups = [(keys, weight, *self.partial(keys)) for keys, weight in edit.groups]
-        return kernels.reweight(self.att, self.out, self.lse, groups, edit.rest, edit.normalise)
-
-    def _few_reweight(self, edit: Reweight) -> Tensor:
-        A = self.dense()
-        factor = self._factor(edit)
-        new = A * factor
-        total = A.sum(dim=-1, keepdim=True)
-        if edit.normalise:
-            norm = new.sum(dim=-1, keepdim=True) + self._sink(total)
-            new = torch.where(norm > 0, new / norm.clamp_min(1e-37), A)
-        changed = (factor != 1.0).any(dim=-1, keepdim=True) & (total > 0)
-        edited = _apply(new, self.att)
-        if self._out is None and changed.device.type == "cpu" and bool(changed.all()):
-            # No row keeps its output, so the model's own kernel need not run (elsewhere asking would cost more than it).
-            return edited.to(self.att.v.dtype)
-        return torch.where(changed, edited.to(self.out.dtype), self.out)
-
-    def _factor(self, edit: Reweight) -> Tensor:
-        """Weights as a full [B, H, n, m] tensor."""
-        B, H, n, m = self.shape
-        like = {"dtype": self.att.stat_dtype, "device": self.att.q.device}
-        factor = torch.as_tensor(edit.rest, **like).expand(B, H, n)[..., None].expand(B, H, n, m)
-        for keys, weight in edit.groups:
-            factor = torch.where(keys[:, :, None], torch.as_tensor(weight, **like).expand(B, H, n)[..., None], factor)
-        return factor
-
-    def edited_dense(self, edit: Reweight) -> Tensor:
-        """The edited map [B, H, n, m]: the path for several reweightings of the same heads."""
-        A = self.dense()
-        new = A * self._factor(edit)
-        if not edit.normalise:
-            return new
-        norm = new.sum(dim=-1, keepdim=True) + self._sink(A.sum(dim=-1, keepdim=True))
-        return torch.where(norm > 0, new / norm.clamp_min(1e-37), A)
-
-    def _sink(self, total: Tensor) -> Tensor:
-        """What a learned sink takes of rows with these sums; exactly zero where the model has none."""
-        if self.att.sinks is None:
-            return torch.zeros_like(total)
-        return torch.where(total > 0, 1.0 - total, torch.zeros_like(total))
-
-    def distance(self, edit: Reweight) -> Tensor:
-        """Total-variation distance per row between the map and its edit, [B, H, n]."""
-        B, H, n, _ = self.shape
-        like = {"dtype": self.att.stat_dtype, "device": self.att.q.device}
-        total = self.total()
-        rest = torch.as_tensor(edit.rest, **like).expand(B, H, n)
-        weights = [torch.as_tensor(w, **like).expand(B, H, n) for _, w in edit.groups]
-        masses = [self.mass(keys) for keys, _ in edit.groups]
-        left = (total - sum(masses, torch.zeros_like(total))).clamp_min(0.0)
-        norm = torch.ones_like(total)
-        if edit.normalise:
-            norm = self._sink(total) + rest * left + sum(w * m for w, m in zip(weights, masses, strict=True))
-            norm = norm.masked_fill(norm <= 0, 1.0)
-        moved = (rest / norm - 1.0).abs() * left
-        moved = moved + sum((w / norm - 1.0).abs() * m for w, m in zip(weights, masses, strict=True))
-        return 0.5 * moved
-
-
-class DenseMap(AttentionMap):
-    """A map that an earlier reweighting has already changed: held explicitly."""
-
-    def __init__(self, att: Attention, A: Tensor, out: Tensor):
-        super().__init__(att)
-        self._dense = A
-        self._out = out
-
-    @property
-    def lse(self) -> Tensor:
-        """Not defined: the edited map is not a softmax of scores any more."""
-        raise AttributeError("an edited map has no log-sum-exp; ask for mass, partial, rows or dense")
-
-
-def _apply(p: Tensor, att: Attention) -> Tensor:
-    """p v with grouped values, [B, H, n, dv] in the dtype of p."""
-    b, h, n, m = p.shape
-    folded = p.reshape(b, h // att.groups, att.groups * n, m)
-    return torch.matmul(folded, att.v.to(p.dtype)).reshape(b, h, n, -1)
-
-
-def _full(row_weight: Tensor, A: Tensor) -> Tensor:
-    return row_weight.to(A.dtype).expand(A.shape[0], A.shape[2])
-
-
-@dataclass
+@dataclass(frozen=True, eq=False)
 class AttnCall:
     """One attention call, restricted to the heads that a method selects.
 
-    Shapes: q [B, H, n, d], k and v [B, Hkv, m, d]; H counts the selected heads only.
+    Shapes: q [B, H, n, d], k and v [B, Hkv, m, d]; H counts the selected heads only. Masks and validity are never None: a
+    plain call has them too, broadcast. Slots, positions and requests: see `attnsteer.account`.
 
     Attributes:
-        site: the `Site`. heads: global indices [H] of the selected heads.
+        site: the `Site`. heads: global indices of the selected heads.
+        rows, keys: what each of the n rows and m keys is: slot, index in its request, request, validity, generated or prompt.
         map: the lazy attention map (edits of earlier methods included).
-        phase: "prefill" or "decode". step: denoising step or None. branch: None or the running branch.
-        row_valid: bool [B or 1, n], False for padding rows. key_valid: bool [B or 1, m].
-        row_position: int [n], absolute position of each row. key_position: int [m], of each key.
+        phase: "prefill" where some row belongs to a prompt, else "decode". Where rows of both kinds meet in one call
+            (assisted decoding, a step without a cache) `mixed` is true, and `rows.generated` tells them apart.
+        step: denoising step or None. branch: None or the running branch ("weak").
         segments: role -> slice of the rows (and of the keys of a self or joint call): "image", "text".
-        grid: (height, width) of the image rows in tokens, where the host knows it.
         state: a dict of this method at this site for this sequence; survives from prefill to decode.
         frozen: True where statistics must not move (a continuation is being scored).
-        context: what else the host provides, by name (see `Intervention.needs`).
-        branch_rows: branch name -> bool [B], where `where` selects branches and the host can tell the rows apart.
+        branch_rows: branch name -> bool [B], where the host can tell the rows apart; None where it cannot.
+        host: name of the host. method: name of the method that this call is shown to.
+
+    What only some hosts give is read through properties, which raise where it is missing: `tokens`, `residual`,
+    `image_free`, `grid`, `capture`; `gives(name)` asks.
     """
 
     site: Site
-    heads: tuple[int, ...]
-    map: AttentionMap
+    # Made when they are asked for: most methods on most hosts never do.
+    make_rows: Callable[[], Track] = field(repr=False)
+    make_keys: Callable[[], Track] = field(repr=False)
+    host: str = "this host"
     phase: str = "prefill"
+    mixed: bool = False
     step: int | None = None
+    steps: int | None = None
     branch: str | None = None
-    row_valid: Tensor | None = None
-    key_valid: Tensor | None = None
-    row_position: Tensor | None = None
-    key_position: Tensor | None = None
     segments: dict[str, slice] = field(default_factory=dict)
-    grid: tuple[int, int] | None = None
-    state: dict[str, Any] = field(default_factory=dict)
     frozen: bool = False
-    context: dict[str, Any] = field(default_factory=dict)
     branch_rows: dict[str, Tensor] | None = None
+    heads: tuple[int, ...] = ()
+    state: dict[str, Any] = field(default_factory=dict)
+    method: str = "the method"
+    past: int = 0
+    # State of all methods for this sequence, by (number of the intervention, site, heads).
+    states: dict[Any, dict[str, Any]] = field(default_factory=dict, repr=False)
+    facts: dict[str, Any] = field(default_factory=dict, repr=False)
+    view: AttentionMap | None = field(default=None, repr=False)
+
+    def replace(self, **changes: Any) -> AttnCall:
+        """A copy with some fields changed."""
+        # Some times a layer: `dataclasses.replace` would cost more than a decode step has.
+        new = object.__new__(AttnCall)
+        new.__dict__.update(self.__dict__)
+        new.__dict__.update(changes)
+        return new
+
+    @property
+    def rows(self) -> Track:
+        """What each of the n rows is."""
+        return self.make_rows()
+
+    @property
+    def keys(self) -> Track:
+        """What each of the m keys is."""
+        return self.make_keys()
+
+    @property
+    def map(self) -> AttentionMap:
+        """The lazy attention map of the selected heads."""
+        return self.view
 
     @property
     def q(self) -> Tensor:
@@ -297,22 +109,123 @@ class AttnCall:
         """V per selected query head, [B, H, m, d]."""
         return self.map.att.expanded_values()
 
+    # What is a fact of some hosts only.
+
+    def gives(self, name: str) -> bool:
+        """Whether the host gives "tokens", "residual", "image_free", "grid" or "capture" in this call."""
+        return self.facts.get(name) is not None
+
+    def _fact(self, name: str) -> Any:
+        value = self.facts.get(name)
+        if value is None:
+            raise UnsupportedHost(
+                f"{self.method} reads call.{name} at {self.site.path}, which the host {self.host} does not give in this call. "
+                f"Put {name!r} into the method's `needs`, so that targets without it are refused when it is attached; if it is "
+                "there, the attention module was called outside its model's forward: call the model itself."
+            )
+        return value
+
+    @property
+    def tokens(self) -> Tokens:
+        """Roles of the tokens so far (need "tokens")."""
+        return self._fact("tokens")
+
+    @property
+    def residual(self) -> Tensor:
+        """Hidden states [B, n, D] that enter the layer, before any norm (need "residual")."""
+        return self._fact("residual")
+
+    @property
+    def image_free(self) -> Callable[..., None]:
+        """Runs the prompt without its images up to this site, and its outputs through an edit (need "image_free")."""
+        return self._fact("image_free")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the image rows in tokens (need "grid")."""
+        return self._fact("grid")
+
+    @property
+    def capture(self) -> Capture:
+        """Where the maps of the running pass go (need "latent")."""
+        return self._fact("capture")
+
+    # Rows and keys by role.
+
+    @property
+    def row_valid(self) -> Tensor:
+        """bool [B or 1, n], False for padding rows."""
+        return self.rows.valid
+
+    @property
+    def key_valid(self) -> Tensor:
+        """bool [B or 1, m], False for padding keys."""
+        return self.keys.valid
+
+    @property
+    def row_position(self) -> Tensor:
+        """int [n], the slot of each row."""
+        return self.rows.slot
+
+    @property
+    def key_position(self) -> Tensor:
+        """int [m], the slot of each key."""
+        return self.keys.slot
+
+    @property
+    def generates(self) -> Tensor:
+        """bool [B or 1, n]: the rows that belong to generated tokens."""
+        return self.rows.generated & self.rows.valid
+
     def key_index(self) -> Tensor:
-        """Number of each key counted from the sample's first valid token, [B or 1, m]; negative for left padding."""
-        tokens = self.context.get("tokens")
-        if tokens is None:
-            return self.key_position[None]
-        return self.key_position[None] - tokens.first().to(self.key_position.device)[:, None]
+        """Number of each key counted from its request's first valid token, [B or 1, m]; negative for left padding."""
+        return self.keys.index
 
     def first_key(self) -> Tensor:
-        """The first valid token of each row as a key set [B or 1, 1, m]; empty once it has left a window cache."""
-        return (self.key_index() == 0)[:, None]
+        """The first valid token of each request as a key set [B or 1, 1, m]; empty once it has left a window cache."""
+        return self.keys.first[:, None]
 
-    def span_keys(self, spans: list[list[tuple[int, int]]]) -> Tensor:
-        """Token ranges per sample, as a key set [B, 1, m] of this call (absolute positions)."""
-        position = self.key_position
-        keys = torch.zeros(len(spans), position.shape[-1], dtype=torch.bool, device=position.device)
+    def prompt_keys(self) -> Tensor:
+        """The valid tokens of the prompts as a key set [B or 1, 1, m]."""
+        return self.keys.prompt[:, None]
+
+    def padding_keys(self) -> Tensor:
+        """Padding and unused slots as a key set [B or 1, 1, m]."""
+        return ~self.keys.valid[:, None]
+
+    def span_keys(self, spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+        """Token ranges per sample, counted from its first valid token, as a key set [B, 1, m]."""
+        index, valid = self.keys.index, self.keys.valid
+        wide = index.expand(len(spans), -1)
+        found = torch.zeros_like(wide, dtype=torch.bool)
         for b, ranges in enumerate(spans):
             for start, stop in ranges:
-                keys[b] |= (position >= start) & (position < stop)
-        return keys[:, None]
+                found[b] |= (wide[b] >= start) & (wide[b] < stop)
+        return (found & valid)[:, None]
+
+    def at_keys(self, tokens: Tensor) -> Tensor:
+        """A mask of tokens bool [B, T] (by slot, T up to the slots so far) as a key set [B, 1, m]."""
+        slot, size = self.keys.slot, tokens.shape[1]
+        inside = (slot < size) & self.keys.valid
+        return (tokens[:, slot.clamp_max(max(size - 1, 0))] & inside)[:, None]
+
+    def at_rows(self, tokens: Tensor) -> Tensor:
+        """A mask of tokens bool [B, T] (by slot) at the rows of this call, bool [B, n]."""
+        slot, size = self.rows.slot, tokens.shape[1]
+        inside = (slot < size) & self.rows.valid
+        return tokens[:, slot.clamp_max(max(size - 1, 0))] & inside
+
+    def image_tokens(self) -> Tensor:
+        """bool [B, T]: the tokens so far that stand for images (need "images").
+
+        Raises:
+            SelectionError: where the images are is not known.
+        """
+        return self.tokens.image_mask().to(self.keys.slot.device)
+
+    def image_keys(self) -> Tensor:
+        """The tokens of images as a key set [B, 1, m] (need "images")."""
+        return self.at_keys(self.image_tokens())
+
+
+__all__ = ["FEW_ROWS", "AttentionMap", "AttnCall", "KeyBias", "Reweight"]

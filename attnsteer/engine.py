@@ -3,46 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from . import kernels
-from .audit import Mark
+from .attention_map import AttentionMap, DenseMap
+from .audit import Audit, Mark
 from .bound import Bound, Heads
-from .call import AttentionMap, AttnCall, DenseMap, KeyBias, Reweight
+from .call import AttnCall
+from .edits import Check, KeyBias, Reweight
 from .errors import CompositionError, SelectionError, UnsupportedHost
 from .kernels import Attention
 from .site import Site
 
-if TYPE_CHECKING:
-    from .steering import Steering
+
+class Run(Protocol):
+    """What the engine asks of a steering."""
+
+    audit: Audit
+    measure: bool
+    reference: bool
+    branch: str | None
+
+    def is_open(self, bound: Bound) -> bool:
+        """Whether the inside edits of `bound` act now."""
 
 
-@dataclass
-class CallContext:
-    """What a host knows about one attention call; the fields are those of `AttnCall`."""
-
-    phase: str = "prefill"
-    step: int | None = None
-    steps: int | None = None
-    branch_rows: dict[str, Tensor] | None = None
-    row_valid: Tensor | None = None
-    key_valid: Tensor | None = None
-    row_position: Tensor | None = None
-    key_position: Tensor | None = None
-    segments: dict[str, slice] = field(default_factory=dict)
-    grid: tuple[int, int] | None = None
-    states: dict[Any, dict[str, Any]] = field(default_factory=dict)
-    frozen: bool = False
-    context: dict[str, Any] = field(default_factory=dict)
-    # Filled with (local heads or None, edited map) where the host must also hand out attention weights.
-    maps: list[tuple[Heads | None, Tensor]] | None = None
-
-
-class Whole:
+class SiteAttention:
     """The site's own attention, computed once, by the model's kernel or by the same kernel with its lse."""
 
     def __init__(self, att: Attention, base: Callable[[], Tensor], same_kernel: bool):
@@ -70,10 +59,12 @@ class Whole:
 class SiteRuntime:
     """The interventions bound to one site; called by the host in place of the attention primitive."""
 
-    def __init__(self, run: Steering, site: Site, entries: list[tuple[Bound, Heads | None]]):
+    def __init__(self, run: Run, site: Site, entries: list[tuple[Bound, Heads | None]]):
         self.run = run
         self.site = site
         self.entries = entries
+        # (intervention, door, phase) whose edits were looked at: the first of each is.
+        self.checked: set[tuple[int, str, str]] = set()
         self._partitions: dict[tuple[int, ...], list[tuple[Heads | None, list[Bound]]]] = {}
         self._by_methods: dict[tuple[int, ...], list[int]] = {}
         for head in range(site.heads):
@@ -85,61 +76,66 @@ class SiteRuntime:
         for i, (bound, _) in enumerate(self.entries):
             if bound.method.whole_heads and sum(i in key for key in self._by_methods) > 1:
                 others = {j for key in self._by_methods for j in key} - {i}
-                names = [type(self.entries[j][0].method).__name__ for j in sorted(others)]
+                names = [self.entries[j][0].name for j in sorted(others)]
                 raise CompositionError(
-                    f"{self.site.path}: {type(bound.method).__name__} compares all of its heads with each other, and "
+                    f"{self.site.path}: {bound.name} compares all of its heads with each other, and "
                     f"{', '.join(names)} acts on some of them only. Give both the same heads at this layer, or different layers."
                 )
 
-    def active(self, ctx_phase: str | None, step: int | None, steps: int | None) -> tuple[int, ...]:
-        """Positions in `entries` of the interventions that act in this call."""
+    def active(self, phase: str | None, step: int | None, steps: int | None, mixed: bool = False) -> tuple[int, ...]:
+        """Positions in `entries` of the interventions that act in this call; `mixed`: rows of both phases are in it."""
         return tuple(
             i
             for i, (bound, _) in enumerate(self.entries)
-            if self.run.is_open(bound) and bound.where.active(ctx_phase, step, steps)
+            if self.run.is_open(bound) and bound.where.active(None if mixed else phase, step, steps)
         )
 
     def __call__(
         self,
         att: Attention,
         base: Callable[[], Tensor],
-        ctx: CallContext,
+        call: AttnCall,
         active: tuple[int, ...],
         same_kernel: bool = False,
+        maps: list[tuple[Heads | None, Tensor]] | None = None,
     ) -> Tensor:
         """The site's output [B, H, n, dv] with the active interventions applied.
 
         Args:
             att: the call in the model's terms. base: computes the output with the model's own kernel.
+            call: what the host knows of it. active: which interventions act.
             same_kernel: whether `kernels.attend_lse` would run that very kernel (so it can replace it).
+            maps: filled with (heads of this process or None, edited map), where the host hands out attention weights.
         """
-        whole = Whole(att, base, same_kernel)
+        whole = SiteAttention(att, base, same_kernel)
         offset = self._offset(att.q.shape[1])
-        groups = self._partition(active)
-        marks = self._seen(active, offset, att.shape)
+        marks = self._seen(active, offset, att.shape, call.phase)
         result: Tensor | None = None
-        for heads, bounds in groups:
+        for heads, bounds in self.partition(active):
             local = _local(heads, offset, att.q.shape[1])
             if local == ():
                 continue
-            out = self._group(whole, local, bounds, ctx, offset, marks)
+            out = _HeadGroup(self, whole, local, offset, call, marks).run(bounds, maps)
             if out is None:
                 continue
             if local is None:
-                return out
+                result = out
+                break
             if result is None:
                 result = whole.out().clone()
             result[:, list(local)] = out
+        for mark in marks.values():
+            mark.close()
         return whole.out() if result is None else result
 
-    def _seen(self, active: tuple[int, ...], offset: int, shape: tuple[int, int, int, int]) -> dict[int, Mark]:
+    def _seen(self, active: tuple[int, ...], offset: int, shape: tuple[int, ...], phase: str) -> dict[int, Mark]:
         """Count this call once for each active intervention, however many head groups it falls into."""
         marks = {}
         for bound, heads in (self.entries[i] for i in active):
             record = self.run.audit.record(bound.index, self.site.path)
             local = _local(heads, offset, shape[1])
-            record.see(shape[1] if local is None else len(local))
-            marks[bound.index] = Mark(record, shape[0] * shape[2])
+            record.see(shape[1] if local is None else len(local), phase)
+            marks[bound.index] = Mark(record, phase, shape[0] * shape[2])
         return marks
 
     def _offset(self, local: int) -> int:
@@ -154,7 +150,7 @@ class SiteRuntime:
             "heads cannot be matched. Steer the model after it is loaded and sharded."
         )
 
-    def _partition(self, active: tuple[int, ...]) -> list[tuple[Heads | None, list[Bound]]]:
+    def partition(self, active: tuple[int, ...]) -> list[tuple[Heads | None, list[Bound]]]:
         """Heads that share the same methods, so that each group is edited as a whole."""
         found = self._partitions.get(active)
         if found is None:
@@ -169,101 +165,110 @@ class SiteRuntime:
             self._partitions[active] = found
         return found
 
-    def _group(
-        self,
-        whole: Whole,
-        heads: Heads | None,
-        bounds: list[Bound],
-        ctx: CallContext,
-        offset: int,
-        marks: dict[int, Mark],
-    ) -> Tensor | None:
-        pick = (lambda t: t) if heads is None else (lambda t: t[:, list(heads)])
-        if self.run.reference and not self.site.linear:
-            sub = whole.att.select(heads)
-            view = DenseMap(sub, kernels.dense(sub), pick(whole.out()))
-        else:
-            fused = (lambda: tuple(pick(t) for t in whole.pair())) if whole.same_kernel else None
-            view = AttentionMap(lambda: whole.att.select(heads), base=lambda: pick(whole.out()), fused=fused)
-        own = tuple(range(whole.att.q.shape[1])) if heads is None else heads
-        stage = _Stage(self, bounds, ctx, tuple(h + offset for h in own), view, whole.att.shape, marks)
-        stage.inputs()
-        stage.bias()
-        stage.weights()
-        if ctx.maps is not None and (stage.touched or stage.edited_map is not None):
-            ctx.maps.append((heads, stage.map.dense() if stage.edited_map is None else stage.edited_map))
-        return stage.output()
 
-
-class _Stage:
-    """The four inside doors of the methods of one head group, in order."""
+class _HeadGroup:
+    """The four inside doors of the methods of one group of heads in one call, in order."""
 
     def __init__(
         self,
         runtime: SiteRuntime,
-        bounds: list[Bound],
-        ctx: CallContext,
-        heads: Heads,
-        view: AttentionMap,
-        shape: tuple[int, int, int, int],
+        whole: SiteAttention,
+        local: Heads | None,
+        offset: int,
+        call: AttnCall,
         marks: dict[int, Mark],
     ):
-        self.runtime, self.bounds, self.ctx, self.heads, self.map = runtime, bounds, ctx, heads, view
-        self.out: Tensor | None = None
-        self.edited_map: Tensor | None = None
-        self.touched = False
-        self.shape, self.marks = shape, marks
+        pick = (lambda t: t) if local is None else (lambda t: t[:, list(local)])
+        self.runtime, self.whole, self.local, self.marks = runtime, whole, local, marks
+        own = tuple(range(whole.att.q.shape[1])) if local is None else local
+        self.heads = tuple(h + offset for h in own)
+        self.base = call.replace(heads=self.heads, branch=runtime.run.branch)
+        self.map: AttentionMap
+        if runtime.run.reference and not runtime.site.linear:
+            sub = whole.att.select(local)
+            self.map = DenseMap(sub, kernels.dense(sub), pick(whole.out()))
+        else:
+            fused = (lambda: tuple(pick(t) for t in whole.pair())) if whole.same_kernel else None
+            self.map = AttentionMap(lambda: whole.att.select(local), base=lambda: pick(whole.out()), fused=fused)
 
-    def call(self, bound: Bound) -> AttnCall:
-        ctx = self.ctx
-        return AttnCall(
-            site=self.runtime.site,
-            heads=self.heads,
-            map=self.map,
-            phase=ctx.phase,
-            step=ctx.step,
-            branch=self.runtime.run.branch,
-            row_valid=ctx.row_valid,
-            key_valid=ctx.key_valid,
-            row_position=ctx.row_position,
-            key_position=ctx.key_position,
-            segments=ctx.segments,
-            grid=ctx.grid,
-            state=ctx.states.setdefault((bound.index, self.runtime.site.path, self.heads), {}),
-            frozen=ctx.frozen,
-            context=ctx.context,
-            branch_rows=ctx.branch_rows,
-        )
+    def run(self, bounds: list[Bound], maps: list[tuple[Heads | None, Tensor]] | None) -> Tensor | None:
+        """The heads' edited output, or None where no method edits."""
+        plain = self.map
+        for bound in bounds:
+            if "inputs" in bound.doors:
+                self.inputs(bound)
+        for bound in bounds:
+            if "bias" in bound.doors:
+                self.bias(bound)
+        for bound in bounds:
+            if "weights" in bound.doors:
+                self.weights(bound)
+        out = None if self.map is plain else self.map.out
+        if maps is not None and self.map is not plain:
+            maps.append((self.local, self.map.dense()))
+        for bound in bounds:
+            if "output" in bound.doors:
+                out = self.output(bound, out)
+        return out
 
-    def mark(self, bound: Bound, path: str) -> None:
-        self.marks[bound.index].edited(path)
+    def ask(self, bound: Bound, door: str, *args: Tensor) -> Any:
+        """What the method returns at a door, checked where it is its first answer there."""
+        site, phase = self.runtime.site.path, self.base.phase
+        state = self.base.states.setdefault((bound.index, site, self.heads), {})
+        call = self.base.replace(view=self.map, state=state, method=bound.name)
+        key = (bound.index, door, phase)
+        first = key not in self.runtime.checked and not torch.compiler.is_compiling()
+        watched = [self.whole.att.q, self.whole.att.k, self.whole.att.v, *args]
+        before = [_fingerprint(t, first) for t in watched]
+        edit = getattr(bound.method, door)(call, *args)
+        touched = any(_altered(t, b) for t, b in zip(watched, before, strict=True))
+        if not touched and (edit is None or not first):
+            return edit
+        check = Check(bound.name, door, site, self.map.att)
+        if door == "output":
+            check.output(edit, args[0], touched)
+        elif touched:
+            raise check.refuse("changed q, k or v in place; return new tensors.")
+        else:
+            getattr(check, door)(edit)
+        self.runtime.checked.add(key)
+        return edit
+
+    def mark(self, bound: Bound, path: str, changed: Tensor | None) -> None:
+        self.marks[bound.index].edited(path, changed)
 
     def chosen(self, bound: Bound) -> Tensor | None:
         """bool [B or 1, 1, n or 1]: the rows and batch rows that `where` selects; None for all."""
-        where, mask = bound.where, None
+        where, call, masks = bound.where, self.base, []
         if where.rows is not None:
-            mask = self._row_choice(where.rows, self.shape[2], self.map.att.q.device)[None, None]
+            masks.append(self._row_choice(where.rows)[:, None])
+        if where.phases is not None and call.mixed:
+            generated = call.rows.generated if "decode" in where.phases else ~call.rows.generated
+            masks.append((generated if len(where.phases) == 1 else torch.ones_like(generated))[:, None])
         if where.branches is not None:
-            rows = self._branch_choice(where.branches)[:, None, None]
-            mask = rows if mask is None else mask & rows
-        return mask
+            masks.append(self._branch_choice(where.branches)[:, None, None])
+        found = None
+        for mask in masks:
+            found = mask if found is None else found & mask
+        return found
 
-    def _row_choice(self, rows: Any, n: int, device: torch.device) -> Tensor:
+    def _row_choice(self, rows: Any) -> Tensor:
+        """bool [B or 1, n]."""
+        call = self.base
         if rows == "last":
-            return torch.arange(n, device=device) == n - 1
+            return call.rows.last
         if isinstance(rows, str):
-            if rows not in self.ctx.segments:
-                known = sorted(self.ctx.segments) or "none"
+            if rows not in call.segments:
+                known = sorted(call.segments) or "none"
                 raise SelectionError(f"Where(rows={rows!r}): {self.runtime.site.path} has row roles {known}.")
-            mask = torch.zeros(n, dtype=torch.bool, device=device)
-            mask[self.ctx.segments[rows]] = True
-            return mask
-        position = self.ctx.row_position
-        position = torch.arange(n, device=device) if position is None else position
-        return (position >= rows[0]) & (position < rows[1])
+            mask = torch.zeros_like(call.rows.slot, dtype=torch.bool)
+            mask[call.segments[rows]] = True
+            return mask[None]
+        index = call.rows.index
+        return (index >= rows[0]) & (index < rows[1]) & call.rows.valid
 
     def _branch_choice(self, branches: tuple[str, ...]) -> Tensor:
-        known = self.ctx.branch_rows
+        known = self.base.branch_rows
         if known is None:
             raise SelectionError(
                 f"Where(branches={branches}): which rows of the batch are conditional is not known here. Steer the "
@@ -275,106 +280,95 @@ class _Stage:
             return torch.zeros_like(some)
         return torch.stack(found).any(dim=0)
 
-    def inputs(self) -> None:
-        for bound in self.bounds:
-            if "inputs" not in bound.doors:
-                continue
-            edited = bound.method.inputs(self.call(bound))
-            if edited is None:
-                continue
-            att, mask = self.map.att, self.chosen(bound)
-            q, k, v = edited
-            if mask is not None:
-                if mask.shape[-1] > 1 and (k is not att.k or v is not att.v):
-                    raise CompositionError(
-                        f"{type(bound.method).__name__} edits k or v: Where(rows=...) cannot split that."
-                    )
-                q = torch.where(mask[..., None], q, att.q)
-                k, v = (torch.where(mask[:, :, :1, None], new, old) for new, old in ((k, att.k), (v, att.v)))
-            self.map = AttentionMap(att.replace(q=q, k=k, v=v))
-            self.touched = True
-            self.mark(bound, "inputs")
+    def rescore(self, att: Attention) -> None:
+        """From here on the map is that of other scores or values."""
+        plain = AttentionMap(att)
+        self.map = DenseMap(att, kernels.dense(att), plain.out) if self.runtime.run.reference else plain
 
-    def bias(self) -> None:
-        for bound in self.bounds:
-            if "bias" not in bound.doors:
-                continue
-            term = bound.method.bias(self.call(bound))
-            if term is None:
-                continue
-            att, mask = self.map.att, self.chosen(bound)
-            if isinstance(term, KeyBias) and mask is None:
-                old = att.key_bias
-                self.map = AttentionMap(att.replace(key_bias=term.bias if old is None else old + term.bias))
-            else:
-                full = term.bias[:, :, None] if isinstance(term, KeyBias) else term
-                full = full if mask is None else torch.where(mask[..., None], full, torch.zeros_like(full))
-                self.map = AttentionMap(_with_bias(att, full))
-            self.touched = True
-            self.mark(bound, "bias")
+    def inputs(self, bound: Bound) -> None:
+        edited = self.ask(bound, "inputs")
+        if edited is None:
+            return
+        att, mask = self.map.att, self.chosen(bound)
+        q, k, v = edited
+        if mask is not None:
+            if mask.shape[-1] > 1 and (k is not att.k or v is not att.v):
+                raise CompositionError(f"{bound.name} edits k or v: Where(rows=...) cannot split that.")
+            q = torch.where(mask[..., None], q, att.q)
+            k, v = (torch.where(mask[:, :, :1, None], new, old) for new, old in ((k, att.k), (v, att.v)))
+        self.rescore(att.replace(q=q, k=k, v=v))
+        changed = None
+        for new, old in ((q, att.q), (k, att.k), (v, att.v)):
+            if new is not old:
+                differs = (new != old).any()
+                changed = differs if changed is None else changed | differs
+        self.mark(bound, "inputs", changed)
 
-    def weights(self) -> None:
-        used = False
-        for bound in self.bounds:
-            if "weights" not in bound.doors:
-                continue
-            edit = bound.method.weights(self.call(bound))
-            if edit is None:
-                continue
-            mask = self.chosen(bound)
-            if mask is not None:
-                edit = _masked(edit, mask, self.map.att.stat_dtype)
-            if self.runtime.run.measure:
-                valid = self.ctx.row_valid
-                moved = self.map.distance(edit)
-                keep = torch.ones_like(moved) if valid is None else valid[:, None].expand_as(moved).to(moved.dtype)
-                self.marks[bound.index].record.measure(float((moved * keep).sum().detach() / keep.sum().clamp_min(1.0)))
-            more = any("weights" in b.doors for b in self.bounds if b.index > bound.index)
-            if used or more:
-                # Two reweightings have no common closed form; these heads take the explicit map.
-                A = self.edited_map = self.map.edited_dense(edit)
-                self.out = _values(A, self.map.att).to(self.map.att.v.dtype)
-                self.map = DenseMap(self.map.att, A, self.out)
-                self.mark(bound, "dense")
-            else:
-                self.out = self.map.reweight(edit)
-                if self.ctx.maps is not None:
-                    self.edited_map = self.map.edited_dense(edit)
-                self.mark(bound, "rows" if self.map.few else "fused")
-            used = True
+    def bias(self, bound: Bound) -> None:
+        term = self.ask(bound, "bias")
+        if term is None:
+            return
+        att, mask = self.map.att, self.chosen(bound)
+        if isinstance(term, KeyBias) and mask is None:
+            old = att.key_bias
+            self.rescore(att.replace(key_bias=term.bias if old is None else old + term.bias))
+            changed = (term.bias != 0).any()
+        else:
+            full = term.bias[:, :, None] if isinstance(term, KeyBias) else term
+            full = full if mask is None else torch.where(mask[..., None], full, torch.zeros_like(full))
+            self.rescore(_with_bias(att, full))
+            changed = (full != 0).any()
+        self.mark(bound, "bias", changed)
 
-    def output(self) -> Tensor | None:
-        out = self.out
-        if out is None and self.touched:
-            out = kernels.attend(self.map.att)
-        for bound in self.bounds:
-            if "output" not in bound.doors:
-                continue
-            before = self.map.out if out is None else out
-            edited = bound.method.output(self.call(bound), before)
-            if edited is None:
-                continue
-            if edited is before:
-                # It has read the map and leaves the output as it is.
-                self.mark(bound, "read")
-                continue
-            mask = self.chosen(bound)
-            edited = edited.to(before.dtype)
-            out = edited if mask is None else torch.where(mask[..., None], edited, before)
-            self.mark(bound, "output")
-        return out
+    def weights(self, bound: Bound) -> None:
+        edit = self.ask(bound, "weights")
+        if edit is None:
+            return
+        mask = self.chosen(bound)
+        if mask is not None:
+            edit = _masked(edit, mask, self.map.att.stat_dtype)
+        self.map = self.map.reweighted(edit)
+        if self.runtime.run.measure:
+            moved = self.map.distance()
+            keep = self.base.rows.valid[:, None].to(moved.dtype).expand_as(moved)
+            self.marks[bound.index].record.measure((moved * keep).sum() / keep.sum().clamp_min(1.0))
+        compiling = torch.compiler.is_compiling()
+        self.mark(bound, self.map.path, None if compiling else self.map.changed())
+
+    def output(self, bound: Bound, out: Tensor | None) -> Tensor | None:
+        before = self.map.out if out is None else out
+        edited = self.ask(bound, "output", before)
+        if edited is None:
+            return out
+        if edited is before:
+            # It has read the map and leaves the output as it is.
+            self.mark(bound, "read", None)
+            return out
+        mask, edited = self.chosen(bound), edited.to(before.dtype)
+        edited = edited if mask is None else torch.where(mask[..., None], edited, before)
+        self.mark(bound, "output", None if torch.compiler.is_compiling() else (edited != before).any())
+        return edited
+
+
+def _fingerprint(tensor: Tensor, values: bool) -> Any:
+    """What tells whether a tensor was changed in place: its version, or a copy where it counts none."""
+    if torch.compiler.is_compiling():
+        return None
+    if tensor.is_inference():
+        return tensor.clone() if values else None
+    return tensor._version
+
+
+def _altered(tensor: Tensor, before: Any) -> bool:
+    if before is None:
+        return False
+    return not torch.equal(tensor, before) if isinstance(before, Tensor) else tensor._version != before
 
 
 def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:
     if heads is None:
         return None
     return tuple(h - offset for h in heads if offset <= h < offset + size)
-
-
-def _values(A: Tensor, att: Attention) -> Tensor:
-    b, h, n, m = A.shape
-    folded = A.reshape(b, h // att.groups, att.groups * n, m)
-    return torch.matmul(folded, att.v.to(A.dtype)).reshape(b, h, n, -1)
 
 
 def _masked(edit: Reweight, mask: Tensor, dtype: torch.dtype) -> Reweight:

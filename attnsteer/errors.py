@@ -43,8 +43,16 @@ class NotFinite(AttnSteerError, ArithmeticError):
         self.latent, self.index = latent, index
 
 
+class ContractError(AttnSteerError, TypeError):
+    """A method returned what the contract does not allow; the message names method, door and site."""
+
+
 class NeverFired(AttnSteerError, RuntimeError):
-    """A steering was left although one of its interventions never acted."""
+    """A steering was left although one of its interventions changed nothing."""
+
+
+class NothingChanged(UserWarning):
+    """A steering was removed although one of its interventions changed nothing."""
 
 
 class SerializationError(AttnSteerError, ValueError):

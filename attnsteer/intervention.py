@@ -36,13 +36,13 @@ class Intervention:
         looks_ahead: statistics run over the whole prompt, so a later prompt token moves an earlier row.
         kinds: the kinds of site the method is defined on; others are refused (or left out when `where`
             names no kind).
-        needs: names of what the host must provide in `call.context` or `call.segments`: "tokens" (`Tokens`), "images"
-            (their image roles), "residual" (hidden states [B, n, D] that enter the layer), "image_free" (a function that runs
-            the prompt without its images up to this site, and its outputs [B, H, n', d] through the edit it is given);
-            "latent": in `inputs.loop`, the latent of the sampling loop.
+        needs: names of what the host must provide: "tokens", "images" (their image roles), "residual", "image_free",
+            "segments", "grid", "steps" as attributes of the call (see `AttnCall`); "latent" in `inputs.loop`, the latent of the
+            sampling loop.
         causal_only: the method is defined on causal self-attention only.
         follows_crop: whether the state stays right when the cache is cut back behind the prompt.
         linear: whether the method only edits values and outputs, so that linear attention can take it.
+        observes: whether it only reads, so that changing nothing is no error.
         whole_heads: its statistics run over all of its heads at a site, so another method must not divide them.
     """
 
@@ -55,6 +55,7 @@ class Intervention:
     causal_only: ClassVar[bool] = False
     follows_crop: ClassVar[bool] = True
     whole_heads: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
 
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return edited (q, k, v), or None for no edit."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch import nn
 
 from .audit import Audit
 from .bound import Bound
 from .engine import SiteRuntime
-from .errors import AttnSteerError, NeverFired, SelectionError, UnsupportedHost, listing
+from .errors import CompositionError, NeverFired, NothingChanged, SelectionError, UnsupportedHost, listing
 from .intervention import Intervention
 from .registry import get_host, hosts
 from .site import Site, SiteList
@@ -22,26 +28,51 @@ from .where import Where
 CLOCKS = ("phases", "steps", "branches")
 
 
+@dataclass(frozen=True)
+class Scope:
+    """What the blocks that are entered around a call say of it.
+
+    Attributes:
+        frozen: statistics stay as the prompt left them. chunked: calls are chunks of one prompt; chunk_total: its slots.
+        images: the processor's output, or token ranges. layout: names of the equal parts of a denoiser's batch.
+    """
+
+    frozen: bool = False
+    chunked: bool = False
+    chunk_total: int | None = None
+    images: Any = None
+    layout: tuple[str, ...] | None = None
+
+
+PLAIN = Scope()
+# By steering; each thread and asyncio task has its own blocks.
+_SCOPES: ContextVar[Mapping[int, Scope]] = ContextVar("attnsteer_scopes", default={})  # noqa: B039  never mutated
+# Attached steerings, so that a site is steered once, and a lost handle can be found.
+_LIVE: weakref.WeakSet[Steering] = weakref.WeakSet()
+
+
 class Steering:
     """A live attachment: context manager and handle.
 
     Attributes:
-        audit: what each intervention saw and edited. sites: the sites that are steered.
+        audit: what each intervention saw, returned and changed. sites: the sites that are steered.
         measure: whether reweightings also record the total-variation distance that they cause.
+        control: whether it is meant to change nothing (a zero-strength control), so that this is no error.
     """
 
     def __init__(
-        self, target: Any, interventions: tuple[Intervention, ...], measure: bool = False, reference: bool = False
+        self,
+        target: Any,
+        interventions: tuple[Intervention, ...],
+        measure: bool = False,
+        reference: bool = False,
+        control: bool = False,
     ):
         self.target = target
         self.measure = measure
         self.reference = reference
+        self.control = control
         self.branch: str | None = None
-        self.frozen = False
-        self.chunked = False
-        self.chunk_total: int | None = None
-        self.told: Any = None
-        self.row_layout: tuple[str, ...] | None = None
         self.audit = Audit([_describe(m) for m in interventions])
         self._open: list[int] = []
         self._journal = Journal()
@@ -50,17 +81,32 @@ class Steering:
         every = self.host.sites()
         self.bounds, plan = bind(interventions, every, self.host)
         self.sites = SiteList(site for site in every if site.path in plan)
+        _refuse_twice(self.sites)
         self.runtimes = {s.path: SiteRuntime(self, s, plan[s.path]) for s in self.sites}
         try:
             self.host.attach(self, self._journal)
         except BaseException:
             self._journal.undo()
             raise
+        _LIVE.add(self)
 
     @property
     def interventions(self) -> tuple[Intervention, ...]:
         """The attached interventions, in order of application."""
         return tuple(b.method for b in self.bounds)
+
+    @property
+    def scope(self) -> Scope:
+        """What the blocks around the running call say."""
+        return _SCOPES.get().get(id(self), PLAIN)
+
+    @contextlib.contextmanager
+    def _scoped(self, **changes: Any) -> Iterator[None]:
+        token = _SCOPES.set({**_SCOPES.get(), id(self): replace(self.scope, **changes)})
+        try:
+            yield
+        finally:
+            _SCOPES.reset(token)
 
     def is_open(self, bound: Bound) -> bool:
         """Whether the inside edits of `bound` act now (those of an `around` method only inside its pass)."""
@@ -79,83 +125,137 @@ class Steering:
             self._open.pop()
             self.branch = before
 
-    @contextlib.contextmanager
-    def freeze(self) -> Iterator[None]:
-        """Statistics stay as the prompt left them: score a continuation over its cache in this block."""
-        before, self.frozen = self.frozen, True
-        try:
-            yield
-        finally:
-            self.frozen = before
+    def freeze(self) -> contextlib.AbstractContextManager[None]:
+        """Statistics stay as the prompt left them: score a continuation over its cache in this block.
 
-    @contextlib.contextmanager
-    def chunked_prefill(self, tokens: int | None = None) -> Iterator[None]:
+        This block and the others hold for the calls of the thread (or asyncio task) that enters them.
+        """
+        return self._scoped(frozen=True)
+
+    def chunked_prefill(self, tokens: int | None = None) -> contextlib.AbstractContextManager[None]:
         """The calls in this block are chunks of one prompt: one-token calls too, and spans may lie in later chunks.
 
         Args:
             tokens: slots of the whole prompt, padding included; methods that act at its last token need it.
         """
-        before = self.chunked, self.chunk_total
-        self.chunked, self.chunk_total = True, tokens
-        try:
-            yield
-        finally:
-            self.chunked, self.chunk_total = before
+        return self._scoped(chunked=True, chunk_total=tokens)
 
-    @contextlib.contextmanager
-    def images(self, where: Any) -> Iterator[None]:
+    def images(self, where: Any) -> contextlib.AbstractContextManager[None]:
         """Say where the images are for the calls in this block, which the calls themselves do not tell (`inputs_embeds`).
 
         Args:
             where: the processor's output (its `input_ids` are read, or `mm_token_type_ids`), or for each sample a list of
                 (start, stop) token ranges counted from its first token that is not padding.
         """
-        before, self.told = self.told, checked_images(where)
-        try:
-            yield
-        finally:
-            self.told = before
+        return self._scoped(images=checked_images(where))
 
-    @contextlib.contextmanager
-    def branches(self, *names: str) -> Iterator[None]:
+    def branches(self, *names: str) -> contextlib.AbstractContextManager[None]:
         """Name the equal parts of the batch of the denoiser calls in this block, e.g. ("uncond", "cond")."""
         wrong = [n for n in names if n not in ("cond", "uncond")]
         if wrong or not names:
             raise SelectionError(f"branches{names}: name each part of the batch 'cond' or 'uncond'.")
-        before, self.row_layout = self.row_layout, tuple(names)
-        try:
-            yield
-        finally:
-            self.row_layout = before
+        return self._scoped(layout=tuple(names))
 
     def remove(self) -> None:
-        """Detach; the target is as it was before. A second call does nothing."""
+        """Detach; the target is as it was before. A second call does nothing.
+
+        Warns with `NothingChanged` where an intervention changed nothing while it was attached.
+        """
+        attached = self in _LIVE
+        self._detach()
+        silent = self._silent() if attached else ""
+        if silent:
+            warnings.warn(silent, NothingChanged, stacklevel=2)
+
+    def _detach(self) -> None:
         with self._lock:
+            _LIVE.discard(self)
             self._journal.undo()
 
     def __enter__(self) -> Steering:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.remove()
+        self._detach()
         if kind is None:
             self.check_fired()
 
     def check_fired(self) -> None:
-        """Raise `NeverFired` if an attached intervention has not acted."""
-        silent = [self.audit.names[b.index] for b in self.bounds if not self.audit.fired(b.index)]
+        """Raise `NeverFired` if an attached intervention has changed nothing; a control steering is the exception."""
+        silent = self._silent()
         if silent:
-            raise NeverFired(
-                f"{listing(silent)} never acted: no selected site ran while it was attached "
-                f"({len(self.sites)} sites: {listing((s.path for s in self.sites), 4)}). Call the steered model inside "
-                "the context, and check phases, steps and branches in Where."
+            raise NeverFired(silent)
+
+    def _silent(self) -> str:
+        """What to say of the interventions that changed nothing, or ""."""
+        if self.control:
+            return ""
+        unseen, idle = [], []
+        for bound in self.bounds:
+            name = self.audit.names[bound.index]
+            if not self.audit.saw(bound.index):
+                unseen.append(name)
+            elif not bound.method.observes and not self.audit.fired(bound.index):
+                idle.append(name)
+        said = []
+        if unseen:
+            said.append(
+                f"{listing(unseen)} never acted: no selected site ran while it was attached ({len(self.sites)} sites: "
+                f"{listing((s.path for s in self.sites), 4)}). Call the steered model inside the context, and check phases, "
+                "steps and branches in Where."
             )
+        if idle:
+            said.append(
+                f"{listing(idle)} was asked, but changed nothing: its strength is neutral, or what it acts on was not there. Print "
+                "run.audit; a control that is meant to change nothing is steer(..., control=True)."
+            )
+        return " ".join(said)
 
     def __repr__(self) -> str:
         return f"<Steering of {type(self.target).__name__} at {len(self.sites)} sites: {', '.join(self.audit.names)}>"
 
 
-def steer(target: Any, *interventions: Intervention, measure: bool = False, reference: bool = False) -> Steering:
+def _refuse_twice(sites: Iterable[Site]) -> None:
+    taken = {id(s.module): s.path for run in list(_LIVE) for s in run.sites}
+    for site in sites:
+        if id(site.module) in taken:
+            raise CompositionError(
+                f"{site.path} is steered already; give all interventions to one call, steer(target, first, second), or release "
+                "the other one: attnsteer.detach(target)."
+            )
+
+
+def detach(target: Any) -> int:
+    """Remove every steering of a model or pipeline, also those whose handle is lost; returns how many there were."""
+    found = steered(target)
+    for run in found:
+        run._detach()
+    return len(found)
+
+
+def steered(target: Any) -> list[Steering]:
+    """The steerings that are attached to a model or pipeline now."""
+    own = {id(m) for m in _modules(target)}
+    return [run for run in list(_LIVE) if any(id(s.module) in own for s in run.sites)]
+
+
+def _modules(target: Any) -> Iterator[Any]:
+    if isinstance(target, nn.Module):
+        yield from target.modules()
+        return
+    parts = getattr(target, "components", None)
+    for part in [getattr(target, "model", None), *(parts.values() if isinstance(parts, dict) else ())]:
+        if isinstance(part, nn.Module):
+            yield from part.modules()
+
+
+def steer(
+    target: Any,
+    *interventions: Intervention,
+    measure: bool = False,
+    reference: bool = False,
+    control: bool = False,
+) -> Steering:
     """Attach interventions to a model or pipeline, without changing how it is called.
 
     Args:
@@ -164,6 +264,7 @@ def steer(target: Any, *interventions: Intervention, measure: bool = False, refe
         interventions: applied in this order, within each stage (inputs, bias, weights, output).
         measure: also record how far reweightings move the map (total variation; costs a little).
         reference: compute every edit from the explicit [n, m] map instead of the identities: slow, for checking.
+        control: this steering is meant to change nothing (a zero-strength control): that is no error then.
 
     Returns:
         A `Steering`: use it as a context manager, or call `remove()`.
@@ -172,7 +273,7 @@ def steer(target: Any, *interventions: Intervention, measure: bool = False, refe
         SelectionError: a selection matches nothing or names what does not exist.
         UnsupportedHost: the target, its backend or a processor cannot be steered exactly.
         CompositionError: a site is steered already.
-        NeverFired: on leaving the context without an error, an intervention had never acted.
+        NeverFired: on leaving the context without an error, an intervention had changed nothing.
     """
     if not interventions:
         raise SelectionError("steer() got no intervention; give at least one, e.g. steer(model, HeadGate({...})).")
@@ -186,7 +287,7 @@ def steer(target: Any, *interventions: Intervention, measure: bool = False, refe
             if len(shown) > 80:
                 shown = f"a {type(method).__name__}"
             raise SelectionError(f"steer() got {shown}, which is no Intervention.{hint}")
-    return Steering(target, interventions, measure, reference)
+    return Steering(target, interventions, measure, reference, control)
 
 
 def sites(target: Any) -> SiteList:
@@ -288,4 +389,4 @@ def _describe(method: Intervention) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-__all__ = ["AttnSteerError", "Journal", "Steering", "find_host", "sites", "steer"]
+__all__ = ["Steering", "detach", "find_host", "sites", "steer"]

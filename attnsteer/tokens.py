@@ -22,7 +22,7 @@ class Tokens:
         batch: number of rows B. length: tokens seen so far, padding included.
         valid: bool [B, T], False for padding; None: all valid. ids: int [B, T] token ids, or None.
         image: bool [B, T], tokens that stand for (parts of) images or videos; None when not known.
-        prompt: slots of the prompt seen so far; tokens behind them were generated, or are being scored.
+        prompt: slots of the prompt seen so far; tokens behind them were generated, or are being scored; None: not known.
         more_to_come: a chunked prefill is under way, so spans may lie in later chunks.
     """
 
@@ -103,17 +103,30 @@ class Tokens:
         self._resolved = {key: (spans, [found[i] for i in rows]) for key, (spans, found) in self._resolved.items()}
         self.batch = len(rows)
 
-    def spans(self, spans: Any, tokenizer: Any = None) -> list[list[Range]]:
-        """Slot ranges per row for `spans`, which may be:
+    def keep_spans(self, before: Tokens, upto: int) -> None:
+        """Take over what was found in the tokens of an earlier call, of which these are a continuation.
 
-        - a string or a list of strings: found in each row's text (first occurrence), a tokenizer is needed;
+        What reaches beyond the first `upto` slots, which both share (the cache was cut back), is looked for again.
+        """
+        counts = self.count(upto).tolist()
+        same = before.batch == self.batch
+        for key, (spans, found) in before._resolved.items():
+            if same and all(stop <= counts[b] for b, row in enumerate(found) for _, stop in row):
+                self._resolved[key] = (spans, found)
+
+    def spans(self, spans: Any, tokenizer: Any = None) -> list[list[Range]]:
+        """Token ranges per row, counted from its first valid token, for `spans`, which may be:
+
+        - a string or a list of strings: found in the text of each row's prompt, a tokenizer is needed;
         - a list with one entry per sample, each a list of strings and (start, stop) token ranges, counted
           from the sample's first valid token.
 
-        Samples that `generate` repeats (beams, several sequences) share their spans.
+        A string that occurs several times says which: ("cat", 1) for the second, ("cat", "all") for all of them. Samples that
+        `generate` repeats (beams, several sequences) share their spans.
 
         Raises:
-            SelectionError: a string that is not in the text, an empty or out-of-range range, a wrong count.
+            SelectionError: a string that is not in the text or there several times, an empty or out-of-range range, a wrong
+                count.
         """
         known = self._resolved.get(id(spans))
         # A batch that grew since the prompt (several continuations of one sample) is resolved again.
@@ -121,24 +134,23 @@ class Tokens:
             return known[1]
         if isinstance(spans, str):
             spans_list: list[Any] = [[spans]] * self.batch
-        elif isinstance(spans, (list, tuple)) and spans and all(isinstance(s, str) for s in spans):
+        elif isinstance(spans, (list, tuple)) and spans and all(is_text(s) for s in spans):
             spans_list = [list(spans)] * self.batch
         else:
             spans_list = self._per_sample(spans)
-        first = self.first().tolist()
         counts = self.count().tolist()
         out = []
         for b, wanted in enumerate(spans_list):
-            row = []
+            row: list[Range] = []
             for item in wanted:
-                start, stop = self._find(b, item, tokenizer) if isinstance(item, str) else token_range(item)
-                if stop > counts[b] and not self.more_to_come:
-                    raise SelectionError(
-                        f"span ({start}, {stop}) of sample {b} ends after its {counts[b]} tokens; ranges count from "
-                        "the sample's first token that is not padding. If the prompt comes in chunks, enter "
-                        "run.chunked_prefill() for them."
-                    )
-                row.append((start + first[b], stop + first[b]))
+                row += self._find(b, item, tokenizer) if is_text(item) else [token_range(item)]
+            late = [stop for _, stop in row if stop > counts[b]]
+            if late and not self.more_to_come:
+                raise SelectionError(
+                    f"a span of sample {b} ends at token {late[0]}, after its {counts[b]} tokens; ranges count from "
+                    "the sample's first token that is not padding. If the prompt comes in chunks, enter "
+                    "run.chunked_prefill() for them."
+                )
             out.append(row)
         self._resolved[id(spans)] = (spans, out)
         return out
@@ -154,21 +166,56 @@ class Tokens:
         times = self.batch // len(spans)
         return [item for item in spans for _ in range(times)]
 
-    def _find(self, b: int, text: str, tokenizer: Any) -> Range:
+    def _find(self, b: int, item: Any, tokenizer: Any) -> list[Range]:
+        text, which = (item, None) if isinstance(item, str) else item
         if tokenizer is None:
             raise SelectionError(f"the span {text!r} is a string: give the method a tokenizer, or token ranges.")
         if self.ids is None:
             raise SelectionError(
                 f"the span {text!r} cannot be found: the model was called without input_ids. Give ranges."
             )
-        ids = self.ids[b] if self.valid is None else self.ids[b][self.valid[b, : self.ids.shape[1]]]
+        stop = self.length if self.prompt is None else min(self.prompt, self.length)
+        ids = self.ids[b, :stop]
+        if self.valid is not None:
+            ids = ids[self.valid[b if len(self.valid) > 1 else 0, :stop].to(ids.device)]
         offsets, whole = char_offsets(ids.tolist(), tokenizer)
-        at = whole.find(text)
-        inside = [i for i, (s, e) in enumerate(offsets) if s < at + len(text) and e > at]
-        if at < 0 or not inside:
-            shown = whole if len(whole) <= 200 else whole[:200] + "..."
+        places = _places(whole, text)
+        shown = whole if len(whole) <= 200 else whole[:200] + "..."
+        if not places:
             raise SelectionError(f"the span {text!r} is not in the text of sample {b}: {shown!r}.")
-        return inside[0], inside[-1] + 1
+        if which is None and len(places) > 1:
+            raise SelectionError(
+                f"the span {text!r} is {len(places)} times in the text of sample {b}: {shown!r}. Say which: ({text!r}, 0) is the "
+                f'first, ({text!r}, "all") are all of them; or give token ranges.'
+            )
+        if isinstance(which, int) and which >= len(places):
+            raise SelectionError(
+                f"the span ({text!r}, {which}) is not there: sample {b} has {text!r} {len(places)} times, counted from 0."
+            )
+        chosen = places if which == "all" else [places[which or 0]]
+        found = []
+        for at in chosen:
+            inside = [i for i, (s, e) in enumerate(offsets) if s < at + len(text) and e > at]
+            if not inside:
+                raise SelectionError(f"the span {text!r} covers no token of sample {b}: {shown!r}.")
+            found.append((inside[0], inside[-1] + 1))
+        return found
+
+
+def _places(whole: str, text: str) -> list[int]:
+    """Where `text` begins in `whole`, occurrences that overlap left out."""
+    found, at = [], whole.find(text)
+    while text and at >= 0:
+        found.append(at)
+        at = whole.find(text, at + len(text))
+    return found
+
+
+def is_text(item: Any) -> bool:
+    """Whether a span is given as text: a string, or (string, which of its occurrences)."""
+    if isinstance(item, str):
+        return True
+    return isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)
 
 
 def checked_images(where: Any) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..bound import Bound
 from ..site import Site
 
 if TYPE_CHECKING:
+    from ..bound import Bound
     from ..steering import Steering
     from ..undo import Journal
 

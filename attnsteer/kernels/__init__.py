@@ -4,7 +4,7 @@ from .groups import KeyIndex, index_keys, leftover, mass, partial
 from .lse import attend, attend_lse, lse_source
 from .merge import merge, reweight
 from .problem import Attention
-from .statistics import column_mass, dense, entropy, rows
+from .statistics import column_mass, dense, entropy, rows, seen_by
 
 __all__ = [
     "Attention",
@@ -22,4 +22,5 @@ __all__ = [
     "partial",
     "reweight",
     "rows",
+    "seen_by",
 ]

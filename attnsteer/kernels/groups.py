@@ -170,7 +170,7 @@ def _gathered(att: Attention, lse: Tensor, chosen: KeyIndex, want_values: bool) 
     B, H, n, _ = att.shape
     dtype, size, width = att.stat_dtype, chosen.size, att.v.shape[-1] if want_values else 0
     if not size or not B * n:
-        zeros = torch.zeros(B, H, n, 1 + width, dtype=dtype, device=att.q.device)
+        zeros = torch.zeros((), dtype=dtype, device=att.q.device).expand(B, H, n, 1 + width)
         return zeros[..., 0], zeros[..., 1:]
     sub = _gather(att, chosen)
     tiles, masses, outs = sub.tiles(), [], []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .problem import Attention, assemble, exponential
+from .problem import Attention, additive, assemble, exponential
 
 
 def dense(att: Attention) -> Tensor:
@@ -26,18 +28,38 @@ def column_mass(att: Attention, lse: Tensor, row_weight: Tensor | None = None) -
 
     Args:
         lse: row log-sum-exp [B, H, n].
-        row_weight: [B or 1, n] weights of the query rows (0 leaves a row out), or None for all ones.
+        row_weight: [B or 1, n] weights of the query rows (0 leaves a row out), or None for all ones; or r weights of each
+            row by head, [B, H, r, n]: then [B, H, r, m] comes back.
     """
     B, H, n, m = att.shape
-    out = torch.zeros(B, H, m, dtype=att.stat_dtype, device=att.q.device)
     weight = torch.ones(1, n, dtype=att.stat_dtype, device=att.q.device) if row_weight is None else row_weight
-    weight = weight.to(att.stat_dtype).expand(B, n)
+    single = weight.ndim == 2
+    weight = weight.to(att.stat_dtype)
+    weight = weight[:, None, None].expand(B, H, 1, n) if single else weight
+    out = torch.zeros(B, H, weight.shape[2], m, dtype=att.stat_dtype, device=att.q.device)
     for batch, kv, block in att.tiles():
         heads, keys = att.heads(kv), att.seen_keys(block)
         p = exponential(att.scores(block, keys, batch, kv, lse))
-        w = weight[batch, None, None, block].expand(*p.shape[:2], 1, -1)
-        out[batch, heads, keys] += torch.matmul(w, p)[:, :, 0]
-    return out
+        out[batch, heads, :, keys] += torch.matmul(weight[batch, heads, :, block], p)
+    return out[:, :, 0] if single else out
+
+
+def seen_by(att: Attention, row_weight: Tensor) -> Tensor:
+    """sum of `row_weight` [B or 1, n] over the rows that see each key, [B or 1, H or 1, m] in fp32."""
+    _, _, n, m = att.shape
+    weight = row_weight.to(att.stat_dtype)
+    mask = att.mask4()
+    if mask is None:
+        if not att.causal:
+            return weight.sum(dim=-1)[:, None, None].expand(-1, 1, m)
+        # Key j is seen by the rows from j on.
+        later = weight.flip(-1).cumsum(dim=-1).flip(-1)
+        return torch.nn.functional.pad(later, (0, max(0, m - n)))[:, None, :m]
+    seen = additive(mask, att.stat_dtype).isneginf().logical_not_().expand(-1, -1, n, m)
+    if att.causal:
+        seen = seen & torch.ones(n, m, dtype=torch.bool, device=mask.device).tril()
+    B = max(len(seen), len(weight))
+    return torch.einsum("bhnm,bn->bhm", seen.to(att.stat_dtype).expand(B, -1, -1, -1), weight.expand(B, -1))
 
 
 def rows(att: Attention, lse: Tensor, index: Tensor) -> Tensor:
@@ -47,13 +69,30 @@ def rows(att: Attention, lse: Tensor, index: Tensor) -> Tensor:
     return exponential(sub.scores(slice(0, r), slice(0, m), lse=lse.index_select(2, index)))
 
 
-def entropy(att: Attention, lse: Tensor) -> Tensor:
-    """-sum_j A_ij log A_ij per row, [B, H, n] in fp32, blockwise."""
+def entropy(
+    att: Attention,
+    lse: Tensor,
+    cells: Sequence[tuple[Tensor, Tensor]] = (),
+    rest: Tensor | None = None,
+) -> Tensor:
+    """-sum_j A_ij log A_ij per row, [B, H, n] in fp32, blockwise.
+
+    Args:
+        cells: disjoint sets of keys with factors of the map, (bool [B or 1, H or 1, m], [B, H, n]). rest: of the other keys.
+    """
+    B, H, n, m = att.shape
     if 0 in att.shape:
         return torch.zeros(att.shape[:3], dtype=att.stat_dtype, device=att.q.device)
     tiles, parts = att.tiles(), []
     for batch, kv, block in tiles:
+        heads, keys = att.heads(kv), att.seen_keys(block)
         # exp(-1000) is zero, in fp64 too; minus infinity would make a NaN of the product.
-        s = att.scores(block, att.seen_keys(block), batch, kv, lse).clamp_(min=-1000.0)
+        s = att.scores(block, keys, batch, kv, lse).clamp_(min=-1000.0)
+        if rest is not None:
+            factor = rest[batch, heads, block, None].expand(s.shape)
+            for chosen, c in cells:
+                inside = chosen.expand(B, H, m)[batch, heads, None, keys]
+                factor = torch.where(inside, c[batch, heads, block, None], factor)
+            s = (s + factor.log()).clamp(min=-1000.0)
         parts.append(-(exponential(s.clone()) * s).sum(dim=-1))
     return assemble(tiles, parts)

@@ -96,7 +96,7 @@ class Capture:
         """Take the maps of one call, if its site is wanted."""
         if call.site.path not in self.wanted:
             return
-        if call.grid is None:
+        if not call.gives("grid"):
             raise UnsupportedHost(f"{call.site.path}: the grid of its image rows is not known for this model.")
         maps = SiteMaps(call.site, call.grid)
         if "text" in self.reads and call.site.kind != "self":

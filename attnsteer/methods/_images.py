@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..call import AttnCall
-from ..errors import SelectionError, UnsupportedHost
+from ..errors import SelectionError
 from ..tokens import Tokens
 
 
@@ -23,26 +22,12 @@ def check_images(tokens: Tokens, name: str) -> None:
         )
 
 
-def image_tokens(call: AttnCall, name: str) -> tuple[Tokens, Tensor]:
-    """The tokens of a call, and bool [B, T] of those that are images, on the call's device.
+def image_tokens(call: AttnCall, name: str) -> Tensor:
+    """bool [B, T] of the tokens so far that are images, on the call's device.
 
     Raises:
-        UnsupportedHost: the tokens are not known. SelectionError: where the images are is not, or a sample has none.
+        SelectionError: where the images are is not known, or a sample of a whole prompt has none.
     """
-    tokens = call.context.get("tokens")
-    if tokens is None:
-        raise UnsupportedHost(
-            f"{call.site.path} ran outside its model's forward, so tokens and images are not known; call the model itself."
-        )
     if call.phase == "prefill":
-        check_images(tokens, name)
-    return tokens, tokens.image_mask().to(call.key_position.device)
-
-
-def at_keys(mask: Tensor, call: AttnCall) -> Tensor:
-    """A token mask [B, T] as a key set [B, 1, m] of a call; slots behind T are not in it."""
-    m, seen = len(call.key_position), call.context["past"] + call.q.shape[2]
-    # A window cache hands out its last slots, a static one its unused ones as well.
-    start = max(0, seen - m)
-    mask = mask[:, start : start + m]
-    return torch.nn.functional.pad(mask, (0, m - mask.shape[1]))[:, None]
+        check_images(call.tokens, name)
+    return call.image_tokens()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..call import AttnCall
 from ..errors import SelectionError, UnsupportedHost
-from ..tokens import Tokens, token_range
+from ..tokens import Tokens, is_text, token_range
 
 
 def checked_spans(name: str, spans: Any) -> Any:
@@ -17,7 +16,7 @@ def checked_spans(name: str, spans: Any) -> Any:
     if isinstance(spans, str):
         return spans
     listed = isinstance(spans, (list, tuple)) and len(spans) > 0
-    words = listed and all(isinstance(s, str) for s in spans)
+    words = listed and all(is_text(s) for s in spans)
     samples = listed and all(isinstance(s, (list, tuple)) for s in spans)
     if not words and not samples:
         raise SelectionError(
@@ -27,7 +26,7 @@ def checked_spans(name: str, spans: Any) -> Any:
     if samples:
         if any(len(s) == 2 and all(isinstance(i, int) for i in s) for s in spans):
             raise SelectionError(f"{name}(spans={spans!r}): give one list of ranges per sample, e.g. [[(0, 4)]].")
-        for item in (i for s in spans for i in s if not isinstance(i, str)):
+        for item in (i for s in spans for i in s if not is_text(i)):
             token_range(item)
     return _tuples(spans)
 
@@ -43,29 +42,13 @@ def _tuples(value: Any) -> Any:
 
 def span_keys(call: AttnCall, spans: Any, tokenizer: Any) -> Tensor:
     """The marked tokens as a key set [B, 1, m] of this call."""
-    tokens = call.context.get("tokens")
-    if tokens is None:
-        raise UnsupportedHost(
-            f"{call.site.path} ran outside its model's forward, so tokens and padding are not known; call the model itself."
-        )
-    found = tokens.spans(spans, tokenizer)
-    return call.span_keys(found)
+    return call.span_keys(call.tokens.spans(spans, tokenizer))
 
 
-def prompt_length(call: AttnCall) -> int:
-    """Slots of the prompt: what the prefill calls have covered so far."""
-    if call.phase == "prefill":
-        call.state["prompt"] = int(call.row_position[-1]) + 1
-    if "prompt" not in call.state:
+def check_prompt(call: AttnCall) -> None:
+    """Raise where the prompt's end is not known: its tokens went into the cache before steering began."""
+    if call.tokens.prompt is None:
         raise UnsupportedHost(
             f"{call.site.path}: the cache was filled before steering began, so where the prompt ends is not known. "
             "Run the prefill inside the steering context."
         )
-    return call.state["prompt"]
-
-
-def valid_rows(call: AttnCall, weight: Tensor) -> Tensor:
-    """`weight` [B, H, n] with ones on padding rows."""
-    if call.row_valid is None:
-        return weight
-    return torch.where(call.row_valid[:, None], weight, torch.ones_like(weight))

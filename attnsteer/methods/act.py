@@ -20,8 +20,6 @@ from ..heads import HeadSet
 from ..intervention import Intervention
 
 MODES = ("frozen", "running", "prefill_only")
-# Below this non-sink mass there is nothing to hand the freed mass to; the official code gives NaN there.
-SATURATED = 1e-6
 
 
 @dataclass(frozen=True)
@@ -94,16 +92,18 @@ class ACT(Intervention):
         if not bool(sinks.any()):
             return None
         mass, outside = call.map.mass(sinks), call.map.outside(sinks)
-        edit = outside > SATURATED
-        if call.row_valid is not None:
-            edit = edit & call.row_valid[:, None]
+        # Where nothing else is attended to, no row that sums to one has less on the sinks.
+        edit = outside > 0
+        if call.mixed and self.decode == "prefill_only":
+            edit = edit & ~call.generates[:, None]
         one = torch.ones_like(mass)
-        rest = torch.where(edit, 1.0 + (1.0 - self.beta) * mass / outside.clamp_min(SATURATED), one)
+        rest = torch.where(edit, 1.0 + (1.0 - self.beta) * mass / outside.masked_fill(~edit, 1.0), one)
         return Reweight(((sinks, torch.where(edit, self.beta * one, one)),), rest, normalise=False)
 
     def _sinks(self, call: AttnCall) -> Tensor:
         """S as a key set [B, H, m] of this call."""
-        state, length = call.state, int(call.key_position[-1]) + 1
+        state, slots = call.state, call.keys.slot
+        length = call.past + call.q.shape[2]
         moving = call.phase == "prefill" or (self.decode == "running" and not call.frozen)
         if not moving and "sinks" not in state:
             raise UnsupportedHost(
@@ -112,46 +112,50 @@ class ACT(Intervention):
             )
         if moving:
             self._update(call, length)
-        sinks = _grown(state["sinks"], length)
-        # Positions increase, so as many keys as slots are all of them, in order.
-        return sinks if len(call.key_position) == length else sinks[..., call.key_position]
+        sinks = state["sinks"]
+        return _grown(sinks, length) if len(slots) == length else _at(sinks, slots)
 
     def _update(self, call: AttnCall, length: int) -> None:
-        state = call.state
-        column = call.map.column_mass(call.row_valid)
-        B, H, _ = column.shape
-        rows = (
-            torch.ones(B, call.q.shape[2], device=column.device) if call.row_valid is None else call.row_valid.float()
-        )
-        total = _grown(state["sum"], length).clone() if "sum" in state else column.new_zeros(B, H, length)
-        total[..., call.key_position] += column
-        seen = _grown(state["rows"], length).clone() if "rows" in state else column.new_zeros(B, length)
-        seen += _rows_that_see(rows, call.row_position, length, call.site.causal).to(column.dtype)
-        valid = (
-            _grown(state["valid"], length).clone()
-            if "valid" in state
-            else torch.zeros(B, length, dtype=torch.bool, device=column.device)
-        )
-        valid[:, call.key_position] = True if call.key_valid is None else call.key_valid.expand(B, -1)
-        state.update(sum=total, rows=seen, valid=valid, sinks=self._flagged(total, seen, valid))
+        """Add the rows of this call to the sums by slot, and look again which columns are sinks."""
+        state, keys = call.state, call.keys
+        counted = call.row_valid
+        if self.decode != "running" or call.frozen:
+            counted = counted & ~call.rows.generated
+        column, seen = call.map.column_mass(counted), call.map.seen_by(counted)
+        B = column.shape[0]
+        put = lambda name, values: _added(state.get(name), values, keys.slot, length)  # noqa: E731
+        state["sum"] = put("sum", column)
+        state["rows"] = put("rows", seen.expand(B, -1, -1))
+        for name, flags in (("valid", call.key_valid), ("first", keys.first)):
+            state[name] = _set(state.get(name), flags.expand(B, -1), keys.slot, length)
+        if keys.packed:
+            state["request"] = _set(state.get("request"), keys.request.expand(B, -1), keys.slot, length)
+        state["sinks"] = self._flagged(state)
 
-    def _flagged(self, total: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
-        mean = total / rows.clamp_min(1.0)[:, None]
+    def _flagged(self, state: dict[str, Tensor]) -> Tensor:
+        """S by slot, [B, H, T]."""
+        rows, valid = state["rows"], state["valid"]
+        mean = state["sum"] / rows.clamp_min(1.0)
         if self.alpha is None:
             tau = torch.as_tensor(self.threshold, dtype=mean.dtype, device=mean.device)
         else:
-            tau = (self.alpha / valid.sum(dim=-1).clamp_min(1).to(mean.dtype))[:, None, None]
-        hits = (mean > tau) & valid[:, None] & (rows >= self.min_rows)[:, None]
-        if self.exclude == "first_token":
-            spared = _first(valid)[:, None].expand_as(hits)
-        else:
-            spared = _first(hits)
+            tau = self.alpha / _count(valid, state.get("request")).clamp_min(1).to(mean.dtype)[:, None]
+        hits = (mean > tau) & valid[:, None] & (rows >= self.min_rows)
+        spared = state["first"][:, None] if self.exclude == "first_token" else _first(hits)
         return hits & ~spared
 
 
 def _first(mask: Tensor) -> Tensor:
     """One-hot of the first True along the last axis (nothing where there is none)."""
     return mask & (mask.to(torch.int32).cumsum(dim=-1) == 1)
+
+
+def _count(valid: Tensor, request: Tensor | None) -> Tensor:
+    """Number of valid tokens of each slot's request, [B, T or 1]."""
+    if request is None:
+        return valid.sum(dim=-1, keepdim=True)
+    sizes = torch.zeros_like(request).scatter_add(1, request, valid.to(request.dtype))
+    return sizes.gather(1, request)
 
 
 def _grown(t: Tensor, length: int) -> Tensor:
@@ -161,10 +165,21 @@ def _grown(t: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(t, (0, length - t.shape[-1]))
 
 
-def _rows_that_see(rows: Tensor, position: Tensor, length: int, causal: bool) -> Tensor:
-    """Number of valid rows of this call that can see each position, [B, length]."""
-    if not causal:
-        return rows.sum(dim=-1, keepdim=True).expand(-1, length)
-    at = torch.zeros(rows.shape[0], length, dtype=rows.dtype, device=rows.device)
-    at[:, position] = rows
-    return at.flip(-1).cumsum(dim=-1).flip(-1)
+def _at(t: Tensor, slot: Tensor) -> Tensor:
+    """`t` [..., T] at `slot` [m]; nothing at slots beyond T."""
+    inside = slot < t.shape[-1]
+    return t[..., slot.clamp_max(t.shape[-1] - 1)] & inside
+
+
+def _added(old: Tensor | None, values: Tensor, slot: Tensor, length: int) -> Tensor:
+    """Sums [..., T] by slot with `values` [..., m] added at `slot`; slots that hold nothing yet are left out."""
+    whole = values.new_zeros(*values.shape[:-1], length) if old is None else _grown(old, length)
+    return whole.index_add(-1, slot.clamp_max(length - 1), values.masked_fill(slot >= length, 0.0))
+
+
+def _set(old: Tensor | None, values: Tensor, slot: Tensor, length: int) -> Tensor:
+    """Values [B, T] by slot with those of `slot` replaced."""
+    whole = values.new_zeros(values.shape[0], length) if old is None else _grown(old, length).clone()
+    inside = slot < length
+    whole[:, slot[inside]] = values[:, inside]
+    return whole

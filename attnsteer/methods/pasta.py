@@ -10,14 +10,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ..call import AttnCall, Reweight
 from ..errors import SelectionError
 from ..heads import HeadSet
 from ..intervention import Intervention
 from ..tokens import Tokens
-from ._spans import check_spans, checked_spans, prompt_length, span_keys, valid_rows
+from ._spans import check_prompt, check_spans, checked_spans, span_keys
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,9 @@ class PASTA(Intervention):
 
     def weights(self, call: AttnCall) -> Reweight | None:
         highlighted = span_keys(call, self.spans, self.tokenizer)
-        generated = (call.key_position >= prompt_length(call))[None, None]
+        check_prompt(call)
+        generated = call.keys.generated[:, None]
         alpha = self.alpha if self.scale_position == "exclude" else 1.0 / self.alpha
         if alpha == 1.0:
             return None
-        B, H, n, _ = call.map.shape
-        rest = valid_rows(call, torch.full((B, H, n), alpha, dtype=torch.float32, device=call.q.device))
-        return Reweight(((highlighted | generated, 1.0),), rest)
+        return Reweight(((highlighted | generated, 1.0),), alpha)

@@ -51,7 +51,7 @@ class SEG(WeakBranch):
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.sigma > INFINITE:
             return None
-        if call.grid is None:
+        if not call.gives("grid"):
             raise UnsupportedHost(
                 f"{call.site.path}: its token grid is not known; use sigma=math.inf, which needs none."
             )

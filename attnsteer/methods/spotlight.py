@@ -15,7 +15,7 @@ from ..call import AttnCall, Reweight
 from ..errors import SelectionError
 from ..intervention import Intervention
 from ..tokens import Tokens
-from ._spans import check_spans, checked_spans, span_keys, valid_rows
+from ._spans import check_spans, checked_spans, span_keys
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,10 @@ class SpotLight(Intervention):
             return None
         share = call.map.mass(keys)
         if self.pooled:
-            valid = torch.ones_like(share) if call.row_valid is None else call.row_valid[:, None].to(share.dtype)
-            valid = valid.expand_as(share)
+            valid = call.row_valid[:, None].to(share.dtype).expand_as(share)
             share = ((share * valid).sum(dim=(1, 2), keepdim=True) / valid.sum(dim=(1, 2), keepdim=True)).expand_as(
                 share
             )
         low = (share > 0) & (share < self.target)
         weight = torch.where(low, self.target / share.masked_fill(~low, 1.0), torch.ones_like(share))
-        return Reweight(((keys, valid_rows(call, weight)),))
+        return Reweight(((keys, weight),))

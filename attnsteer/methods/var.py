@@ -22,7 +22,7 @@ from ..intervention import Intervention
 from ..site import Site
 from ..tokens import Tokens
 from ..where import Where
-from ._images import at_keys, check_images, image_tokens
+from ._images import check_images, image_tokens
 
 RMS_EPSILON = 1e-6
 # The official code adds this to each image token's attention before it takes the share.
@@ -99,13 +99,11 @@ class VAR(Intervention):
         return self.new(sink_dims=known_sink_dims(target))
 
     def weights(self, call: AttnCall) -> Reweight | None:
-        tokens, image = image_tokens(call, "VAR")
-        self._find_sinks(call, tokens.prompt)
+        image = image_tokens(call, "VAR")
+        self._find_sinks(call)
         if self.move_fraction == 0.0 or not call.state["any"]:
             return None
-        visual, sinks = at_keys(image, call), at_keys(call.state["sinks"], call)
-        if call.key_valid is not None:
-            visual, sinks = visual & call.key_valid[:, None], sinks & call.key_valid[:, None]
+        visual, sinks = call.at_keys(image), call.at_keys(call.state["sinks"])
         visual_sinks, other_sinks, rest = visual & sinks, sinks & ~visual, visual & ~sinks
         on_visual_sinks, on_other_sinks = call.map.mass(visual_sinks), call.map.mass(other_sinks)
         on_rest = call.map.mass(rest)
@@ -120,9 +118,9 @@ class VAR(Intervention):
         grow = torch.where(edit, 1.0 + moved / on_rest.masked_fill(~edit, 1.0), one)
         return Reweight(((visual_sinks, keep), (other_sinks, keep), (rest, grow)), normalise=False)
 
-    def _find_sinks(self, call: AttnCall, prompt: int | None) -> None:
+    def _find_sinks(self, call: AttnCall) -> None:
         """Keep the sinks among the prompt's tokens, bool [B, T], in the state."""
-        state, past = call.state, call.context["past"]
+        state, past = call.state, call.past
         decoding = call.phase == "decode" or call.frozen
         if past and ("sinks" not in state or (not decoding and state["sinks"].shape[1] < past)):
             raise UnsupportedHost(
@@ -134,23 +132,19 @@ class VAR(Intervention):
         if decoding:
             state["sinks"] = known
             return
-        flags = sink_tokens(call.context["residual"], self.sink_dims, self.tau)
-        flags = flags & (call.row_position < (prompt or 0))
-        if call.row_valid is not None:
-            flags = flags & call.row_valid
+        flags = sink_tokens(call.residual, self.sink_dims, self.tau)
+        flags = flags & call.rows.prompt
         state["sinks"] = torch.cat([known, flags], dim=1) if past else flags
         state["any"] = bool(state["sinks"].any())
 
     def _rows(self, call: AttnCall, image: Tensor) -> Tensor:
         """bool [B, n]: text rows behind an image token (a visual sink that they see, in the official code)."""
-        position = call.row_position
-        own = image[:, position]
+        own = call.at_rows(image)
         if self.released:
             first = _first(call.state["sinks"] & image[:, : call.state["sinks"].shape[1]])
         else:
             first = _first(image)
-        rows = ~own & (position > first[:, None])
-        return rows if call.row_valid is None else rows & call.row_valid
+        return ~own & (call.row_position > first[:, None]) & call.row_valid
 
 
 def sink_tokens(hidden: Tensor, dims: Sequence[int], tau: float) -> Tensor:

@@ -89,8 +89,8 @@ class VHR(Intervention):
                 f"VHR at {call.site.path}: heads are chosen at the prompt's last token, which was not seen. Run the prefill "
                 "inside the steering context; if it comes in chunks, say how long it is: run.chunked_prefill(tokens=...)."
             )
-        tokens, _ = image_tokens(call, "VHR")
-        if tokens.more_to_come:
+        image_tokens(call, "VHR")
+        if call.tokens.more_to_come:
             return None
         at = _last_row(call, out)
         found: list[Tensor] = []
@@ -131,7 +131,7 @@ class VHR(Intervention):
             free[:, list(call.heads)] = edited
             return free
 
-        call.context["image_free"](compare)
+        call.image_free(compare)
 
     def _for_rows(self, out: Tensor, chosen: Tensor, last: Tensor) -> Tensor:
         scaled = out * self._factor(out, chosen)
@@ -168,11 +168,9 @@ def _far(x: Tensor) -> Tensor:
 
 
 def _last_row(call: AttnCall, out: Tensor) -> Tensor:
-    """Index [B] of each sample's last valid row in this call."""
+    """Index [B] of each sample's last prompt row in this call."""
     n = out.shape[2]
-    if call.row_valid is None:
-        return torch.full((out.shape[0],), n - 1, device=out.device)
-    valid = call.row_valid.expand(out.shape[0], -1)
+    valid = call.rows.prompt.expand(out.shape[0], -1)
     if not bool(valid.any(dim=-1).all()):
         raise UnsupportedHost(
             "VHR: the last token of a sample lies in an earlier chunk of the prompt. Pad on the left, or prefill at once."

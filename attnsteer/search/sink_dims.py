@@ -66,9 +66,8 @@ class _Strength(Intervention):
     needs = ("tokens", "residual")
 
     def output(self, call: AttnCall, out: Tensor) -> None:
-        x = normalised(call.context["residual"].detach())
-        if call.row_valid is not None:
-            x = x * call.row_valid[..., None]
+        x = normalised(call.residual.detach())
+        x = x * call.row_valid[..., None]
         self.found.append((call.site.layer, x.amax(dim=1).cpu()))
 
 

@@ -49,7 +49,7 @@ class WordRecorder(Intervention):
         rows = self.seen.setdefault(call.site.path, [])
         rows.append(row.detach().float().cpu())
         if not self.tokens:
-            self.tokens.append(call.context["tokens"])
+            self.tokens.append(call.tokens)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class PhraseRecorder(Intervention):
             raise SelectionError(
                 f"{call.site.path}: text token {max(self.keys)} was asked for, the prompt has {count} tokens there."
             )
-        if call.grid is None:
+        if not call.gives("grid"):
             raise UnsupportedHost(
                 f"{call.site.path}: how its {image.stop - image.start} image rows lie in a grid is not known."
             )

@@ -24,9 +24,8 @@ from tqdm import tqdm
 from ... import zoo
 from ..._version import __version__
 from ...errors import CompositionError, MissingExtra, SelectionError, UnsupportedHost
-from ...hosts.transformers.attention_function import RUNTIME
 from ...intervention import Intervention
-from ...steering import Steering
+from ...steering import Steering, steered
 from ...steering import steer as attach
 from ..continuations import Score, score_continuations
 
@@ -93,7 +92,7 @@ class AttnSteerLM(HFLM):
                     yield
                 finally:
                     self._run = None
-        elif any(RUNTIME in vars(m) for m in self.model.modules()):
+        elif steered(self.model):
             raise CompositionError(
                 "the model is steered already, and the bridge has to know: AttnSteerLM(model, steer=run) with its Steering."
             )

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine import CallContext, SiteRuntime
+from ...account import plain
+from ...call import AttnCall
+from ...engine import SiteRuntime
 from ...maps.words_to_image import Capture, Enough
 from ...site import Site
 from .latents import INPUTS, unet_scale
@@ -52,7 +54,7 @@ class DenoiserClock:
         self.size = _grid_size(sample, values)
         sampling = self.sampling
         sampling.tick(next((values[n] for n in TIMES if values.get(n) is not None), None))
-        self.layout = self.run.row_layout
+        self.layout = self.run.scope.layout
         if self.layout is None and sampling.pipeline is not None:
             self.layout = layout(sampling.pipeline, sampling.context, self.batch, sampling.latent_rows, sampling.turn)
         sampling.turn += 1
@@ -66,7 +68,7 @@ class DenoiserClock:
     def prepare(self) -> None:
         """Fill the tables that a first call would fill: compiled code would be compiled anew after that."""
         for runtime in self.runtimes.values():
-            runtime._partition(self.active(runtime))
+            runtime.partition(self.active(runtime))
 
     @contextlib.contextmanager
     def of(self, layout: tuple[str, ...] | None, batch: int) -> Iterator[None]:
@@ -98,22 +100,33 @@ class DenoiserClock:
             return -(-self.size[0] // scale), -(-self.size[1] // scale)
         return None if self.image_tokens is None else _grid_of(self.image_tokens, self.size)
 
-    def context(self, site: Site, rows: int, batch: int, image: int | None) -> CallContext:
-        """The context of one attention call with `rows` query rows of `batch` sequences.
+    def call(self, site: Site, batch: int, rows: int, keys: int, device: torch.device, image: int | None) -> AttnCall:
+        """One attention call with `rows` query rows of `batch` sequences over `keys` keys.
 
         Args:
             image: rows of the stream that the processor got apart from its text; None when it got one sequence.
         """
         roles = segments(self._orders[site.path], rows, self.image_tokens if image is None else image)
-        ctx = CallContext(segments=roles, context={} if self.capture is None else {"capture": self.capture})
-        if self._stepwise or not torch.compiler.is_compiling():
-            ctx.step, ctx.steps = self.sampling.step, self.sampling.steps
-        if self._branched and self.layout is not None and batch % max(self.batch, 1) == 0:
-            ctx.branch_rows = self._branch_rows(batch, site.module)
+        facts: dict[str, Any] = {"capture": self.capture}
         found = roles.get("image")
         if found is not None and self.size is not None:
-            ctx.grid = _grid_of(found.stop - found.start, self.size)
-        return ctx
+            facts["grid"] = _grid_of(found.stop - found.start, self.size)
+        step, steps, branch_rows = None, None, None
+        if self._stepwise or not torch.compiler.is_compiling():
+            step, steps = self.sampling.step, self.sampling.steps
+        if self._branched and self.layout is not None and batch % max(self.batch, 1) == 0:
+            branch_rows = self._branch_rows(batch, site.module)
+        return AttnCall(
+            site,
+            plain(rows, device),
+            plain(keys, device),
+            host="diffusers",
+            step=step,
+            steps=steps,
+            segments=roles,
+            branch_rows=branch_rows,
+            facts=facts,
+        )
 
     def _branch_rows(self, batch: int, module: nn.Module) -> dict[str, Tensor]:
         """Branch name -> bool [batch]; frames or positions folded into the batch follow their sample."""

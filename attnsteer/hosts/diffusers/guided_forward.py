@@ -134,14 +134,22 @@ def _layer(
 
     def outer(inputs: BranchInputs) -> Prediction:
         with PrefixCache(run, way, inputs) as prefix:
+            plain: list[Prediction] = []
 
             def forward(given: BranchInputs) -> Prediction:
                 if bound.index in run._open:
                     return prefix.replay(bare, given)
-                return prefix.record(inner, given)
+                plain.append(prefix.record(inner, given))
+                return plain[-1]
 
             run.audit.count(bound.index, "guided calls")
-            return bound.method.around(forward, inputs, run)
+            result = bound.method.around(forward, inputs, run)
+            if not any(result is p for p in plain):
+                # Of a prediction that a pass gave itself there is nothing to say: the latent may have been moved.
+                same = plain and plain[-1].sample.shape == result.sample.shape
+                moved = (result.sample != plain[-1].sample).any() if same else torch.ones((), dtype=torch.bool)
+                run.audit.moved(bound.index, moved)
+            return result
 
     return outer
 

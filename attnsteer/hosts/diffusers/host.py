@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from ...bound import Bound
-from ...errors import CompositionError, UnsupportedHost
+from ...errors import UnsupportedHost
 from ...site import Site
 from ..base import Host, imported
-from ..sdpa.host import RUNTIME
 from ..sdpa.rebind import names_called
 from .clock import DenoiserClock
 from .guided_forward import wrap_denoiser
@@ -49,10 +48,6 @@ class DiffusersHost(Host):
         return self._sites
 
     def check(self, site: Site, bound: Bound) -> None:
-        if RUNTIME in vars(site.module):
-            raise CompositionError(
-                f"{site.path} is steered already; give all interventions to one call: steer(pipe, first, second)."
-            )
         if site.linear:
             return
         processor = usable(site.module.processor)
@@ -68,7 +63,6 @@ class DiffusersHost(Host):
         clocks = {name: DenoiserClock(run, name, model, sampling) for name, model in self.models.items()}
         for runtime in run.runtimes.values():
             clock = clocks[runtime.site.component]
-            journal.set_attr(runtime.site.module, RUNTIME, runtime)
             (attach_linear if runtime.site.linear else attach_processor)(runtime, clock, journal)
         for name, owner in self.owners.items():
             wrap_denoiser(clocks[name], owner, journal)

@@ -63,6 +63,9 @@ class Loop:
 
     def move(self, method: Any, z: Tensor) -> None:
         """From here on, this call of the loop is about z: further passes, and the scheduler's step."""
+        before = self._latents.moved if self._latents.moved is not None else self._latents._raw
+        moved = (z != before).any() if before is not None else torch.ones((), dtype=torch.bool)
+        self._clock.run.audit.moved(self._bound(method).index, moved)
         self._latents.acted.add(id(method))
         self._latents.moved = z
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...engine import CallContext, SiteRuntime
+from ...call import AttnCall
+from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...site import Site
-from ..sdpa.host import positions, problem, sdpa_primitive
+from ..sdpa.host import problem, sdpa_primitive
 from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Any) -
     local = Local()
     main = _main_call(type(processor).__name__, original)
 
-    def context(rows: int, batch: int) -> CallContext:
-        return clock.context(site, rows, batch, local.image)
+    def make_call(batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
+        return clock.call(site, batch, rows, keys, device, local.image)
 
     def gate(primitive: Callable[..., Tensor], base: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def chosen(*args: Any, **kwargs: Any) -> Tensor:
@@ -67,10 +68,10 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Any) -
         return chosen
 
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    primitives = {SDPA: gate(sdpa_primitive(runtime, context, clock.active), sdpa)}
+    primitives = {SDPA: gate(sdpa_primitive(runtime, make_call, clock.active), sdpa)}
     dispatch = original.__globals__.get(DISPATCH)
     if dispatch is not None:
-        primitives[DISPATCH] = gate(_dispatch_primitive(runtime, context, clock.active, dispatch), dispatch)
+        primitives[DISPATCH] = gate(_dispatch_primitive(runtime, make_call, clock.active, dispatch), dispatch)
     copied = rebind(original, primitives)
     names = list(inspect.signature(original).parameters)[2:]
 
@@ -102,12 +103,11 @@ def attach_linear(runtime: SiteRuntime, clock: DenoiserClock, journal: Any) -> N
         active = clock.active(runtime)
         if not active:
             return out
-        ctx = clock.context(site, out.shape[1], out.shape[0], None)
+        call = clock.call(site, out.shape[0], out.shape[1], out.shape[1], out.device, None)
         heads, v = (t.unflatten(-1, (site.heads, -1)).transpose(1, 2) for t in (out, values))
-        positions(ctx, heads.shape[2], v.shape[2], heads.device)
         # No map exists: q is there for its shape only, and methods that would need it are refused earlier.
         att = problem(heads, v, v, None, False, 1.0)
-        return runtime(att, lambda: heads, ctx, active).transpose(1, 2).flatten(2, 3)
+        return runtime(att, lambda: heads, call, active).transpose(1, 2).flatten(2, 3)
 
     @functools.wraps(original)
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
@@ -189,7 +189,7 @@ def _main_call(name: str, call: Callable[..., Any]) -> Callable[[int, Site, Any]
 
 def _dispatch_primitive(
     runtime: SiteRuntime,
-    make_context: Callable[[int, int], CallContext],
+    make_call: Callable[[int, int, int, torch.device], AttnCall],
     acting: Callable[[SiteRuntime], tuple[int, ...]],
     base: Callable[..., Tensor],
 ) -> Callable[..., Tensor]:
@@ -214,10 +214,9 @@ def _dispatch_primitive(
             # One validity per key.
             mask = mask[:, None, None]
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        ctx = make_context(q.shape[2], q.shape[0])
-        positions(ctx, q.shape[2], k.shape[2], q.device)
+        call = make_call(q.shape[0], q.shape[2], k.shape[2], q.device)
         att = problem(q, k, v, mask, bool(options.get("is_causal")), options.get("scale"))
         run_base = lambda: base(query, key, value, *args, **kwargs).transpose(1, 2)  # noqa: E731
-        return runtime(att, run_base, ctx, active).transpose(1, 2)
+        return runtime(att, run_base, call, active).transpose(1, 2)
 
     return primitive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
+from ...account import plain
 from ...bound import Bound
-from ...engine import CallContext, SiteRuntime
-from ...errors import CompositionError, UnsupportedHost
+from ...call import AttnCall
+from ...engine import SiteRuntime
+from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
 from ..base import Host
 from .rebind import SDPA, names_called, rebind
 
-RUNTIME = "_attnsteer_runtime"
 HEADS = ("num_heads", "n_heads", "heads", "n_head", "nhead")
 
 
@@ -72,17 +74,12 @@ class GenericHost(Host):
         return found
 
     def check(self, site: Site, bound: Bound) -> None:
-        if RUNTIME in vars(site.module):
-            raise CompositionError(
-                f"{site.path} is steered already; give all interventions to one call: steer(model, first, second)."
-            )
         check_copyable(site)
 
     def attach(self, run: Any, journal: Any) -> None:
         for runtime in run.runtimes.values():
             module = runtime.site.module
-            journal.set_attr(module, RUNTIME, runtime)
-            primitive = sdpa_primitive(runtime, lambda rows, batch: CallContext(), always)
+            primitive = sdpa_primitive(runtime, functools.partial(plain_call, runtime.site), always)
             patch_forward(module, counting(runtime.site, primitive, functools.partial(always, runtime)), journal)
 
 
@@ -104,21 +101,22 @@ def _heads(module: nn.Module) -> int | None:
 
 def counting(site: Site, primitive: Callable[..., Tensor], acting: Callable[[], Any]) -> Callable[..., Any]:
     """The forward of a site with SDPA exchanged; raises where that was called no time, or more than once, while acting."""
-    calls = [0]
+    # Threads that share the module count apart.
+    calls = threading.local()
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
-        calls[0] += 1
+        calls.count = getattr(calls, "count", 0) + 1
         return primitive(*args, **kwargs)
 
     copied = rebind(type(site.module).forward, {SDPA: counted})
 
     @functools.wraps(copied)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        calls[0] = 0
+        calls.count = 0
         out = copied(*args, **kwargs)
-        if calls[0] != 1 and acting():
+        if calls.count != 1 and acting():
             raise UnsupportedHost(
-                f"{site.path}: one forward of {type(site.module).__name__} called SDPA {calls[0]} times by a name that can be "
+                f"{site.path}: one forward of {type(site.module).__name__} called SDPA {calls.count} times by a name that can be "
                 "exchanged; exactly one is needed. Call it without output_attentions, or leave this site out of Where."
             )
         return out
@@ -158,13 +156,13 @@ def problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
 
 def sdpa_primitive(
     runtime: SiteRuntime,
-    make_context: Callable[[int, int], CallContext],
+    make_call: Callable[[int, int, int, torch.device], AttnCall],
     acting: Callable[[SiteRuntime], tuple[int, ...]],
 ) -> Callable[..., Tensor]:
     """A stand-in for `F.scaled_dot_product_attention` at one site.
 
     Args:
-        make_context: from the rows and the batch size. acting: which interventions act now.
+        make_call: from batch, rows, keys and device. acting: which interventions act now.
     """
     base = torch.nn.functional.scaled_dot_product_attention
 
@@ -187,21 +185,18 @@ def sdpa_primitive(
             raise UnsupportedHost(f"{runtime.site.path} runs with dropout {dropout_p}; call eval() on the model first.")
         if query.ndim != 4:
             raise UnsupportedHost(f"{runtime.site.path} attends on {query.ndim}-D tensors; [B, H, N, d] is needed.")
-        ctx = make_context(query.shape[2], query.shape[0])
-        positions(ctx, query.shape[2], key.shape[2], query.device)
+        call = make_call(query.shape[0], query.shape[2], key.shape[2], query.device)
         att = problem(query, key, value, attn_mask, is_causal, scale)
         # Without `enable_gqa` the broadcast of one kv head runs another kernel than ours.
         same = (enable_gqa or att.groups == 1) and same_kernel(att)
-        return runtime(att, run_base, ctx, active, same)
+        return runtime(att, run_base, call, active, same)
 
     return primitive
 
 
-def positions(ctx: CallContext, n: int, m: int, device: torch.device) -> None:
-    """Row and key positions of a call without a cache."""
-    if ctx.row_position is None:
-        ctx.row_position = torch.arange(n, device=device)
-        ctx.key_position = torch.arange(m, device=device)
+def plain_call(site: Site, batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
+    """A call of a module about which nothing else is known."""
+    return AttnCall(site, plain(rows, device), plain(keys, device), host="sdpa")
 
 
 def same_kernel(att: Attention, few: int = 0) -> bool:

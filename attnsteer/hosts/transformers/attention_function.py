@@ -1,10 +1,10 @@
-"""The attention function that is registered with transformers, and the configs that point to it."""
+"""The attention function that is registered with transformers: the model's own, edited where a steering asks for it."""
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,46 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels
-from ...call import FEW_ROWS
-from ...engine import CallContext, SiteRuntime
+from ...attention_map import FEW_ROWS
+from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
 from ..sdpa.host import same_kernel
-from .sequence_clock import SequenceClock, key_positions, valid_at
+from .config_view import NAME, base_name, view
+from .forward import Forward, forward_of
+from .outer_calls import KEY
 
-PREFIX = "attnsteer_"
-RUNTIME = "_attnsteer_runtime"
+BASES = ("sdpa", "eager", "flex_attention")
 # From this many rows on, the check of a site runs the model's own kernel on the rows that it looks at only.
 LONG = 256
 _LOCK = threading.Lock()
-# Names and configs in use, counted over all live steerings, so that the last one restores them.
-_NAMES: dict[str, int] = {}
-_CONFIGS: dict[int, list[Any]] = {}
-
-
-class Attached:
-    """What hangs on a steered attention module."""
-
-    def __init__(self, runtime: SiteRuntime, clock: SequenceClock):
-        self.runtime = runtime
-        self.clock = clock
-        self.checked = False
-        self.residual: Tensor | None = None
-
-    def phase(self, rows: int) -> str:
-        """Whether a call of so many query rows is "prefill" or "decode"."""
-        return phase_of(self.runtime.run, self.clock, rows)
-
-    def __deepcopy__(self, memo: Any) -> None:
-        # A copy of a steered model is a plain model of another owner; it must not report to this run.
-        return None
-
-
-def phase_of(run: Any, clock: SequenceClock, rows: int) -> str:
-    """Whether a call of so many query rows is "prefill" or "decode"."""
-    decode = run.frozen or (clock.past > 0 and rows == 1 and not clock.in_prompt)
-    return "decode" if decode else "prefill"
+# The runtime of each steered attention module. A copy of a module is another one, and not steered.
+_RUNTIMES: weakref.WeakKeyDictionary[nn.Module, SiteRuntime] = weakref.WeakKeyDictionary()
 
 
 # Traced code would bake in whether a run is attached; a graph break here keeps compiled models honest.
@@ -59,29 +35,35 @@ def phase_of(run: Any, clock: SequenceClock, rows: int) -> str:
 def steered_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function registered with transformers: the base function, edited where a run asks for it."""
-    name = module.config._attn_implementation.removeprefix(PREFIX)
+    """The base function, edited where a run asks for it."""
+    name = base_name(module.config)
     base = _base_function(module, name)
-    attached = vars(module).get(RUNTIME)
-    if attached is None:
+    runtime = _RUNTIMES.get(module)
+    if runtime is None:
         return base(module, query, key, value, attention_mask, *args, **kwargs)
-    beside = attached.clock.image_free
-    if beside is not None and beside.active:
+    forward = forward_of(runtime.run, kwargs)
+    kwargs.pop(KEY, None)
+    if forward is None:
+        raise UnsupportedHost(
+            f"{runtime.site.path}: this attention call carries no account of its rows. The forward of its model was exchanged "
+            "while it is steered (by a hook that was removed, a replica, a copy), or the module was called by itself, or a "
+            "checkpoint that is re-entrant computes it again. Call the steered model, or detach first."
+        )
+    if not isinstance(forward, Forward):
+        # The prompt without its images, which passes beside the real one.
         out, weights = base(module, query, key, value, attention_mask, *args, **kwargs)
-        return beside.attention(attached.runtime.site.path, out.transpose(1, 2)).transpose(1, 2), weights
-    phase = attached.phase(query.shape[2])
-    active = attached.runtime.active(phase, None, None)
+        return forward.attention(runtime.site.path, out.transpose(1, 2)).transpose(1, 2), weights
+    active = forward.active(runtime)
     if not active:
-        attached.residual = None
         return base(module, query, key, value, attention_mask, *args, **kwargs)
-    return _steered(attached, name, base, phase, active, module, query, key, value, attention_mask, args, kwargs)
+    return _steered(runtime, forward, name, base, active, module, query, key, value, attention_mask, args, kwargs)
 
 
 def _steered(
-    attached: Attached,
+    runtime: SiteRuntime,
+    forward: Forward,
     name: str,
     base: Callable[..., Any],
-    phase: str,
     active: tuple[int, ...],
     module: nn.Module,
     query: Tensor,
@@ -93,22 +75,21 @@ def _steered(
 ) -> tuple[Tensor, Tensor | None]:
     # The library names its arguments; positional extras exist only in old third-party code.
     options = dict(zip(("dropout", "scaling"), args, strict=False)) | kwargs
+    check_base(runtime.site, name)
     if module.training and options.get("dropout"):
         raise UnsupportedHost(
-            f"{attached.runtime.site.path} runs with attention dropout {options['dropout']} in training mode; "
+            f"{runtime.site.path} runs with attention dropout {options['dropout']} in training mode; "
             "an exact edit is not defined there. Call model.eval() first."
         )
     att = _problem(module, name, query, key, value, attention_mask, options)
-    ctx = context(attached, phase, att.shape, key.shape[2], att.q.device)
+    B, _, n, m = att.shape
+    call = forward.call(runtime, B, n, m, key.shape[2], att.q.device)
 
     weights: list[Tensor | None] = [None]
 
     def run_base() -> Tensor:
         out, weights[0] = base(module, query, key, value, attention_mask, *args, **kwargs)
         return out.transpose(1, 2)
-
-    if name == "eager":
-        ctx.maps = []
 
     def base_rows(index: Tensor) -> Tensor:
         if att.shape[2] < LONG or name == "flex_attention" or options.get("position_bias") is not None:
@@ -117,15 +98,16 @@ def _steered(
         part = att.take(index)
         return base(module, part.q, part.k, part.v, part.mask, *args, **kwargs)[0].transpose(1, 2)
 
-    if not attached.checked:
-        _check_exact(attached.runtime.site, att, base_rows)
-        attached.checked = True
+    if id(module) not in forward.stack.exact:
+        check_exact(runtime.site, att, base_rows)
+        forward.stack.exact.add(id(module))
+    maps: list[Any] | None = [] if name == "eager" else None
     same = name == "sdpa" and same_kernel(att, FEW_ROWS)
-    out = attached.runtime(att, run_base, ctx, active, same)
-    if ctx.maps and weights[0] is None:
+    out = runtime(att, run_base, call, active, same, maps)
+    if maps and weights[0] is None:
         # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.
         run_base()
-    return out.transpose(1, 2).contiguous(), _edited_weights(weights[0], ctx.maps)
+    return out.transpose(1, 2).contiguous(), _edited_weights(weights[0], maps)
 
 
 def _edited_weights(weights: Tensor | None, maps: list[Any] | None) -> Tensor | None:
@@ -177,59 +159,31 @@ def _flex_mask(block_mask: Any, q: Tensor, k: Tensor) -> Tensor:
     return create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device=q.device)
 
 
-def context(
-    attached: Attached, phase: str, shape: tuple[int, int, int, int], slots: int, device: torch.device
-) -> CallContext:
-    """What the clock knows about a call of this shape (B, H, n, m); `slots`: of the cache, m or more."""
-    clock, site, run = attached.clock, attached.runtime.site, attached.runtime.run
-    B, _, n, m = shape
-    tokens = clock.tokens
-    ctx = CallContext(phase=phase, frozen=run.frozen)
-    residual, attached.residual = attached.residual, None
-    if tokens is None or tokens.batch != B or clock.new != n:
-        # The attention module was called on its own, or the stack folds other axes into the batch.
-        ctx.row_position = torch.arange(n, device=device)
-        ctx.key_position = torch.arange(m, device=device)
-        ctx.context = {"tokens": None, "past": 0}
-        return ctx
-    if clock.past == 0:
-        clock.fresh(site.path)
-    ctx.states = clock.states()
-    ctx.context = {"tokens": tokens, "past": clock.past, "cached": clock.cache is not None, "residual": residual}
-    if clock.image_free is not None:
-        ctx.context["image_free"] = functools.partial(clock.image_free.at, site.path, tokens)
-    if site.kind == "cross":
-        ctx.context["cross"] = True
-    # The same for all layers with as many keys.
-    key = (site.kind == "cross", m, slots, device)
-    if key not in clock.places:
-        clock.places[key] = _places(clock, *key)
-    ctx.row_position, ctx.row_valid, ctx.key_position, ctx.key_valid = clock.places[key]
-    return ctx
+def check_base(site: Site, name: str) -> None:
+    """Raise where the model's attention hides what an exact edit needs."""
+    if name not in BASES:
+        raise UnsupportedHost(
+            f"{site.path} runs {name!r} attention, which hides what an exact edit needs; attnsteer handles {BASES}. "
+            'Call model.set_attn_implementation("sdpa") first.'
+        )
 
 
-def _places(
-    clock: SequenceClock, cross: bool, m: int, slots: int, device: torch.device
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Row positions [n] and validity, key positions [m] and validity, of the running call."""
-    move = lambda t: None if t is None else t.to(device)  # noqa: E731
-    valid = move(clock.tokens.valid)
-    stop = clock.past + clock.new
-    rows = torch.arange(clock.past, stop, device=device)
-    row_valid = None if valid is None else valid[:, clock.past : stop]
-    if cross:
-        return rows, row_valid, torch.arange(m, device=device), move(clock.cross_valid)
-    keys = key_positions(clock.past, clock.new, slots, device)[:m]
-    return rows, row_valid, keys, valid_at(valid, keys, clock.tokens.length)
-
-
-def _check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor]) -> None:
+def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor]) -> None:
     """A few rows of our own definition against the model's kernel: a transform we do not know must raise."""
+    if att.q.device.type == "meta":
+        raise UnsupportedHost(
+            f"{site.path} runs on the meta device, which computes nothing; steer the model with its weights."
+        )
     n = att.shape[2]
     index = torch.unique(torch.tensor([0, n // 3, (2 * n) // 3, n - 1], device=att.q.device))
     with torch.no_grad():
         out = base_rows(index).detach().to(att.stat_dtype)
         sub = att.take(index)
+        if not bool(torch.stack([t.isfinite().all() for t in (sub.q, sub.k, sub.v)]).all()):
+            raise UnsupportedHost(
+                f"{site.path}: the queries, keys or values that enter this attention have NaN or infinite values; the model "
+                "itself overflows here (half precision, or its weights). Load it in bfloat16 or float32."
+            )
         A = kernels.dense(sub)
         b, h, r, m = A.shape
         ours = torch.matmul(A.reshape(b, h // att.groups, att.groups * r, m), att.v.detach().to(A.dtype))
@@ -237,7 +191,11 @@ def _check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tenso
     seen = A.sum(dim=-1, keepdim=True) > 0
     error = ((ours - out).abs() * seen).amax()
     size = (out.abs() * seen).amax().clamp_min(1e-3)
-    limit = 5e-2 if att.q.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    # The kernel runs in the dtype of an autocast, whatever q is.
+    half = (torch.float16, torch.bfloat16)
+    kind = att.q.device.type
+    cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in half
+    limit = 5e-2 if cast or att.q.dtype in half else 1e-3
     if not bool(error <= limit * size):
         raise UnsupportedHost(
             f"{site.path}: the model's attention is not softmax(q k^T * scale + mask) v as its arguments say "
@@ -256,48 +214,31 @@ def _base_function(module: nn.Module, name: str) -> Callable[..., Any]:
     return table[name]
 
 
-def switch(config: Any, journal: Any) -> None:
-    """Point a config to our function on top of its present one; the last steering to leave restores it."""
+def attach_module(runtime: SiteRuntime, journal: Any) -> None:
+    """Let an attention module look up our function; undone by the journal."""
+    module = runtime.site.module
     with _LOCK:
-        entry = _CONFIGS.get(id(config))
-        if entry is None:
-            old = config._attn_implementation
-            entry = _CONFIGS[id(config)] = [config, config._attn_implementation_internal, 0]
-            _register(old)
-            config._attn_implementation_internal = PREFIX + old
-        entry[2] += 1
-    journal.add(lambda: _release(config))
+        if not _RUNTIMES:
+            _register()
+        _RUNTIMES[module] = runtime
+    journal.add(lambda: _release(module))
+    journal.set_attr(module, "config", view(module.config))
 
 
-def _release(config: Any) -> None:
+def _release(module: nn.Module) -> None:
     with _LOCK:
-        entry = _CONFIGS[id(config)]
-        entry[2] -= 1
-        if entry[2] == 0:
-            del _CONFIGS[id(config)]
-            name = config._attn_implementation_internal
-            config._attn_implementation_internal = entry[1]
-            _unregister(name)
+        _RUNTIMES.pop(module, None)
+        if not _RUNTIMES:
+            _unregister()
 
 
-def _register(base: str) -> None:
-    """One function, and the base's own mask function, under one name per base (a mask's form depends on it)."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+def _register() -> None:
     from transformers.modeling_utils import AttentionInterface
 
-    name = PREFIX + base
-    if not _NAMES.get(name):
-        AttentionInterface.register(name, steered_attention)
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-    _NAMES[name] = _NAMES.get(name, 0) + 1
+    AttentionInterface.register(NAME, steered_attention)
 
 
-def _unregister(name: str) -> None:
-    from transformers.masking_utils import AttentionMaskInterface
+def _unregister() -> None:
     from transformers.modeling_utils import AttentionInterface
 
-    _NAMES[name] -= 1
-    if not _NAMES[name]:
-        del _NAMES[name]
-        AttentionInterface._global_mapping.pop(name, None)
-        AttentionMaskInterface._global_mapping.pop(name, None)
+    AttentionInterface._global_mapping.pop(NAME, None)

@@ -1,4 +1,4 @@
-"""Modules of transformers that call SDPA themselves: steered as in the generic host, under the host's own clock."""
+"""Modules of transformers that call SDPA themselves: steered as in the sdpa host, with the host's own account of rows."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...call import AttnCall
+from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...site import Site
-from ..sdpa.host import check_copyable, counting, patch_forward, sdpa_primitive
-from .attention_function import Attached, context
+from ..sdpa.host import check_copyable, counting, patch_forward, plain_call, sdpa_primitive
+from .forward import Forward, forward_of
 
 
 def check_direct(site: Site) -> None:
@@ -26,22 +28,33 @@ def check_direct(site: Site) -> None:
         )
 
 
-def attach_direct(attached: Attached, journal: Any) -> None:
+def attach_direct(runtime: SiteRuntime, journal: Any) -> None:
     """Exchange the SDPA that the site's module calls, until undone."""
-    runtime, clock = attached.runtime, attached.clock
 
-    # As for the registered function: what is traced must not bake in the state of the clock.
-    @torch.compiler.disable
-    def primitive(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        n, m = query.shape[-2], key.shape[-2]
-        phase = attached.phase(n)
+    def running() -> Forward:
+        # SDPA takes no keywords of ours, so the account comes from the running context.
+        forward = forward_of(runtime.run, {})
+        if forward is None:
+            raise UnsupportedHost(
+                f"{runtime.site.path}: this attention call belongs to no running forward of its model: the module was called by "
+                "itself, or a checkpoint computes it again, which a module that calls SDPA itself cannot follow. Call the "
+                "steered model, without gradient checkpointing."
+            )
+        return forward
 
-        def make_context(rows: int, batch: int) -> Any:
-            return context(attached, phase, (batch, query.shape[1], rows, m), m, query.device)
-
-        return sdpa_primitive(runtime, make_context, lambda r: r.active(phase, None, None))(query, key, *args, **kwargs)
+    def make_call(batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
+        forward = running()
+        if not isinstance(forward, Forward):
+            return plain_call(runtime.site, batch, rows, keys, device)
+        return forward.call(runtime, batch, rows, keys, keys, device)
 
     def acting() -> tuple[int, ...]:
-        return runtime.active(attached.phase(clock.new), None, None)
+        forward = running()
+        return forward.active(runtime) if isinstance(forward, Forward) else ()
+
+    # As for the registered function: what is traced must not bake in the state of a run.
+    @torch.compiler.disable
+    def primitive(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return sdpa_primitive(runtime, make_call, lambda r: acting())(query, key, *args, **kwargs)
 
     patch_forward(runtime.site.module, counting(runtime.site, primitive, acting), journal)

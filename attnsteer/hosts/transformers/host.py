@@ -5,28 +5,31 @@ Modules that call SDPA themselves are steered as in the generic host, under the 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...bound import Bound
-from ...errors import CompositionError, UnsupportedHost, listing
+from ...errors import UnsupportedHost, listing
 from ...site import Site
 from ..base import Host, imported
 from ..sdpa.host import reaches
-from .attention_function import PREFIX, RUNTIME, Attached, phase_of, switch
+from .attention_function import attach_module, check_base
+from .config_view import base_name
 from .direct import attach_direct, check_direct
+from .forward import Stack, block_forward
 from .image_tokens import family_of
-from .layers import ImageFree, block_of, residual_hook
-from .outer_calls import PromptWatch, outer_modules, watch_prompts
-from .sequence_clock import SequenceClock
+from .layers import ImageFree, block_of
+from .outer_calls import OuterCalls, outer_modules
 
-BASES = ("sdpa", "eager", "flex_attention")
+if TYPE_CHECKING:
+    from ...steering import Steering
+    from ...undo import Journal
+
 _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 
 
@@ -103,158 +106,65 @@ class TransformersHost(Host):
         return found
 
     def check(self, site: Site, bound: Bound) -> None:
-        if RUNTIME in vars(site.module):
-            raise CompositionError(
-                f"{site.path} is steered already; give all interventions to one call: steer(model, first, second)."
-            )
         reason = _no_image_keys(self.model) if "images" in bound.method.needs else None
         if reason:
-            raise UnsupportedHost(f"{type(bound.method).__name__} acts on image tokens; in this model {reason}.")
+            raise UnsupportedHost(f"{bound.name} acts on image tokens; in this model {reason}.")
         needs = set(bound.method.needs) & {"residual", "image_free"}
         if needs and not block_of(site.name):
-            raise UnsupportedHost(
-                f"{site.path} is in no numbered layer, so {type(bound.method).__name__} lacks {needs}."
-            )
+            raise UnsupportedHost(f"{site.path} is in no numbered layer, so {bound.name} lacks {needs}.")
         if site.path in self._direct:
             if "image_free" in needs:
                 raise UnsupportedHost(
                     f"{site.path} calls SDPA by itself; a prompt without its images cannot be run beside it, which "
-                    f"{type(bound.method).__name__} needs."
+                    f"{bound.name} needs."
                 )
             check_direct(site)
             return
-        name = site.module.config._attn_implementation
-        base = name.removeprefix(PREFIX)
-        if base not in BASES:
-            raise UnsupportedHost(
-                f"{site.path} runs {base!r} attention, which hides what an exact edit needs; attnsteer handles {BASES}. "
-                'Call model.set_attn_implementation("sdpa") first.'
-            )
+        base = base_name(site.module.config)
+        check_base(site, base)
         if base == "eager" and not hasattr(sys.modules[type(site.module).__module__], "eager_attention_forward"):
             raise UnsupportedHost(
                 f"{site.path} runs eager attention of {type(site.module).__name__}, whose module has no "
                 'eager_attention_forward to build on. Call model.set_attn_implementation("sdpa") if it is supported.'
             )
 
-    def attach(self, run: Any, journal: Any) -> None:
-        clocks: dict[str, SequenceClock] = {}
+    def attach(self, run: Steering, journal: Journal) -> None:
         names = dict(self.model.named_modules())
-        looks_ahead = [b.method for b in run.bounds if b.method.looks_ahead]
         stacks = sorted({self._stacks[path] for path in run.runtimes})
-        watch = watch_prompts(run, outer_modules(names, stacks), journal)
-        for path, runtime in run.runtimes.items():
-            module = runtime.site.module
-            stack = self._stacks[path]
-            if stack not in clocks:
-                clock = clocks[stack] = SequenceClock(run)
-                clock.stateful = id(run)
-                clock.refuse = _refusal(looks_ahead)
-                hook = names[stack].register_forward_pre_hook(_stack_hook(clock, watch, names[stack]), with_kwargs=True)
-                journal.add(hook.remove)
-                journal.add(names[stack].register_forward_hook(_finish_hook(clock, watch)).remove)
-                journal.add(clock.forget)
-            attached = Attached(runtime, clocks[stack])
-            journal.set_attr(module, RUNTIME, attached)
-            needs = {need for bound, _ in runtime.entries for need in bound.method.needs}
-            if "residual" in needs:
-                hook = residual_hook(attached, watch)
-                journal.add(names[block_of(path)].register_forward_pre_hook(hook, with_kwargs=True).remove)
-            if "image_free" in needs and clocks[stack].image_free is None:
-                own = [s.name for s in self.sites() if self._stacks[s.name] == stack]
-                blocks = {block_of(name): names[block_of(name)] for name in own}
-                clocks[stack].image_free = ImageFree(watch, names[stack], list(blocks.items()))
+        outer = outer_modules(names, stacks)
+        calls = OuterCalls(run, outer)
+        for name in stacks:
+            self._attach_stack(name, names, run, calls, journal)
+        # Outermost last, so that what is undone first is what was put around the rest.
+        calls.watch(outer, journal)
+
+    def _attach_stack(
+        self, name: str, names: dict[str, nn.Module], run: Steering, calls: OuterCalls, journal: Journal
+    ) -> None:
+        runtimes = {path: r for path, r in run.runtimes.items() if self._stacks[path] == name}
+        stack = Stack(run, name, names[name], runtimes, calls)
+        for path, runtime in runtimes.items():
             if path in self._direct:
-                attach_direct(attached, journal)
+                attach_direct(runtime, journal)
             else:
-                switch(module.config, journal)
-        for stack, clock in clocks.items():
-            bounds = {b.index: b for p, r in run.runtimes.items() for b, _ in r.entries if self._stacks[p] == stack}
-            check = _token_check(run, clock, watch, list(bounds.values()))
-            journal.add(names[stack].register_forward_pre_hook(check).remove)
-        if looks_ahead:
-            _refuse_assisted(self.model, looks_ahead[0], journal)
-
-
-def _stack_hook(clock: SequenceClock, watch: PromptWatch, stack: nn.Module) -> Callable[..., None]:
-    names = list(inspect.signature(stack.forward).parameters)
-
-    @torch.compiler.disable
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if watch.silent:
-            return
-        values = dict(zip(names, args, strict=False)) | kwargs
-        data = next((values[k] for k in ("input_ids", "inputs_embeds") if isinstance(values.get(k), Tensor)), None)
-        if data is None:
-            data = next((v for v in values.values() if isinstance(v, Tensor)), None)
-            clock.tokens = None
-            if data is None or "hidden_states" not in values:
-                return
-        clock.start(values, data.shape[0], data.shape[1], watch.said)
-
-    return before
-
-
-def _finish_hook(clock: SequenceClock, watch: PromptWatch) -> Callable[..., None]:
-    @torch.compiler.disable
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if watch.silent:
-            return
-        parts = output if isinstance(output, (tuple, list)) else (getattr(output, "past_key_values", None),)
-        if clock.image_free is not None:
-            clock.image_free.forget()
-        clock.finish(next((p for p in parts if hasattr(p, "get_seq_length")), None))
-
-    return after
-
-
-def _token_check(run: Any, clock: SequenceClock, watch: PromptWatch, bounds: list[Bound]) -> Callable[..., None]:
-    """Refuse a call that lacks the tokens of an acting method before any layer has run."""
-
-    @torch.compiler.disable
-    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if watch.silent or clock.tokens is None:
-            return
-        phase = phase_of(run, clock, clock.new)
-        for bound in bounds:
-            if run.is_open(bound) and bound.where.active(phase, None, None):
-                bound.method.check_tokens(clock.tokens)
-
-    return before
+                attach_module(runtime, journal)
+        needing = {path: {n for b, _ in r.entries for n in b.method.needs} for path, r in runtimes.items()}
+        residual = {block_of(path) for path, needs in needing.items() if "residual" in needs}
+        blocks: dict[str, nn.Module] = {}
+        if any("image_free" in needs for needs in needing.values()):
+            own = [s.name for s in self.sites() if self._stacks[s.name] == name]
+            blocks = {block_of(site): names[block_of(site)] for site in own}
+            stack.beside = functools.partial(ImageFree, stack, list(blocks.items()))
+        for block in {*residual, *blocks}:
+            journal.wrap(names[block], "forward", functools.partial(block_forward, run, block in residual))
+        journal.wrap(names[name], "forward", stack)
+        journal.add(stack.memory.forget)
 
 
 def _no_image_keys(model: nn.Module) -> str | None:
     """Why images are no keys of this model's self-attention, or None."""
     families = (family_of(getattr(m, "config", None)) for m in model.modules())
     return next((f.refused for f in families if f is not None and f.refused), None)
-
-
-def _refusal(methods: list[Any]) -> Callable[[int, int], str | None]:
-    """Why a shortened cache cannot be followed, or None where it can."""
-
-    def reason(past: int, seen: int) -> str | None:
-        for method in methods:
-            if past and not method.follows_crop:
-                return (
-                    f"the cache was cut back from {seen} to {past} tokens, and {type(method).__name__} keeps sums over the "
-                    "rows that were cut. Start a new cache, or use a decode mode that does not move its statistics."
-                )
-        return None
-
-    return reason
-
-
-def _refuse_assisted(model: Any, method: Any, journal: Any) -> None:
-    """Assisted decoding feeds its first candidates together with the prompt."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise UnsupportedHost(
-            "assisted decoding feeds candidate tokens together with the prompt, so they would move the prompt statistics of "
-            f"{type(method).__name__}. Generate without assistant_model and prompt_lookup_num_tokens."
-        )
-
-    for module in model.modules():
-        if hasattr(module, "_get_candidate_generator"):
-            journal.set_attr(module, "_get_candidate_generator", refuse)
 
 
 def _module(target: Any) -> Any:

@@ -1,12 +1,15 @@
-"""What the outer calls of a transformers model say about the tokens that an inner stack sees as embeddings only."""
+"""What the outer calls of a transformers model say of the tokens that an inner stack sees as embeddings only.
+
+Each call has its own answers: they are handed on within the thread or task that makes the call, and nothing is kept on a module.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import types
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,63 +18,120 @@ from torch import Tensor, nn
 from ...errors import UnsupportedHost
 from .image_tokens import Family, brings_images, check_whole, family_of, image_tokens, placeholders
 
-WATCH = "_attnsteer_prompt"
+# The keyword under which a forward is told what its caller knows: by steering, an `Outer` above a stack, a `Forward` in it.
+KEY = "attnsteer_call"
 
 
-class PromptWatch:
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One outer `generate`: its token ids and image tokens [b, N], and the slots of its prompt; each None where not known."""
+
+    ids: Tensor | None = None
+    image: Tensor | None = None
+    total: int | None = None
+    # Slots of the prompt of a second stream (the unconditional one of `guidance_scale`), once it has been seen.
+    beside: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """What one outer forward says.
+
+    Attributes:
+        ids, image: token ids and image tokens [B, n] of the call, or None. roles: arguments that shape its attention by token.
+        generation: the `generate` that prepared this call, or None. beside: the `generate` in which another stream runs.
+    """
+
+    ids: Tensor | None = None
+    image: Tensor | None = None
+    roles: Mapping[str, Tensor] = field(default_factory=dict)
+    generation: Generation | None = None
+    beside: Generation | None = None
+
+
+# By steering, of the running call; each thread and task has its own.
+OUTER: ContextVar[Mapping[int, Outer]] = ContextVar("attnsteer_outer", default={})  # noqa: B039  never mutated
+GENERATION: ContextVar[Mapping[int, Generation]] = ContextVar("attnsteer_generation", default={})  # noqa: B039
+
+
+# The forward of a stack that runs now (`forward.Forward`): for layers that drop keywords.
+CURRENT: ContextVar[Mapping[int, Any]] = ContextVar("attnsteer_forward", default={})  # noqa: B039
+
+
+@contextlib.contextmanager
+def entry(variable: ContextVar[Any], run: Any, value: Any) -> Iterator[None]:
+    """A value of one steering in this block."""
+    token = variable.set({**variable.get(), id(run): value})
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+class OuterCalls:
     """Token ids, image tokens and prompt length, from `generate`, from the outer forwards, and from the user.
 
     Attributes:
-        silent: nothing is noted (a pass of our own is running).
-        roles: the call's arguments by token that shape its attention (see `Family.roles`).
         model: the innermost module of a known vision-language type above a stack of layers, and its `family`.
     """
 
-    def __init__(self, run: Any, model: nn.Module | None, lengths: bool):
+    def __init__(self, run: Any, outer: list[nn.Module]):
+        known = [m for m in outer if family_of(getattr(m, "config", None)) is not None]
         self.run = run
-        self.model = model
-        self.family: Family | None = None if model is None else family_of(model.config)
-        self.silent = False
-        self.roles: dict[str, Tensor] = {}
+        self.model: nn.Module | None = known[-1] if known else None
+        self.family: Family | None = None if self.model is None else family_of(self.model.config)
         # The length of a prompt is that of `generate`'s input only where no encoder reads it.
-        self._lengths = lengths
-        self._depth = 0
-        self._call: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._prompt: tuple[Tensor | None, Tensor | None, int | None] = (None, None, None)
-        self._generating = False
+        self._lengths = not any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in outer)
 
-    def __deepcopy__(self, memo: Any) -> None:
-        # A copy of a steered model is a plain model of another owner.
-        return None
+    def watch(self, outer: list[nn.Module], journal: Any) -> None:
+        """Put layers around the forwards of the outer modules, and around `generate`; undone by the journal."""
+        for module in outer:
+            journal.wrap(module, "forward", _Forwards(self, module))
+            if callable(getattr(type(module), "generate", None)):
+                journal.wrap(module, "generate", _Generates(self, module))
+            if callable(getattr(type(module), "prepare_inputs_for_generation", None)):
+                journal.wrap(module, "prepare_inputs_for_generation", self._prepared)
 
-    def enter(self, module: nn.Module, values: Mapping[str, Any]) -> None:
-        """An outer forward begins; nested ones add what they know."""
-        if self._depth == 0:
-            self._call, self.roles = (None, None), {}
-        self._depth += 1
-        ids, image = self._call
+    def _prepared(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """The inputs of the next forward of a `generate` say that they are."""
+        inputs = inner(*args, **kwargs)
+        generation = GENERATION.get().get(id(self.run))
+        if generation is not None and isinstance(inputs, dict):
+            inputs[KEY] = {**inputs.get(KEY, {}), id(self.run): generation}
+        return inputs
+
+    def silent(self) -> bool:
+        """Whether a pass of our own runs, of which nothing is noted."""
+        return getattr(CURRENT.get().get(id(self.run)), "passes", False)
+
+    def taken(self, kwargs: dict[str, Any]) -> Generation | None:
+        """What `_prepared` put there for this steering, taken out of the arguments."""
+        entries = dict(kwargs.pop(KEY, {}))
+        own = entries.pop(id(self.run), None)
+        if entries:
+            kwargs[KEY] = entries
+        return own
+
+    def of_call(self, module: nn.Module, values: Mapping[str, Any], prepared: Generation | None) -> Outer:
+        """What one outer forward says, the calls around it included."""
+        around = OUTER.get().get(id(self.run))
+        if around is None:
+            around = Outer(generation=prepared, beside=None if prepared else GENERATION.get().get(id(self.run)))
+        ids, image, roles = around.ids, around.image, around.roles
         if self._ours(module):
-            self.roles |= {name: values[name] for name in self.family.roles if isinstance(values.get(name), Tensor)}
+            roles = {**roles, **{n: values[n] for n in self.family.roles if isinstance(values.get(n), Tensor)}}
         if isinstance(values.get("input_ids"), Tensor):
             ids = values["input_ids"]
         if image is None and self._ours(module):
             data = next((v for v in (ids, values.get("inputs_embeds")) if isinstance(v, Tensor)), None)
             if data is not None:
                 image = self._images(values, data.shape[1])
-                if image is not None and not self._generating:
+                if image is not None and around.generation is None:
                     check_whole(self.family, self.model.config, values, image)
-        self._call = ids, image
+        return replace(around, ids=ids, image=image, roles=roles)
 
-    def leave(self) -> None:
-        """An outer forward ended, perhaps by an exception."""
-        self._depth -= 1
-
-    @contextlib.contextmanager
-    def generation(self, module: nn.Module, values: Mapping[str, Any]) -> Iterator[None]:
-        """An outer `generate` with these arguments; a nested one adds nothing."""
-        if self._generating:
-            yield
-            return
+    def of_generate(self, values: Mapping[str, Any]) -> Generation:
+        """What the arguments of a `generate` say."""
         ids = values.get("input_ids", values.get("inputs"))
         ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim == 2 else None
         data = next((v for v in (ids, values.get("inputs_embeds")) if isinstance(v, Tensor)), None)
@@ -84,30 +144,26 @@ class PromptWatch:
                 image = self._images({**values, "input_ids": ids}, data.shape[1])
             if image is not None:
                 check_whole(self.family, self.model.config, values, image)
-        total = data.shape[1] if data is not None and self._lengths else None
-        self._prompt, self._generating = (ids, image, total), True
-        try:
-            yield
-        finally:
-            self._prompt, self._generating = (None, None, None), False
+        return Generation(ids, image, data.shape[1] if data is not None and self._lengths else None)
 
-    def said(
-        self, values: Mapping[str, Any], batch: int, new: int, past: int
-    ) -> tuple[Tensor | None, Tensor | None, int | None]:
-        """(token ids [B, n], image tokens [B, n], prompt length) of a stack's call, each None where not known."""
+    def tokens(
+        self, outer: Outer, values: Mapping[str, Any], batch: int, new: int, past: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(token ids, image tokens) [B, n] of a stack's call, each None where not known."""
         fits = lambda t: t if isinstance(t, Tensor) and t.shape == (batch, new) else None  # noqa: E731
-        ids, image = fits(values.get("input_ids")), fits(self._call[1])
-        ids = fits(self._call[0]) if ids is None else ids
-        total = self.run.chunk_total if self.run.chunked else self._prompt[2]
-        if self._prompt[0] is not None and ids is None:
-            ids = _part(self._prompt[0], batch, past, new)
-        if image is None:
-            image = _part(self._prompt[1], batch, past, new)
-        if isinstance(self.run.told, Mapping):
-            ids, image = self._told(self.run.told, batch, new, past)
-        return ids, image, total
+        told = self.run.scope.images
+        if isinstance(told, Mapping):
+            return self._given(told, batch, new, past)
+        ids, image = fits(values.get("input_ids")), fits(outer.image)
+        ids = fits(outer.ids) if ids is None else ids
+        generation = outer.generation
+        if generation is not None:
+            ids = _part(generation.ids, batch, past, new) if ids is None else ids
+            image = _part(generation.image, batch, past, new) if image is None else image
+        return ids, image
 
-    def _told(self, told: Mapping[str, Any], batch: int, new: int, past: int) -> tuple[Tensor | None, Tensor | None]:
+    def _given(self, told: Mapping[str, Any], batch: int, new: int, past: int) -> tuple[Tensor | None, Tensor | None]:
+        """From the processor's output that `run.images` was given."""
         ids = told.get("input_ids")
         family = self.family or Family()
         if isinstance(ids, Tensor) and self.model is not None:
@@ -129,6 +185,40 @@ class PromptWatch:
         return image_tokens(self.family, self.model.config, values, self.model.get_input_embeddings(), new)
 
 
+class _Forwards:
+    """Around the forward of an outer module."""
+
+    def __init__(self, calls: OuterCalls, module: nn.Module):
+        self.calls, self.module = calls, module
+        self.names = list(inspect.signature(module.forward).parameters)
+
+    @torch.compiler.disable
+    def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        calls = self.calls
+        if calls.silent():
+            return inner(*args, **kwargs)
+        prepared = calls.taken(kwargs)
+        values = dict(zip(self.names, args, strict=False)) | kwargs
+        with entry(OUTER, calls.run, calls.of_call(self.module, values, prepared)):
+            return inner(*args, **kwargs)
+
+
+class _Generates:
+    """Around `generate` of an outer module; a nested one adds nothing."""
+
+    def __init__(self, calls: OuterCalls, module: nn.Module):
+        self.calls = calls
+        self.names = list(inspect.signature(module.generate).parameters)
+
+    def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        run = self.calls.run
+        if id(run) in GENERATION.get():
+            return inner(*args, **kwargs)
+        values = dict(zip(self.names, args, strict=False)) | kwargs
+        with entry(GENERATION, run, self.calls.of_generate(values)):
+            return inner(*args, **kwargs)
+
+
 def _part(whole: Tensor | None, batch: int, past: int, new: int) -> Tensor | None:
     """[b, N] -> [B, n], the columns of a call; samples that were repeated (beams) share theirs."""
     if not isinstance(whole, Tensor) or batch % len(whole) or past + new > whole.shape[1]:
@@ -147,58 +237,3 @@ def outer_modules(names: Mapping[str, nn.Module], stacks: list[str]) -> list[nn.
             ".".join(parts[:i]) for i in range(len(parts)) if isinstance(names[".".join(parts[:i])], PreTrainedModel)
         }
     return [names[n] for n in sorted(found - set(stacks), key=len)]
-
-
-def watch_prompts(run: Any, outer: list[nn.Module], journal: Any) -> PromptWatch:
-    """Hook the outer modules' forwards and `generate`; undone by the journal."""
-    known = [m for m in outer if family_of(getattr(m, "config", None)) is not None]
-    encoders = any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in outer)
-    watch = PromptWatch(run, known[-1] if known else None, lengths=not encoders)
-    for module in outer:
-        journal.add(module.register_forward_pre_hook(_enter_hook(watch, module), with_kwargs=True).remove)
-        journal.add(module.register_forward_hook(_leave_hook(watch), always_call=True).remove)
-        if callable(getattr(module, "generate", None)):
-            journal.set_attr(module, WATCH, watch)
-            journal.set_attr(module, "generate", types.MethodType(_generator(module), module))
-    return watch
-
-
-def _enter_hook(watch: PromptWatch, module: nn.Module) -> Any:
-    names = list(inspect.signature(module.forward).parameters)
-
-    @torch.compiler.disable
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not watch.silent:
-            watch.enter(module, dict(zip(names, args, strict=False)) | kwargs)
-
-    return before
-
-
-def _leave_hook(watch: PromptWatch) -> Any:
-    @torch.compiler.disable
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not watch.silent:
-            watch.leave()
-
-    return after
-
-
-def _generator(module: Any) -> Any:
-    """`generate` of a model, with its arguments noted."""
-    there = vars(module).get("generate")
-    # A bound function of the copy's own: a deep copy of a steered model generates with itself.
-    plain = there.__func__ if hasattr(there, "__func__") else type(module).generate
-
-    @functools.wraps(plain)
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        watch = vars(self).get(WATCH)
-        if watch is None:
-            return plain(self, *args, **kwargs)
-        names = list(inspect.signature(plain).parameters)[1:]
-        with watch.generation(self, dict(zip(names, args, strict=False)) | kwargs):
-            return plain(self, *args, **kwargs)
-
-    return generate
-
-
-__all__ = ["PromptWatch", "outer_modules", "watch_prompts"]

@@ -173,10 +173,9 @@ class LatentLoss(Intervention):
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
         """Hands the map to the capture of the running pass; the output stays as it is."""
-        capture = call.context.get("capture")
-        if capture is None or call.site.path not in capture.wanted:
+        if not call.gives("capture") or call.site.path not in call.capture.wanted:
             return None
-        capture.add(call)
+        call.capture.add(call)
         return out
 
     def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Any) -> Prediction:

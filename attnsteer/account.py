@@ -1,0 +1,204 @@
+"""The account of rows: whose token each row and each key of a forward is. Plain tensors; it knows no library.
+
+A batch row is a line of slots, those of the cache. A slot holds padding or a token of a request; a request's tokens are counted
+from its first one that is not padding, whatever stands before or between them:
+
+    slot        0    1    2    3    4    5    6    7    8
+                pad  pad  The  cat  sat  down .    It   ran
+    valid       -    -    x    x    x    x    x    x    x
+    index                 0    1    2    3    4    5    6       what spans and `Where(rows=...)` count
+    generated                                      x    x       behind the prompt
+
+Packed rows hold several requests, each counted from its own first token:
+
+    slot        0    1    2    3    4    5
+                The  cat  sat  It   ran  .
+    request     0    0    0    1    1    1
+    index       0    1    2    0    1    2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+from .errors import SelectionError
+
+
+@dataclass(frozen=True, eq=False)
+class Track:
+    """The rows, or the keys, of one attention call.
+
+    Attributes:
+        slot: int [size], the slot of each among those of its batch row.
+        index: int [B or 1, size], its number in its request, from 0; padding has that of the token before it,
+            negative before the first.
+        request: int [B or 1, size], which of the requests in its batch row; 0 where there is one.
+        valid: bool [B or 1, size], False for padding and for slots that hold nothing yet.
+        generated: bool [B or 1, size], behind the prompt of its request.
+        padded: whether any may be padding; False is a promise.
+        packed: whether batch rows may hold several requests; False is a promise.
+    """
+
+    slot: Tensor
+    index: Tensor
+    request: Tensor
+    valid: Tensor
+    generated: Tensor
+    padded: bool = False
+    packed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Number of rows or keys."""
+        return self.slot.shape[0]
+
+    @cached_property
+    def prompt(self) -> Tensor:
+        """bool [B or 1, size]: valid tokens of a prompt."""
+        return self.valid & ~self.generated
+
+    @cached_property
+    def first(self) -> Tensor:
+        """bool [B or 1, size]: the first token of each request."""
+        return (self.index == 0) & self.valid
+
+    @cached_property
+    def last(self) -> Tensor:
+        """bool [B or 1, size]: the last valid token of each request among these."""
+        if not self.padded and not self.packed:
+            return (self.slot == self.slot[-1:])[None]
+        top = torch.where(self.valid, self.index, -1)
+        if not self.packed:
+            return self.valid & (self.index == top.amax(dim=-1, keepdim=True))
+        B = max(self.request.shape[0], top.shape[0])
+        request, top = self.request.expand(B, -1), top.expand(B, -1)
+        # Requests are few: one maximum for each.
+        most = top.new_full((B, int(request.max()) + 1), -1).scatter_reduce(1, request, top, "amax")
+        return self.valid & (self.index == most.gather(1, request))
+
+    @staticmethod
+    def plain(size: int, device: torch.device) -> Track:
+        """One request without padding, all of it prompt."""
+        slot = torch.arange(size, device=device)
+        yes = torch.ones((), dtype=torch.bool, device=device).expand(1, size)
+        return Track(slot, slot[None], torch.zeros_like(slot)[None], yes, ~yes)
+
+
+def plain(size: int, device: torch.device) -> Callable[[], Track]:
+    """Rows or keys without padding, all of them of one prompt; made on the first call."""
+    return cache(lambda: Track.plain(size, device))
+
+
+class Account:
+    """One forward of a stack of layers: the slots so far, and which of them are its rows. Made once, read by all layers.
+
+    Args:
+        batch: batch rows B. past: slots filled before this forward. new: slots of this forward, its rows.
+        device: of the tensors it hands out.
+        valid: bool [B or 1, past + new], or None: no padding.
+        request: int [B or 1, past + new], or None: one request in each batch row.
+        prompt: slots of the prompt: a number, or one for each batch row, int [B]; None: all of the slots.
+        phase: "prefill" where some row belongs to a prompt, else "decode". mixed: whether rows of both are in this forward.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        past: int,
+        new: int,
+        device: torch.device,
+        *,
+        valid: Tensor | None = None,
+        request: Tensor | None = None,
+        prompt: int | Tensor | None = None,
+        phase: str = "prefill",
+        mixed: bool = False,
+    ):
+        self.batch, self.past, self.new, self.device = batch, past, new, device
+        self.valid = None if valid is None else valid.to(device)
+        self.request = None if request is None else request.to(device)
+        self.prompt = prompt.to(device) if isinstance(prompt, Tensor) else prompt
+        self.phase, self.mixed = phase, mixed
+        self._keys: dict[tuple[int, int], Track] = {}
+
+    @property
+    def length(self) -> int:
+        """Slots so far, those of this forward included."""
+        return self.past + self.new
+
+    @cached_property
+    def rows(self) -> Track:
+        """The rows of this forward."""
+        return self._track(self.past, self.new)
+
+    def keys(self, size: int, slots: int | None = None) -> Track:
+        """The keys of a self-attention call that has `size` of them.
+
+        Args:
+            slots: of the cache, where more than `size` were handed out and the last ones cut off.
+
+        A window cache hands out its last slots, a static one all that it has, the unused ones at the end.
+        """
+        slots = size if slots is None else slots
+        found = self._keys.get((size, slots))
+        if found is None:
+            found = self._keys[size, slots] = self._track(max(0, self.length - slots), size)
+        return found
+
+    def ranges(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+        """bool [B, T]: the tokens of these ranges, given for each sample and counted from its first valid token.
+
+        Raises:
+            SelectionError: a range ends after its sample; the batch is no multiple of the samples.
+        """
+        if self.batch % len(ranges):
+            raise SelectionError(f"ranges were given for {len(ranges)} samples, the batch has {self.batch}.")
+        track = self._track(0, self.length)
+        index, valid = (t.expand(self.batch, -1) for t in (track.index, track.valid))
+        found = torch.zeros_like(valid)
+        for b in range(self.batch):
+            for start, stop in ranges[b // (self.batch // len(ranges))]:
+                if stop > int(valid[b].sum()):
+                    raise SelectionError(
+                        f"range ({start}, {stop}) of sample {b} ends after its {int(valid[b].sum())} tokens; ranges count from the "
+                        "sample's first token that is not padding."
+                    )
+                found[b] |= (index[b] >= start) & (index[b] < stop) & valid[b]
+        return found
+
+    @cached_property
+    def _index(self) -> Tensor | None:
+        """int [B or 1, T]: number of each slot's token in its request; None where it is the slot's own number."""
+        if self.valid is None and self.request is None:
+            return None
+        one = torch.ones((), dtype=torch.bool, device=self.device).expand(1, self.length)
+        valid = one if self.valid is None else self.valid
+        count = valid.long().cumsum(dim=-1)
+        before = torch.zeros_like(count)
+        if self.request is not None:
+            start = torch.nn.functional.pad(self.request.diff(dim=-1) != 0, (1, 0), value=True)
+            before = torch.where(start, count - valid.long(), 0).cummax(dim=-1).values
+        return count - 1 - before
+
+    def _track(self, start: int, size: int) -> Track:
+        stop = start + size
+        slot = torch.arange(start, stop, device=self.device)
+        yes = torch.ones((), dtype=torch.bool, device=self.device).expand(1, size)
+        empty = stop > self.length
+        at = slot.clamp_max(self.length - 1) if empty else slice(start, stop)
+        used = (slot < self.length)[None] if empty else yes
+        valid = used if self.valid is None else self.valid[:, at] & used
+        index = slot[None] if self._index is None else self._index[:, at]
+        request = torch.zeros_like(slot)[None] if self.request is None else self.request[:, at]
+        if self.prompt is None:
+            generated = ~yes
+        else:
+            border = self.prompt[:, None] if isinstance(self.prompt, Tensor) else self.prompt
+            generated = slot[None] >= border
+        padded = empty or self.valid is not None
+        return Track(slot, index, request, valid, generated, padded=padded, packed=self.request is not None)

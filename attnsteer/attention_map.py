@@ -1,0 +1,451 @@
+"""The lazy attention map: masses, partial outputs, columns, rows of softmax(QK^T), and of what reweightings made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .edits import Reweight
+from .kernels import Attention
+
+# Up to this many query rows (decoding), the rows themselves are cheaper than any identity.
+FEW_ROWS = 4
+
+
+class AttentionMap:
+    """A lazy view of A = softmax(QK^T): ask for masses, partial outputs, columns, rows; nothing else is built.
+
+    Every answer is exact (fp32 statistics), comes from the kernel's row log-sum-exp, and is cached for
+    the duration of the call.
+    """
+
+    def __init__(
+        self,
+        att: Attention | Callable[[], Attention],
+        base: Callable[[], Tensor] | None = None,
+        fused: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    ):
+        """`base` computes the output with the model's own kernel; `fused` gives that output and its lse.
+
+        `att` may be a function that builds it: head-output edits then need no gathered q, k, v.
+        """
+        self._att = att
+        self._base = base
+        self._fuse = fused
+        self._out: Tensor | None = None
+        self._lse: Tensor | None = None
+        self._dense: Tensor | None = None
+        self._groups: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        # The map that a reweighting made this one of.
+        self.before: AttentionMap | None = None
+
+    @property
+    def att(self) -> Attention:
+        """The computation whose map this is."""
+        if not isinstance(self._att, Attention):
+            self._att = self._att()
+        return self._att
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, n, m)."""
+        return self.att.shape
+
+    @property
+    def few(self) -> bool:
+        """Whether the rows are so few that the map itself is the cheapest exact form."""
+        return self._dense is not None or self.att.shape[2] <= FEW_ROWS
+
+    @property
+    def path(self) -> str:
+        """How edits of this map are computed: "rows" or "dense" from the map itself, "fused" from identities."""
+        if self.att.shape[2] <= FEW_ROWS:
+            return "rows"
+        return "dense" if self._dense is not None else "fused"
+
+    @property
+    def out(self) -> Tensor:
+        """The attention output [B, H, n, dv] of the model's own kernel, in the model's dtype."""
+        if self._out is None:
+            self._out = kernels.attend(self.att) if self._base is None else self._base()
+        return self._out
+
+    @property
+    def lse(self) -> Tensor:
+        """The row log-sum-exp [B, H, n], fp32; minus infinity for rows that see no key."""
+        if self._lse is None:
+            out, self._lse = self._both()
+            if self._out is None and (self._fuse is not None or self._base is None):
+                self._out = out
+        return self._lse
+
+    def _both(self) -> tuple[Tensor, Tensor]:
+        return self._fuse() if self._fuse is not None else kernels.attend_lse(self.att)
+
+    def total(self) -> Tensor:
+        """Row sums [B, H, n]: 1, less the share of a learned sink, 0 for rows that see no key."""
+        return self.dense().sum(dim=-1) if self.few else self.att.visible_total(self.lse)
+
+    def sink_share(self) -> Tensor:
+        """What a learned sink takes of each row, [B, H, n]; zero where the model has none."""
+        if not self.few:
+            return self.att.sink_share(self.lse)
+        total = self.dense().sum(dim=-1)
+        if self.att.sinks is None:
+            return torch.zeros_like(total)
+        return torch.where(total > 0, 1.0 - total, torch.zeros_like(total))
+
+    def dense(self) -> Tensor:
+        """The whole map [B, H, n, m], fp32, differentiable: the reference, not for the normal path."""
+        if self._dense is None:
+            self._dense = kernels.dense(self.att)
+        return self._dense
+
+    def mass(self, keys: Tensor) -> Tensor:
+        """sum of A over `keys` (bool [B or 1, H or 1, m]), [B, H, n]."""
+        if self.few and id(keys) not in self._groups:
+            # Without the partial output: a decoding step should not read all values for it.
+            return (self.dense() * keys[:, :, None]).sum(dim=-1)
+        return self.partial(keys)[0]
+
+    def outside(self, keys: Tensor) -> Tensor:
+        """sum of A over all keys but `keys`, [B, H, n], exact also where nearly nothing is left."""
+        if self.few:
+            return self.dense().masked_fill(keys[:, :, None], 0.0).sum(dim=-1)
+        return kernels.leftover(self.att, self.lse, keys, self.mass(keys))
+
+    def partial(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(mass [B, H, n], sum_j A_ij v_j over `keys` [B, H, n, dv]), fp32."""
+        found = self._groups.get(id(keys))
+        if found is None:
+            if self.few:
+                p = self.dense() * keys[:, :, None]
+                pair = p.sum(dim=-1), _apply(p, self.att)
+            else:
+                pair = kernels.partial(self.att, self.lse, keys)
+            # The tensor is kept with its answer, so that its id cannot be reused meanwhile.
+            found = self._groups[id(keys)] = (keys, *pair)
+        return found[1], found[2]
+
+    def column_mass(self, row_weight: Tensor | None = None) -> Tensor:
+        """sum_i w_i A_ij, [B, H, m]; `row_weight` [B or 1, n] is 0 for rows to leave out."""
+        if self.few:
+            A = self.dense()
+            return A.sum(dim=2) if row_weight is None else torch.einsum("bhnm,bn->bhm", A, _full(row_weight, A))
+        return kernels.column_mass(self.att, self.lse, row_weight)
+
+    def seen_by(self, row_weight: Tensor) -> Tensor:
+        """sum of `row_weight` [B or 1, n] over the rows that may see each key, whatever they give it, [B or 1, H or 1, m]."""
+        return kernels.seen_by(self.att, row_weight)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The rows `index` [r] of the map, [B, H, r, m]."""
+        return self.dense()[:, :, index] if self.few else kernels.rows(self.att, self.lse, index)
+
+    def entropy(self) -> Tensor:
+        """Row entropies in nats, -sum_j A_ij log A_ij, [B, H, n]."""
+        return torch.special.entr(self.dense()).sum(dim=-1) if self.few else kernels.entropy(self.att, self.lse)
+
+    def reweighted(self, edit: Reweight) -> AttentionMap:
+        """The map under `edit`: a view like this one, for the methods that come after."""
+        return ReweightedMap(self, edit)
+
+    def reweight(self, edit: Reweight) -> Tensor:
+        """The output [B, H, n, dv] under `edit`; rows whose weights are all one are `out` bit for bit."""
+        return self.reweighted(edit).out
+
+    def _factor(self, edit: Reweight) -> Tensor:
+        """Weights as a full [B, H, n, m] tensor."""
+        B, H, n, m = self.shape
+        like = {"dtype": self.att.stat_dtype, "device": self.att.q.device}
+        factor = torch.as_tensor(edit.rest, **like).expand(B, H, n)[..., None].expand(B, H, n, m)
+        for keys, weight in edit.groups:
+            factor = torch.where(keys[:, :, None], torch.as_tensor(weight, **like).expand(B, H, n)[..., None], factor)
+        return factor
+
+    def _scaled(self, A: Tensor, factor: Tensor, normalise: bool) -> Tensor:
+        """A times its weights, renormalised or not; rows that would keep no weight stay as they are."""
+        new = A * factor
+        if not normalise:
+            return new
+        norm = new.sum(dim=-1, keepdim=True) + self.sink_share()[..., None]
+        return torch.where(norm > 0, new / norm.clamp_min(1e-37), A)
+
+    def changed(self) -> Tensor:
+        """0-d bool: whether the reweighting that made this map moves anything."""
+        if self.few or self.before.few:
+            return (self.dense() != self.before.dense()).any()
+        return (self.out != self.before.out).any()
+
+    def distance(self) -> Tensor:
+        """Total-variation distance per row between the map before the reweighting and this one, [B, H, n]."""
+        return 0.5 * (self.dense() - self.before.dense()).abs().sum(dim=-1)
+
+    def weight_of(self, weight: Tensor | float) -> Tensor:
+        """A weight of an edit as a tensor [B, H, n] in the dtype of statistics."""
+        return torch.as_tensor(weight, dtype=self.att.stat_dtype, device=self.att.q.device).expand(self.shape[:3])
+
+
+class DenseMap(AttentionMap):
+    """The map held explicitly: the reference that every other path is tested against."""
+
+    def __init__(self, att: Attention, A: Tensor, out: Tensor, sink_share: Tensor | None = None):
+        super().__init__(att)
+        self._dense, self._out, self._sink = A, out, sink_share
+
+    @property
+    def path(self) -> str:
+        return "dense"
+
+    @property
+    def lse(self) -> Tensor:
+        """Not defined: an explicit map may be no softmax of scores any more."""
+        raise AttributeError("an explicit map has no log-sum-exp; ask for mass, partial, rows or dense")
+
+    def sink_share(self) -> Tensor:
+        return super().sink_share() if self._sink is None else self._sink
+
+    def reweighted(self, edit: Reweight) -> DenseMap:
+        A, factor = self.dense(), self._factor(edit)
+        new, sink = self._scaled(A, factor, edit.normalise), self.sink_share()
+        if edit.normalise:
+            norm = (A * factor).sum(dim=-1) + sink
+            sink = torch.where(norm > 0, sink / norm.clamp_min(1e-37), sink)
+        changed = (factor != 1.0).any(dim=-1, keepdim=True) & (A.sum(dim=-1, keepdim=True) > 0)
+        out = torch.where(changed, _apply(new, self.att).to(self.out.dtype), self.out)
+        made = DenseMap(self.att, new, out, sink)
+        made.before = self
+        return made
+
+
+class ReweightedMap(AttentionMap):
+    """A map whose keys were given weights per row: A'_ij = c_{i,g(j)} A_ij, with `before` the map that was edited.
+
+    Every answer is worked out from masses of the map below; a further edit acts on the common refinement of both
+    partitions, so that any number of them is one reweighting of the model's own map.
+    """
+
+    def __init__(self, before: AttentionMap, edit: Reweight):
+        super().__init__(before.att)
+        self.before, self.edit = before, edit
+        # The model's own map, and the edits since.
+        self.root: AttentionMap = before.root if isinstance(before, ReweightedMap) else before
+        self._cells: list[tuple[Tensor, Tensor]] | None = None
+        self._rest: Tensor | None = None
+        self._norm: Tensor | None = None
+        self._moved: Tensor | None = None
+        self._parts: dict[int, tuple[Tensor, list[Tensor], Tensor]] = {}
+
+    @property
+    def few(self) -> bool:
+        return self.root.few
+
+    @property
+    def path(self) -> str:
+        return self.root.path
+
+    @property
+    def out(self) -> Tensor:
+        if self._out is None:
+            self._out = self._from_rows() if self.few else self._merged()
+        return self._out
+
+    def _merged(self) -> Tensor:
+        """One merge of the partial outputs of all cells of the root map."""
+        groups, rest, normalise = self.edit.groups, self.edit.rest, self.edit.normalise
+        if isinstance(self.before, ReweightedMap):
+            (groups, rest), normalise = self.cells(), False
+        parts = [(keys, weight, *self.root.partial(keys)) for keys, weight in groups]
+        return kernels.reweight(self.att, self.root.out, self.root.lse, parts, rest, normalise)
+
+    def _from_rows(self) -> Tensor:
+        """From the few rows of the map itself; rows that nothing changed are the model's own."""
+        changed = self._moved_rows()[..., None]
+        edited = _apply(self.dense(), self.att)
+        if self.root._out is None and changed.device.type == "cpu" and bool(changed.all()):
+            # No row keeps its output, so the model's own kernel need not run (elsewhere asking would cost more than it).
+            return edited.to(self.att.v.dtype)
+        return torch.where(changed, edited.to(self.root.out.dtype), self.root.out)
+
+    def _moved_rows(self) -> Tensor:
+        """bool [B, H, n]: the rows that are not those of the root map."""
+        if self._moved is None:
+            self._moved = (self.dense() != self.root.dense()).any(dim=-1)
+        return self._moved
+
+    @property
+    def lse(self) -> Tensor:
+        """With which A'_ij = exp(z_ij + log w_ij - lse): that of the map below plus the log of what it was divided by."""
+        if self._lse is None:
+            self._lse = self.before.lse + self.norm().log()
+        return self._lse
+
+    def norm(self) -> Tensor:
+        """What this edit divides each row by, [B, H, n]; one where it does not renormalise or changes no weight."""
+        if self._norm is None:
+            one = torch.ones(self.shape[:3], dtype=self.att.stat_dtype, device=self.att.q.device)
+            if not self.edit.normalise:
+                self._norm = one
+                return one
+            rest, same = self.weight_of(self.edit.rest), None
+            norm = self.before.sink_share() + rest * self.before.outside(self.union())
+            same = rest == 1.0
+            for keys, weight in self.edit.groups:
+                w = self.weight_of(weight)
+                norm, same = norm + w * self.before.mass(keys), same & (w == 1.0)
+            self._norm = torch.where(same | (norm <= 0), one, norm)
+            self._stays = norm <= 0
+        return self._norm
+
+    def union(self) -> Tensor:
+        """The keys of all groups of this edit, bool [B or 1, H or 1, m]."""
+        found = None
+        for keys, _ in self.edit.groups:
+            found = keys if found is None else found | keys
+        return torch.zeros(1, 1, self.shape[3], dtype=torch.bool, device=self.att.q.device) if found is None else found
+
+    def coefficient(self, weight: Tensor | float) -> Tensor:
+        """A weight of this edit divided by the row's norm; one in rows that would keep no weight at all."""
+        norm, w = self.norm(), self.weight_of(weight)
+        if not self.edit.normalise:
+            return w
+        return torch.where(self._stays, torch.ones_like(w), w / norm)
+
+    def cells(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """([(keys, c)], c of the rest): the edits so far as one reweighting of the root map, not renormalised."""
+        if self._cells is None:
+            own, own_rest = [(k, self.coefficient(w)) for k, w in self.edit.groups], self.coefficient(self.edit.rest)
+            if not isinstance(self.before, ReweightedMap):
+                self._cells, self._rest = own, own_rest
+                return self._cells, self._rest
+            below, rest = self.before.cells()
+            union = self.union()
+            found = [(cell & ~union, c * own_rest) for cell, c in below]
+            for keys, w in own:
+                # The pieces that the edit itself asked the masses of, so that they are computed once.
+                pieces, left = self.before.split(keys)
+                found += [(piece, c * w) for piece, c in pieces]
+                found.append((left, rest * w))
+            self._cells, self._rest = found, rest * own_rest
+        return self._cells, self._rest
+
+    def split(self, keys: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """`keys` cut along the cells: [(keys and cell, c)], and the keys that are in no cell."""
+        found = self._parts.get(id(keys))
+        cells, _ = self.cells()
+        if found is None:
+            left, pieces = keys, []
+            for cell, _ in cells:
+                pieces.append(keys & cell)
+                left = left & ~cell
+            # The tensor is kept with its pieces, so that its id cannot be reused meanwhile.
+            found = self._parts[id(keys)] = (keys, pieces, left)
+        return [(piece, c) for piece, (_, c) in zip(found[1], cells, strict=True)], found[2]
+
+    def total(self) -> Tensor:
+        return super().total() if self.few else self.outside(torch.zeros_like(self.union()))
+
+    def sink_share(self) -> Tensor:
+        if self.att.sinks is None:
+            return self.before.sink_share()
+        return self.coefficient(1.0) * self.before.sink_share()
+
+    def dense(self) -> Tensor:
+        if self._dense is None:
+            A = self.before.dense()
+            self._dense = self.before._scaled(A, self._factor(self.edit), self.edit.normalise)
+        return self._dense
+
+    def mass(self, keys: Tensor) -> Tensor:
+        if self.few:
+            return super().mass(keys)
+        pieces, left = self.split(keys)
+        total = self._rest * self.root.mass(left)
+        for piece, c in pieces:
+            total = total + c * self.root.mass(piece)
+        return total
+
+    def outside(self, keys: Tensor) -> Tensor:
+        if self.few:
+            return super().outside(keys)
+        cells, rest = self.cells()
+        union, found = keys, None
+        for cell, c in cells:
+            union = union | cell
+            more = c * self.root.mass(cell & ~keys)
+            found = more if found is None else found + more
+        # The rest is what neither the cells nor `keys` hold: asked as a complement, since it is nearly all keys.
+        left = rest * self.root.outside(union)
+        return left if found is None else found + left
+
+    def partial(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        if self.few:
+            return super().partial(keys)
+        pieces, left = self.split(keys)
+        mass, out = self.root.partial(left)
+        mass, out = self._rest * mass, self._rest[..., None] * out
+        for piece, c in pieces:
+            more = self.root.partial(piece)
+            mass, out = mass + c * more[0], out + c[..., None] * more[1]
+        return mass, out
+
+    def column_mass(self, row_weight: Tensor | None = None) -> Tensor:
+        if self.few:
+            return super().column_mass(row_weight)
+        cells, rest = self.cells()
+        B, H, n, m = self.shape
+        w = torch.ones(1, n, dtype=rest.dtype, device=rest.device) if row_weight is None else row_weight.to(rest.dtype)
+        weights = torch.stack([w[:, None] * c for c in (rest, *(c for _, c in cells))], dim=2)
+        columns = kernels.column_mass(self.att, self.root.lse, weights)
+        found = columns[:, :, 0]
+        for i, (keys, _) in enumerate(cells, start=1):
+            found = torch.where(keys.expand(B, H, m), columns[:, :, i], found)
+        return found
+
+    def rows(self, index: Tensor) -> Tensor:
+        if self.few:
+            return super().rows(index)
+        groups, rest = self.cells()
+        A = self.root.rows(index)
+        factor = rest[:, :, index, None].expand(A.shape)
+        for keys, c in groups:
+            factor = torch.where(keys[:, :, None], c[:, :, index, None], factor)
+        return A * factor
+
+    def entropy(self) -> Tensor:
+        if self.few:
+            return super().entropy()
+        cells, rest = self.cells()
+        return kernels.entropy(self.att, self.root.lse, cells, rest)
+
+    def changed(self) -> Tensor:
+        if not isinstance(self.before, ReweightedMap):
+            return self._moved_rows().any() if self.few else super().changed()
+        if self.few:
+            return super().changed()
+        moved = (self.coefficient(self.edit.rest) != 1.0) & (self.before.outside(self.union()) > 0)
+        for keys, weight in self.edit.groups:
+            moved = moved | ((self.coefficient(weight) != 1.0) & (self.before.mass(keys) > 0))
+        return moved.any()
+
+    def distance(self) -> Tensor:
+        if self.few:
+            return super().distance()
+        moved = (self.coefficient(self.edit.rest) - 1.0).abs() * self.before.outside(self.union())
+        for keys, weight in self.edit.groups:
+            moved = moved + (self.coefficient(weight) - 1.0).abs() * self.before.mass(keys)
+        return 0.5 * moved
+
+
+def _apply(p: Tensor, att: Attention) -> Tensor:
+    """p v with grouped values, [B, H, n, dv] in the dtype of p."""
+    b, h, n, m = p.shape
+    folded = p.reshape(b, h // att.groups, att.groups * n, m)
+    return torch.matmul(folded, att.v.to(p.dtype)).reshape(b, h, n, -1)
+
+
+def _full(row_weight: Tensor, A: Tensor) -> Tensor:
+    return row_weight.to(A.dtype).expand(A.shape[0], A.shape[2])

@@ -1,0 +1,156 @@
+"""What a method may return at the doors inside attention, and the check of it at its first act."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ContractError
+from .kernels import Attention
+
+
+@dataclass(frozen=True)
+class KeyBias:
+    """An additive score bias per key, [B or 1, H or 1, m], the same for all query rows."""
+
+    bias: Tensor
+
+
+@dataclass(frozen=True)
+class Reweight:
+    """Weights per row for disjoint sets of keys: A'_ij = w_{i,g(j)} A_ij.
+
+    Attributes:
+        groups: pairs (keys bool [B or 1, H or 1, m], weight >= 0 broadcastable to [B, H, n]).
+        rest: weight >= 0 of all other keys, broadcastable to [B, H, n].
+        normalise: divide each row by its new sum (what adding log w to the scores would do).
+    """
+
+    groups: tuple[tuple[Tensor, Tensor | float], ...]
+    rest: Tensor | float = 1.0
+    normalise: bool = True
+
+
+class Check:
+    """The check of one door of one method at one site; every error names all three.
+
+    It reads values, which costs a synchronisation, so it runs at the first act only.
+    """
+
+    def __init__(self, method: str, door: str, site: str, att: Attention):
+        self.place = f"{method}.{door} at {site}"
+        self.att = att
+
+    def refuse(self, what: str) -> ContractError:
+        """The error that says `what` is wrong."""
+        return ContractError(f"{self.place}: {what}")
+
+    def inputs(self, edit: Any) -> None:
+        """q, k and v of the shapes, dtype and device that the call has."""
+        if not isinstance(edit, (tuple, list)) or len(edit) != 3:
+            raise self.refuse(f"returned {_kind(edit)}; return a tuple (q, k, v), or None for no edit.")
+        for name, new, old in zip("qkv", edit, (self.att.q, self.att.k, self.att.v), strict=True):
+            self._like(name, new, old)
+
+    def bias(self, edit: Any) -> None:
+        """A `KeyBias`, or a score term that broadcasts to [B, H, n, m]; minus infinity is allowed, NaN is not."""
+        B, H, n, m = self.att.shape
+        term = edit.bias if isinstance(edit, KeyBias) else edit
+        if not isinstance(term, Tensor):
+            raise self.refuse(f"returned {_kind(term)}; return a KeyBias, a tensor [B, H, n, m], or None.")
+        wanted = ((B, 1), (H, 1), (m,)) if isinstance(edit, KeyBias) else ((B, 1), (H, 1), (n, 1), (m, 1))
+        if term.ndim != len(wanted) or any(s not in allowed for s, allowed in zip(term.shape, wanted, strict=True)):
+            form = f"[{B} or 1, {H} or 1, {m}]" if isinstance(edit, KeyBias) else f"[{B}, {H}, {n}, {m}] or ones"
+            raise self.refuse(f"the bias has shape {tuple(term.shape)}; expected {form}.")
+        self._number("the bias", term)
+        if bool((term.isnan() | (term == torch.inf)).any()):
+            raise self.refuse("the bias has NaN or plus infinity; finite numbers and minus infinity are defined.")
+
+    def weights(self, edit: Any) -> None:
+        """A `Reweight` with disjoint boolean key sets and finite weights of zero or more."""
+        if not isinstance(edit, Reweight):
+            raise self.refuse(f"returned {_kind(edit)}; return a Reweight, or None for no edit.")
+        B, H, n, m = self.att.shape
+        members: Tensor | None = None
+        for i, group in enumerate(edit.groups):
+            if not isinstance(group, (tuple, list)) or len(group) != 2:
+                raise self.refuse(f"group {i} is {_kind(group)}; each group is a pair (keys, weight).")
+            keys, weight = group
+            if not isinstance(keys, Tensor) or keys.dtype != torch.bool:
+                raise self.refuse(f"the keys of group {i} are {_kind(keys)}; expected a bool tensor.")
+            if keys.ndim != 3 or keys.shape[0] not in (1, B) or keys.shape[1] not in (1, H) or keys.shape[2] != m:
+                hint = " Write keys[:, None] for a set per sample." if keys.ndim == 2 else ""
+                raise self.refuse(
+                    f"the keys of group {i} have shape {tuple(keys.shape)}; expected [{B} or 1, {H} or 1, {m}].{hint}"
+                )
+            self._device(f"the keys of group {i}", keys)
+            self._weight(f"the weight of group {i}", weight, (B, H, n))
+            members = keys.int() if members is None else members + keys
+        self._weight("the weight of the rest", edit.rest, (B, H, n))
+        if members is not None and bool((members > 1).any()):
+            raise self.refuse("the key sets overlap; a key belongs to one set, and the remainder is implicit.")
+
+    def output(self, out: Any, before: Tensor, changed_in_place: bool) -> None:
+        """Finite head outputs of the shape that came in, which is left as it was."""
+        if changed_in_place:
+            raise self.refuse(
+                "changed `out` in place, which other methods and the audit still read; return a new tensor (out * 2)."
+            )
+        if out is None:
+            return
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            raise self.refuse(f"returned {_kind(out)}; return head outputs {list(before.shape)}, or None.")
+        if out.shape != before.shape:
+            raise self.refuse(f"returned shape {list(out.shape)}; expected {list(before.shape)}.")
+        self._device("the output", out)
+        if bool(out.isfinite().logical_not().any()) and bool(before.isfinite().all()):
+            raise self.refuse("the edited output has NaN or infinite values where the model's own has none.")
+
+    def _like(self, name: str, new: Any, old: Tensor) -> None:
+        if not isinstance(new, Tensor):
+            raise self.refuse(f"{name} is {_kind(new)}; expected a tensor.")
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise self.refuse(
+                f"{name} has shape {list(new.shape)} and dtype {new.dtype}; expected {list(old.shape)} and {old.dtype}."
+            )
+        self._device(name, new)
+        if new is not old and bool(new.isfinite().logical_not().any()) and bool(old.isfinite().all()):
+            raise self.refuse(f"{name} has NaN or infinite values where the model's own has none.")
+
+    def _weight(self, what: str, weight: Any, shape: tuple[int, int, int]) -> None:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float, Tensor)):
+            raise self.refuse(f"{what} is {_kind(weight)}; expected a number or a tensor.")
+        if isinstance(weight, Tensor):
+            self._number(what, weight)
+            fits = weight.ndim <= 3 and all(
+                s in (1, whole) for s, whole in zip(weight.shape[::-1], shape[::-1], strict=False)
+            )
+            if not fits:
+                raise self.refuse(
+                    f"{what} has shape {tuple(weight.shape)}; expected one that broadcasts to {list(shape)}."
+                )
+            self._device(what, weight)
+        value = torch.as_tensor(weight)
+        if not bool(value.isfinite().all()):
+            raise self.refuse(f"{what} has NaN or infinite values; give finite numbers.")
+        if bool((value < 0).any()):
+            raise self.refuse(
+                f"{what} has negative values (least {float(value.min()):.4g}); attention is never negative."
+            )
+
+    def _number(self, what: str, tensor: Tensor) -> None:
+        if not tensor.is_floating_point():
+            raise self.refuse(f"{what} has dtype {tensor.dtype}; expected a floating-point tensor.")
+
+    def _device(self, what: str, tensor: Tensor) -> None:
+        if tensor.device != self.att.q.device and tensor.ndim:
+            raise self.refuse(f"{what} is on {tensor.device}; the call runs on {self.att.q.device}.")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,307 @@
+"""One forward of a stack of layers: what its rows are, drawn up once and carried to every attention call of that forward.
+
+It travels as a keyword argument that a layer around the stack's forward adds, so that threads, tasks, interrupted calls, other
+streams and a checkpoint's recomputation each have their own. Models whose layers drop keywords find it in the running context.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...account import Account, plain
+from ...bound import Bound
+from ...call import AttnCall
+from ...engine import SiteRuntime
+from ...errors import UnsupportedHost
+from ...tokens import Tokens
+from .cache_state import Memory, Sequence
+from .masks import packed_requests, padding_mask, roles_of_mask, whole_mask
+from .outer_calls import CURRENT, KEY, OUTER, Outer, OuterCalls, entry
+
+
+@dataclass(frozen=True, eq=False)
+class Forward:
+    """One forward of one stack under one steering. Immutable; it is handed on, never looked up.
+
+    Attributes:
+        stack: what is the same for all forwards of the stack. account: whose token each row and key is.
+        tokens: roles of the tokens so far; None where the stack sees none (a vision tower).
+        sequence: the memory of the sequence. encoder: bool [B, S], validity of an encoder's tokens, or None.
+        beside: the prompt without its images, where a method needs it. residual: hidden states that enter the layer.
+    """
+
+    stack: Stack
+    account: Account | None
+    tokens: Tokens | None
+    sequence: Sequence
+    encoder: Tensor | None = None
+    beside: Any = None
+    residual: Tensor | None = None
+
+    @property
+    def phase(self) -> str:
+        """ "prefill" or "decode"."""
+        return "prefill" if self.account is None else self.account.phase
+
+    @property
+    def mixed(self) -> bool:
+        """Whether rows of prompts and generated ones are in this forward."""
+        return self.account is not None and self.account.mixed
+
+    def active(self, runtime: SiteRuntime) -> tuple[int, ...]:
+        """Which interventions act at a site."""
+        return runtime.active(self.phase, None, None, self.mixed)
+
+    def call(
+        self, runtime: SiteRuntime, batch: int, rows: int, keys: int, slots: int, device: torch.device
+    ) -> AttnCall:
+        """The call of one site with `keys` keys; `slots`: of the cache, `keys` or more."""
+        site, account = runtime.site, self.account
+        if account is None or account.batch != batch or account.new != rows:
+            # The stack folds other axes into the batch, or has no tokens.
+            return AttnCall(site, plain(rows, device), plain(keys, device), host="transformers", phase=self.phase)
+        facts: dict[str, Any] = {"tokens": self.tokens, "residual": self.residual}
+        if self.beside is not None:
+            facts["image_free"] = functools.partial(self.beside.at, site.path, self.tokens)
+        states = self.sequence.states
+        if account.past == 0:
+            # Layers that are computed again must find what they found the first time.
+            for key in [k for k in states if k[1] == site.path]:
+                del states[key]
+        if site.kind == "cross":
+            encoder = self.encoder
+            cross = Account(batch, 0, keys, device, valid=None if encoder is None else encoder[:, :keys])
+            make_keys = functools.partial(cross.keys, keys)
+        else:
+            make_keys = functools.partial(account.keys, keys, slots)
+        return AttnCall(
+            site,
+            lambda: account.rows,
+            make_keys,
+            host="transformers",
+            phase=account.phase,
+            mixed=account.mixed,
+            frozen=self.stack.run.scope.frozen,
+            past=account.past,
+            states=states,
+            facts=facts,
+        )
+
+
+class Stack:
+    """What a steering knows of one stack of layers, and the layer around its forward."""
+
+    def __init__(self, run: Any, name: str, module: nn.Module, runtimes: dict[int, SiteRuntime], outer: OuterCalls):
+        self.run, self.name, self.module, self.runtimes, self.outer = run, name, module, runtimes, outer
+        self.names = list(inspect.signature(module.forward).parameters)
+        bounds = {b.index: b for r in runtimes.values() for b, _ in r.entries}
+        self.bounds: list[Bound] = [bounds[i] for i in sorted(bounds)]
+        self.memory = Memory(run)
+        # Sites whose attention was found to be what its arguments say.
+        self.exact: set[int] = set()
+        self.beside: Any = None
+
+    @torch.compiler.disable
+    def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """The stack's forward, with the account of its rows."""
+        key = id(self.run)
+        running = CURRENT.get().get(key)
+        if getattr(running, "passes", False):
+            # A pass of ours beside the real one.
+            kwargs[KEY] = {**kwargs.get(KEY, {}), key: running}
+            return inner(*args, **kwargs)
+        prepared = self.outer.taken(kwargs)
+        # An outer stack hands its own account on to the towers inside.
+        prepared = None if isinstance(prepared, Forward) else prepared
+        values = dict(zip(self.names, args, strict=False)) | kwargs
+        told = OUTER.get().get(key) or self.outer.of_call(self.module, values, prepared)
+        forward = self.begin(values, told)
+        kwargs[KEY] = {**kwargs.get(KEY, {}), key: forward}
+        with entry(CURRENT, self.run, forward):
+            output = inner(*args, **kwargs)
+        self.finish(forward, values, output)
+        return output
+
+    def begin(self, values: dict[str, Any], outer: Outer) -> Forward:
+        """Draw up the account of one forward from its arguments."""
+        data = next((values[k] for k in ("input_ids", "inputs_embeds") if isinstance(values.get(k), Tensor)), None)
+        tokens_known = data is not None
+        if data is None:
+            data = next((v for v in values.values() if isinstance(v, Tensor)), None)
+            if data is None or "hidden_states" not in values:
+                return Forward(self, None, None, Sequence())
+        batch, new = data.shape[:2]
+        cache = values.get("past_key_values")
+        cache = cache if hasattr(cache, "get_seq_length") else None
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        self._check_checkpointing(past)
+        sequence = self.memory.of(cache, fresh=past == 0)
+        self._follow_cut(sequence, past)
+        valid, request = self._roles(values, sequence, batch, past, new)
+        border, total = self._border(outer, sequence, past, new)
+        length = past + new
+        phase = "decode" if border is not None and past >= border else "prefill"
+        account = Account(
+            batch, past, new, data.device, valid=valid, request=request, prompt=border, phase=phase,
+            mixed=border is not None and past < border < length,
+        )  # fmt: skip
+        tokens = self._tokens(account, outer, values, sequence, total)
+        forward = Forward(
+            self, account, tokens, sequence,
+            encoder=padding_mask(values.get("encoder_attention_mask")),
+            beside=None if self.beside is None or not tokens_known else self.beside(outer),
+        )  # fmt: skip
+        for bound in self.bounds:
+            if self.run.is_open(bound) and bound.where.active(None if account.mixed else phase, None, None):
+                bound.method.check_tokens(tokens)
+        return forward
+
+    def finish(self, forward: Forward, values: dict[str, Any], output: Any) -> None:
+        """After a forward that ran to its end: the sequence remembers it."""
+        if forward.account is None:
+            return
+        sequence, account = forward.sequence, forward.account
+        sequence.tokens = forward.tokens
+        if forward.tokens.prompt is not None:
+            sequence.prompt = forward.tokens.prompt
+        if account.phase == "prefill":
+            sequence.remember()
+        given = values.get("past_key_values")
+        if not hasattr(given, "get_seq_length"):
+            parts = output if isinstance(output, (tuple, list)) else (getattr(output, "past_key_values", None),)
+            made = next((p for p in parts if hasattr(p, "get_seq_length")), None)
+            if made is not None:
+                self.memory.put(made, sequence)
+
+    def _check_checkpointing(self, past: int) -> None:
+        if past and self.module.training and getattr(self.module, "is_gradient_checkpointing", False):
+            raise UnsupportedHost(
+                f"{self.name or type(self.module).__name__}: gradient checkpointing drops the cache of {past} tokens that this "
+                "call brings, so its rows would not be what they seem. Call it without past_key_values, or without checkpointing."
+            )
+
+    def _follow_cut(self, sequence: Sequence, past: int) -> None:
+        """The cache may have been cut back since the last forward."""
+        if sequence.tokens is None or past >= sequence.length:
+            return
+        seen, moving = sequence.length, [b.name for b in self.bounds if not b.method.follows_crop]
+        whole = sequence.cut(past)
+        if past and moving:
+            raise UnsupportedHost(
+                f"the cache was cut back from {seen} to {past} tokens, and {moving[0]} keeps sums over the rows that were cut. "
+                "Start a new cache, or use a decode mode that does not move its statistics."
+            )
+        ahead = [b.name for b in self.bounds if b.method.looks_ahead]
+        if past and not whole and ahead:
+            raise UnsupportedHost(
+                f"the cache was cut back from {seen} to {past} tokens, inside its prompt, where no call of the prompt ended: the "
+                f"statistics of {ahead[0]} would be those of tokens that are gone. Cut it to the end of a call (prefill the shared "
+                "part by itself), or copy the cache there and continue the copies."
+            )
+
+    def _roles(
+        self, values: dict[str, Any], sequence: Sequence, batch: int, past: int, new: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(valid, request) of all slots so far, [B, T] each or None."""
+        mask, length, before = values.get("attention_mask"), past + new, sequence.tokens
+        valid = padding_mask(mask)
+        if valid is not None:
+            if valid.shape[1] < length:
+                raise UnsupportedHost(
+                    f"attention_mask has {valid.shape[1]} columns for {length} tokens ({past} cached): the cached ones "
+                    "need their validity too. Pass a mask over all tokens so far."
+                )
+            return valid[:, :length], None
+        seen = whole_mask(mask)
+        if seen is not None:
+            if past:
+                # Such a mask counts slots of the cache; what is padding was learnt at the prefill.
+                if before is None or before.valid is None:
+                    return None, None
+                old = before.valid[:, :past]
+                return torch.cat([old, old.new_ones(batch, new)], dim=1), None
+            valid, request = roles_of_mask(seen[:, :, :new])
+            return tuple(None if t is None else t.expand(batch, -1) for t in (valid, request))
+        uses = values.get("use_cache")
+        uses = getattr(self.module.config, "use_cache", False) if uses is None else uses
+        cached = values.get("past_key_values") is not None or bool(uses)
+        return None, packed_requests(values, batch, new, cached)
+
+    def _border(self, outer: Outer, sequence: Sequence, past: int, new: int) -> tuple[int | None, int | None]:
+        """(slots of the prompt, None: all of them; slots of the whole prompt where they were announced)."""
+        scope = self.run.scope
+        if scope.frozen and past:
+            return past if sequence.prompt is None else min(sequence.prompt, past), None
+        total = scope.chunk_total if scope.chunked else None
+        if outer.generation is not None and not scope.chunked:
+            total = outer.generation.total
+        elif outer.beside is not None and outer.generation is None:
+            # The unconditional stream of `guidance_scale`: its first call is its prompt, also where no cache remembers it.
+            if past == 0 and not outer.beside.beside:
+                outer.beside.beside.append(new)
+            total = outer.beside.beside[0] if outer.beside.beside else None
+        if total is not None:
+            return total, total
+        if past and new == 1 and not scope.chunked:
+            return past if sequence.prompt is None else sequence.prompt, None
+        return None, None
+
+    def _tokens(
+        self, account: Account, outer: Outer, values: dict[str, Any], sequence: Sequence, total: int | None
+    ) -> Tokens:
+        past, length, before = account.past, account.length, sequence.tokens
+        ids, image = self.outer.tokens(outer, values, account.batch, account.new, past)
+        if past:
+            known = before is not None and before.ids is not None and len(before.ids) == account.batch
+            ids = torch.cat([before.ids[:, :past].to(ids.device), ids], dim=1) if known and ids is not None else None
+        tokens = Tokens(batch=account.batch, length=length, valid=account.valid, ids=ids)
+        tokens.more_to_come = length < total if total is not None else self.run.scope.chunked
+        if account.phase == "prefill":
+            tokens.prompt = length if account.prompt is None else min(length, account.prompt)
+        else:
+            tokens.prompt = sequence.prompt
+        if before is not None and past:
+            tokens.keep_spans(before, past)
+        tokens.image = self._image(account, before, image)
+        return tokens
+
+    def _image(self, account: Account, before: Tokens | None, new: Tensor | None) -> Tensor | None:
+        """bool [B, T] over all tokens so far; `new` [B, n] are those of this call."""
+        told, past = self.run.scope.images, account.past
+        if isinstance(told, tuple) and account.phase == "prefill":
+            return account.ranges(told)
+        if not past:
+            return new
+        if before is None or before.image is None or len(before.image) != account.batch:
+            return None
+        old = before.image[:, :past]
+        if new is None:
+            return torch.cat([old, old.new_zeros(account.batch, account.new)], dim=1)
+        return torch.cat([old, new.to(old.device)], dim=1)
+
+
+def block_forward(run: Any, residual: bool, inner: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a layer: what enters it travels on with the call."""
+    own = kwargs.get(KEY, {}).get(id(run))
+    if own is None:
+        return inner(*args, **kwargs)
+    if not isinstance(own, Forward):
+        return own.layer(inner, *args, **kwargs)
+    if residual:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        kwargs[KEY] = {**kwargs[KEY], id(run): replace(own, residual=hidden)}
+    return inner(*args, **kwargs)
+
+
+def forward_of(run: Any, kwargs: dict[str, Any]) -> Any:
+    """The running forward of a steering: from the arguments of an attention call, else from the running context; or None."""
+    found = kwargs.get(KEY, {}).get(id(run))
+    if found is None and not torch.compiler.is_compiling():
+        found = CURRENT.get().get(id(run))
+    return found
