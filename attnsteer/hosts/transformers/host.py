@@ -21,7 +21,7 @@ from ..base import Host, imported
 from ..sdpa.host import reaches
 from .attention_function import PREFIX, RUNTIME, Attached, phase_of, switch
 from .direct import attach_direct, check_direct
-from .image_tokens import family_of
+from .image_tokens import family_of, takes_images
 from .layers import ImageFree, block_of, residual_hook
 from .outer_calls import PromptWatch, outer_modules, watch_prompts
 from .sequence_clock import SequenceClock
@@ -101,6 +101,16 @@ class TransformersHost(Host):
                 f"{listing(countless)}: these call SDPA but do not say how many heads they have. Set num_heads on each."
             )
         return found
+
+    def absent(self) -> dict[str, str]:
+        # A model without a head of its own may be the language part of another one, whose images `run.images` tells.
+        if takes_images(self.model) or not _has_head(self.model):
+            return {}
+        why = (
+            f"this {type(self.model).__name__} has no images, as its config names no vision part and no image token. Steer a "
+            "vision-language model, whole."
+        )
+        return {"images": why, "image_free": why}
 
     def check(self, site: Site, bound: Bound) -> None:
         if RUNTIME in vars(site.module):
@@ -263,6 +273,12 @@ def _module(target: Any) -> Any:
     if pipeline and isinstance(target, pipeline):
         target = target.model
     return getattr(target, "_orig_mod", target)
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Whether it is a whole language model: one that turns hidden states into scores of tokens."""
+    found = getattr(model, "get_output_embeddings", None)
+    return found is not None and found() is not None
 
 
 def _looks_up_attention(module: nn.Module) -> bool:
