@@ -71,10 +71,10 @@ class Parameter:
         try:
             return self.convert(value)
         except SelectionError as error:
-            raise SelectionError(f"{given}: {str(error).removeprefix(f'{name}={value!r}: ')}") from error
+            raise SelectionError(f"{given}: {str(error).removeprefix(f'{name}={brief(value)}: ')}") from error
         except Refused as error:
             raise SelectionError(f"{given}: give {self._article()}{self.describe()}{str(error) or '.'}") from None
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
             raise SelectionError(f"{given}: give {self._article()}{self.describe()} ({error}).") from error
 
     def convert(self, value: Any) -> Any:

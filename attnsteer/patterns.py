@@ -57,8 +57,10 @@ class Pattern:
             raise self._refused(f"has {len(text)} characters; give at most {LENGTH}")
         try:
             tree = parser.parse(text)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise self._refused(f"is not a regular expression: {error or 'nested too deeply'}") from None
+        except RecursionError:
+            raise self._refused("is nested too deeply") from None
+        except (re.error, OverflowError) as error:
+            raise self._refused(f"is not a regular expression: {error}") from None
         if tree.state.flags != re.UNICODE.value:
             raise self._refused("sets flags, which are not taken; spell out what they stand for")
         # A state is (test of the next character or an anchor, states behind it); the test of None takes no character.

@@ -38,7 +38,7 @@ def _boxes(given: Any) -> Any:
 def _schedule(given: Any) -> tuple[tuple[float, float, float, int], ...]:
     forms = (Number(low=0, high=1), Number(low=0, high=1), Number(low=0), Number(low=0, whole=True))
     rows = [plain(row) for row in plain(given)]
-    if not all(isinstance(row, (list, tuple)) and len(row) == 4 for row in rows):
+    if not rows or not all(isinstance(row, (list, tuple)) and len(row) == 4 for row in rows):
         raise SelectionError("give rows of (from, to, step size, updates), 0 <= from < to <= 1.")
     kept = tuple(tuple(f.check("schedule", "row", v) for f, v in zip(forms, row, strict=True)) for row in rows)
     if any(row[0] >= row[1] for row in kept):

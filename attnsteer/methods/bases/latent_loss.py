@@ -21,7 +21,7 @@ from ...errors import NotFinite, SelectionError, UnsupportedHost
 from ...intervention import Intervention
 from ...maps.phrases import INCLUDE, Prompt
 from ...maps.words_to_image import Capture, Enough, Maps, MapSite
-from ...parameters import choice, flag, integer, number, parsed, plain
+from ...parameters import Number, Refused, choice, flag, integer, number, parsed, plain
 from ...site import Site
 from ...where import Where
 
@@ -52,10 +52,11 @@ def calls(given: Any) -> int | float:
         SelectionError: it is neither.
     """
     given = plain(given)
-    fits = isinstance(given, (int, float)) and not isinstance(given, bool) and given >= 0
-    if not fits or (isinstance(given, float) and given > 1):
-        raise SelectionError("give a number of calls, or a fraction from 0.0 to 1.0.")
-    return given
+    form = Number(low=0, high=1) if isinstance(given, float) else Number(low=0, whole=True)
+    try:
+        return form.convert(given)
+    except Refused:
+        raise SelectionError("give a number of calls, or a fraction from 0.0 to 1.0.") from None
 
 
 @dataclass(frozen=True)
