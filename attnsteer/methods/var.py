@@ -9,7 +9,7 @@ and keeps the first sample's sinks for later ones (a bug, not offered); see `rel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ SHARE_EPSILON = 1e-6
 
 def _dims(given: Any) -> tuple[int, ...]:
     given = plain(given)
-    dims = tuple(whole(d) for d in given) if isinstance(given, (list, tuple, set, frozenset, range)) else ()
+    listed = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
+    dims = tuple(whole(d) for d in given) if listed else ()
     if not dims or any(d is None or d < 0 for d in dims):
         raise SelectionError(
             "give one or more hidden dimensions, e.g. (1415, 2533); attnsteer.search.find_sink_dims(model, batches) finds them."
