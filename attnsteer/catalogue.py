@@ -8,6 +8,7 @@ import sys
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from .parameters import declared
 from .registry import get_host, get_method, hosts, methods
 
 # A citation ends with the first bracket that holds a year: "(ICML 2024, arXiv 2406.15765)".
@@ -22,7 +23,7 @@ class MethodEntry:
         name: registered name. summary: one line, what is edited. paper: authors, title, venue, or "".
         kinds: kinds of attention it is defined on. doors: the parts of the contract it implements.
         hosts: hosts that provide what it needs. looks_ahead: whether a later prompt token moves an earlier row.
-        parameters: hyper-parameters, as "name" or "name=default".
+        parameters: hyper-parameters, as "name: values it takes, default"; the values are left out where none are declared.
     """
 
     name: str
@@ -58,7 +59,7 @@ def describe(name: str, cls: type) -> MethodEntry:
         doors=tuple(d for d in ("inputs", "bias", "weights", "output", "around") if d in doors),
         hosts=tuple(h for h in hosts() if wanted <= get_host(h).provides),
         looks_ahead=cls.looks_ahead,
-        parameters=tuple(_parameter(f) for f in fields(cls) if f.name != "where" and f.metadata.get("save", True)),
+        parameters=tuple(_parameter(cls, f) for f in fields(cls) if f.name != "where" and f.metadata.get("save", True)),
     )
 
 
@@ -78,7 +79,9 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _parameter(field: Any) -> str:
-    if field.default is not MISSING:
-        return f"{field.name}={field.default!r}"
-    return field.name
+def _parameter(cls: type, field: Any) -> str:
+    form = declared(cls, field.name)
+    made = field.default if field.default_factory is MISSING else field.default_factory()
+    parts = [form.describe()] if form else []
+    parts += [f"default {made!r}"] if made is not MISSING else []
+    return f"{field.name}: {', '.join(parts)}" if parts else field.name

@@ -12,7 +12,8 @@ class AttnSteerError(Exception):
 
 
 class SelectionError(AttnSteerError, ValueError):
-    """A `Where`, a `HeadSet` or a span selects nothing, or something that does not exist."""
+    """A `Where`, a `HeadSet` or a span selects nothing, or something that does not exist; a hyper-parameter does not exist, is
+    missing, or cannot have that value."""
 
 
 class UnknownName(AttnSteerError, KeyError):
@@ -77,6 +78,15 @@ class RunError(AttnSteerError, RuntimeError):
 
 class MissingExtra(AttnSteerError, ImportError):
     """A library of an optional extra is not installed."""
+
+
+def brief(value: object, limit: int = 80) -> str:
+    """The repr of a value for error messages, on one line and cut to `limit` characters."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # repr is the code of whatever was given; the error to show is another one
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

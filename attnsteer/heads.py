@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from .errors import SelectionError, SerializationError
+from .errors import SelectionError, SerializationError, brief
+from .parameters import parsed, plain, whole
 
 SCHEMA_VERSION = 1
 
@@ -21,7 +22,8 @@ class HeadSet:
 
     Args:
         heads: `{layer: [head, ...]}` or an iterable of `(layer, head)`; indices are 0-based query heads,
-            global over tensor-parallel shards.
+            global over tensor-parallel shards. NumPy integers, 0-d tensors, and integer arrays and tensors are
+            taken too.
         scores: `{(layer, head): score}` for some or all of the heads, e.g. from a calibration.
         shape: `(layers, heads per layer)` of the model that the set was found on; checked when it is used.
         provenance: JSON-able facts about where the set comes from (method, data hash, versions).
@@ -46,14 +48,14 @@ class HeadSet:
             shape = heads.shape if shape is None else shape
             provenance = heads.provenance if provenance is None else provenance
         elif isinstance(heads, Mapping):
-            pairs = [(layer, head) for layer, row in heads.items() for head in _row(layer, row)]
+            pairs = [(plain(layer), head) for layer, row in heads.items() for head in _row(layer, row)]
         else:
             pairs = _pairs(heads)
         _check_shape(shape)
         for pair in pairs:
-            if len(pair) != 2 or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in pair):
+            if len(pair) != 2 or any(whole(i) is None or i < 0 for i in pair):
                 raise SelectionError(
-                    f"HeadSet got {pair!r}; give (layer, head) pairs of non-negative integers, "
+                    f"HeadSet got {brief(pair)}; give (layer, head) pairs of non-negative integers, "
                     "or {layer: [head, ...]}."
                 )
             if shape is not None and (pair[0] >= shape[0] or pair[1] >= shape[1]):
@@ -63,7 +65,10 @@ class HeadSet:
                 )
         self._heads = tuple(sorted(set(pairs)))
         members = set(self._heads)
-        self._scores = {tuple(k): float(v) for k, v in (scores or {}).items() if tuple(k) in members}
+        try:
+            self._scores = {tuple(k): float(v) for k, v in (scores or {}).items() if tuple(k) in members}
+        except (TypeError, ValueError, AttributeError, OverflowError):
+            raise SelectionError(f"HeadSet(scores={brief(scores)}): give {{(layer, head): score}}.") from None
         if any(math.isnan(score) for score in self._scores.values()):
             raise SelectionError("HeadSet got a score that is not a number; leave out heads without a score.")
         self._shape = None if shape is None else (int(shape[0]), int(shape[1]))
@@ -213,19 +218,27 @@ class HeadSet:
 
 def _pairs(heads: Iterable[Any]) -> list[tuple[Any, ...]]:
     try:
-        return [tuple(pair) for pair in heads]
+        return [tuple(plain(i) for i in plain(pair)) for pair in plain(heads)]
     except TypeError:
-        raise SelectionError(f"HeadSet got {heads!r}; give (layer, head) pairs, or {{layer: [head, ...]}}.") from None
+        raise SelectionError(
+            f"HeadSet got {brief(heads)}; give (layer, head) pairs, or {{layer: [head, ...]}}."
+        ) from None
 
 
-def _row(layer: Any, row: Any) -> Iterable[Any]:
-    if isinstance(row, str) or not isinstance(row, Iterable):
-        raise SelectionError(f"HeadSet got {row!r} for layer {layer!r}; give a list of heads.")
-    return row
+def _row(layer: Any, row: Any) -> list[Any]:
+    row = plain(row)
+    if isinstance(row, (str, bytes)) or not isinstance(row, Iterable):
+        raise SelectionError(f"HeadSet got {brief(row)} for layer {brief(layer)}; give a list of heads.")
+    return [plain(head) for head in row]
 
 
 def _check_shape(shape: Any) -> None:
     sizes = shape if isinstance(shape, (tuple, list)) else ()
-    fits = shape is None or (len(sizes) == 2 and all(isinstance(n, int) and n > 0 for n in sizes))
+    fits = shape is None or (len(sizes) == 2 and all((whole(n) or 0) > 0 for n in sizes))
     if not fits:
         raise SelectionError(f"HeadSet(shape={shape!r}): give (layers, heads per layer), both above 0.")
+
+
+def head_set(*, kw_only: bool = False) -> Any:
+    """The field of a method's own heads; None: all that `where` selects."""
+    return parsed(HeadSet, "HeadSet or {layer: [head, ...]}", None, kw_only=kw_only)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import SerializationError, did_you_mean
+from .errors import SelectionError, SerializationError, did_you_mean
 from .heads import HeadSet
+from .parameters import Named, check_fields, parsed
 from .where import Where
 
 if TYPE_CHECKING:
@@ -24,9 +25,18 @@ SCHEMA_VERSION = 1
 RECORD, HEADS = "steer.json", "heads.safetensors"
 
 
+def _where(value: Any) -> Where:
+    if not isinstance(value, Where):
+        raise SelectionError("give a Where, e.g. Where(layers=[0]).")
+    return value
+
+
 @dataclass(frozen=True)
-class Intervention:
+class Intervention(Named):
     """Base of all methods: a frozen dataclass of hyper-parameters and a `where`.
+
+    Hyper-parameters are declared with their ranges (see `parameters`), and checked when the object is made. A method's own
+    `__post_init__` calls this one first; it is for checks that tie fields together.
 
     A method overrides any of `inputs`, `bias`, `weights`, `output` (inside attention; pure tensor maths on the
     selected heads) and `around` (outside: several model calls). Shapes: q [B, H, n, d], k and v [B, Hkv, m, d],
@@ -46,7 +56,7 @@ class Intervention:
         whole_heads: its statistics run over all of its heads at a site, so another method must not divide them.
     """
 
-    where: Where = field(default_factory=Where, kw_only=True)
+    where: Where = parsed(_where, "Where", default_factory=Where, kw_only=True)
 
     looks_ahead: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("self", "cross", "joint")
@@ -56,6 +66,9 @@ class Intervention:
     follows_crop: ClassVar[bool] = True
     whole_heads: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return edited (q, k, v), or None for no edit."""
@@ -221,10 +234,6 @@ def _restore(name: str, value: Any, directory: Path) -> Any:
         if set(value) == {"$pairs"}:
             return {_hashable(_restore(name, k, directory)): _restore(name, v, directory) for k, v in value["$pairs"]}
         if name == "where":
-            known = [f.name for f in fields(Where)]
-            for key in value:
-                if key not in known:
-                    raise SerializationError(f"{directory}/steer.json: Where has no {key!r}.{did_you_mean(key, known)}")
             return Where(**{k: _restore(k, v, directory) for k, v in value.items()})
         return {k: _restore(k, v, directory) for k, v in value.items()}
     if isinstance(value, list):

@@ -16,7 +16,7 @@ from torch import nn
 from .audit import Audit
 from .bound import Bound
 from .engine import SiteRuntime
-from .errors import CompositionError, NeverFired, NothingChanged, SelectionError, UnsupportedHost, listing
+from .errors import CompositionError, NeverFired, NothingChanged, SelectionError, UnsupportedHost, brief, listing
 from .intervention import Intervention
 from .registry import get_host, hosts
 from .site import Site, SiteList
@@ -325,10 +325,8 @@ def bind(
     bounds: list[Bound] = []
     plan: dict[str, list[tuple[Bound, tuple[int, ...] | None]]] = {}
     for index, method in enumerate(interventions):
-        if not isinstance(method.where, Where):
-            raise SelectionError(
-                f"{type(method).__name__}(where={method.where!r}): give a Where, e.g. Where(layers=[0])."
-            )
+        # What kind of target it is comes first: what is said of layers and backbones would be beside the point.
+        _check_host(method, host)
         method = method.prepared(host.target)
         where = method.selection()
         if where == Where():
@@ -342,7 +340,7 @@ def bind(
                 f"{sorted({s.kind for s in every})}."
             )
         bound = Bound(index, method, where, frozenset(method.doors()))
-        _check_host(bound, host)
+        _check_clocks(where, host)
         for site, heads in where.resolve(every, host.main, method.kinds):
             if site.linear and not method.linear:
                 raise UnsupportedHost(
@@ -360,28 +358,36 @@ def bind(
     return bounds, plan
 
 
-def _check_host(bound: Bound, host: Any) -> None:
-    """Refuse what the host could only ignore: a need it does not meet, a selection that it has no clock for."""
-    method, target = bound.method, type(host.target).__name__
-    name = type(method).__name__
-    if not bound.doors:
+def _check_host(method: Intervention, host: Any) -> None:
+    """Refuse a method that needs what the host, or this target of it, does not have."""
+    name, target, doors = type(method).__name__, type(host.target).__name__, method.doors()
+    if not isinstance(method.where, Where):
+        # A class with a `__post_init__` that does not call the base's has not checked its fields.
+        raise SelectionError(f"{name}(where={brief(method.where)}): give a Where, e.g. Where(layers=[0]).")
+    if not doors:
         raise SelectionError(f"{name} overrides no method of the contract; it would do nothing.")
-    if "around" in bound.doors and "around" not in host.provides:
+    if "around" in doors and "around" not in host.provides:
         raise UnsupportedHost(
             f"{name} calls the model several times and combines the predictions, which is defined for denoisers and "
             f"pipelines of diffusers; {target} is neither."
         )
+    absent = host.absent()
+    for need in method.needs:
+        if need in absent:
+            raise UnsupportedHost(f"{name} needs {need}: {absent[need]}")
     lacking = [need for need in method.needs if need not in host.provides]
     if lacking:
         raise UnsupportedHost(
             f"{name} needs {', '.join(lacking)}, which {type(host).__name__} does not provide for a {target}."
         )
-    unknown = [f for f in CLOCKS if getattr(bound.where, f) is not None and f not in host.provides]
+
+
+def _check_clocks(where: Where, host: Any) -> None:
+    """Refuse a selection over time that the host could only ignore."""
+    unknown = [f for f in CLOCKS if getattr(where, f) is not None and f not in host.provides]
     if unknown:
-        known = [f for f in CLOCKS if f in host.provides]
-        raise SelectionError(
-            f"{bound.where}: a {target} has no {', '.join(unknown)}; it has {', '.join(known) or 'none'}."
-        )
+        known, target = [f for f in CLOCKS if f in host.provides], type(host.target).__name__
+        raise SelectionError(f"{where}: a {target} has no {', '.join(unknown)}; it has {', '.join(known) or 'none'}.")
 
 
 def _describe(method: Intervention) -> str:

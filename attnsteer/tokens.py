@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import SelectionError
+from .errors import SelectionError, brief
+from .parameters import plain, whole
 
 Range = tuple[int, int]
 
@@ -257,11 +258,8 @@ def char_offsets(ids: list[int], tokenizer: Any) -> tuple[list[Range], str]:
 
 def token_range(item: Any) -> Range:
     """(start, stop) of one range of tokens, or a SelectionError."""
-    ok = (
-        isinstance(item, (tuple, list))
-        and len(item) == 2
-        and all(isinstance(i, int) and not isinstance(i, bool) for i in item)
-    )
-    if not ok or not 0 <= item[0] < item[1]:
-        raise SelectionError(f"span {item!r}: give (start, stop) with 0 <= start < stop, or a string.")
-    return int(item[0]), int(item[1])
+    given = plain(item)
+    pair = tuple(whole(i) for i in given) if isinstance(given, (tuple, list)) and len(given) == 2 else (None,)
+    if None in pair or not 0 <= pair[0] < pair[1]:
+        raise SelectionError(f"span {brief(item)}: give (start, stop) with 0 <= start < stop, or a string.")
+    return pair

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import Any
 
-from .errors import SelectionError, did_you_mean, listing
+from .errors import SelectionError, brief, did_you_mean, listing
 from .heads import HeadSet
+from .parameters import Named, plain, whole
+from .patterns import pattern
 from .site import Site
 
 KINDS = ("self", "cross", "joint")
@@ -21,8 +24,8 @@ LONGEST = 100_000
 
 
 @dataclass(frozen=True, repr=False)
-class Where:
-    """A selection; every field that is None selects all.
+class Where(Named):
+    """A selection; every field that is None selects all. Numbers may be of NumPy, or integer arrays and tensors.
 
     Args:
         layers: 0-based layer indices within their stack: an int, a range, an iterable, or a string such as
@@ -30,7 +33,8 @@ class Where:
         heads: query heads: an int, an iterable of ints (the same in each layer), or a `HeadSet`
             (then only its layers are selected).
         kinds: "self", "cross" and/or "joint".
-        modules: regular expressions that must match a whole module path (see `attnsteer.sites`).
+        modules: regular expressions that must match a whole module path (see `attnsteer.sites`); without look-around,
+            back-references, word boundaries and flags, so that none takes long (see `attnsteer.patterns`).
         phases: "prefill" and/or "decode" (language models).
         steps: denoising steps, 0-based: an int, a range or an iterable of ints, or a pair of floats
             `(start, stop)` as fractions of the schedule, start included, stop excluded.
@@ -103,7 +107,8 @@ class Where:
         kinds = self.kinds or kinds
         pool = self._keep([s for s in pool if s.kind in kinds], f"kinds {kinds}", sorted({s.kind for s in pool}))
         if self.modules is not None:
-            kept = [s for s in pool if any(re.fullmatch(p, n) for p in self.modules for n in (s.name, s.path))]
+            wanted = [pattern(p) for p in self.modules]
+            kept = [s for s in pool if any(p.matches(n) for p in wanted for n in (s.name, s.path))]
             pool = self._keep(kept, "modules (a pattern matches the whole path)", [s.path for s in pool])
         shapes = _shapes(sites)
         if self.layers is not None:
@@ -213,18 +218,18 @@ def _shapes(sites: Iterable[Site]) -> dict[Stack, tuple[int, int]]:
 def _integers(field: str, value: Any, negative: bool = False) -> tuple[int, ...] | None:
     if value is None:
         return None
+    value = plain(value)
     if isinstance(value, str):
         value = _parse_ranges(field, value)
     if isinstance(value, int):
         value = (value,)
-    try:
-        items = tuple(value)
-    except TypeError:
-        items = (None,)
-    wrong = [v for v in items if isinstance(v, bool) or not isinstance(v, int) or (v < 0 and not negative)]
-    if wrong or not items:
+    listed = isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, Mapping))
+    items = tuple(whole(v) for v in islice(value, LONGEST + 1)) if listed else (None,)
+    if len(items) > LONGEST:
+        raise SelectionError(f"Where({field}={brief(value)}) names more than {LONGEST} numbers.")
+    if not items or any(v is None or (v < 0 and not negative) for v in items):
         raise SelectionError(
-            f"Where({field}={value!r}): give an int, a range, a non-empty iterable of ints"
+            f"Where({field}={brief(value)}): give an int, a range, a non-empty iterable of ints"
             f"{'' if negative else ' (not negative)'}, or a string like '2-5,9'."
         )
     return tuple(sorted(set(items)))
@@ -235,7 +240,7 @@ def _parse_ranges(field: str, text: str) -> tuple[int, ...]:
     for part in text.replace(" ", "").split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise SelectionError(f"Where({field}={text!r}): {part!r} is not 'N' or 'FIRST-LAST'.")
+            raise SelectionError(f"Where({field}={brief(text)}): {brief(part)} is not 'N' or 'FIRST-LAST'.")
         first, last = int(match[1]), int(match[2] or match[1])
         if last - first + len(found) >= LONGEST:
             raise SelectionError(f"Where({field}={text!r}) names more than {LONGEST} numbers.")
@@ -248,8 +253,8 @@ def _words(field: str, value: Any, allowed: tuple[str, ...]) -> tuple[str, ...] 
         return None
     items = _items(field, value)
     for item in items:
-        if item not in allowed:
-            raise SelectionError(f"Where({field}={item!r}): one of {allowed}.{did_you_mean(item, allowed)}")
+        if not isinstance(item, str) or item not in allowed:
+            raise SelectionError(f"Where({field}={brief(item)}): one of {allowed}.{did_you_mean(item, allowed)}")
     if not items:
         raise SelectionError(f"Where({field}=()): name at least one of {allowed}, or leave it out.")
     return tuple(w for w in allowed if w in items)
@@ -262,35 +267,32 @@ def _patterns(value: Any) -> tuple[str, ...] | None:
     if not items:
         raise SelectionError("Where(modules=()): give at least one pattern, or leave it out.")
     for item in items:
-        try:
-            re.compile(item)
-        except (re.error, TypeError) as error:
-            raise SelectionError(f"Where(modules={item!r}) is not a regular expression: {error}.") from error
+        pattern(item)
     return items
 
 
 def _items(field: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, Iterable):
-        raise SelectionError(f"Where({field}={value!r}): give a string or several.")
-    return (value,) if isinstance(value, str) else tuple(value)
+    value = plain(value)
+    if not isinstance(value, Iterable) or isinstance(value, (bytes, bytearray, Mapping)):
+        raise SelectionError(f"Where({field}={brief(value)}): give a string or several.")
+    return (value,) if isinstance(value, str) else tuple(islice(value, LONGEST))
 
 
 def _steps(value: Any) -> tuple[Any, ...] | None:
-    if isinstance(value, (tuple, list)) and value and all(isinstance(v, float) for v in value):
+    value = plain(value)
+    if isinstance(value, (tuple, list)) and value and all(isinstance(plain(v), float) for v in value):
+        value = tuple(float(plain(v)) for v in value)
         if len(value) != 2 or not 0.0 <= value[0] < value[1] <= 1.0:
             raise SelectionError(f"Where(steps={value!r}): fractions are a pair 0 <= start < stop <= 1.")
-        return tuple(value)
+        return value
     return _integers("steps", value)
 
 
 def _rows(value: Any) -> Any:
     if value is None or (isinstance(value, str) and value in ROWS):
         return value
-    if (
-        isinstance(value, (tuple, list))
-        and len(value) == 2
-        and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in value)
-        and value[0] < value[1]
-    ):
-        return tuple(value)
-    raise SelectionError(f"Where(rows={value!r}): one of {ROWS} or a pair (start, stop) of token positions.")
+    value = plain(value)
+    pair = tuple(whole(v) for v in value) if isinstance(value, (tuple, list)) and len(value) == 2 else ()
+    if pair and None not in pair and 0 <= pair[0] < pair[1]:
+        return pair
+    raise SelectionError(f"Where(rows={brief(value)}): one of {ROWS} or a pair (start, stop) of token positions.")

@@ -232,6 +232,23 @@ def test_guidance_on_a_language_model(method: Any, model: Any, unchanged: None) 
         steer(model, method)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("PAG", {}, "diffusers; LlamaForCausalLM is neither"),
+        ("AttendAndExcite", {"words": ["cat"]}, "diffusers; LlamaForCausalLM is neither"),
+        ("AttentionRefocusing", {"boxes": {"cat": (0.0, 0.0, 0.5, 0.5)}}, "diffusers; LlamaForCausalLM is neither"),
+        ("VAR", {}, "LlamaForCausalLM has no images"),
+        ("VHR", {}, "LlamaForCausalLM has no images"),
+    ],
+)
+def test_the_kind_of_target_comes_before_layers_and_backbones(
+    name: str, options: dict[str, Any], words: str, model: Any, unchanged: None
+) -> None:
+    refused(UnsupportedHost, words, lambda: steer(model, get_method(name)(**options)))
+    refused(UnsupportedHost, words, lambda: steer(model, get_method(name)(**options, where=Where(layers=99))))
+
+
 @pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "paged|sdpa", "kernels/some"])
 def test_a_backend_that_cannot_be_exact(backend: str, model: Any, inputs: Any, unchanged: None) -> None:
     plain = model.config._attn_implementation_internal

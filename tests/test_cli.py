@@ -101,8 +101,15 @@ def test_methods_as_json_has_all_facts() -> None:
     assert found["ACT"] | {"summary": "", "paper": ""} == {
         "name": "ACT", "summary": "", "paper": "", "kinds": ["self"], "doors": ["weights"], "hosts": ["transformers"],
         "looks_ahead": True,
-        "parameters": ["heads=None", "beta=0.4", "threshold=None", "alpha=None", "decode='frozen'", "min_rows=1",
-                       "exclude='first_token'"],
+        "parameters": [
+            "heads: HeadSet or {layer: [head, ...]} or None, default None",
+            "beta: number from 0 to 1, default 0.4",
+            "threshold: finite number of at least 0 or None, default None",
+            "alpha: finite number of at least 0 or None, default None",
+            "decode: one of 'frozen', 'running', 'prefill_only', default 'frozen'",
+            "min_rows: integer of at least 1, default 1",
+            "exclude: one of 'first_token', 'first_hit', default 'first_token'",
+        ],
     }  # fmt: skip
     assert found["PAG"]["doors"] == ["output", "around"] and found["PAG"]["hosts"] == ["diffusers"]
     assert set(found["HeadGate"]["hosts"]) == {"transformers", "diffusers", "generic"}

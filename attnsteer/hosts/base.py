@@ -36,6 +36,10 @@ class Host:
         """All attention sites of the target."""
         raise NotImplementedError
 
+    def absent(self) -> dict[str, str]:
+        """Needs that the host provides, but this target has not: name -> why, and what to do."""
+        return {}
+
     def check(self, site: Site, bound: Bound) -> None:
         """Raise if `bound` cannot act at `site` exactly; called before anything is patched."""
 

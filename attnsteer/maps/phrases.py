@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SelectionError, UnsupportedHost
+from ..errors import SelectionError, UnsupportedHost, brief
 
 INCLUDE = ("words", "last", "last+1")
 # A phrase of a prompt: its text, (text, which of several occurrences, from 1), or (start, stop) of token positions.
@@ -173,7 +173,7 @@ def checked(name: str, phrases: Any) -> tuple[Any, ...]:
         if all(isinstance(p, (list, tuple)) and p and all(is_phrase(q) for q in p) for p in given):
             return tuple(checked(name, p) for p in given)
     raise SelectionError(
-        f"{name}={phrases!r}: give words of the prompt, e.g. ('cat', 'frog'), one list of them per prompt, ('cat', 2) for the "
+        f"{name}={brief(phrases)}: give words of the prompt, e.g. ('cat', 'frog'), one list of them per prompt, ('cat', 2) for the "
         "second occurrence, or (start, stop) ranges of token positions."
     )
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import SelectionError
+from ..errors import SelectionError, brief
 from .phrases import is_phrase
 
 Box = tuple[float, float, float, float]
@@ -32,7 +32,7 @@ def layouts(boxes: Any) -> tuple[Layout, ...]:
     each = list(boxes) if several else [boxes]
     if not each or not all(isinstance(b, Mapping) and b for b in each):
         raise SelectionError(
-            f"boxes={boxes!r}: give phrase -> (x0, y0, x1, y1) in fractions of the image, or one such mapping per prompt."
+            f"boxes={brief(boxes)}: give phrase -> (x0, y0, x1, y1) in fractions of the image, or one such mapping per prompt."
         )
     return tuple(tuple((_phrase(p), _region(p, r)) for p, r in mapping.items()) for mapping in each)
 

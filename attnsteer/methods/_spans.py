@@ -8,27 +8,37 @@ from torch import Tensor
 
 from ..call import AttnCall
 from ..errors import SelectionError, UnsupportedHost
+from ..parameters import parsed, plain
 from ..tokens import Tokens, is_text, token_range
 
 
-def checked_spans(name: str, spans: Any) -> Any:
-    """`spans` as nested tuples, their form validated; strings and ranges are resolved against the batch later."""
+def checked_spans(spans: Any) -> Any:
+    """`spans` as nested tuples, their form validated; strings and ranges are resolved against the batch later.
+
+    Raises:
+        SelectionError: they are of another form.
+    """
+    spans = _tuples(spans)
     if isinstance(spans, str):
         return spans
-    listed = isinstance(spans, (list, tuple)) and len(spans) > 0
+    listed = isinstance(spans, tuple) and len(spans) > 0
     words = listed and all(is_text(s) for s in spans)
-    samples = listed and all(isinstance(s, (list, tuple)) for s in spans)
+    samples = listed and all(isinstance(s, tuple) for s in spans)
     if not words and not samples:
         raise SelectionError(
-            f"{name}(spans={spans!r}): give strings to find in the text (with a tokenizer), or per sample a list of "
-            "(start, stop) token ranges."
+            "give strings to find in the text (with a tokenizer), or per sample a list of (start, stop) token ranges."
         )
     if samples:
         if any(len(s) == 2 and all(isinstance(i, int) for i in s) for s in spans):
-            raise SelectionError(f"{name}(spans={spans!r}): give one list of ranges per sample, e.g. [[(0, 4)]].")
+            raise SelectionError("give one list of ranges per sample, e.g. [[(0, 4)]].")
         for item in (i for s in spans for i in s if not is_text(i)):
             token_range(item)
-    return _tuples(spans)
+    return spans
+
+
+def marked() -> Any:
+    """The field of spans that the user marks."""
+    return parsed(checked_spans, "strings, or per sample a list of (start, stop) token ranges")
 
 
 def check_spans(tokens: Tokens, spans: Any, tokenizer: Any) -> None:
@@ -37,6 +47,7 @@ def check_spans(tokens: Tokens, spans: Any, tokenizer: Any) -> None:
 
 
 def _tuples(value: Any) -> Any:
+    value = plain(value)
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 

@@ -8,18 +8,19 @@ rows, drops the first *hit* instead of the first token, and miscomputes cached d
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..call import AttnCall, Reweight
 from ..errors import SelectionError, UnsupportedHost
-from ..heads import HeadSet
+from ..heads import HeadSet, head_set
 from ..intervention import Intervention
+from ..parameters import choice, integer, number
 
 MODES = ("frozen", "running", "prefill_only")
+EXCLUDED = ("first_token", "first_hit")
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ class ACT(Intervention):
     the rows seen so far. Without a cache every call is a prompt of its own.
     """
 
-    heads: HeadSet | None = None
-    beta: float = 0.4
-    threshold: float | None = None
-    alpha: float | None = None
-    decode: str = "frozen"
-    min_rows: int = 1
-    exclude: str = field(default="first_token", kw_only=True)
+    heads: HeadSet | None = head_set()
+    beta: float = number(0.4, low=0, high=1, per_sample=True)
+    threshold: float | None = number(None, low=0, per_sample=True)
+    alpha: float | None = number(None, low=0, per_sample=True)
+    decode: str = choice("frozen", MODES)
+    min_rows: int = integer(1, low=1)
+    exclude: str = choice("first_token", EXCLUDED, kw_only=True)
 
     kinds = ("self",)
     needs = ("tokens",)
@@ -57,21 +58,11 @@ class ACT(Intervention):
     causal_only = True
 
     def __post_init__(self) -> None:
-        if self.heads is not None:
-            object.__setattr__(self, "heads", HeadSet(self.heads))
+        super().__post_init__()
         if self.threshold is not None and self.alpha is not None:
             raise SelectionError(f"ACT got threshold={self.threshold} and alpha={self.alpha}; give one of the two.")
         if self.threshold is None and self.alpha is None:
             object.__setattr__(self, "threshold", 0.1)
-        tau = self.threshold if self.alpha is None else self.alpha
-        if not 0.0 <= self.beta <= 1.0 or not (math.isfinite(tau) and tau >= 0):
-            raise SelectionError(f"ACT(beta={self.beta}, threshold or alpha={tau}): beta is 0 to 1, the other >= 0.")
-        if self.decode not in MODES:
-            raise SelectionError(f"ACT(decode={self.decode!r}): one of {MODES}.")
-        if self.min_rows < 1 or self.exclude not in ("first_token", "first_hit"):
-            raise SelectionError(
-                f"ACT(min_rows={self.min_rows}, exclude={self.exclude!r}): min_rows >= 1, exclude 'first_token' or 'first_hit'."
-            )
 
     @classmethod
     def released_code(

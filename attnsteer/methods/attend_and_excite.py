@@ -7,26 +7,24 @@ arXiv 2301.13826), algorithm 1; official code yuval-alaluf/Attend-and-Excite at 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import SelectionError
+from ..errors import SelectionError, brief
 from ..maps.phrases import checked, per_prompt
 from ..maps.words_to_image import COMPETE, Maps
-from .bases.latent_loss import LatentLoss, Plan, at
+from ..parameters import Number, choice, flag, integer, number, parsed
+from .bases.latent_loss import LatentLoss, Plan, at, calls
 
 
-def check_softmax(name: str, sharpness: float | None, compete: str | None) -> None:
-    """Validate the token softmax of a method."""
-    if sharpness is not None and not 0 < sharpness < float("inf"):
-        raise SelectionError(
-            f"{name}(sharpness={sharpness}): give a number above 0, or None for the attention as it is."
-        )
-    if compete is not None and compete not in COMPETE:
-        raise SelectionError(f"{name}(compete={compete!r}): one of {COMPETE}, or None.")
+def _thresholds(given: Any) -> dict[int | float, float]:
+    if not isinstance(given, Mapping):
+        raise SelectionError("give {call: attention to reach}, calls by number or as fractions of the loop.")
+    share = Number(low=0, high=1)
+    return {calls(when): share.check("thresholds", brief(when), attention) for when, attention in given.items()}
 
 
 def competing(compete: str | None, maps: Maps) -> str:
@@ -54,23 +52,16 @@ class AttendAndExcite(LatentLoss):
     models are not published.
     """
 
-    words: Any
-    thresholds: Mapping[Any, float] = field(default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8})
-    max_refinements: int = 20
-    sharpness: float | None = field(default=100.0, kw_only=True)
-    compete: str | None = field(default=None, kw_only=True)
-    smooth: bool = field(default=True, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "words", checked("words", self.words))
-        wrong = {k: v for k, v in self.thresholds.items() if isinstance(k, bool) or k < 0 or not 0 <= v <= 1}
-        if wrong or self.max_refinements < 0:
-            raise SelectionError(
-                f"AttendAndExcite(thresholds={dict(self.thresholds)}, max_refinements={self.max_refinements}): calls or "
-                "fractions >= 0 to attention from 0 to 1, and a count."
-            )
-        check_softmax("AttendAndExcite", self.sharpness, self.compete)
+    words: Any = parsed(lambda words: checked("words", words), "words of the prompt, or one list of them per prompt")
+    thresholds: Mapping[Any, float] = parsed(
+        _thresholds,
+        "{number of calls or fraction of the loop: attention from 0 to 1}",
+        default_factory=lambda: {0.0: 0.05, 0.2: 0.5, 0.4: 0.8},
+    )
+    max_refinements: int = integer(20, low=0)
+    sharpness: float | None = number(100.0, above=0, optional=True, kw_only=True)
+    compete: str | None = choice(None, COMPETE, kw_only=True)
+    smooth: bool = flag(True, kw_only=True)
 
     @classmethod
     def released_code(cls, words: Any, **changes: Any) -> AttendAndExcite:

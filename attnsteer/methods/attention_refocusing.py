@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..errors import SelectionError
 from ..maps.regions import cells, layouts, union
-from ..maps.words_to_image import Maps
-from .attend_and_excite import check_softmax, competing
+from ..maps.words_to_image import COMPETE, Maps
+from ..parameters import Number, choice, flag, number, parsed, plain
+from .attend_and_excite import competing
 from .bases.latent_loss import LatentLoss, Plan, at
 
 # (first fraction of the loop, its end, step size, updates at most): the supplement, in its gaps the released code; of 50.
@@ -27,6 +28,22 @@ SCHEDULE = (
 FORMS = ("paper", "released")
 # In the released code weights change at call 15 of 50, and the stop rule at call 10.
 LATE, LATER = 0.2, 0.3
+
+
+def _boxes(given: Any) -> Any:
+    kept = [dict(layout) for layout in layouts(given)]
+    return kept if isinstance(given, (list, tuple)) else kept[0]
+
+
+def _schedule(given: Any) -> tuple[tuple[float, float, float, int], ...]:
+    forms = (Number(low=0, high=1), Number(low=0, high=1), Number(low=0), Number(low=0, whole=True))
+    rows = [plain(row) for row in plain(given)]
+    if not rows or not all(isinstance(row, (list, tuple)) and len(row) == 4 for row in rows):
+        raise SelectionError("give rows of (from, to, step size, updates), 0 <= from < to <= 1.")
+    kept = tuple(tuple(f.check("schedule", "row", v) for f, v in zip(forms, row, strict=True)) for row in rows)
+    if any(row[0] >= row[1] for row in kept):
+        raise SelectionError("give rows of (from, to, step size, updates), 0 <= from < to <= 1.")
+    return kept
 
 
 @dataclass(frozen=True)
@@ -51,16 +68,18 @@ class AttentionRefocusing(LatentLoss):
     renormalised (not from the paper).
     """
 
-    boxes: Any
-    cross: float = field(default=1.0, kw_only=True)
-    own: float = field(default=1.0, kw_only=True)
-    schedule: Sequence[tuple[float, float, float, int]] = field(default=SCHEDULE, kw_only=True)
-    aligned: float = field(default=0.2, kw_only=True)
-    stop_share: float | None = field(default=None, kw_only=True)
-    form: str = field(default="paper", kw_only=True)
-    sharpness: float | None = field(default=100.0, kw_only=True)
-    compete: str | None = field(default=None, kw_only=True)
-    smooth: bool = field(default=True, kw_only=True)
+    boxes: Any = parsed(_boxes, "{phrase: (x0, y0, x1, y1)} in fractions of the image, or one such mapping per prompt")
+    cross: float = number(1.0, low=0, kw_only=True)
+    own: float = number(1.0, low=0, kw_only=True)
+    schedule: Sequence[tuple[float, float, float, int]] = parsed(
+        _schedule, "rows of (from, to, step size, updates)", SCHEDULE, kw_only=True
+    )
+    aligned: float = number(0.2, low=0, kw_only=True)
+    stop_share: float | None = number(None, above=0, high=1, per_sample=True, kw_only=True)
+    form: str = choice("paper", FORMS, kw_only=True)
+    sharpness: float | None = number(100.0, above=0, optional=True, kw_only=True)
+    compete: str | None = choice(None, COMPETE, kw_only=True)
+    smooth: bool = flag(True, kw_only=True)
     step_size: float = field(default=1.0, kw_only=True)
     decay: float = field(default=1.0, kw_only=True)
     until: float = field(default=1.0, kw_only=True)
@@ -70,23 +89,11 @@ class AttentionRefocusing(LatentLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         name = "AttentionRefocusing"
-        found = layouts(self.boxes)
-        kept = tuple(dict(layout) for layout in found)
-        object.__setattr__(self, "boxes", list(kept) if isinstance(self.boxes, (list, tuple)) else kept[0])
-        object.__setattr__(self, "schedule", tuple(tuple(row) for row in self.schedule))
-        if min(self.cross, self.own) < 0 or max(self.cross, self.own) == 0:
+        if max(self.cross, self.own) == 0:
             raise SelectionError(f"{name}(cross={self.cross}, own={self.own}): weights >= 0, not both 0.")
-        if any(len(row) != 4 or not 0 <= row[0] < row[1] <= 1 or row[2] < 0 or row[3] < 0 for row in self.schedule):
-            raise SelectionError(
-                f"{name}(schedule={self.schedule}): rows of (from, to, step size, updates), 0 <= from < to <= 1."
-            )
-        if self.form not in FORMS:
-            raise SelectionError(f"{name}(form={self.form!r}): one of {FORMS}.")
-        if self.form == "released" and any(isinstance(r, Tensor) for layout in found for _, r in layout):
+        regions = (region for layout in layouts(self.boxes) for _, region in layout)
+        if self.form == "released" and any(isinstance(region, Tensor) for region in regions):
             raise SelectionError(f"{name}: the released code knows boxes only; a mask needs the paper's form.")
-        if self.stop_share is not None and not 0 < self.stop_share <= 1:
-            raise SelectionError(f"{name}(stop_share={self.stop_share}): give a share above 0, at most 1, or None.")
-        check_softmax(name, self.sharpness, self.compete)
 
     @classmethod
     def released_code(cls, boxes: Any, **changes: Any) -> AttentionRefocusing:

@@ -6,9 +6,9 @@ Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?" (NeurIPS 2019)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +16,21 @@ from ..call import AttnCall
 from ..errors import SelectionError
 from ..heads import HeadSet
 from ..intervention import Intervention
+from ..parameters import Number, parsed
 from ..where import Where
+
+
+def _gates(given: Any) -> dict[tuple[int, int], float]:
+    if not isinstance(given, Mapping) or not given:
+        raise SelectionError("give {(layer, head): gate} with at least one head.")
+    gates = {}
+    for pair, gate in given.items():
+        # Keys may be of NumPy; `HeadSet` has one form for each head.
+        (head,) = HeadSet([pair])
+        if head in gates:
+            raise SelectionError(f"head {head} has two gates; give one.")
+        gates[head] = Number().check("gate", str(head), gate)
+    return gates
 
 
 @dataclass(frozen=True)
@@ -30,18 +44,9 @@ class HeadGate(Intervention):
         SelectionError: no gate, or a gate that is not a finite number.
     """
 
-    gates: Mapping[tuple[int, int], float]
+    gates: Mapping[tuple[int, int], float] = parsed(_gates, "{(layer, head): finite number}", per_sample=True)
 
     linear = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.gates, Mapping) or not self.gates:
-            raise SelectionError(f"HeadGate({self.gates!r}): give {{(layer, head): gate}} with at least one head.")
-        for pair, gate in self.gates.items():
-            if isinstance(gate, bool) or not isinstance(gate, (int, float)) or not math.isfinite(gate):
-                raise SelectionError(f"HeadGate: the gate of {pair} is {gate!r}; give a finite number.")
-        HeadSet(list(self.gates))
-        object.__setattr__(self, "gates", dict(self.gates))
 
     def selection(self) -> Where:
         return self.where & Where(heads=HeadSet(list(self.gates)))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .softpag import SoftPAG
+from ..parameters import choice
+from .softpag import JOINT, SoftPAG
 
 
 @dataclass(frozen=True)
@@ -22,4 +23,4 @@ class PAG(SoftPAG):
     blocks 10 to 19); `Where(layers=[1])` is one layer.
     """
 
-    joint: str = "ii_identity"
+    joint: str = choice("ii_identity", JOINT)

@@ -6,16 +6,15 @@ QingruZhang/PASTA (pastalib/pasta.py at 56a9138). There several spans penalise e
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..call import AttnCall, Reweight
-from ..errors import SelectionError
-from ..heads import HeadSet
+from ..heads import HeadSet, head_set
 from ..intervention import Intervention
+from ..parameters import choice, number
 from ..tokens import Tokens
-from ._spans import check_prompt, check_spans, checked_spans, span_keys
+from ._spans import check_prompt, check_spans, marked, span_keys
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class PASTA(Intervention):
             ranges counted from the sample's first valid token.
         heads: the heads to steer (`HeadSet` or `{layer: [head, ...]}`); None: all that `where` selects (the paper
             advises against all heads).
-        alpha: factor > 0; 0.01 in the paper, 1 changes nothing.
+        alpha: factor > 0 (the paper avoids 0 too); 0.01 in the paper, 1 changes nothing.
         scale_position: "exclude" as above; "include" is the official code's other mode, whose net effect is
             `exclude` with 1 / alpha.
         tokenizer: for spans that are strings; not saved.
@@ -35,23 +34,14 @@ class PASTA(Intervention):
     Generated tokens keep weight one, at prefill and at every decode step.
     """
 
-    spans: Any
-    heads: HeadSet | None = None
-    alpha: float = 0.01
-    scale_position: str = "exclude"
+    spans: Any = marked()
+    heads: HeadSet | None = head_set()
+    alpha: float = number(0.01, above=0, per_sample=True)
+    scale_position: str = choice("exclude", ("exclude", "include"))
     tokenizer: Any = field(default=None, kw_only=True, repr=False, compare=False, metadata={"save": False})
 
     kinds = ("self",)
     needs = ("tokens",)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "spans", checked_spans("PASTA", self.spans))
-        if self.heads is not None:
-            object.__setattr__(self, "heads", HeadSet(self.heads))
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
-            raise SelectionError(f"PASTA(alpha={self.alpha}): give a finite factor above 0 (the paper avoids 0 too).")
-        if self.scale_position not in ("exclude", "include"):
-            raise SelectionError(f"PASTA(scale_position={self.scale_position!r}): 'exclude' or 'include'.")
 
     def check_tokens(self, tokens: Tokens) -> None:
         check_spans(tokens, self.spans, self.tokenizer)

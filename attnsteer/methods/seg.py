@@ -7,15 +7,16 @@ handles square grids only; the kernel size follows it. The mean-query form for j
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..call import AttnCall
-from ..errors import SelectionError, UnsupportedHost
-from ..heads import HeadSet
+from ..errors import UnsupportedHost
+from ..heads import HeadSet, head_set
+from ..parameters import number
 from .bases.weak_branch import WeakBranch
 from .softpag import image_text, mean_query
 
@@ -36,17 +37,10 @@ class SEG(WeakBranch):
     The blur acts on the queries that the kernel sees, after any query norm and rotary embedding.
     """
 
-    sigma: float = math.inf
-    heads: HeadSet | None = field(default=None, kw_only=True)
+    sigma: float = number(math.inf, above=0, infinite=True, per_sample=True)
+    heads: HeadSet | None = head_set(kw_only=True)
 
     needs = ("segments", "grid")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.heads is not None:
-            object.__setattr__(self, "heads", HeadSet(self.heads))
-        if not self.sigma > 0:
-            raise SelectionError(f"SEG(sigma={self.sigma}): give a number above 0 (math.inf for the mean query).")
 
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.sigma > INFINITE:

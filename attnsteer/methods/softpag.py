@@ -6,15 +6,16 @@ official code cvlab-kaist/HeadHunter at 3828d1c. There the identity of joint att
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .. import kernels
 from ..call import AttnCall
-from ..errors import SelectionError, UnsupportedHost
-from ..heads import HeadSet
+from ..errors import UnsupportedHost
+from ..heads import HeadSet, head_set
+from ..parameters import choice, number
 from .bases.weak_branch import WeakBranch
 
 JOINT = ("joint_identity", "ii_identity", "ii_identity_renorm", "image_rows_identity")
@@ -36,24 +37,12 @@ class SoftPAG(WeakBranch):
             "zero" (head off).
     """
 
-    strength: float = 1.0
-    joint: str = "joint_identity"
-    heads: HeadSet | None = field(default=None, kw_only=True)
-    target: str = field(default="identity", kw_only=True)
+    strength: float = number(1.0, low=0, high=1, per_sample=True)
+    joint: str = choice("joint_identity", JOINT)
+    heads: HeadSet | None = head_set(kw_only=True)
+    target: str = choice("identity", TARGETS, kw_only=True)
 
     linear = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.heads is not None:
-            object.__setattr__(self, "heads", HeadSet(self.heads))
-        if not 0.0 <= self.strength <= 1.0:
-            raise SelectionError(f"{type(self).__name__}(strength={self.strength}): give a number from 0 to 1.")
-        if self.joint not in JOINT or self.target not in TARGETS:
-            raise SelectionError(
-                f"{type(self).__name__}(joint={self.joint!r}, target={self.target!r}): joint is one of {JOINT}, "
-                f"target of {TARGETS}."
-            )
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
         if self.strength == 0.0:

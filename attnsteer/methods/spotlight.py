@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ..call import AttnCall, Reweight
-from ..errors import SelectionError
 from ..intervention import Intervention
+from ..parameters import flag, number
 from ..tokens import Tokens
-from ._spans import check_spans, checked_spans, span_keys
+from ._spans import check_spans, marked, span_keys
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,13 @@ class SpotLight(Intervention):
         tokenizer: for spans that are strings; not saved.
     """
 
-    spans: Any
-    target: float = 0.2
-    pooled: bool = False
+    spans: Any = marked()
+    target: float = number(0.2, low=0, below=1, per_sample=True)
+    pooled: bool = flag(False)
     tokenizer: Any = field(default=None, kw_only=True, repr=False, compare=False, metadata={"save": False})
 
     kinds = ("self",)
     needs = ("tokens",)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "spans", checked_spans("SpotLight", self.spans))
-        if not 0.0 <= self.target < 1.0:
-            raise SelectionError(f"SpotLight(target={self.target}): give a share from 0 up to, not including, 1.")
 
     def check_tokens(self, tokens: Tokens) -> None:
         check_spans(tokens, self.spans, self.tokenizer)

@@ -9,8 +9,8 @@ and keeps the first sample's sinks for later ones (a bug, not offered); see `rel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..call import AttnCall, Reweight
 from ..errors import SelectionError, UnsupportedHost
 from ..intervention import Intervention
+from ..parameters import flag, number, parsed, plain, whole
 from ..site import Site
 from ..tokens import Tokens
 from ..where import Where
@@ -27,6 +28,17 @@ from ._images import check_images, image_tokens
 RMS_EPSILON = 1e-6
 # The official code adds this to each image token's attention before it takes the share.
 SHARE_EPSILON = 1e-6
+
+
+def _dims(given: Any) -> tuple[int, ...]:
+    given = plain(given)
+    listed = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
+    dims = tuple(whole(d) for d in given) if listed else ()
+    if not dims or any(d is None or d < 0 for d in dims):
+        raise SelectionError(
+            "give one or more hidden dimensions, e.g. (1415, 2533); attnsteer.search.find_sink_dims(model, batches) finds them."
+        )
+    return dims
 
 
 @dataclass(frozen=True)
@@ -56,24 +68,15 @@ class VAR(Intervention):
         SelectionError: a value out of range; an unknown backbone without sink_dims; no image in a prompt.
     """
 
-    sink_dims: Sequence[int] | None = None
-    tau: float = 20.0
-    rho: float = 0.5
-    min_image_mass: float = 0.2
-    move_fraction: float = 0.6
-    released: bool = field(default=False, kw_only=True)
+    sink_dims: Sequence[int] | None = parsed(_dims, "hidden dimensions", None)
+    tau: float = number(20.0, above=0)
+    rho: float = number(0.5, low=0, high=1)
+    min_image_mass: float = number(0.2, low=0, high=1)
+    move_fraction: float = number(0.6, low=0, high=1, per_sample=True)
+    released: bool = flag(False, kw_only=True)
 
     kinds = ("self",)
     needs = ("tokens", "images", "residual")
-
-    def __post_init__(self) -> None:
-        if self.sink_dims is not None:
-            object.__setattr__(self, "sink_dims", _dims(self.sink_dims))
-        if not (math.isfinite(self.tau) and self.tau > 0):
-            raise SelectionError(f"VAR(tau={self.tau}): give a finite threshold above 0.")
-        for name in ("rho", "min_image_mass", "move_fraction"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise SelectionError(f"VAR({name}={getattr(self, name)}): give a number from 0 to 1.")
 
     @classmethod
     def released_code(
@@ -174,13 +177,3 @@ def normalised(hidden: Tensor, dims: Sequence[int] | None = None) -> Tensor:
 def _first(mask: Tensor) -> Tensor:
     """Index [B] of the first True of each row; the length where there is none."""
     return torch.where(mask.any(dim=-1), mask.to(torch.int8).argmax(dim=-1), mask.shape[1])
-
-
-def _dims(dims: Iterable[int]) -> tuple[int, ...]:
-    found = tuple(dims) if isinstance(dims, Iterable) and not isinstance(dims, str) else ()
-    if not found or any(isinstance(d, bool) or not isinstance(d, int) or d < 0 for d in found):
-        raise SelectionError(
-            f"VAR(sink_dims={dims!r}): give one or more hidden dimensions, e.g. (1415, 2533); "
-            "attnsteer.search.find_sink_dims(model, batches) finds them."
-        )
-    return found

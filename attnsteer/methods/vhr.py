@@ -8,16 +8,16 @@ and the standard deviation is that of a population (both unverified).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..call import AttnCall
-from ..errors import SelectionError, UnsupportedHost
+from ..errors import UnsupportedHost
 from ..intervention import Intervention
+from ..parameters import choice, flag, integer, number
 from ..site import Site
 from ..tokens import Tokens
 from ..where import Where
@@ -49,24 +49,16 @@ class VHR(Intervention):
         SelectionError: a value out of range; no image in a prompt.
     """
 
-    alpha: float = 2.0
-    rows: str = field(default="all", kw_only=True)
-    last: int = field(default=14, kw_only=True)
-    outliers: bool = field(default=True, kw_only=True)
-    reinforce_both: bool = field(default=True, kw_only=True)
+    alpha: float = number(2.0, per_sample=True)
+    rows: str = choice("all", ROWS, kw_only=True)
+    last: int = integer(14, low=1, kw_only=True)
+    outliers: bool = flag(True, kw_only=True)
+    reinforce_both: bool = flag(True, kw_only=True)
 
     kinds = ("self",)
     needs = ("tokens", "images", "image_free")
     looks_ahead = True
     whole_heads = True
-
-    def __post_init__(self) -> None:
-        if isinstance(self.alpha, bool) or not math.isfinite(self.alpha):
-            raise SelectionError(f"VHR(alpha={self.alpha}): give a finite factor.")
-        if self.rows not in ROWS:
-            raise SelectionError(f"VHR(rows={self.rows!r}): one of {ROWS}.")
-        if self.last < 1:
-            raise SelectionError(f"VHR(last={self.last}): give a number of layers, 1 or more.")
 
     def check_tokens(self, tokens: Tokens) -> None:
         if self.alpha == 1.0:

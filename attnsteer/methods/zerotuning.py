@@ -7,13 +7,12 @@ instead (the paper's fused variant) scales the logit, which is another operation
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ..call import AttnCall, Reweight
-from ..errors import SelectionError
-from ..heads import HeadSet
+from ..heads import HeadSet, head_set
 from ..intervention import Intervention
+from ..parameters import number
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,11 @@ class ZeroTuning(Intervention):
     token in first place; the method then scales that one.
     """
 
-    heads: HeadSet | None = None
-    gamma: float = 1.0
+    heads: HeadSet | None = head_set()
+    gamma: float = number(1.0, above=0, per_sample=True)
 
     kinds = ("self",)
     needs = ("tokens",)
-
-    def __post_init__(self) -> None:
-        if self.heads is not None:
-            object.__setattr__(self, "heads", HeadSet(self.heads))
-        if not (math.isfinite(self.gamma) and self.gamma > 0):
-            raise SelectionError(f"ZeroTuning(gamma={self.gamma}): give a finite factor above 0.")
 
     def weights(self, call: AttnCall) -> Reweight | None:
         if self.gamma == 1.0:

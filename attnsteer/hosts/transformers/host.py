@@ -22,7 +22,7 @@ from .attention_function import attach_module, check_base
 from .config_view import base_name
 from .direct import attach_direct, check_direct
 from .forward import Stack, block_forward
-from .image_tokens import family_of
+from .image_tokens import family_of, takes_images
 from .layers import ImageFree, block_of
 from .outer_calls import OuterCalls, outer_modules
 
@@ -105,6 +105,16 @@ class TransformersHost(Host):
             )
         return found
 
+    def absent(self) -> dict[str, str]:
+        # A model without a head of its own may be the language part of another one, whose images `run.images` tells.
+        if takes_images(self.model) or not _has_head(self.model):
+            return {}
+        why = (
+            f"this {type(self.model).__name__} has no images, as its config names no vision part and no image token. Steer a "
+            "vision-language model, whole."
+        )
+        return {"images": why, "image_free": why}
+
     def check(self, site: Site, bound: Bound) -> None:
         reason = _no_image_keys(self.model) if "images" in bound.method.needs else None
         if reason:
@@ -173,6 +183,12 @@ def _module(target: Any) -> Any:
     if pipeline and isinstance(target, pipeline):
         target = target.model
     return getattr(target, "_orig_mod", target)
+
+
+def _has_head(model: nn.Module) -> bool:
+    """Whether it is a whole language model: one that turns hidden states into scores of tokens."""
+    found = getattr(model, "get_output_embeddings", None)
+    return found is not None and found() is not None
 
 
 def _looks_up_attention(module: nn.Module) -> bool:

@@ -6,18 +6,22 @@ id, so the index of a token is the index of its key. A model type that is not in
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import SelectionError, UnsupportedHost
 
 # Arguments that bring images into a call; `generate` encodes them first and hands on `mm_encoder_outputs`.
 PIXELS = ("pixel_values", "pixel_values_videos", "image_patches")
 ENCODED = "mm_encoder_outputs"
+# How configs and forwards of any vision-language model name what has to do with images.
+_IMAGES = re.compile(r"vision|visual|image|pixel|video", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,29 @@ FAMILIES: dict[str, Family] = {
 def family_of(config: Any) -> Family | None:
     """The row of the table for a model's config, or None."""
     return FAMILIES.get(getattr(config, "model_type", ""))
+
+
+def takes_images(model: nn.Module) -> bool:
+    """Whether anything in a model speaks of images: a config with a vision part or an image token, or an argument for them.
+
+    Names of types that are not in the table are not known, so any mention counts.
+    """
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if family_of(config) is not None or _mentions(vars(config) if hasattr(config, "model_type") else {}):
+            return True
+    return bool(_IMAGES.search(" ".join(inspect.signature(model.forward).parameters)))
+
+
+def _mentions(values: Mapping[str, Any]) -> bool:
+    """Whether a key with a value, at any depth of a config, speaks of images."""
+    for name, value in values.items():
+        if value is None or name.startswith("_"):
+            continue
+        inner = value if isinstance(value, dict) else vars(value) if hasattr(value, "model_type") else {}
+        if _IMAGES.search(name) or _mentions({k: v for k, v in inner.items() if isinstance(k, str)}):
+            return True
+    return False
 
 
 def brings_images(values: Mapping[str, Any]) -> bool:

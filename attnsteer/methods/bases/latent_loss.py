@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +21,7 @@ from ...errors import NotFinite, SelectionError, UnsupportedHost
 from ...intervention import Intervention
 from ...maps.phrases import INCLUDE, Prompt
 from ...maps.words_to_image import Capture, Enough, Maps, MapSite
+from ...parameters import Number, Refused, choice, flag, integer, number, parsed, plain
 from ...site import Site
 from ...where import Where
 
@@ -42,6 +43,20 @@ class Plan:
     target: float = 0.0
     at_once: bool = False
     updates: int = 0
+
+
+def calls(given: Any) -> int | float:
+    """A number of calls (int) or a fraction of the loop (float), checked.
+
+    Raises:
+        SelectionError: it is neither.
+    """
+    given = plain(given)
+    form = Number(low=0, high=1) if isinstance(given, float) else Number(low=0, whole=True)
+    try:
+        return form.convert(given)
+    except Refused:
+        raise SelectionError("give a number of calls, or a fraction from 0.0 to 1.0.") from None
 
 
 @dataclass(frozen=True)
@@ -71,18 +86,18 @@ class LatentLoss(Intervention):
     turns the method off.
     """
 
-    step_size: float = field(default=20.0, kw_only=True)
-    decay: float = field(default=0.5, kw_only=True)
-    until: float = field(default=0.5, kw_only=True)
-    updates: int = field(default=1, kw_only=True)
-    relative: bool = field(default=False, kw_only=True)
-    stop_loss: float | None = field(default=None, kw_only=True)
-    size: int | None = field(default=16, kw_only=True)
-    include: str = field(default="words", kw_only=True)
-    scaled: bool = field(default=True, kw_only=True)
-    blind_calls: bool = field(default=False, kw_only=True)
-    early_stop: bool = field(default=True, kw_only=True)
-    checkpointing: bool = field(default=False, kw_only=True)
+    step_size: float = number(20.0, low=0, per_sample=True, kw_only=True)
+    decay: float = number(0.5, low=0, high=1, kw_only=True)
+    until: float = parsed(calls, "number of calls, or fraction (float) from 0 to 1", 0.5, kw_only=True)
+    updates: int = integer(1, low=1, kw_only=True)
+    relative: bool = flag(False, kw_only=True)
+    stop_loss: float | None = number(None, per_sample=True, kw_only=True)
+    size: int | None = integer(16, low=2, optional=True, kw_only=True)
+    include: str = choice("words", INCLUDE, kw_only=True)
+    scaled: bool = flag(True, kw_only=True)
+    blind_calls: bool = flag(False, kw_only=True)
+    early_stop: bool = flag(True, kw_only=True)
+    checkpointing: bool = flag(False, kw_only=True)
 
     kinds = ("cross", "joint")
     needs = ("segments", "grid", "latent")
@@ -90,21 +105,8 @@ class LatentLoss(Intervention):
     reads: ClassVar[tuple[str, ...]] = ("text",)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = type(self).__name__
-        if not math.isfinite(self.step_size) or self.step_size < 0 or not 0 <= self.decay <= 1:
-            raise SelectionError(
-                f"{name}(step_size={self.step_size}, decay={self.decay}): give a finite step_size >= 0, decay 0 to 1."
-            )
-        if isinstance(self.until, bool) or self.until < 0 or (isinstance(self.until, float) and self.until > 1):
-            raise SelectionError(
-                f"{name}(until={self.until!r}): give a number of calls, or a fraction from 0.0 to 1.0."
-            )
-        if type(self.updates) is not int or self.updates < 1:
-            raise SelectionError(f"{name}(updates={self.updates!r}): give a number of gradient steps, at least 1.")
-        if self.size is not None and (type(self.size) is not int or self.size < 2):
-            raise SelectionError(f"{name}(size={self.size!r}): give the shorter side of a map, 2 or more, or None.")
-        if self.include not in INCLUDE:
-            raise SelectionError(f"{name}(include={self.include!r}): one of {INCLUDE}.")
         if self.where.rows is not None or self.where.branches is not None:
             raise SelectionError(f"{name}: it reads the image rows of the conditional branch; leave out {self.where}.")
 

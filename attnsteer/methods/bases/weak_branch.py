@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ...branches import BranchInputs, Prediction, add_to_rows
 from ...errors import SelectionError, UnsupportedHost
 from ...intervention import Intervention
+from ...parameters import number
 from ...site import Site
 from ...where import Where
 
@@ -28,17 +28,14 @@ class WeakBranch(Intervention):
             0 keeps s constant.
     """
 
-    scale: float = 3.0
-    adaptive: float = field(default=0.0, kw_only=True)
+    scale: float = number(3.0, per_sample=True)
+    adaptive: float = number(0.0, low=0, kw_only=True)
 
     kinds = ("self", "joint")
     needs = ("segments",)
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or not math.isfinite(self.adaptive) or self.adaptive < 0:
-            raise SelectionError(
-                f"{type(self).__name__}(scale={self.scale}, adaptive={self.adaptive}): give finite numbers, adaptive >= 0."
-            )
+        super().__post_init__()
         if self.where.branches is not None and "cond" not in self.where.branches:
             raise SelectionError(
                 f"{type(self).__name__}: the weak branch is made of the conditional rows; Where(branches=...) cannot leave "
