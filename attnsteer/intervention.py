@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .errors import SelectionError, SerializationError, did_you_mean
 from .heads import HeadSet
 from .parameters import Named, check_fields, parsed
+from .registry import base_of, get_method, registered_name
 from .where import Where
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def _where(value: Any) -> Where:
     return value
 
 
+@base_of("methods")
 @dataclass(frozen=True)
 class Intervention(Named):
     """Base of all methods: a frozen dataclass of hyper-parameters and a `where`.
@@ -121,7 +123,6 @@ class Intervention(Named):
             UnknownName: the class is not registered, so that it could not be found again.
             SerializationError: a value has no form in JSON, or there are two different head sets.
         """
-        from .registry import registered_name
         from .versions import library_versions
 
         directory = Path(directory)
@@ -162,7 +163,6 @@ class Intervention(Named):
             SerializationError: missing or broken files, unknown fields, a newer schema, another class.
             UnknownName: a method that is not registered here.
         """
-        from .registry import get_method
 
         directory = _directory(source, revision)
         record = _read_record(directory / RECORD)

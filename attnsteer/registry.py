@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any
 
 from .errors import RegistrationError, UnknownName, did_you_mean
 
-# "module:Class" strings, so that asking for the list imports nothing.
-_METHODS: dict[str, str | type] = {
-    "ACT": "attnsteer.methods.act:ACT",
-    "AttendAndExcite": "attnsteer.methods.attend_and_excite:AttendAndExcite",
-    "AttentionRefocusing": "attnsteer.methods.attention_refocusing:AttentionRefocusing",
-    "HeadGate": "attnsteer.methods.headgate:HeadGate",
-    "PAG": "attnsteer.methods.pag:PAG",
-    "PASTA": "attnsteer.methods.pasta:PASTA",
-    "SEG": "attnsteer.methods.seg:SEG",
-    "SoftPAG": "attnsteer.methods.softpag:SoftPAG",
-    "SpotLight": "attnsteer.methods.spotlight:SpotLight",
-    "VAR": "attnsteer.methods.var:VAR",
-    "VHR": "attnsteer.methods.vhr:VHR",
-    "ZeroTuning": "attnsteer.methods.zerotuning:ZeroTuning",
-}
-# Asked in this order; the generic host takes any module, so it comes last.
+# "module:Class" strings, so that asking for the list imports nothing. A built-in method stands in its file under
+# `@register_method`, and is found by reading the files.
+_METHODS: dict[str, str | type] = {}
+# Asked in this order; the sdpa host takes any module, so it comes last.
 _HOSTS: dict[str, str | type] = {
     "diffusers": "attnsteer.hosts.diffusers.host:DiffusersHost",
     "transformers": "attnsteer.hosts.transformers.host:TransformersHost",
     "generic": "attnsteer.hosts.sdpa.host:GenericHost",
 }
+_DECORATED = re.compile(r"^@register_method\n(?:@.*\n)*class (\w+)", re.MULTILINE)
+# What the classes of a group derive from, once its module is loaded: a class that derives from it has loaded it.
+_BASES: dict[str, type] = {}
 _GROUPS = {"methods": "attnsteer.methods", "hosts": "attnsteer.hosts"}
 
 
@@ -53,18 +47,39 @@ def _load(table: dict[str, str | type], name: str, group: str) -> type:
     return entry
 
 
+def base_of(group: str) -> Any:
+    """Class decorator: what the classes of "methods" or "hosts" derive from."""
+
+    def note(cls: type) -> type:
+        _BASES[group] = cls
+        return cls
+
+    return note
+
+
 def _checked(found: Any, group: str) -> type:
     """`found`, if it is a class of the kind that the group holds."""
-    if group == "methods":
-        from .intervention import Intervention as base
-    else:
-        from .hosts.base import Host as base
-    if not (isinstance(found, type) and issubclass(found, base)):
-        raise RegistrationError(f"{found!r} is not a subclass of {base.__name__}, so it cannot be one of the {group}.")
+    base = _BASES.get(group)
+    if base is None or not (isinstance(found, type) and issubclass(found, base)):
+        name = {"methods": "Intervention", "hosts": "Host"}[group]
+        raise RegistrationError(f"{found!r} is not a subclass of {name}, so it cannot be one of the {group}.")
     return found
 
 
+@functools.cache
+def built_in_methods() -> dict[str, str]:
+    """Name -> "module:Class" of the methods that come with the library, from the text of their files."""
+    found = {}
+    for path in sorted((Path(__file__).parent / "methods").glob("*.py")):
+        for name in _DECORATED.findall(path.read_text(encoding="utf-8")):
+            found[name] = f"{__package__}.methods.{path.stem}:{name}"
+    return dict(sorted(found.items()))
+
+
 def _with_plugins(table: dict[str, str | type], group: str) -> dict[str, str | type]:
+    if group == "methods":
+        for name, entry in built_in_methods().items():
+            table.setdefault(name, entry)
     known = _PLUGINS[group]
     for point in entry_points(group=_GROUPS[group]):
         old = table.get(point.name)

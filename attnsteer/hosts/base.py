@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..registry import base_of
 from ..site import Site
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from ..undo import Journal
 
 
+@base_of("hosts")
 class Host:
     """Base of all hosts.
 

@@ -18,11 +18,13 @@ from ..errors import SelectionError, UnsupportedHost
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
 from ..parameters import choice, integer, number
+from ..registry import register_method
 
 MODES = ("frozen", "running", "prefill_only")
 EXCLUDED = ("first_token", "first_hit")
 
 
+@register_method
 @dataclass(frozen=True)
 class ACT(Intervention):
     """Attention calibration of hidden sinks.

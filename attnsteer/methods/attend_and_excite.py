@@ -17,6 +17,7 @@ from ..errors import SelectionError, brief
 from ..maps.phrases import checked, per_prompt
 from ..maps.words_to_image import COMPETE, Maps
 from ..parameters import Number, choice, flag, integer, number, parsed
+from ..registry import register_method
 from .bases.latent_loss import LatentLoss, Plan, at, calls
 
 
@@ -34,6 +35,7 @@ def competing(compete: str | None, maps: Maps) -> str:
     return "prompt" if any(m.site.kind == "joint" for m in maps.sites) else "inner"
 
 
+@register_method
 @dataclass(frozen=True)
 class AttendAndExcite(LatentLoss):
     """L = max over the words of max(0, 1 - max over the image of A_word), with A blurred and sharpened over tokens.

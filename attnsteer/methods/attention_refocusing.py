@@ -17,6 +17,7 @@ from ..errors import SelectionError
 from ..maps.regions import cells, layouts, union
 from ..maps.words_to_image import COMPETE, Maps
 from ..parameters import Number, choice, flag, number, parsed, plain
+from ..registry import register_method
 from .attend_and_excite import competing
 from .bases.latent_loss import LatentLoss, Plan, at
 
@@ -46,6 +47,7 @@ def _schedule(given: Any) -> tuple[tuple[float, float, float, int], ...]:
     return kept
 
 
+@register_method
 @dataclass(frozen=True)
 class AttentionRefocusing(LatentLoss):
     """L = CAR + SAR. CAR: mean over words of (1 - max of A inside the box) + max of A outside; SAR: mean over words of the

@@ -17,6 +17,7 @@ from ..errors import SelectionError
 from ..heads import HeadSet
 from ..intervention import Intervention
 from ..parameters import Number, parsed
+from ..registry import register_method
 from ..where import Where
 
 
@@ -33,6 +34,7 @@ def _gates(given: Any) -> dict[tuple[int, int], float]:
     return gates
 
 
+@register_method
 @dataclass(frozen=True)
 class HeadGate(Intervention):
     """Scale head outputs: o_h <- gate_h * o_h.

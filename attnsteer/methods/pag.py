@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..parameters import choice
+from ..registry import register_method
 from .softpag import JOINT, SoftPAG
 
 
+@register_method
 @dataclass(frozen=True)
 class PAG(SoftPAG):
     """Perturbed-attention guidance: O' = V in the selected self-attention, in the weak branch only.

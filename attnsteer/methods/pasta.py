@@ -13,10 +13,12 @@ from ..call import AttnCall, Reweight
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
 from ..parameters import choice, number
+from ..registry import register_method
 from ..tokens import Tokens
 from ._spans import check_prompt, check_spans, marked, span_keys
 
 
+@register_method
 @dataclass(frozen=True)
 class PASTA(Intervention):
     """A'_ij = alpha A_ij / C_i for prompt tokens that are not highlighted, A_ij / C_i for all others.

@@ -17,6 +17,7 @@ from ..call import AttnCall
 from ..errors import UnsupportedHost
 from ..heads import HeadSet, head_set
 from ..parameters import number
+from ..registry import register_method
 from .bases.weak_branch import WeakBranch
 from .softpag import image_text, mean_query
 
@@ -24,6 +25,7 @@ from .softpag import image_text, mean_query
 INFINITE = 9999.0
 
 
+@register_method
 @dataclass(frozen=True)
 class SEG(WeakBranch):
     """Smoothed energy guidance: Q <- blur2d(Q) for image rows, in the weak branch only.

@@ -16,12 +16,14 @@ from ..call import AttnCall
 from ..errors import UnsupportedHost
 from ..heads import HeadSet, head_set
 from ..parameters import choice, number
+from ..registry import register_method
 from .bases.weak_branch import WeakBranch
 
 JOINT = ("joint_identity", "ii_identity", "ii_identity_renorm", "image_rows_identity")
 TARGETS = ("identity", "uniform", "mean_query", "zero")
 
 
+@register_method
 @dataclass(frozen=True)
 class SoftPAG(WeakBranch):
     """Weak branch with A <- (1 - u) A + u I in the chosen heads, that is O' = (1 - u) O + u V.

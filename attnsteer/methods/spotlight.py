@@ -14,10 +14,12 @@ import torch
 from ..call import AttnCall, Reweight
 from ..intervention import Intervention
 from ..parameters import flag, number
+from ..registry import register_method
 from ..tokens import Tokens
 from ._spans import check_spans, marked, span_keys
 
 
+@register_method
 @dataclass(frozen=True)
 class SpotLight(Intervention):
     """Where the share psi of a row on the spans is below the target t, add log(t / psi) to their scores.

@@ -20,6 +20,7 @@ from ..call import AttnCall, Reweight
 from ..errors import SelectionError, UnsupportedHost
 from ..intervention import Intervention
 from ..parameters import flag, number, parsed, plain, whole
+from ..registry import register_method
 from ..site import Site
 from ..tokens import Tokens
 from ..where import Where
@@ -41,6 +42,7 @@ def _dims(given: Any) -> tuple[int, ...]:
     return dims
 
 
+@register_method
 @dataclass(frozen=True)
 class VAR(Intervention):
     """Visual attention redistribution in image-centric heads, for the text rows after an image.

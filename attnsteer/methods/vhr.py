@@ -18,6 +18,7 @@ from ..call import AttnCall
 from ..errors import UnsupportedHost
 from ..intervention import Intervention
 from ..parameters import choice, flag, integer, number
+from ..registry import register_method
 from ..site import Site
 from ..tokens import Tokens
 from ..where import Where
@@ -26,6 +27,7 @@ from ._images import check_images, image_tokens
 ROWS = ("all", "last")
 
 
+@register_method
 @dataclass(frozen=True)
 class VHR(Intervention):
     """Vision-aware head reinforcement: o_h <- alpha o_h for the heads whose divergence is above the layer's median.

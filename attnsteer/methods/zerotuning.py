@@ -13,8 +13,10 @@ from ..call import AttnCall, Reweight
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
 from ..parameters import number
+from ..registry import register_method
 
 
+@register_method
 @dataclass(frozen=True)
 class ZeroTuning(Intervention):
     """A'_i0 = gamma A_i0 / D_i and A'_ij = A_ij / D_i with D_i = 1 + (gamma - 1) A_i0.
