@@ -43,13 +43,24 @@ def _tuples(value: Any) -> Any:
 
 def span_keys(call: AttnCall, spans: Any, tokenizer: Any) -> Tensor:
     """The marked tokens as a key set [B, 1, m] of this call."""
+    return call.span_keys(_found(call, spans, tokenizer))
+
+
+def span_counts(call: AttnCall, spans: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """(in how many spans each key is [B, 1, m], spans of each sample [B, 1, 1]), int64."""
+    found = _found(call, spans, tokenizer)
+    every = [call.span_keys([ranges[i : i + 1] for ranges in found]) for i in range(max(map(len, found)))]
+    total = torch.tensor([len(ranges) for ranges in found], device=call.key_position.device)
+    return torch.stack(every).sum(dim=0), total[:, None, None]
+
+
+def _found(call: AttnCall, spans: Any, tokenizer: Any) -> list[list[tuple[int, int]]]:
     tokens = call.context.get("tokens")
     if tokens is None:
         raise UnsupportedHost(
             f"{call.site.path} ran outside its model's forward, so tokens and padding are not known; call the model itself."
         )
-    found = tokens.spans(spans, tokenizer)
-    return call.span_keys(found)
+    return tokens.spans(spans, tokenizer)
 
 
 def prompt_length(call: AttnCall) -> int:
