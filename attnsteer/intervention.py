@@ -55,6 +55,7 @@ class Intervention(Named):
         follows_crop: whether the state stays right when the cache is cut back behind the prompt.
         linear: whether the method only edits values and outputs, so that linear attention can take it.
         observes: whether it only reads, so that changing nothing is no error.
+        may_rest: whether its own rule leaves some inputs alone, so that changing nothing is a warning instead of an error.
         whole_heads: its statistics run over all of its heads at a site, so another method must not divide them.
     """
 
@@ -68,6 +69,7 @@ class Intervention(Named):
     follows_crop: ClassVar[bool] = True
     whole_heads: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    may_rest: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -163,7 +163,7 @@ class Steering:
         """
         attached = self in _LIVE
         self._detach()
-        silent = self._silent() if attached else ""
+        silent = self._silent(resting=True) if attached else ""
         if silent:
             warnings.warn(silent, NothingChanged, stacklevel=2)
 
@@ -185,9 +185,12 @@ class Steering:
         silent = self._silent()
         if silent:
             raise NeverFired(silent)
+        resting = self._silent(resting=True)
+        if resting:
+            warnings.warn(resting, NothingChanged, stacklevel=3)
 
-    def _silent(self) -> str:
-        """What to say of the interventions that changed nothing, or ""."""
+    def _silent(self, resting: bool = False) -> str:
+        """What to say of the interventions that changed nothing, or ""; `resting`: those that may are among them."""
         if self.control:
             return ""
         unseen, idle = [], []
@@ -195,7 +198,9 @@ class Steering:
             name = self.audit.names[bound.index]
             if not self.audit.saw(bound.index):
                 unseen.append(name)
-            elif not bound.method.observes and not self.audit.fired(bound.index):
+            elif bound.method.observes or (bound.method.may_rest and not resting):
+                continue
+            elif not self.audit.fired(bound.index):
                 idle.append(name)
         said = []
         if unseen:

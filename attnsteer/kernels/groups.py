@@ -17,6 +17,9 @@ FUSED_SLICE = 256
 HOLES = 8
 # but for the rows that have less than this part of the span's mass outside of the holes: a difference would lose digits.
 LEFT = 0.1
+# A mass outside a set below this is summed over the other keys instead of subtracted: in fp32 a mass is off by 2^-24 times
+# the scores, which reach the hundreds; that of a half-precision kernel by up to 1e-4, then a unit in the last place at most.
+NEAR = {torch.float16: 0.05, torch.bfloat16: 0.05, torch.float32: 0.3, torch.float64: 0.05}
 # Up to this many scores a head costs less than the call that computes it.
 SHORT = 1 << 16
 
@@ -88,8 +91,7 @@ def leftover(att: Attention, lse: Tensor, keys: Tensor, inside: Tensor) -> Tenso
         keys: [B or 1, H or 1, m] bool. inside: their mass, as `mass` returns it.
     """
     outside = (att.visible_total(lse) - inside).clamp_min(0.0)
-    # A mass of a half-precision kernel is off by up to 1e-4, which is then at most a unit in the last place.
-    close = (outside < 0.05) & ~torch.isneginf(lse)
+    close = (outside < NEAR[att.q.dtype]) & ~torch.isneginf(lse)
     if bool(close.any()):
         outside = outside.clone()
         for b, h, at, _, mass in complement(att, lse, keys, close):

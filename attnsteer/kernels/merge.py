@@ -11,8 +11,8 @@ from .groups import complement
 from .problem import Attention
 
 # How much a subtraction may magnify rounding before the row takes a pass over the other keys instead: the output of a
-# half-precision kernel carries about 2^-9, the masses of an fp32 one about 2^-20.
-LIMIT = {torch.float16: 4.0, torch.bfloat16: 4.0, torch.float32: 8.0, torch.float64: 1e3}
+# half-precision kernel carries about 2^-9; the masses of an fp32 one 2^-24 times the scores, which reach the hundreds.
+LIMIT = {torch.float16: 4.0, torch.bfloat16: 4.0, torch.float32: 2.0, torch.float64: 32.0}
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -71,10 +71,12 @@ def reweight(
         B, H, n, m = att.shape
         union = torch.stack([keys.expand(B, H, m) for keys, _, _, _ in groups]).any(dim=0)
         for b, h, at, o, m_rest in complement(att, lse, union, risky):
-            weight = rest[b, h, at] * m_rest
+            # The masses come from passes that round their scores differently, so that they need not add up to one.
+            scale = 1.0 / (m_rest + sum(mass[b, h, at] for _, _, mass, _ in groups)) if att.sinks is None else 1.0
+            weight = scale * rest[b, h, at] * m_rest
             edited, norm = weight[:, None] * o.to(dtype), sink[b, h, at] + weight
             for _, w, mass, u in groups:
-                w = torch.as_tensor(w, dtype=dtype, device=out.device).expand(B, H, n)[b, h, at]
+                w = scale * torch.as_tensor(w, dtype=dtype, device=out.device).expand(B, H, n)[b, h, at]
                 edited, norm = edited + w[:, None] * u[b, h, at], norm + w * mass[b, h, at]
             if normalise:
                 # Where no weight is left at all, `new` holds the unedited output.

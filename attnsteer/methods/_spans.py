@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..call import AttnCall
@@ -54,6 +55,14 @@ def _tuples(value: Any) -> Any:
 def span_keys(call: AttnCall, spans: Any, tokenizer: Any) -> Tensor:
     """The marked tokens as a key set [B, 1, m] of this call."""
     return call.span_keys(call.tokens.spans(spans, tokenizer))
+
+
+def span_counts(call: AttnCall, spans: Any, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """(in how many spans each key is [B, 1, m], spans of each sample [B, 1, 1]), int64."""
+    found = call.tokens.spans(spans, tokenizer)
+    every = [call.span_keys([ranges[i : i + 1] for ranges in found]) for i in range(max(map(len, found)))]
+    total = torch.tensor([len(ranges) for ranges in found], device=call.key_position.device)
+    return torch.stack(every).sum(dim=0), total[:, None, None]
 
 
 def check_prompt(call: AttnCall) -> None:

@@ -8,6 +8,7 @@ rows, drops the first *hit* instead of the first token, and miscomputes cached d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,13 @@ from ..heads import HeadSet, head_set
 from ..intervention import Intervention
 from ..parameters import choice, integer, number
 from ..registry import register_method
+from ..site import Site
+from ..where import Where
 
 MODES = ("frozen", "running", "prefill_only")
 EXCLUDED = ("first_token", "first_hit")
+# `signal in range(2, 31)`: where the official evaluation asks its list of heads.
+OFFICIAL_LAYERS = range(2, 31)
 
 
 @register_method
@@ -40,10 +45,11 @@ class ACT(Intervention):
         decode: what happens to tokens after the prompt: "frozen" keeps the prompt's sinks, "running" moves the
             means with each new row, "prefill_only" edits nothing (all published numbers).
         min_rows: a column needs this many rows behind its mean. exclude: "first_token", or "first_hit" as in
-            the official code.
+            the official code; then, without heads and `where`, its layers as well (see `released_code`).
 
     The statistics look ahead: a later prompt token can move an earlier row. In a chunked prefill each chunk uses
-    the rows seen so far. Without a cache every call is a prompt of its own.
+    the rows seen so far. Without a cache every call is a prompt of its own. A row whose mass lies on sinks alone has nothing
+    that could grow and stays as it is (NaN in the official code).
     """
 
     heads: HeadSet | None = head_set()
@@ -70,8 +76,24 @@ class ACT(Intervention):
     def released_code(
         cls, heads: HeadSet | None = None, beta: float = 0.4, threshold: float = 0.1, **other: object
     ) -> ACT:
-        """The official function on a square prefill map: the first hit is spared, and decoding is not edited."""
+        """The official function on a square prefill map: the first hit is spared, and decoding is not edited.
+
+        Without heads it acts on layers 2 to 30 of those that exist, the range of the official loop on 32 layers (scripts
+        for other models say 2 to 31); heads are taken as given, in any layer, as by the official calibration function.
+        """
         return cls(heads, beta, threshold, decode="prefill_only", exclude="first_hit", **other)
+
+    def default_where(self, sites: Sequence[Site]) -> Where | None:
+        if self.exclude != "first_hit":
+            return None
+        layers = sorted({s.layer for s in sites if s.modality == "text" and s.kind == "self"})
+        kept = [layer for layer in layers if layer in OFFICIAL_LAYERS]
+        if not kept:
+            raise SelectionError(
+                f"ACT(exclude='first_hit') acts on layers {OFFICIAL_LAYERS[0]} to {OFFICIAL_LAYERS[-1]} as the official code "
+                f"does; the model has layers {layers}. Name heads, or layers with where=Where(layers=...)."
+            )
+        return Where(layers=kept, kinds="self")
 
     @property
     def follows_crop(self) -> bool:  # type: ignore[override]
@@ -85,13 +107,16 @@ class ACT(Intervention):
         if not bool(sinks.any()):
             return None
         mass, outside = call.map.mass(sinks), call.map.outside(sinks)
-        # Where nothing else is attended to, no row that sums to one has less on the sinks.
+        # Where nothing else is seen there is nothing to hand the freed mass to: 0 / 0, NaN in the official code.
         edit = outside > 0
+        rest = 1.0 + (1.0 - self.beta) * mass / outside.masked_fill(~edit, 1.0)
+        # A mass outside that is subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
+        edit = edit & rest.isfinite()
         if call.mixed and self.decode == "prefill_only":
             edit = edit & ~call.generates[:, None]
         one = torch.ones_like(mass)
-        rest = torch.where(edit, 1.0 + (1.0 - self.beta) * mass / outside.masked_fill(~edit, 1.0), one)
-        return Reweight(((sinks, torch.where(edit, self.beta * one, one)),), rest, normalise=False)
+        keep = torch.where(edit, self.beta * one, one)
+        return Reweight(((sinks, keep),), torch.where(edit, rest, one), normalise=False)
 
     def _sinks(self, call: AttnCall) -> Tensor:
         """S as a key set [B, H, m] of this call."""

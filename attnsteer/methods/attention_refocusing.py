@@ -99,8 +99,12 @@ class AttentionRefocusing(LatentLoss):
 
     @classmethod
     def released_code(cls, boxes: Any, **changes: Any) -> AttentionRefocusing:
-        """The released terms, without the one on GLIGEN's grounding tokens: thresholds, leakage between objects, row-wise SAR."""
-        return cls(boxes, **{"form": "released", "scaled": False, "blind_calls": True, **changes})
+        """The released terms, without the one on GLIGEN's grounding tokens: thresholds, leakage between objects, row-wise SAR.
+
+        The authors' sampler (PLMS) optimises once per step: not for the second prediction of the first step, at the latent
+        that this step would lead to.
+        """
+        return cls(boxes, **{"form": "released", "scaled": False, **changes})
 
     @property
     def reads(self) -> tuple[str, ...]:

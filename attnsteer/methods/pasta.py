@@ -1,7 +1,9 @@
 """PASTA: scales down, in chosen heads, the attention to all prompt tokens that the user did not highlight.
 
 Zhang et al., "Tell Your Model Where to Attend" (ICLR 2024, arXiv 2311.02262), section 3; official code
-QingruZhang/PASTA (pastalib/pasta.py at 56a9138). There several spans penalise each other; here they are one set.
+QingruZhang/PASTA (pastalib/pasta.py at 56a9138). There several spans penalise each other; here they are one set, unless
+`released_code` asks for the former. Its span finder takes the token before a span as well where that token ends at the span's
+first character (the special token before the text counts as such); give the ranges to do the same.
 """
 
 from __future__ import annotations
@@ -9,13 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..call import AttnCall, Reweight
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
-from ..parameters import choice, number
+from ..parameters import choice, flag, number
 from ..registry import register_method
 from ..tokens import Tokens
-from ._spans import check_prompt, check_spans, marked, span_keys
+from ._spans import check_prompt, check_spans, marked, span_counts, span_keys
 
 
 @register_method
@@ -31,6 +36,8 @@ class PASTA(Intervention):
         alpha: factor > 0 (the paper avoids 0 too); 0.01 in the paper, 1 changes nothing.
         scale_position: "exclude" as above; "include" is the official code's other mode, whose net effect is
             `exclude` with 1 / alpha.
+        released: several spans as in the official code: with "exclude" a prompt token gets alpha once for each span that it
+            is not in, with "include" alpha for each that it is in and 1 / alpha for all. One span is the same either way.
         tokenizer: for spans that are strings; not saved.
 
     Generated tokens keep weight one, at prefill and at every decode step.
@@ -40,19 +47,42 @@ class PASTA(Intervention):
     heads: HeadSet | None = head_set()
     alpha: float = number(0.01, above=0, per_sample=True)
     scale_position: str = choice("exclude", ("exclude", "include"))
+    released: bool = flag(False, kw_only=True)
     tokenizer: Any = field(default=None, kw_only=True, repr=False, compare=False, metadata={"save": False})
 
     kinds = ("self",)
     needs = ("tokens",)
 
+    @classmethod
+    def released_code(
+        cls,
+        spans: Any,
+        heads: HeadSet | None = None,
+        alpha: float = 0.01,
+        scale_position: str = "exclude",
+        **other: Any,
+    ) -> PASTA:
+        """What pastalib computes: several spans penalise each other."""
+        return cls(spans, heads, alpha, scale_position, released=True, **other)
+
     def check_tokens(self, tokens: Tokens) -> None:
         check_spans(tokens, self.spans, self.tokenizer)
 
     def weights(self, call: AttnCall) -> Reweight | None:
-        highlighted = span_keys(call, self.spans, self.tokenizer)
         check_prompt(call)
         generated = call.keys.generated[:, None]
         alpha = self.alpha if self.scale_position == "exclude" else 1.0 / self.alpha
         if alpha == 1.0:
             return None
-        return Reweight(((highlighted | generated, 1.0),), alpha)
+        if self.released:
+            return self._each_span(call, generated)
+        return Reweight(((span_keys(call, self.spans, self.tokenizer) | generated, 1.0),), alpha)
+
+    def _each_span(self, call: AttnCall, generated: Tensor) -> Reweight:
+        """Keys by the number of spans that they are in."""
+        inside, spans = span_counts(call, self.spans, self.tokenizer)
+        inside = inside.masked_fill(generated, 0)
+        power = (lambda k: spans - k) if self.scale_position == "exclude" else (lambda k: torch.full_like(spans, k - 1))
+        weight = lambda k: (self.alpha ** power(k).double()).to(call.map.att.stat_dtype)  # noqa: E731
+        groups = [(inside == k, weight(k)) for k in range(1, int(inside.max()) + 1)]
+        return Reweight(((generated.expand_as(inside), 1.0), *groups), weight(0))

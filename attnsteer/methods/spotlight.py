@@ -1,7 +1,8 @@
 """SpotLight: lifts a row's attention on user spans towards a target share when it is below it.
 
 Venkateswaran, Contractor, "SpotLight Your Instructions" (EACL 2026, arXiv 2505.12025). The authors' toolkit
-(AgentToolkit/agent-lifecycle-toolkit) pools one share per sample over all heads and rows: `pooled=True`.
+(AgentToolkit/agent-lifecycle-toolkit at 8f0ab75) pools one share per sample over all heads and rows: `released_code`. Its span
+finder takes the token before a span as well where that token ends at the span's first character; give the ranges to do the same.
 """
 
 from __future__ import annotations
@@ -41,6 +42,14 @@ class SpotLight(Intervention):
 
     kinds = ("self",)
     needs = ("tokens",)
+
+    @classmethod
+    def released_code(cls, spans: Any, target: float = 0.2, **other: Any) -> SpotLight:
+        """The authors' toolkit: one share per sample and layer, over all heads and valid rows of the call.
+
+        Left out are its faults: 1e-10 on every weight, future keys included, and NaN where no row sees a span.
+        """
+        return cls(spans, target, pooled=True, **other)
 
     def check_tokens(self, tokens: Tokens) -> None:
         check_spans(tokens, self.spans, self.tokenizer)

@@ -79,6 +79,8 @@ class VAR(Intervention):
 
     kinds = ("self",)
     needs = ("tokens", "images", "residual")
+    # A prompt without sinks, or without visual sinks in the official code, is left alone.
+    may_rest = True
 
     @classmethod
     def released_code(
@@ -94,7 +96,12 @@ class VAR(Intervention):
     def default_where(self, sites: Sequence[Site]) -> Where | None:
         layers = sorted({s.layer for s in sites if s.modality == "text" and s.kind == "self"})
         kept = layers[2:] if self.released else layers[:-1]
-        return Where(layers=kept, kinds="self") if kept else None
+        if not kept:
+            raise SelectionError(
+                f"VAR acts on {'the third layer and those after it' if self.released else 'all layers but the last'}; the model "
+                f"has layers {layers}. Name some with where=Where(layers=...)."
+            )
+        return Where(layers=kept, kinds="self")
 
     def prepared(self, target: Any) -> VAR:
         if self.sink_dims is not None:
@@ -177,5 +184,5 @@ def normalised(hidden: Tensor, dims: Sequence[int] | None = None) -> Tensor:
 
 
 def _first(mask: Tensor) -> Tensor:
-    """Index [B] of the first True of each row; the length where there is none."""
-    return torch.where(mask.any(dim=-1), mask.to(torch.int8).argmax(dim=-1), mask.shape[1])
+    """Index [B] of the first True of each row; where there is none, an index behind all that will come."""
+    return torch.where(mask.any(dim=-1), mask.to(torch.int8).argmax(dim=-1), torch.iinfo(torch.int64).max)

@@ -126,6 +126,7 @@ def test_var_released_code(layout: str) -> None:
     setup = Setup("llava", layout)
     check_forward(setup, lambda dense: setup.var(dense, released=True))
     assert setup.counts["edited"] > 0 and setup.counts["left"] > 0
+    check_generation(setup, lambda dense: setup.var(dense, released=True), {}, {})
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

@@ -192,6 +192,59 @@ def test_equal_to_a_hand_written_loop_on_a_pipeline(form: str) -> None:
     assert far(ours, expected) < EXACT and far(plain, expected) > 1e-2
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_released_code_on_the_authors_sampler(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PLMS (PNDM here): a call more than steps, of which the second is not optimised."""
+    pipe, call = double("sd", "pndm"), call_of("sd", batch=batch, steps=5)
+    for name in ("alphas_cumprod", "final_alpha_cumprod"):
+        # Its coefficients are fp32 numbers otherwise.
+        monkeypatch.setattr(pipe.scheduler, name, getattr(pipe.scheduler, name).double())
+    layouts = [{(2, 3): (0.0, 0.0, 0.5, 0.5)}, {(4, 5): (0.25, 0.5, 1.0, 1.0), (1, 2): (0.0, 0.0, 0.5, 0.5)}][:batch]
+    layers, grid, text = cross_layers(pipe, 16), (16, 16), call["prompt_embeds"].shape[1]
+    own = [name.replace("attn2", "attn1") for name in layers]
+
+    def loss(b: int, predict: Callable[[Tensor], Tensor], x: Tensor, i: int) -> tuple[Tensor, float]:
+        with slow.recorded(pipe.unet, [*layers, *own]) as maps:
+            predict(x)
+        words = [[start] for start, _ in layouts[b]]
+        A = slow.word_maps(slow.cross_map([maps[n] for n in layers], grid), words, range(1, text - 1))
+        boxes = [[slow.truncated(box, grid)] for box in layouts[b].values()]
+        # The weights of CAR change at step 15 of 50; step i is call i + 1 of 6 but for the first.
+        car, least = slow.car_released(A, boxes, 50 * (i + 1) // 6 if i else 0)
+        return car + slow.sar_released([maps[n][0] for n in own], boxes, grid), least
+
+    sizes = {0: 4.0, 1: 3.0, 3: 2.0}
+
+    def rule(z: Tensor, one: slow.Loss, i: int, n: int, b: int) -> Tensor:
+        for _ in range(2 if i in sizes else 0):
+            z, value, least = slow.step(z, one, sizes[i])
+            if (i < 1 and sizes[i] * float(value) <= 0.1) or least >= 0.2:
+                break
+        return z
+
+    expected = slow.plms_latents(pipe, call, by_sample(rule, loss))
+    # Calls 0, 2 and 4 of 6.
+    schedule = ((0.0, 0.2, 4.0, 2), (0.2, 0.4, 3.0, 2), (0.6, 0.7, 2.0, 2))
+    method = AttentionRefocusing.released_code(layouts, schedule=schedule)
+    plain = pipe(**call)[0]
+    assert far(plain, slow.plms_latents(pipe, call, lambda z, *_: z)) < EXACT
+    with steer(pipe, method):
+        ours = pipe(**call)[0]
+    assert far(ours, expected) < EXACT and far(plain, expected) > 0.1
+    with steer(pipe, method.new(blind_calls=True, schedule=((0.0, 0.4, 4.0, 2),))):
+        assert far(pipe(**call)[0], expected) > 0.1
+
+
+def test_the_calls_of_plms_follow_the_released_table() -> None:
+    """Call 1 of 51 belongs to step 0; from then on step i is call i + 1."""
+    form = AttentionRefocusing.released_code(BOXES)
+    assert not form.blind_calls
+    for i in range(1, 50):
+        assert form.plan(i + 1, 51) == form.plan(i, 50), i
+        early = [float(form.loss(maps_of(call, length)).detach()) for call, length in ((i + 1, 51), (i, 50))]
+        assert early[0] == early[1], i
+
+
 def test_the_schedule_is_the_released_table_at_fifty_calls() -> None:
     for form in (AttentionRefocusing(BOXES), AttentionRefocusing.released_code(BOXES)):
         plans = [form.plan(i, 50) for i in range(50)]

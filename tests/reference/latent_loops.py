@@ -267,6 +267,49 @@ def unet_latents(pipe: Any, call: Mapping[str, Any], optimise: Optimise) -> Tens
 
 
 @torch.no_grad()
+def plms_latents(pipe: Any, call: Mapping[str, Any], optimise: Optimise) -> Tensor:
+    """`plms_sampling` and `p_sample_plms` (Attention-Refocusing/attention-refocusing, ldm/models/diffusion/plms.py at 2c265cb).
+
+    Step i optimises the latent once; the second prediction of step 0, at the latent that the first one leads to, does not.
+    """
+    cond, uncond, steps = call["prompt_embeds"], call["negative_prompt_embeds"], call["num_inference_steps"]
+    scheduler = pipe.scheduler
+    scheduler.set_timesteps(steps)
+    # The schedule names the second step's timestep twice, for the second prediction of the first step.
+    times = [int(t) for t in scheduler.timesteps]
+    times = times[:1] + times[2:]
+    assert len(times) == steps
+    gap = scheduler.config.num_train_timesteps // steps
+    alpha = lambda t: float(scheduler.alphas_cumprod[t] if t >= 0 else scheduler.final_alpha_cumprod)  # noqa: E731
+    x, old = call["latents"], []
+
+    def noise(x: Tensor, t: int) -> Tensor:
+        e = pipe.unet(torch.cat([x, x]), t, encoder_hidden_states=torch.cat([uncond, cond])).sample
+        e_u, e_c = e.chunk(2)
+        return e_u + call["guidance_scale"] * (e_c - e_u)
+
+    def previous(x: Tensor, e: Tensor, t: int) -> Tensor:
+        a, a_prev = alpha(t), alpha(t - gap)
+        clean = (x - math.sqrt(1 - a) * e) / math.sqrt(a)
+        return math.sqrt(a_prev) * clean + math.sqrt(1 - a_prev) * e
+
+    for i, t in enumerate(times):
+        predict = lambda b, x, t=t: pipe.unet(x, t, encoder_hidden_states=cond[b : b + 1]).sample  # noqa: E731
+        x = optimise(x, predict, i, steps)
+        e = noise(x, t)
+        if not old:
+            mixed = (e + noise(previous(x, e, t), times[min(1, steps - 1)])) / 2
+        elif len(old) == 1:
+            mixed = (3 * e - old[-1]) / 2
+        elif len(old) == 2:
+            mixed = (23 * e - 16 * old[-1] + 5 * old[-2]) / 12
+        else:
+            mixed = (55 * e - 59 * old[-1] + 37 * old[-2] - 9 * old[-3]) / 24
+        x, old = previous(x, mixed, t), [*old[-2:], e]
+    return x
+
+
+@torch.no_grad()
 def sd3_latents(pipe: Any, call: Mapping[str, Any], optimise: Optimise) -> Tensor:
     """Stable Diffusion 3 with classifier-free guidance; prompts as embeddings."""
     texts = call["negative_prompt_embeds"], call["prompt_embeds"]

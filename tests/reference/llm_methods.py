@@ -30,9 +30,6 @@ __all__ = [
     "zerotuning",
 ]
 
-SATURATED = 1e-6
-"""A row whose non-sink mass is below this is left as it is (ACT, ``specs/llm.md`` 1.6, "saturated row")."""
-
 
 class Stats(TypedDict):
     """ACT's column statistics over all rows seen so far."""
@@ -100,7 +97,7 @@ def _redistribute(row: Tensor, sinks: Tensor, beta: float) -> Tensor:
     """
     sink_mass = float(row[sinks].sum())
     other_mass = float(row[~sinks].sum())
-    if other_mass < SATURATED:
+    if other_mass == 0.0:
         return row.clone()
     edited = row * (1.0 + (1.0 - beta) * sink_mass / other_mass)
     edited[sinks] = beta * row[sinks]
@@ -132,7 +129,7 @@ def act(
         A'_ij = A_ij (1 + (1 - beta) s_i / r_i)            else;  s_i, r_i = mass on S, mass on the rest
 
     so the mass on S becomes exactly ``beta s_i`` and the sum of the row does not change, with learned sinks
-    (T_i < 1) as without. Rows with r_i < 1e-6 and invalid (padding) rows are unchanged.
+    (T_i < 1) as without. Rows with r_i = 0 and invalid (padding) rows are unchanged.
     A sliding window shortens no divisor here: "can see" is decided by position alone.
 
     A [B, H, n, m]; row_valid [B, n] bool; key_valid [B, m] bool; first [B] index of the first valid key
