@@ -61,6 +61,8 @@ VISION = [
         VAR,
         lambda s: VAR((3, 17), 1.6, 0.2, 0.2, 0.6, where=narrow(s)),
         lambda s: VAR((3, 17), 1.6, 0.2, 0.2, 0.0, where=narrow(s)),
+        # Its sinks are tokens of the prompt.
+        prompt_bound=True,
     ),
     MethodCase(
         VHR,

@@ -40,7 +40,7 @@ ONE_FORWARD = "edits nothing in a forward over a prompt"
 NO_ACTION = "edits nothing here"
 NO_DECODER = r"no KV cache|no causal decoder"
 NO_PADDING = "no padding on this host"
-DIFFUSION = f"{NO_DECODER}|{NO_PADDING}|takes? no attention mask|attention backends of diffusers"
+DIFFUSION = f"{NO_DECODER}|{NO_PADDING}|takes? no attention mask|only transformers models"
 
 
 def case(method: type, strength: dict, rest: dict, **more: object) -> MethodCase:

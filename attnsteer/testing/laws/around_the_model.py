@@ -13,7 +13,7 @@ from ...intervention import Intervention
 from ...registry import registered_name
 from ..cases import NotApplicable
 from ..fingerprint import fingerprint
-from .bench import Bench, attached
+from .bench import Bench, attached, shared_target
 from .compare import EXACT, Broken, close, require, same, scale
 
 
@@ -21,7 +21,7 @@ def undo(bench: Bench) -> None:
     """After the context, and after an exception in the forward, the target is as if never steered."""
     bench.need_action()
     target, made, inputs = bench.target, bench.make(2), bench.inputs(2)
-    plain, mark = bench.host.run(target, inputs), fingerprint(target)
+    plain, mark = bench.plain_run(), fingerprint(target)
     with attached(target, made):
         bench.host.run(target, inputs)
         require(fingerprint(target) != mark, "steering left no trace while it was attached: this law cannot see it")
@@ -56,9 +56,8 @@ def dispatch(bench: Bench) -> None:
 
     bench.need_action()
     target, made, inputs = bench.target, bench.make(2), bench.inputs(2)
-    plain = bench.host.run(target, inputs)
+    plain, expected = bench.plain_run(), bench.steered_run
     with attached(target, made) as run:
-        expected = bench.run(target, inputs)
         modules = (bench.host.module(target), run.sites[0].module)
     for m in modules:
         add_hook_to_module(m, ModelHook())
@@ -98,13 +97,11 @@ def round_trip(bench: Bench) -> None:
 def threads(bench: Bench) -> None:
     """Two threads with two models do not see each other; the models are unsteered afterwards."""
     bench.need_action()
-    targets = [bench.target, bench.host.build()]
+    targets = [bench.target, shared_target(bench.host, 1)]
     inputs = [bench.inputs(2, None, seed) for seed in (0, 1)]
     made = bench.make(2)
-    plain, expected = bench.host.run(targets[1], inputs[0]), []
-    for target, given in zip(targets, inputs, strict=True):
-        with attached(target, made):
-            expected.append(bench.run(target, given))
+    with attached(targets[1], made):
+        expected = [bench.steered_run, bench.run(targets[1], inputs[1])]
     barrier, got, errors = threading.Barrier(2), [None, None], []
 
     def work(i: int) -> None:
@@ -125,13 +122,13 @@ def threads(bench: Bench) -> None:
         raise errors[0]
     for i in range(2):
         same(got[i], expected[i], f"the output of thread {i} and of the same run alone")
-    same(bench.host.run(targets[1], inputs[0]), plain, "the unsteered output before and after the threads")
+    same(bench.host.run(targets[1], inputs[0]), bench.plain_run(), "the unsteered output before and after the threads")
 
 
 def compiled(bench: Bench) -> None:
     """A compiled model, compiled before or after steering, acts as the uncompiled one; never ignored."""
     if bench.host.family == "pipeline":
-        raise NotApplicable("the denoisers are compiled in tests/hosts")
+        raise NotApplicable("pipelines are not compiled here; their denoisers have this law")
     bench.need_prefill()
     target, made, inputs = bench.host.build(), bench.make(2), bench.inputs(2)
     with attached(target, made):

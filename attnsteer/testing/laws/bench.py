@@ -20,27 +20,28 @@ from ..fingerprint import fingerprint
 from .decoding import decode
 from .head_outputs import head_outputs
 
-_SHARED: dict[HostCase, tuple[Any, Any]] = {}
+_SHARED: dict[tuple[HostCase, int], tuple[Any, Any]] = {}
 _PLAIN: dict[tuple[Any, ...], Tensor] = {}
 
 
-def shared_target(host: HostCase) -> Any:
-    """The target of this host that all laws use, built once, for as long as every law leaves it as it was."""
-    if host not in _SHARED:
+def shared_target(host: HostCase, number: int = 0) -> Any:
+    """A target of this host that all laws use, built once, for as long as every law leaves it as it was."""
+    if (host, number) not in _SHARED:
         target = host.build()
-        _SHARED[host] = target, fingerprint(target)
-    return _SHARED[host][0]
+        _SHARED[host, number] = target, fingerprint(target)
+    return _SHARED[host, number][0]
 
 
 def discard_if_changed(host: HostCase) -> None:
-    """Forget the shared target where a law has not left it as it was."""
-    if host in _SHARED and fingerprint(_SHARED[host][0]) != _SHARED[host][1]:
+    """Forget the shared targets where a law has not left them as they were."""
+    if any(fingerprint(target) != mark for (of, _), (target, mark) in _SHARED.items() if of is host):
         discard(host)
 
 
 def discard(host: HostCase) -> None:
-    """Forget the shared target and what was computed with it."""
-    _SHARED.pop(host, None)
+    """Forget the shared targets and what was computed with them."""
+    for key in [k for k in _SHARED if k[0] is host]:
+        del _SHARED[key]
     for key in [k for k in _PLAIN if k[0] is host]:
         del _PLAIN[key]
 
@@ -137,6 +138,21 @@ class Bench:
         if key not in _PLAIN:
             _PLAIN[key] = self.whole(self.target, self.inputs(batch, padding, seed))
         return _PLAIN[key]
+
+    def plain_run(self) -> Tensor:
+        """One forward of the unsteered target on two unpadded samples, computed once for all methods."""
+        key = (self.host, "run")
+        if key not in _PLAIN:
+            _PLAIN[key] = self.host.run(self.target, self.inputs(2))
+        return _PLAIN[key]
+
+    @functools.cached_property
+    def steered_run(self) -> Tensor:
+        """`run` on two unpadded samples with the method on."""
+        if not self.host.decoder:
+            return self.acting[0]
+        with attached(self.target, self.make(2)):
+            return self.run(self.target, self.inputs(2))
 
     @functools.cached_property
     def acting(self) -> tuple[Tensor, int, int]:

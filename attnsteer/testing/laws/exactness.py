@@ -37,7 +37,7 @@ def reference(bench: Bench) -> None:
 def dtype(bench: Bench) -> None:
     """In bf16, head outputs at the steered site stay close to the explicit map's, whose statistics are fp32."""
     if bench.host.family == "pipeline":
-        raise NotApplicable("fp32 pipelines only; the denoisers are tested in bf16")
+        raise NotApplicable("pipelines run in float32 here; their denoisers have this law")
     bench.need_prefill()
     target = bench.host.build().to(torch.bfloat16)
     made = bench.make(2)
@@ -57,7 +57,7 @@ def dtype(bench: Bench) -> None:
 def backends(bench: Bench) -> None:
     """Eager and SDPA bases give the same steered output."""
     if bench.host.family != "transformers":
-        raise NotApplicable("attention backends of diffusers are tested in tests/hosts")
+        raise NotApplicable("only transformers models have their attention backend switched here")
     bench.need_action()
     made, target = bench.make(2), bench.host.build()
     inputs = bench.inputs(2, bench.host.padded[0] if bench.host.padded else None, 6)
