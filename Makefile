@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
-.PHONY: help venv test lint format demo bench-quick clean
+.PHONY: help venv test test-quick lint format demo bench-quick clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: $(READY)  ## run the tests
 	$(PY) -m pytest -q -n 2 $(ARGS)
+
+test-quick: $(READY)  ## run a sample of the tests, under two minutes on two cores
+	$(PY) -m pytest -q -n 2 -m "not slow and not full" $(ARGS)
 
 lint: $(READY)  ## check style and formatting
 	$(PY) -m ruff check .

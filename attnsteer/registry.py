@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from importlib.metadata import EntryPoint, entry_points
+import sys
+from importlib.metadata import EntryPoint
+from importlib.metadata import entry_points as read_entry_points
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,16 @@ def built_in_methods() -> dict[str, str]:
         for name in _DECORATED.findall(path.read_text(encoding="utf-8")):
             found[name] = f"{__package__}.methods.{path.stem}:{name}"
     return dict(sorted(found.items()))
+
+
+def entry_points(group: str) -> tuple[EntryPoint, ...]:
+    """The installed entry points of a group: read once, since that opens a file of each installed package."""
+    return _read_once(group, tuple(sys.path))
+
+
+@functools.cache
+def _read_once(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    return tuple(read_entry_points(group=group))
 
 
 def _with_plugins(table: dict[str, str | type], group: str) -> dict[str, str | type]:

@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,3 +184,18 @@ def test_a_registered_method_is_saved_loaded_and_steers(tmp_path: Any) -> None:
         with steer(model, HeadGate({(i, j): 2.0 for i in range(3) for j in range(4)})):
             theirs = model(**inputs).logits
     assert torch.equal(ours, theirs)
+
+
+def test_entry_points_are_read_once_and_anew_where_the_path_has_changed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reads: list[str] = []
+    registry._read_once.cache_clear()
+    monkeypatch.setattr(registry, "read_entry_points", lambda group: reads.append(group) or [])
+    methods()
+    methods()
+    assert reads == ["attnsteer.methods"]
+    monkeypatch.syspath_prepend(tmp_path)
+    methods()
+    assert reads == ["attnsteer.methods"] * 2
+    registry._read_once.cache_clear()

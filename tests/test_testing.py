@@ -1,7 +1,9 @@
-"""The tiny models: they are reproducible, run on every shape, and attention matters in them."""
+"""The tiny models are reproducible, run on every shape, and attention matters in them; the laws run and report as they say."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,13 +13,23 @@ from typing import Any
 import pytest
 import torch
 
+from attnsteer import HeadGate, Intervention, testing
+from attnsteer.errors import SelectionError
 from attnsteer.testing import (
     DENOISERS,
+    HOSTS,
+    LAWS,
     PIPELINES,
     SCHEDULERS,
     STOCHASTIC_SCHEDULERS,
     TRANSFORMERS,
+    LawFailure,
+    MethodCase,
+    Setting,
+    check_law,
+    check_laws,
     official_pag,
+    run_laws,
     self_attention_modules,
     tiny_call,
     tiny_clip_tokenizer,
@@ -276,3 +288,105 @@ def test_the_tokenizer_has_words_of_one_and_of_several_tokens() -> None:
     assert len(ids) == 77
     assert ids[0] == tokenizer.bos_token_id and ids[3] == tokenizer.eos_token_id == ids[-1]
     assert tokenizer.decode(ids, skip_special_tokens=True).split() == ["a", "fox"]
+
+
+# ------------------------------------------------------------------------------------------- running the laws
+
+
+def half(setting: Setting) -> HeadGate:
+    return HeadGate({place: -0.5 for place in setting.heads})
+
+
+GATE = MethodCase(HeadGate, acting=half, zero=lambda setting: HeadGate({place: 1.0 for place in setting.heads}))
+
+
+def test_public_names_load_and_say_what_they_are() -> None:
+    for name in testing.__all__:
+        value = getattr(testing, name)
+        assert isinstance(value, (dict, tuple)) or value.__doc__, name
+
+
+def test_every_law_says_what_it_says_and_its_usual_cause_in_the_documentation_too() -> None:
+    page = (ROOT / "docs" / "laws.md").read_text(encoding="utf-8")
+    for name, law in LAWS.items():
+        assert law.name == name and law.holds.__doc__
+        assert f"\n| `{name}` | {law.says} |\n" in page, name
+    assert re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE) == [*LAWS, *HOSTS]
+
+
+def test_laws_and_hosts_can_be_chosen_and_results_are_a_list() -> None:
+    results = check_laws(GATE, ["llama", "sd"], ["identity", "causal"])
+    assert [(r.host, r.law, r.outcome) for r in results] == [
+        ("llama", "identity", "pass"),
+        ("llama", "causal", "pass"),
+        ("sd", "identity", "pass"),
+        ("sd", "causal", "not applicable"),
+    ]
+    assert str(results[-1]).endswith("HeadGate on sd: no causal decoder")
+
+
+@pytest.mark.parametrize("asked", [{"hosts": "lama"}, {"hosts": "llama", "laws": ["pading"]}])
+def test_an_unknown_name_says_what_exists(asked: dict[str, Any]) -> None:
+    with pytest.raises(SelectionError, match=r"there is no (law|host).*Did you mean '(llama|padding)'"):
+        check_laws(GATE, **asked)
+
+
+def test_a_failure_says_law_method_host_difference_tolerance_and_usual_cause() -> None:
+    lie = MethodCase(HeadGate, acting=half, zero=half)
+    with pytest.raises(LawFailure) as failure:
+        check_law("identity", lie, "llama")
+    text = str(failure.value)
+    assert text.startswith(
+        "law identity does not hold for HeadGate on llama: the output at strength zero, padding None"
+    )
+    assert "tolerance 0" in text and LAWS["identity"].says in text and LAWS["identity"].usual_cause in text
+
+
+def test_what_a_method_raises_is_a_failure_with_its_cause() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Raises(Intervention):
+        def output(self, call: Any, out: torch.Tensor) -> None:
+            raise TypeError("of mine")
+
+    [result] = check_laws(MethodCase(Raises, acting=lambda setting: Raises()), "llama", "effect")
+    assert result.outcome == "fail" and "raised TypeError: of mine" in result.message
+
+
+def test_a_law_that_leaves_a_hook_does_not_hurt_the_next() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Breaks(Intervention):
+        def output(self, call: Any, out: torch.Tensor) -> torch.Tensor:
+            call.site.module.register_forward_hook(lambda *_: torch.zeros(()))
+            return out * 2.0
+
+    case = MethodCase(Breaks, acting=lambda setting: Breaks())
+    assert check_laws(case, "llama", "undo")[0].outcome == "fail"
+    assert [r.outcome for r in check_laws(GATE, "llama", ["identity", "undo"])] == ["pass", "pass"]
+
+
+def test_a_method_without_selection_is_put_on_some_heads() -> None:
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Seen(Intervention):
+        def output(self, call: Any, out: torch.Tensor) -> torch.Tensor:
+            seen.append((call.site.layer, call.heads))
+            return out * 2.0
+
+    check_laws(MethodCase(Seen, acting=lambda setting: Seen()), "llama", "effect")
+    assert set(seen) == {(1, (0, 2))}
+
+
+def test_run_laws_is_a_parametrised_test() -> None:
+    test = run_laws([GATE], hosts=["llama", "bert"], laws=["undo", "cache"])
+    [mark] = test.pytestmark
+    assert mark.args[0] == ("law", "method", "host")
+    assert mark.kwargs["ids"] == [
+        "undo-HeadGate-llama",
+        "cache-HeadGate-llama",
+        "undo-HeadGate-bert",
+        "cache-HeadGate-bert",
+    ]
+    test("undo", GATE, HOSTS["llama"])
+    with pytest.raises(pytest.skip.Exception, match="no KV cache"):
+        test("cache", GATE, HOSTS["bert"])

@@ -1,53 +1,42 @@
-"""Tiny random models of every host family, for tests here and in other projects.
+"""A bench for methods: the laws that every method must satisfy, and tiny random models of every host family to run them on.
 
 Names are imported when they are first used: this package imports neither torch, transformers nor diffusers.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from .._lazy import lazy
 
-# public name -> the module of this package that defines it
-_WHERE = {
+# module of this package -> the public names that it defines
+_DEFINED = {
+    "cases": ("HostCase", "MethodCase", "NotApplicable", "Setting"),
+    "host_cases": ("HOSTS",),
+    "laws": ("LAWS", "Law"),
+    "checking": ("LawFailure", "Result", "check_law", "check_laws", "run_laws"),
     "transformers_models": (
         "TRANSFORMERS",
         "TinyTransformers",
-        "randomize_",
         "tiny_transformers",
         "tiny_transformers_inputs",
     ),
-    "diffusers_models": (
-        "DENOISERS",
-        "PIPELINES",
+    "weights": ("randomize_",),
+    "diffusers_parts": (
         "SCHEDULERS",
         "STOCHASTIC_SCHEDULERS",
-        "TinyDenoiser",
+        "tiny_clip_text_encoder",
+        "tiny_clip_tokenizer",
+        "tiny_scheduler",
+        "tiny_vae",
+    ),
+    "denoisers": ("DENOISERS", "TinyDenoiser", "tiny_denoiser", "tiny_denoiser_inputs"),
+    "pipelines": (
+        "PIPELINES",
         "TinyPipeline",
         "official_pag",
         "self_attention_modules",
         "tiny_call",
-        "tiny_clip_text_encoder",
-        "tiny_clip_tokenizer",
-        "tiny_denoiser",
-        "tiny_denoiser_inputs",
         "tiny_pipeline",
-        "tiny_scheduler",
-        "tiny_vae",
     ),
 }
-_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__, __all__ = lazy(__name__, {name: module for module, names in _DEFINED.items() for name in names})

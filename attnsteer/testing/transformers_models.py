@@ -1,15 +1,11 @@
 """Tiny random transformers models of every host family, built from configs: no network, fixed by the seed.
 
-The weights are drawn so that attention matters: logits have a standard deviation near 1.5 (maps far from
-uniform), value and output projections keep the scale of the residual stream, biases and norm gains are not
-trivial. Token ids 0 to 3 are reserved (padding, begin, end, image); there is no end token, so `generate`
-never stops early.
+The weights are drawn so that attention matters (`weights.py`). Token ids 0 to 3 are reserved (padding, begin, end,
+image); there is no end token, so `generate` never stops early.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,144 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PAD, BOS, EOS, IMAGE = 0, 1, 2, 3
-VOCAB = 99
-FIRST_TOKEN = 4
-LOGIT_STD = 1.5
-
-# Parameters that form q and k in these families; a fused qkv matrix is scaled whole (v is then a bit large).
-_QK = re.compile(
-    r"(?:^|\.)(?:q_proj|k_proj|query|key|to_q|to_k|add_q_proj|add_k_proj|linear_q|linear_k"
-    r"|qkv|qkv_proj|query_key_value|c_attn|in_proj|SelfAttention\.[qk]|EncDecAttention\.[qk])(?:\.weight|_weight)$"
-)
-_QK_NORM = re.compile(r"(?:^|\.)(?:q_norm|k_norm|norm_q|norm_k|norm_added_q|norm_added_k)\.weight$")
-
-
-def randomize_(model: nn.Module, seed: int, logit_std: float = LOGIT_STD, embedding_std: float = 1.0) -> nn.Module:
-    """Redraws every parameter in place, in the order of `named_parameters`, from a private generator.
-
-    Matrices get std 1/sqrt(fan-in); those forming q and k get sqrt(logit_std) more each, so that q.k/sqrt(d)
-    has a std near `logit_std` on normalised inputs. Gains keep their initial value plus noise of std 0.1;
-    biases are that noise.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    # Conv1D of GPT-2 and the experts of GPT-OSS multiply from the right: fan-in is the second to last axis.
-    transposed = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-        with torch.no_grad():
-            if id(parameter) in embeddings or re.search(r"position_embeddings?$|class_embedding$|cls_token$", name):
-                value = noise if "position" in name else noise * embedding_std
-            elif name.endswith("sinks"):
-                value = noise
-            elif _QK_NORM.search(name):
-                # normalised q and k have unit entries: the gains alone set the std of the logits
-                value = math.sqrt(logit_std) + 0.1 * noise
-                if float(parameter.float().abs().max()) == 0.0:  # gains stored as an offset from one (Gemma)
-                    value = value - 1.0
-            elif name.endswith("bias"):
-                value = 0.1 * noise
-            elif parameter.ndim < 2:
-                value = parameter.float() + 0.1 * noise
-            else:
-                experts = parameter.ndim == 3 and name.endswith("_proj")
-                fan_in = parameter.shape[-2] if experts or id(parameter) in transposed else parameter[0].numel()
-                gain = math.sqrt(logit_std) if _QK.search(name) else 1.0
-                value = noise * (gain / math.sqrt(fan_in))
-            parameter.copy_(value)
-    return model
-
-
-# ----------------------------------------------------------------------------------------------------- inputs
-
-
-def attention_mask(batch: int, length: int, padding: str | None) -> Tensor:
-    """`[batch, length]` of 0 and 1, int64: row b lacks min(b, length - 1) tokens on the padded side."""
-    if padding not in (None, "left", "right"):
-        raise ValueError(f"padding is None, 'left' or 'right', not {padding!r}")
-    mask = torch.ones(batch, length, dtype=torch.long)
-    if padding is not None:
-        for row in range(batch):
-            missing = min(row, length - 1)
-            mask[row, slice(0, missing) if padding == "left" else slice(length - missing, length)] = 0
-    return mask
-
-
-def _token_ids(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    return torch.randint(FIRST_TOKEN, VOCAB, shape, generator=generator)
-
-
-def _text(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
-    mask = attention_mask(batch, length, padding)
-    ids = _token_ids((batch, length), torch.Generator().manual_seed(seed))
-    return {"input_ids": ids.masked_fill(mask == 0, PAD), "attention_mask": mask}
-
-
-def _text_absolute(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
-    """Learned positions: left padding needs explicit `position_ids` for a row to equal the row alone."""
-    inputs = _text(model, batch, length, padding, seed)
-    if padding == "left":
-        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
-    return inputs
-
-
-def _encoder_decoder(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
-    """The decoder's input is not padded. BART counts positions from the first column, padding included."""
-    inputs = _text(model, batch, length, padding, seed)
-    decoder = _token_ids((batch, max(2, length // 2)), torch.Generator().manual_seed(seed + 1))
-    decoder[:, 0] = model.config.decoder_start_token_id
-    return {**inputs, "decoder_input_ids": decoder}
-
-
-def _insert_image(inputs: dict[str, Tensor], n_image: int, head: int) -> dict[str, Tensor]:
-    """Puts `n_image` image tokens after the first `head` valid tokens of each row, which grows by them."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    batch, length = ids.shape
-    out_ids = torch.full((batch, length + n_image), PAD)
-    out_mask = torch.zeros_like(out_ids)
-    for row in range(batch):
-        start = int(mask[row].argmax())  # 0 but for left padding
-        valid = ids[row][mask[row] == 1]
-        image = torch.full((n_image,), IMAGE)
-        tokens = torch.cat([valid[:head], image, valid[head:]])
-        out_ids[row, start : start + len(tokens)] = tokens
-        out_mask[row, start : start + len(tokens)] = 1
-    return {"input_ids": out_ids, "attention_mask": out_mask}
-
-
-def _pixels(shape: tuple[int, ...], seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 2))
-
-
-def _llava_inputs(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
-    vision = model.config.vision_config
-    n_image = (vision.image_size // vision.patch_size) ** 2
-    inputs = _insert_image(_text(model, batch, length, padding, seed), n_image, head=2)
-    return {**inputs, "pixel_values": _pixels((batch, 3, vision.image_size, vision.image_size), seed)}
-
-
-def _qwen2_vl_inputs(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
-    vision = model.config.vision_config
-    side = 8  # patches per side: 64 patches, merged two by two into 16 image tokens
-    n_image = (side // vision.spatial_merge_size) ** 2
-    inputs = _insert_image(_text(model, batch, length, padding, seed), n_image, head=2)
-    width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return {
-        **inputs,
-        "pixel_values": _pixels((batch * side * side, width), seed),
-        "image_grid_thw": torch.tensor([[1, side, side]] * batch),
-        "mm_token_type_ids": (inputs["input_ids"] == IMAGE).long(),
-    }
-
-
-def _vit_inputs(model: nn.Module, batch: int, length: int, padding: str | None, seed: int) -> dict[str, Tensor]:
-    """Images have a fixed number of tokens: `length` and `padding` have no meaning here and are ignored."""
-    config = model.config
-    return {"pixel_values": _pixels((batch, config.num_channels, config.image_size, config.image_size), seed)}
-
-
-# ---------------------------------------------------------------------------------------------------- configs
+from . import transformers_inputs as prompts
+from .transformers_inputs import BOS, EOS, IMAGE, PAD, VOCAB
+from .weights import LOGIT_STD, randomize_
 
 _TOKENS: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -212,9 +73,6 @@ def _qwen2_vl_config() -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------ table
-
-
 @dataclass(frozen=True)
 class TinyTransformers:
     """One host family.
@@ -234,7 +92,7 @@ class TinyTransformers:
     model_class: str
     config_class: str
     config: Callable[[], dict[str, Any]]
-    inputs: Callable[[nn.Module, int, int, str | None, int], dict[str, Tensor]] = _text
+    inputs: Callable[[nn.Module, int, int, str | None, int], dict[str, Tensor]] = prompts.text
     decoder: bool = True
     towers: tuple[str, ...] = ("model",)
     embedding_std: float = 1.0
@@ -324,7 +182,7 @@ TRANSFORMERS: dict[str, TinyTransformers] = {
                 "n_inner": 96,
                 "tie_word_embeddings": False,
             },
-            inputs=_text_absolute,
+            inputs=prompts.text_absolute,
             towers=("transformer",),
         ),
         TinyTransformers(
@@ -356,7 +214,7 @@ TRANSFORMERS: dict[str, TinyTransformers] = {
                 "num_hidden_layers": 3,
                 "num_attention_heads": 4,
             },
-            inputs=_text_absolute,
+            inputs=prompts.text_absolute,
             decoder=False,
             towers=("encoder",),
         ),
@@ -378,7 +236,7 @@ TRANSFORMERS: dict[str, TinyTransformers] = {
                 "forced_eos_token_id": None,
                 "scale_embedding": True,
             },
-            inputs=_encoder_decoder,
+            inputs=prompts.encoder_decoder,
             towers=("model.encoder", "model.decoder"),
             embedding_std=0.125,  # multiplied by sqrt(64), and tied to the output matrix
         ),
@@ -398,7 +256,7 @@ TRANSFORMERS: dict[str, TinyTransformers] = {
                 "relative_attention_max_distance": 16,
                 "decoder_start_token_id": PAD,
             },
-            inputs=_encoder_decoder,
+            inputs=prompts.encoder_decoder,
             towers=("encoder", "decoder"),
             logit_std=LOGIT_STD / 4,  # T5 does not divide by sqrt(d) = 4
         ),
@@ -407,7 +265,7 @@ TRANSFORMERS: dict[str, TinyTransformers] = {
             "LlavaForConditionalGeneration",
             "LlavaConfig",
             _llava_config,
-            inputs=_llava_inputs,
+            inputs=prompts.llava,
             towers=("model.vision_tower", "model.language_model"),
         ),
         TinyTransformers(
@@ -415,7 +273,7 @@ TRANSFORMERS: dict[str, TinyTransformers] = {
             "Qwen2VLForConditionalGeneration",
             "Qwen2VLConfig",
             _qwen2_vl_config,
-            inputs=_qwen2_vl_inputs,
+            inputs=prompts.qwen2_vl,
             towers=("model.visual", "model.language_model"),
         ),
         TinyTransformers(
@@ -430,7 +288,7 @@ TRANSFORMERS: dict[str, TinyTransformers] = {
                 "image_size": 32,
                 "patch_size": 8,
             },
-            inputs=_vit_inputs,
+            inputs=prompts.vit,
             decoder=False,
             towers=("",),
         ),

@@ -1,0 +1,161 @@
+"""The laws: what must hold for every method on every host. Public, so that a plugin runs them on its own method.
+
+`LAWS` lists them, one family a file. A law is a function of a `Bench`; it returns, or raises `Broken` with the
+difference, or `NotApplicable` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import acting, around_the_model, batches, exactness, selection, sequences
+from .bench import Bench
+
+
+@dataclass(frozen=True)
+class Law:
+    """One law: its name, what it says, the usual cause where it does not hold, and the function that checks it."""
+
+    name: str
+    says: str
+    usual_cause: str
+    holds: Callable[[Bench], None]
+
+
+LAWS: dict[str, Law] = {
+    law.name: law
+    for law in (
+        Law(
+            "effect",
+            "at full strength the output changes",
+            "`acting` builds a method that is too weak, or that selects keys or rows which these short prompts (12 tokens) do "
+            "not have",
+            acting.effect,
+        ),
+        Law(
+            "identity",
+            "strength zero changes nothing, bit for bit",
+            "the door computes with the neutral value, which rounds; return None where the strength changes nothing",
+            acting.identity,
+        ),
+        Law(
+            "fires",
+            "every selected site reports its calls, and an attachment that never acts is an error",
+            "the selection is open at other phases, steps or branches than those that ran",
+            acting.fires,
+        ),
+        Law(
+            "memory",
+            "a method that has run before acts as a new one",
+            "something is kept on the method, its class or its module from one sequence to the next; keep it in `call.state`",
+            acting.memory,
+        ),
+        Law(
+            "reference",
+            "the fast identities give what the explicit map gives",
+            "key sets of one Reweight overlap, or a weight of the wrong shape was broadcast over the wrong axis ([B, H, n] is "
+            "expected)",
+            exactness.reference,
+        ),
+        Law(
+            "dtype",
+            "in bf16 the edit stays close to the explicit map's",
+            "a statistic was computed in the model's dtype; compute it in float32 and cast the result",
+            exactness.dtype,
+        ),
+        Law(
+            "backends",
+            "eager and SDPA give the same steered output",
+            "the method reads what one backend only hands out; ask `call.map`",
+            exactness.backends,
+        ),
+        Law(
+            "local",
+            "heads and sites that are not selected compute what they computed before",
+            "a tensor of the call was changed in place; return a new one",
+            selection.local,
+        ),
+        Law(
+            "rows",
+            "Where(rows=...) leaves the other rows as they were",
+            "a tensor of the call was changed in place; return a new one",
+            selection.rows,
+        ),
+        Law(
+            "batch",
+            "a sample in a batch is the sample alone",
+            "a statistic was taken over all samples, or the first sample's value was used for all; keep the batch axis",
+            batches.batch,
+        ),
+        Law(
+            "padding",
+            "a row in a padded batch is the row alone",
+            "a slot number was used where a position was meant (use call.key_index()), or padding was counted in a statistic "
+            "(use call.row_valid and call.key_valid)",
+            batches.padding,
+        ),
+        Law(
+            "mask",
+            "a call without an attention mask is the call with a mask of ones",
+            "the method reads validity from something that only calls with a mask have",
+            batches.mask,
+        ),
+        Law(
+            "causal",
+            "a later token moves no earlier logit; for look-ahead methods, a scored continuation moves none",
+            "a statistic runs over all rows of the call; use rows up to each row's own, or declare `looks_ahead = True` and "
+            "keep the statistic in `call.state` while `call.frozen` or in decoding",
+            sequences.causal,
+        ),
+        Law(
+            "cache",
+            "decoding over a cache, and a prefill in chunks, equals one call over all tokens",
+            "a row or key was numbered within the call; use call.row_position and call.key_index(). If the prompt is treated "
+            "otherwise than generated tokens by definition, say `MethodCase(prompt_bound=True)`",
+            sequences.cache,
+        ),
+        Law(
+            "beams",
+            "beam search finds the same sequences and scores as with the explicit map, and without a cache",
+            "state is not a tensor in `call.state` with the batch first, so it does not follow the beams",
+            sequences.beams,
+        ),
+        Law(
+            "generate",
+            "generate gives the same alone without a mask, beside left padding, over a static cache, and by chunks",
+            "unused slots of a static cache or padding were counted as keys; use call.key_valid and call.key_index()",
+            sequences.generate,
+        ),
+        Law(
+            "undo",
+            "after the context, and after an exception, the target is as if never steered",
+            "the method changed the model or one of its modules; a method edits the tensors of its call only",
+            around_the_model.undo,
+        ),
+        Law(
+            "dispatch",
+            "accelerate's hooks before or after steering change nothing",
+            "the method holds a module's forward, which the hooks replace",
+            around_the_model.dispatch,
+        ),
+        Law(
+            "round_trip",
+            "save, load, same output",
+            "a hyper-parameter is no dataclass field, or `__post_init__` changes it; keep fields as they were given",
+            around_the_model.round_trip,
+        ),
+        Law(
+            "threads",
+            "two threads with two models do not see each other",
+            "something is kept on the method, its class or its module; keep it in `call.state`",
+            around_the_model.threads,
+        ),
+        Law(
+            "compile",
+            "a compiled model acts as the uncompiled one",
+            "the door has Python control flow on tensor values, or side effects; use torch.where",
+            around_the_model.compiled,
+        ),
+    )
+}
