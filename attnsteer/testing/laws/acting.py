@@ -40,6 +40,7 @@ def fires(bench: Bench) -> None:
     for path, record in records:
         require(record.calls >= 1, f"{path} was selected, and reports no call")
     require(any(r.edits >= 1 and r.rows > 0 and r.heads > 0 for _, r in records), "the audit counts no edit")
+    require("around" in made.doors() or any(r.changed >= 1 for _, r in records), "the audit counts no change")
     require(run.audit.fired(0), "the audit says that the method never fired")
     try:
         with steer(bench.target, made):

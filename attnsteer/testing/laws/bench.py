@@ -49,7 +49,7 @@ def discard(host: HostCase) -> None:
 @contextlib.contextmanager
 def attached(target: Any, *methods: Intervention, **options: Any) -> Iterator[Steering]:
     """`steer` without its check that every method has acted: a law may well make a call in which one does not."""
-    run = steer(target, *methods, **options)
+    run = steer(target, *methods, control=True, **options)
     try:
         yield run
     finally:
@@ -112,7 +112,7 @@ class Bench:
             made = made.new(where=setting.where & Where(heads=setting.heads))
         if (batch, zero) not in self._taken:
             try:
-                steer(self.target, made).remove()
+                steer(self.target, made, control=True).remove()
             except AttnSteerError as error:
                 raise NotApplicable(f"refused: {type(error).__name__}: {error}") from error
             self._taken.add((batch, zero))

@@ -36,7 +36,7 @@ def head_outputs(
     _TAPPED.clear()
     _SEEN.clear()
     tap = _Tap(where=Where(modalities=main))
-    run = steer(target, *([] if method is None else [method]), tap, reference=reference)
+    run = steer(target, *([] if method is None else [method]), tap, reference=reference, control=True)
     try:
         host.run(target, inputs)
     finally:
