@@ -19,7 +19,7 @@ Packed rows hold several requests, each counted from its own first token:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -27,6 +27,61 @@ import torch
 from torch import Tensor
 
 from .errors import SelectionError
+
+
+class Samples:
+    """Which sample each row of a batch belongs to: how a parameter with one value per sample reaches the rows.
+
+    Args:
+        of_row: number of samples -> the sample of each row of the batch, e.g. {2: (0, 0, 1, 1)} where two samples were
+            repeated for beams. There may be several such counts (prompts, and images of a pipeline), the first of which
+            is named in messages.
+    """
+
+    def __init__(self, of_row: Mapping[int, Sequence[int]]):
+        self.of_row = {count: tuple(rows) for count, rows in of_row.items()}
+
+    @classmethod
+    def plain(cls, batch: int) -> Samples:
+        """Each row is a sample."""
+        return cls({batch: range(batch)})
+
+    @classmethod
+    def repeated(cls, count: int, batch: int) -> Samples:
+        """`count` samples in order, each repeated for rows that stand side by side; each row is a sample if that cannot be."""
+        return cls({count: [b // (batch // count) for b in range(batch)]}) if batch % count == 0 else cls.plain(batch)
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return len(next(iter(self.of_row.values())))
+
+    def rows(self, count: int, batch: int | None = None) -> tuple[int, ...]:
+        """The sample of each row, of `count` samples.
+
+        Args:
+            batch: rows of an attention call that folds frames or positions into the batch; they follow their row.
+
+        Raises:
+            SelectionError: the batch is not of so many samples, or has other rows.
+        """
+        found = self.of_row.get(count)
+        if found is None:
+            raise SelectionError(f"{count} values for {self}; give one value for all, or one per sample.")
+        if batch is None or batch == len(found):
+            return found
+        if batch % len(found):
+            raise SelectionError(f"an attention call with {batch} rows is not of the {len(found)} rows of this batch.")
+        return tuple(b for b in found for _ in range(batch // len(found)))
+
+    def taken(self, index: Sequence[int]) -> Samples:
+        """Those of the rows `index`, in that order."""
+        return Samples({count: [rows[i] for i in index] for count, rows in self.of_row.items()})
+
+    def __str__(self) -> str:
+        counts = " or ".join(map(str, self.of_row))
+        rows = "" if self.batch in self.of_row else f" ({self.batch} rows)"
+        return f"a batch of {counts} sample{'' if counts == '1' else 's'}{rows}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,19 +205,24 @@ class Account:
             found = self._keys[size, slots] = self._track(max(0, self.length - slots), size)
         return found
 
-    def ranges(self, ranges: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    def ranges(self, ranges: Sequence[Sequence[tuple[int, int]]], samples: Samples | None = None) -> Tensor:
         """bool [B, T]: the tokens of these ranges, given for each sample and counted from its first valid token.
 
+        Args:
+            samples: which sample each batch row belongs to; None: each is one.
+
         Raises:
-            SelectionError: a range ends after its sample; the batch is no multiple of the samples.
+            SelectionError: a range ends after its sample; the batch is not of so many samples.
         """
-        if self.batch % len(ranges):
-            raise SelectionError(f"ranges were given for {len(ranges)} samples, the batch has {self.batch}.")
+        samples = Samples.plain(self.batch) if samples is None else samples
+        if len(ranges) not in samples.of_row:
+            raise SelectionError(f"ranges were given for {len(ranges)} samples; this is {samples}.")
+        of_row = samples.rows(len(ranges))
         track = self._track(0, self.length)
         index, valid = (t.expand(self.batch, -1) for t in (track.index, track.valid))
         found = torch.zeros_like(valid)
         for b in range(self.batch):
-            for start, stop in ranges[b // (self.batch // len(ranges))]:
+            for start, stop in ranges[of_row[b]]:
                 if stop > int(valid[b].sum()):
                     raise SelectionError(
                         f"range ({start}, {stop}) of sample {b} ends after its {int(valid[b].sum())} tokens; ranges count from the "

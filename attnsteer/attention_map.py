@@ -174,12 +174,17 @@ class AttentionMap:
             factor = torch.where(keys[:, :, None], torch.as_tensor(weight, **like).expand(B, H, n)[..., None], factor)
         return factor
 
-    def _scaled(self, A: Tensor, factor: Tensor, normalise: bool) -> Tensor:
+    def _scaled(self, A: Tensor, factor: Tensor, edit: Reweight) -> Tensor:
         """A times its weights, renormalised or not; rows that would keep no weight stay as they are."""
         new = A * factor
-        if not normalise:
+        if not edit.normalise:
             return new
         norm = new.sum(dim=-1, keepdim=True) + self.sink_share()[..., None]
+        same = _all_one(edit)
+        if same is not None:
+            # The row of a kernel sums to one up to rounding, which a row that nothing changes keeps.
+            kept = kernels.held(torch.ones_like(norm), norm) if norm.requires_grad else torch.ones_like(norm)
+            norm = torch.where(same[..., None], kept, norm)
         return torch.where(norm > 0, new / norm.clamp_min(1e-37), A)
 
     def changed(self) -> Tensor:
@@ -218,12 +223,13 @@ class DenseMap(AttentionMap):
 
     def reweighted(self, edit: Reweight) -> DenseMap:
         A, factor = self.dense(), self._factor(edit)
-        new, sink = self._scaled(A, factor, edit.normalise), self.sink_share()
+        new, sink = self._scaled(A, factor, edit), self.sink_share()
         if edit.normalise:
             norm = (A * factor).sum(dim=-1) + sink
             sink = torch.where(norm > 0, sink / norm.clamp_min(1e-37), sink)
         changed = (factor != 1.0).any(dim=-1, keepdim=True) & (A.sum(dim=-1, keepdim=True) > 0)
-        out = torch.where(changed, _apply(new, self.att).to(self.out.dtype), self.out)
+        edited = _apply(new, self.att).to(self.out.dtype)
+        out = torch.where(changed, edited, kernels.held(self.out, edited) if factor.requires_grad else self.out)
         made = DenseMap(self.att, new, out, sink)
         made.before = self
         return made
@@ -276,7 +282,8 @@ class ReweightedMap(AttentionMap):
         if self.root._out is None and changed.device.type == "cpu" and bool(changed.all()):
             # No row keeps its output, so the model's own kernel need not run (elsewhere asking would cost more than it).
             return edited.to(self.att.v.dtype)
-        return torch.where(changed, edited.to(self.root.out.dtype), self.root.out)
+        kept, edited = self.root.out, edited.to(self.root.out.dtype)
+        return torch.where(changed, edited, kernels.held(kept, edited) if edited.requires_grad else kept)
 
     def _moved_rows(self) -> Tensor:
         """bool [B, H, n]: the rows that are not those of the root map."""
@@ -304,7 +311,8 @@ class ReweightedMap(AttentionMap):
             for keys, weight in self.edit.groups:
                 w = self.weight_of(weight)
                 norm, same = norm + w * self.before.mass(keys), same & (w == 1.0)
-            self._norm = torch.where(same | (norm <= 0), one, norm)
+            kept = kernels.held(one, norm) if norm.requires_grad else one
+            self._norm = torch.where(norm <= 0, one, torch.where(same, kept, norm))
             self._stays = norm <= 0
         return self._norm
 
@@ -364,7 +372,7 @@ class ReweightedMap(AttentionMap):
     def dense(self) -> Tensor:
         if self._dense is None:
             A = self.before.dense()
-            self._dense = self.before._scaled(A, self._factor(self.edit), self.edit.normalise)
+            self._dense = self.before._scaled(A, self._factor(self.edit), self.edit)
         return self._dense
 
     def mass(self, keys: Tensor) -> Tensor:
@@ -446,6 +454,17 @@ class ReweightedMap(AttentionMap):
         for keys, weight in self.edit.groups:
             moved = moved + (self.coefficient(weight) - 1.0).abs() * self.before.mass(keys)
         return 0.5 * moved
+
+
+def _all_one(edit: Reweight) -> Tensor | None:
+    """The rows whose weights are all one, bool that broadcasts to [B, H, n]; None where the numbers among them say that none is."""
+    same = None
+    for weight in (edit.rest, *(w for _, w in edit.groups)):
+        if isinstance(weight, Tensor):
+            same = weight == 1.0 if same is None else same & (weight == 1.0)
+        elif weight != 1.0:
+            return None
+    return same
 
 
 def _apply(p: Tensor, att: Attention) -> Tensor:

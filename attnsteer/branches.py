@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .account import Samples
 from .errors import UnsupportedHost
+from .parameters import PerSample
 
 # Arguments whose first dimension is the batch; everything else is passed on whole (position ids, rotary tables).
 BATCHED = frozenset(
@@ -43,6 +45,7 @@ class BranchInputs:
         memory: a dictionary that lives through one sampling run.
         loop: the sampling loop and its latent, where the host provides "latent" (see `Intervention.needs`).
         latent: what the model is asked on, where that is another latent than the loop's.
+        prompts: of how many prompts the rows of each part are images, where that is known.
     """
 
     values: dict[str, Any]
@@ -52,6 +55,31 @@ class BranchInputs:
     memory: dict[Any, Any]
     loop: Any = None
     latent: Tensor | None = None
+    prompts: int | None = None
+
+    @property
+    def samples(self) -> Samples:
+        """Which prompt, and which image, each row belongs to; the same in each part."""
+        return samples_of(len(self.layout), self.batch, self.prompts)
+
+    def each(self, value: Any, like: Tensor) -> Any:
+        """A parameter as it enters the maths: a number as it is, one value per sample as a tensor [b, 1, ...] in fp32 or better.
+
+        Args:
+            like: a tensor [b, ...] with the rows of this call.
+        """
+        if not isinstance(value, PerSample):
+            return value
+        found = value.tensor(self.samples, len(like), torch.promote_types(like.dtype, torch.float32), like.device)
+        return found.view(-1, *[1] * (like.ndim - 1))
+
+    def acting(self, method: Any, like: Tensor) -> Tensor | None:
+        """bool [b, 1, ...]: the rows of samples that a method does not leave alone; None: all."""
+        found = None
+        for value in method.restricting:
+            on = value.acts(self.samples, len(like), like.device)[:, 0, 0].view(-1, *[1] * (like.ndim - 1))
+            found = on if found is None else found & on
+        return found
 
     def part(self, name: str) -> slice:
         """The rows of the last part called `name`."""
@@ -89,6 +117,15 @@ class BranchInputs:
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             return type(value)(self._cut(key, v, rows) for v in value)
         return value
+
+
+def samples_of(parts: int, batch: int, prompts: int | None) -> Samples:
+    """The samples of a denoiser's rows: equal parts, each of which has the images of the first prompt, then of the next."""
+    rows = batch // parts
+    of_row = {rows: [*range(rows)] * parts}
+    if prompts and rows % prompts == 0:
+        of_row = {prompts: [r // (rows // prompts) for r in range(rows)] * parts} | of_row
+    return Samples(of_row)
 
 
 class Prediction:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .account import Track
+from .account import Samples, Track
 from .attention_map import FEW_ROWS, AttentionMap
 from .edits import KeyBias, Reweight
 from .errors import UnsupportedHost
+from .parameters import PerSample
 from .site import Site
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class AttnCall:
         state: a dict of this method at this site for this sequence; survives from prefill to decode.
         frozen: True where statistics must not move (a continuation is being scored).
         branch_rows: branch name -> bool [B], where the host can tell the rows apart; None where it cannot.
+        samples: which sample each batch row belongs to; None: each is one.
         host: name of the host. method: name of the method that this call is shown to.
 
     What only some hosts give is read through properties, which raise where it is missing: `tokens`, `residual`,
@@ -57,6 +59,7 @@ class AttnCall:
     segments: dict[str, slice] = field(default_factory=dict)
     frozen: bool = False
     branch_rows: dict[str, Tensor] | None = None
+    samples: Samples | None = None
     heads: tuple[int, ...] = ()
     state: dict[str, Any] = field(default_factory=dict)
     method: str = "the method"
@@ -108,6 +111,40 @@ class AttnCall:
     def values(self) -> Tensor:
         """V per selected query head, [B, H, m, d]."""
         return self.map.att.expanded_values()
+
+    # Parameters with one value per sample.
+
+    def each(self, value: Any, like: Tensor | None = None) -> Any:
+        """A parameter as it enters the maths: a number as it is, one value per sample as a tensor [B, 1, 1].
+
+        Args:
+            like: a tensor whose device and dtype it gets; None: those of statistics. A sample that is left alone has the
+                value of another one here; what is computed for it is not used.
+
+        Raises:
+            SelectionError: the batch is not of so many samples.
+        """
+        if not isinstance(value, PerSample):
+            return value
+        return self.each_row(value, like)[:, None, None]
+
+    def each_row(self, value: PerSample, like: Tensor | None = None, **how: Any) -> Tensor:
+        """One value per sample by batch row, [B, ...] (see `PerSample.tensor`)."""
+        of = self.q if like is None else like
+        dtype = self.map.att.stat_dtype if like is None else like.dtype
+        return value.tensor(self._samples(len(of)), len(of), dtype, of.device, **how)
+
+    def listed(self, value: Any) -> list[Any]:
+        """A parameter by batch row, [B] numbers; that of a sample that is left alone is None.
+
+        Raises:
+            SelectionError: the batch is not of so many samples.
+        """
+        batch = len(self.q)
+        return value.listed(self._samples(batch), batch) if isinstance(value, PerSample) else [value] * batch
+
+    def _samples(self, batch: int) -> Samples:
+        return Samples.plain(batch) if self.samples is None else self.samples
 
     # What is a fact of some hosts only.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .account import Samples
 from .attention_map import AttentionMap, DenseMap
 from .audit import Audit, Mark
 from .bound import Bound, Heads
@@ -238,8 +239,10 @@ class _HeadGroup:
         self.marks[bound.index].edited(path, changed)
 
     def chosen(self, bound: Bound) -> Tensor | None:
-        """bool [B or 1, 1, n or 1]: the rows and batch rows that `where` selects; None for all."""
-        where, call, masks = bound.where, self.base, []
+        """bool [B or 1, H or 1, n or 1]: where the method acts, by `where` and by its values per sample; None for all."""
+        where, call, q = bound.where, self.base, self.whole.att.q
+        samples = call.samples or Samples.plain(q.shape[0])
+        masks = [v.acts(samples, q.shape[0], q.device, call.site.layer, self.heads) for v in bound.method.restricting]
         if where.rows is not None:
             masks.append(self._row_choice(where.rows)[:, None])
         if where.phases is not None and call.mixed:
@@ -292,8 +295,10 @@ class _HeadGroup:
         att, mask = self.map.att, self.chosen(bound)
         q, k, v = edited
         if mask is not None:
-            if mask.shape[-1] > 1 and (k is not att.k or v is not att.v):
-                raise CompositionError(f"{bound.name} edits k or v: Where(rows=...) cannot split that.")
+            if max(mask.shape[1:]) > 1 and (k is not att.k or v is not att.v):
+                raise CompositionError(
+                    f"{bound.name} edits k or v: Where(rows=...) and heads for each sample cannot split that."
+                )
             q = torch.where(mask[..., None], q, att.q)
             k, v = (torch.where(mask[:, :, :1, None], new, old) for new, old in ((k, att.k), (v, att.v)))
         self.rescore(att.replace(q=q, k=k, v=v))
@@ -309,6 +314,8 @@ class _HeadGroup:
         if term is None:
             return
         att, mask = self.map.att, self.chosen(bound)
+        if isinstance(term, KeyBias) and mask is not None and mask.shape[-1] == 1:
+            term, mask = KeyBias(torch.where(mask, term.bias, torch.zeros_like(term.bias))), None
         if isinstance(term, KeyBias) and mask is None:
             old = att.key_bias
             self.rescore(att.replace(key_bias=term.bias if old is None else old + term.bias))

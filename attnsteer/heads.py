@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .errors import SelectionError, SerializationError, brief
-from .parameters import parsed, plain, whole
+from .parameters import PerSample, parsed, plain, whole
 
 SCHEMA_VERSION = 1
 
@@ -240,5 +240,26 @@ def _check_shape(shape: Any) -> None:
 
 
 def head_set(*, kw_only: bool = False) -> Any:
-    """The field of a method's own heads; None: all that `where` selects."""
-    return parsed(HeadSet, "HeadSet or {layer: [head, ...]}", None, kw_only=kw_only)
+    """The field of a method's own heads, or a list of such sets, one for each sample; None: all that `where` selects."""
+    return parsed(_one_or_each, "HeadSet or {layer: [head, ...]}", None, kw_only=kw_only)
+
+
+def _one_or_each(given: Any) -> HeadSet | PerSample:
+    """A head set, or one for each sample (None: it is left alone): a list of sets or mappings, which no set is made of."""
+    if isinstance(given, PerSample):
+        given = given.given
+    form = (HeadSet, Mapping)
+    if isinstance(given, (list, tuple)) and any(isinstance(h, form) for h in given):
+        if not all(h is None or isinstance(h, form) for h in given):
+            raise SelectionError(
+                "give one HeadSet or {layer: [head, ...]} for each sample, or None for one that is left alone."
+            )
+        return PerSample([None if h is None else HeadSet(h) for h in given])
+    return HeadSet(given)
+
+
+def union(heads: HeadSet | PerSample) -> HeadSet:
+    """The heads of a set, or of all samples' sets."""
+    if isinstance(heads, HeadSet):
+        return heads
+    return HeadSet([pair for own in heads.values if own is not None for pair in own])

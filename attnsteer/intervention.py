@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import SelectionError, SerializationError, did_you_mean
-from .heads import HeadSet
-from .parameters import Named, check_fields, parsed
+from .heads import HeadSet, union
+from .parameters import Named, PerSample, check_fields, declared, parsed, sample_values
 from .registry import base_of, get_method, registered_name
 from .where import Where
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .account import Samples
     from .call import AttnCall, KeyBias, Reweight
     from .site import Site
     from .tokens import Tokens
@@ -70,9 +71,22 @@ class Intervention(Named):
     whole_heads: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     may_rest: ClassVar[bool] = False
+    # Set when it is made: the parameters with one value per sample, by name; and those of them by which it leaves some
+    # samples, or heads of samples, alone.
+    sample_values: ClassVar[dict[str, PerSample]] = {}
+    restricting: ClassVar[tuple[PerSample, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
+        found = sample_values(self)
+        if found:
+            object.__setattr__(self, "sample_values", found)
+            object.__setattr__(self, "restricting", tuple(v for name, v in found.items() if self._restricts(name, v)))
+
+    def _restricts(self, name: str, value: PerSample) -> bool:
+        """Whether a field leaves samples alone: by None, unless that means for one sample what it means for all."""
+        form = declared(type(self), name)
+        return value.of_heads or (value.rests and form is not None and not form.optional)
 
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return edited (q, k, v), or None for no edit."""
@@ -90,6 +104,15 @@ class Intervention(Named):
         """Call `forward` any number of times, with inside edits on where `run.inside(self)` is entered."""
         return forward(inputs)
 
+    def check_samples(self, samples: Samples) -> None:
+        """Raise a SelectionError if parameters have values for another number of samples; asked before the model's layers run."""
+        for name, value in self.sample_values.items():
+            if value.count is not None and value.count not in samples.of_row:
+                raise SelectionError(
+                    f"{type(self).__name__}({name}=...) has {value.count} values, and this is {samples}. Give one value for "
+                    "all, or one for each sample."
+                )
+
     def check_tokens(self, tokens: Tokens) -> None:
         """Raise a SelectionError if a call lacks tokens that the method speaks of; asked before the model's layers run."""
 
@@ -103,7 +126,7 @@ class Intervention(Named):
     def selection(self) -> Where:
         """`where`, with the method's own `heads` folded in."""
         heads = getattr(self, "heads", None)
-        return self.where if heads is None else self.where & Where(heads=heads)
+        return self.where if heads is None else self.where & Where(heads=union(heads))
 
     def doors(self) -> set[str]:
         """Which of the five methods of the contract the class overrides."""
@@ -135,6 +158,11 @@ class Intervention(Named):
             if isinstance(value, HeadSet):
                 sets.append(value)
                 values[f.name] = {"$heads": HEADS}
+            elif isinstance(value, PerSample) and value.of_heads:
+                raise SerializationError(
+                    f"{type(self).__name__}({f.name}=...) has a head set for each sample, which a file has no place for; save one "
+                    "method for each."
+                )
             elif isinstance(value, Where) and isinstance(value.heads, HeadSet):
                 sets.append(value.heads)
                 values[f.name]["heads"] = {"$heads": HEADS}
@@ -206,6 +234,8 @@ def _saved(cls: type) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, PerSample):
+        return value.values[0] if value.count is None else [_plain(v) for v in value.values]
     if isinstance(value, HeadSet):
         return {str(layer): list(value[layer]) for layer in value.layers}
     if isinstance(value, Where):

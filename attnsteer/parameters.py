@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .account import Samples
 from .errors import SelectionError, brief, did_you_mean, listing
 
 # Weights and statistics are held in float32, where a larger number is infinite and a smaller one may be 0.
@@ -43,21 +45,174 @@ def whole(value: Any) -> int | None:
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
+class PerSample:
+    """A parameter that is no plain number: one value per sample of a batch, or a tensor that needs a gradient.
+
+    Immutable; equal to another one with the same values (of tensors: the same tensor).
+
+    Args:
+        given: one value for each sample, in order; None for a sample that the method leaves alone. Or a floating-point
+            tensor that needs a gradient, with one value per sample (1-d) or one for all (0-d); it is read at each call, so
+            an optimiser may change it in place.
+    """
+
+    __slots__ = ("_tensors", "given")
+
+    def __init__(self, given: Sequence[Any] | Tensor):
+        object.__setattr__(self, "given", given if isinstance(given, Tensor) else tuple(given))
+        # Tensors that were made of the values: a transfer to the device at each call of each layer would cost more than an edit.
+        object.__setattr__(self, "_tensors", {})
+
+    @property
+    def learned(self) -> bool:
+        """Whether it is a tensor that needs a gradient."""
+        return isinstance(self.given, Tensor)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The values as they are now; one where there is one for all."""
+        return tuple(self.given.detach().reshape(-1).tolist()) if self.learned else self.given
+
+    @property
+    def count(self) -> int | None:
+        """For how many samples it has values; None: one for all."""
+        return None if self.learned and self.given.ndim == 0 else len(self.given)
+
+    @property
+    def rests(self) -> bool:
+        """Whether some samples are left alone."""
+        return not self.learned and None in self.given
+
+    @property
+    def of_heads(self) -> bool:
+        """Whether the values are sets of heads."""
+        return not self.learned and any(v is not None and not isinstance(v, (int, float)) for v in self.given)
+
+    def acts(
+        self, samples: Samples, batch: int, device: torch.device, layer: int = 0, heads: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """bool [B, 1, 1], or [B, H, 1] for sets of heads: whether a value is given for each row, and holds the head.
+
+        Args:
+            layer, heads: of the attention call; None: whether a row has a value at all is asked.
+        """
+        if heads is None or not self.of_heads:
+            found = self.tensor(samples, batch, torch.bool, device, lambda v: v is not None, "given")
+            return found[:, None, None]
+        inside = lambda v: [v is not None and (layer, head) in v for head in heads]  # noqa: E731
+        return self.tensor(samples, batch, torch.bool, device, inside, (layer, heads))[:, :, None]
+
+    def listed(self, samples: Samples, batch: int | None = None) -> list[Any]:
+        """The value of each row of a batch (see `Samples.rows`).
+
+        Raises:
+            SelectionError: the batch is not of so many samples.
+        """
+        if self.count is None:
+            return list(self.values) * (batch or samples.batch)
+        return [self.values[i] for i in samples.rows(self.count, batch)]
+
+    def tensor(
+        self,
+        samples: Samples,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        each: Callable[[Any], Any] | None = None,
+        key: Any = None,
+    ) -> Tensor:
+        """The value of each row of a batch, [B, ...]; [1] where there is one for all. Differentiable in a learned one.
+
+        Args:
+            each: what stands for each value (a number, or numbers); None: the value itself, and for None the first number
+                that there is, so that what is computed for a sample that is left alone is finite. key: tells `each` apart.
+
+        Raises:
+            SelectionError: the batch is not of so many samples.
+        """
+        if self.learned:
+            held = self.given.to(device, dtype)
+            return held[None] if held.ndim == 0 else held[list(samples.rows(self.count, batch))]
+        of_row = samples.rows(self.count, batch)
+        known, compiling = (of_row, dtype, device, key), torch.compiler.is_compiling()
+        if not compiling and known in self._tensors:
+            return self._tensors[known]
+        fill = next((v for v in self.given if v is not None), 0.0)
+        values = [(fill if v is None else v) if each is None else each(v) for v in self.given]
+        # It may be used in a call with gradients later.
+        with torch.inference_mode(False) if not compiling else torch.no_grad():
+            made = torch.tensor([values[i] for i in of_row], dtype=dtype, device=device)
+        if not compiling:
+            self._tensors[known] = made
+        return made
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> PerSample:
+        """Each value through a function of tensors; a sample that is left alone stays so."""
+        if self.learned:
+            return PerSample(change(self.given))
+        new = change(torch.tensor([0.0 if v is None else v for v in self.given], dtype=torch.float64)).tolist()
+        return PerSample([None if v is None else n for v, n in zip(self.given, new, strict=True)])
+
+    def __mul__(self, factor: float) -> PerSample:
+        return self.mapped(lambda values: values * factor)
+
+    __rmul__ = __mul__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("PerSample is immutable; make a new one.")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PerSample):
+            return NotImplemented
+        return self.given is other.given or (not self.learned and not other.learned and self.given == other.given)
+
+    def __hash__(self) -> int:
+        return hash((PerSample, id(self.given) if self.learned else self.given))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PerSample, (self.given,)
+
+    def __repr__(self) -> str:
+        return repr(self.given) if self.learned else repr(list(self.given))
+
+
+def is_all(value: Any, number: float) -> bool:
+    """Whether a parameter is `number` for every sample that it does not leave alone; never one that needs a gradient."""
+    if isinstance(value, PerSample):
+        return not value.learned and all(v is None or v == number for v in value.given)
+    return value == number
+
+
+def sample_values(owner: Any) -> dict[str, PerSample]:
+    """The fields of a dataclass that have one value per sample, or need a gradient; those inside of mappings as well."""
+    found = {}
+    for f in fields(owner):
+        value = getattr(owner, f.name)
+        if isinstance(value, PerSample):
+            found[f.name] = value
+        elif isinstance(value, Mapping):
+            found |= {f"{f.name}[{k}]": v for k, v in value.items() if isinstance(v, PerSample)}
+    return found
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A declaration. A subclass says which values fit (`convert`) and how that reads (`describe`).
 
     Attributes:
         optional: None is a value too. per_sample: the parameter is a strength, target, scale or gate, which has a meaning
-            for each sample by itself. Reserved: only one value for all is taken.
+            for each sample by itself: a list with one value for each is taken too (see `PerSample`). None in it leaves the
+            sample alone, or means what it means for all where the parameter is optional.
+        learnable: a tensor that needs a gradient is taken, with one value for all or one per sample.
     """
 
     optional: bool = False
     per_sample: bool = False
+    learnable: bool = False
 
     def describe(self) -> str:
         """The values it takes, e.g. "number from 0 to 1"."""
-        return self._form() + (" or None" if self.optional else "")
+        return self._form() + (" or None" if self.optional else "") + (", or one per sample" if self.per_sample else "")
 
     def check(self, method: str, name: str, value: Any) -> Any:
         """`value` as it is kept.
@@ -104,7 +259,28 @@ class Number(Parameter):
     whole: bool = False
     infinite: bool = False
 
-    def convert(self, value: Any) -> int | float:
+    def convert(self, value: Any) -> int | float | PerSample:
+        many = self._many(value) if self.per_sample else None
+        return self._one(value) if many is None else many
+
+    def _many(self, value: Any) -> PerSample | None:
+        """One value per sample, or a tensor that needs a gradient; None where `value` is neither."""
+        given = value.given if isinstance(value, PerSample) else plain(value)
+        if isinstance(given, Tensor):
+            if not self.learnable or given.is_meta or given.ndim > 1 or not given.is_floating_point():
+                return None
+            if not given.numel():
+                raise Refused
+            for number in given.detach().reshape(-1).tolist():
+                self._one(number)
+            return PerSample(given)
+        if not isinstance(given, (list, tuple)):
+            return None
+        if not given:
+            raise Refused
+        return PerSample([None if v is None else self._one(v) for v in given])
+
+    def _one(self, value: Any) -> int | float:
         value = plain(value)
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
             if getattr(value, "requires_grad", False):
@@ -209,10 +385,11 @@ def number(
     infinite: bool = False,
     optional: bool = False,
     per_sample: bool = False,
+    learnable: bool = False,
     kw_only: bool = False,
 ) -> Any:
     """A field that takes a finite number within bounds (see `Number`); a default of None makes it optional too."""
-    form = Number(optional or default is None, per_sample, low, high, above, below, infinite=infinite)
+    form = Number(optional or default is None, per_sample, learnable, low, high, above, below, infinite=infinite)
     return _field(form, default, kw_only)
 
 
@@ -225,7 +402,7 @@ def integer(
     kw_only: bool = False,
 ) -> Any:
     """A field that takes an integer within bounds, both allowed."""
-    return _field(Number(optional or default is None, False, low, high, whole=True), default, kw_only)
+    return _field(Number(optional or default is None, low=low, high=high, whole=True), default, kw_only)
 
 
 def choice(default: Any, names: Sequence[str], *, kw_only: bool = False) -> Any:
@@ -248,7 +425,7 @@ def parsed(
     kw_only: bool = False,
 ) -> Any:
     """A field whose values have a form of their own (see `Parsed`)."""
-    return _field(Parsed(default is None, per_sample, parse, text), default, kw_only, default_factory)
+    return _field(Parsed(default is None, per_sample, parse=parse, text=text), default, kw_only, default_factory)
 
 
 def _field(form: Parameter, default: Any, kw_only: bool, default_factory: Any = MISSING) -> Any:

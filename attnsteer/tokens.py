@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .account import Samples
 from .errors import SelectionError, brief
 from .parameters import plain, whole
 
@@ -25,6 +26,7 @@ class Tokens:
         image: bool [B, T], tokens that stand for (parts of) images or videos; None when not known.
         prompt: slots of the prompt seen so far; tokens behind them were generated, or are being scored; None: not known.
         more_to_come: a chunked prefill is under way, so spans may lie in later chunks.
+        samples: which sample each row belongs to; each is one, unless the host knows that samples were repeated.
     """
 
     batch: int
@@ -34,7 +36,13 @@ class Tokens:
     image: Tensor | None = None
     prompt: int | None = None
     more_to_come: bool = False
+    _samples: Samples | None = field(default=None, repr=False)
     _resolved: dict[int, tuple[Any, list[list[Range]]]] = field(default_factory=dict, repr=False)
+
+    @property
+    def samples(self) -> Samples:
+        """Which sample each row belongs to."""
+        return Samples.plain(self.batch) if self._samples is None else self._samples
 
     def first(self) -> Tensor:
         """Index of the first valid token of each row, [B]."""
@@ -101,6 +109,7 @@ class Tokens:
             if tensor is not None:
                 setattr(self, name, tensor[index.to(tensor.device)])
         rows = index.tolist()
+        self._samples = self.samples.taken(rows)
         self._resolved = {key: (spans, [found[i] for i in rows]) for key, (spans, found) in self._resolved.items()}
         self.batch = len(rows)
 
@@ -162,10 +171,11 @@ class Tokens:
                 f"spans={spans!r}: give strings to find in the text, or one list of (start, stop) token ranges per "
                 "sample."
             )
-        if self.batch % len(spans):
-            raise SelectionError(f"spans has {len(spans)} samples, the batch has {self.batch}.")
-        times = self.batch // len(spans)
-        return [item for item in spans for _ in range(times)]
+        if len(spans) not in self.samples.of_row:
+            raise SelectionError(
+                f"spans has {len(spans)} samples, and this is {self.samples}. Give one list of spans for each sample."
+            )
+        return [spans[i] for i in self.samples.rows(len(spans))]
 
     def _find(self, b: int, item: Any, tokenizer: Any) -> list[Range]:
         text, which = (item, None) if isinstance(item, str) else item

@@ -2,7 +2,7 @@
 
 from .groups import KeyIndex, index_keys, leftover, mass, partial
 from .lse import attend, attend_lse, lse_source
-from .merge import merge, reweight
+from .merge import held, merge, reweight
 from .problem import Attention
 from .statistics import column_mass, dense, entropy, rows, seen_by
 
@@ -14,6 +14,7 @@ __all__ = [
     "column_mass",
     "dense",
     "entropy",
+    "held",
     "index_keys",
     "leftover",
     "lse_source",

@@ -23,6 +23,11 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return out.to(parts[0][0].dtype), lse
 
 
+def held(value: Tensor, gradient: Tensor) -> Tensor:
+    """`value` bit for bit, with the gradient of `gradient`: for rows in which an edit with a neutral strength gives no other one."""
+    return value.detach() + (gradient - gradient.detach())
+
+
 def reweight(
     att: Attention,
     out: Tensor,
@@ -44,7 +49,8 @@ def reweight(
         normalise: divide by the new row sum.
 
     Returns:
-        [B, H, n, dv] in the dtype of `out`. Where all weights are one the row is returned bit for bit.
+        [B, H, n, dv] in the dtype of `out`. Where all weights are one the row is returned bit for bit; where a weight needs
+        a gradient, it has the right one there too.
     """
     dtype = att.stat_dtype
     total, sink = att.visible_total(lse), att.sink_share(lse)
@@ -54,7 +60,9 @@ def reweight(
     same, shrunk = rest == 1, torch.zeros_like(total, dtype=torch.bool)
     for g in gains:
         same, shrunk = same & (g == 0), shrunk | (g < 0)
-    stays = same | (total <= 0)
+    # A row that stays has the gradient of one that does not.
+    learned = rest.requires_grad or any(g.requires_grad for g in gains)
+    stays = total <= 0 if learned else same | (total <= 0)
     # Only a group with less weight than the rest can make the difference small against its terms.
     risky = shrunk & ~stays & (rest != 0) & (rest.abs() > LIMIT[out.dtype] * norm.clamp_min(0.0))
     if normalise:
@@ -82,4 +90,5 @@ def reweight(
                 # Where no weight is left at all, `new` holds the unedited output.
                 edited = torch.where(norm[:, None] > 0, edited / norm.clamp_min(1e-37)[:, None], new[b, h, at])
             new[b, h, at] = edited
-    return new.to(out.dtype)
+    new = new.to(out.dtype)
+    return torch.where(same[..., None], held(out, new), new) if learned else new

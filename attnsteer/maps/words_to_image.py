@@ -17,6 +17,7 @@ from ..call import AttnCall
 from ..errors import SelectionError, UnsupportedHost
 from ..kernels import Attention
 from ..kernels.problem import pick
+from ..parameters import PerSample
 from ..site import Site
 from .phrases import Prompt, fits
 
@@ -256,6 +257,14 @@ class Maps:
         if batch % len(values):
             raise SelectionError(f"{len(values)} prompts do not divide the {batch} samples of this call.")
         return [value for value in values for _ in range(batch // len(values))]
+
+    def each(self, value: Any, absent: float) -> Any:
+        """A parameter by sample: a number as it is, one value per sample as a tensor [B], `absent` for those without one."""
+        if not isinstance(value, PerSample):
+            return value
+        like = next(t for m in self.sites for t in (m.text, m.image) if t is not None)
+        values = [absent if v is None else v for v in self.per_sample(list(value.values))]
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
 
     def _competing(self, compete: str, batch: int, keys: int) -> Tensor:
         """bool [B, M]"""

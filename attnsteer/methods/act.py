@@ -18,7 +18,7 @@ from ..call import AttnCall, Reweight
 from ..errors import SelectionError, UnsupportedHost
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
-from ..parameters import choice, integer, number
+from ..parameters import PerSample, choice, integer, is_all, number
 from ..registry import register_method
 from ..site import Site
 from ..where import Where
@@ -53,7 +53,7 @@ class ACT(Intervention):
     """
 
     heads: HeadSet | None = head_set()
-    beta: float = number(0.4, low=0, high=1, per_sample=True)
+    beta: float = number(0.4, low=0, high=1, per_sample=True, learnable=True)
     threshold: float | None = number(None, low=0, per_sample=True)
     alpha: float | None = number(None, low=0, per_sample=True)
     decode: str = choice("frozen", MODES)
@@ -71,6 +71,11 @@ class ACT(Intervention):
             raise SelectionError(f"ACT got threshold={self.threshold} and alpha={self.alpha}; give one of the two.")
         if self.threshold is None and self.alpha is None:
             object.__setattr__(self, "threshold", 0.1)
+        tau = self.alpha if self.threshold is None else self.threshold
+        if isinstance(tau, PerSample) and tau.rests:
+            raise SelectionError(
+                "ACT got a threshold without a number for some sample; use None in beta for samples that it leaves alone."
+            )
 
     @classmethod
     def released_code(
@@ -101,7 +106,7 @@ class ACT(Intervention):
         return self.decode != "running"
 
     def weights(self, call: AttnCall) -> Reweight | None:
-        if self.beta == 1.0 or (call.phase == "decode" and self.decode == "prefill_only"):
+        if is_all(self.beta, 1.0) or (call.phase == "decode" and self.decode == "prefill_only"):
             return None
         sinks = self._sinks(call)
         if not bool(sinks.any()):
@@ -109,13 +114,14 @@ class ACT(Intervention):
         mass, outside = call.map.mass(sinks), call.map.outside(sinks)
         # Where nothing else is seen there is nothing to hand the freed mass to: 0 / 0, NaN in the official code.
         edit = outside > 0
-        rest = 1.0 + (1.0 - self.beta) * mass / outside.masked_fill(~edit, 1.0)
+        beta = call.each(self.beta)
+        rest = 1.0 + (1.0 - beta) * mass / outside.masked_fill(~edit, 1.0)
         # A mass outside that is subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
         edit = edit & rest.isfinite()
         if call.mixed and self.decode == "prefill_only":
             edit = edit & ~call.generates[:, None]
         one = torch.ones_like(mass)
-        keep = torch.where(edit, self.beta * one, one)
+        keep = torch.where(edit, beta * one, one)
         return Reweight(((sinks, keep),), torch.where(edit, rest, one), normalise=False)
 
     def _sinks(self, call: AttnCall) -> Tensor:
@@ -148,16 +154,16 @@ class ACT(Intervention):
             state[name] = _set(state.get(name), flags.expand(B, -1), keys.slot, length)
         if keys.packed:
             state["request"] = _set(state.get("request"), keys.request.expand(B, -1), keys.slot, length)
-        state["sinks"] = self._flagged(state)
+        state["sinks"] = self._flagged(call, state)
 
-    def _flagged(self, state: dict[str, Tensor]) -> Tensor:
+    def _flagged(self, call: AttnCall, state: dict[str, Tensor]) -> Tensor:
         """S by slot, [B, H, T]."""
         rows, valid = state["rows"], state["valid"]
         mean = state["sum"] / rows.clamp_min(1.0)
         if self.alpha is None:
-            tau = torch.as_tensor(self.threshold, dtype=mean.dtype, device=mean.device)
+            tau = torch.as_tensor(call.each(self.threshold), dtype=mean.dtype, device=mean.device)
         else:
-            tau = self.alpha / _count(valid, state.get("request")).clamp_min(1).to(mean.dtype)[:, None]
+            tau = call.each(self.alpha) / _count(valid, state.get("request")).clamp_min(1).to(mean.dtype)[:, None]
         hits = (mean > tau) & valid[:, None] & (rows >= self.min_rows)
         spared = state["first"][:, None] if self.exclude == "first_token" else _first(hits)
         return hits & ~spared

@@ -6,6 +6,7 @@ official code Attention-Refocusing/attention-refocusing at 2c265cb, which optimi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -144,7 +145,7 @@ class AttentionRefocusing(LatentLoss):
         if self.form == "paper" and maps.progress + 1e-9 >= LATE:
             rules.append(self._inside(maps) >= self.aligned)
         if self.stop_share is not None:
-            rules.append(self._share(maps) >= self.stop_share)
+            rules.append(self._share(maps) >= maps.each(self.stop_share, math.inf))
         given = [rule for rule in rules if rule is not None]
         return torch.stack(given).any(dim=0) if given else None
 

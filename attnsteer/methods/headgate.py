@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..call import AttnCall
 from ..errors import SelectionError
 from ..heads import HeadSet
 from ..intervention import Intervention
-from ..parameters import Number, parsed
+from ..parameters import Number, PerSample, is_all, parsed
 from ..registry import register_method
 from ..where import Where
 
@@ -30,7 +31,7 @@ def _gates(given: Any) -> dict[tuple[int, int], float]:
         (head,) = HeadSet([pair])
         if head in gates:
             raise SelectionError(f"head {head} has two gates; give one.")
-        gates[head] = Number().check("gate", str(head), gate)
+        gates[head] = Number(per_sample=True, learnable=True).check("gate", str(head), gate)
     return gates
 
 
@@ -40,7 +41,8 @@ class HeadGate(Intervention):
     """Scale head outputs: o_h <- gate_h * o_h.
 
     Args:
-        gates: `{(layer, head): gate}`, finite numbers; 1 leaves a head as it is, 0 removes it.
+        gates: `{(layer, head): gate}`, finite numbers, or one for each sample; 1 (or None for a sample) leaves a head as it
+            is, 0 removes it.
 
     Raises:
         SelectionError: no gate, or a gate that is not a finite number.
@@ -54,7 +56,11 @@ class HeadGate(Intervention):
         return self.where & Where(heads=HeadSet(list(self.gates)))
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
-        gates = [float(self.gates[call.site.layer, head]) for head in call.heads]
-        if all(g == 1.0 for g in gates):
+        gates = [self.gates[call.site.layer, head] for head in call.heads]
+        if all(is_all(g, 1.0) for g in gates):
             return None
-        return out * out.new_tensor(gates)[:, None, None]
+        if not self.sample_values:
+            return out * out.new_tensor(gates)[:, None, None]
+        own = {"key": "gate", "each": lambda gate: 1.0 if gate is None else gate}
+        rows = [call.each_row(g, out, **own) if isinstance(g, PerSample) else out.new_tensor([g]) for g in gates]
+        return out * torch.stack([r.expand(out.shape[0]) for r in rows], dim=1)[:, :, None, None]

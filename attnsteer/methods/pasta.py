@@ -17,7 +17,7 @@ from torch import Tensor
 from ..call import AttnCall, Reweight
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
-from ..parameters import choice, flag, number
+from ..parameters import choice, flag, is_all, number
 from ..registry import register_method
 from ..tokens import Tokens
 from ._spans import check_prompt, check_spans, marked, span_counts, span_keys
@@ -45,7 +45,7 @@ class PASTA(Intervention):
 
     spans: Any = marked()
     heads: HeadSet | None = head_set()
-    alpha: float = number(0.01, above=0, per_sample=True)
+    alpha: float = number(0.01, above=0, per_sample=True, learnable=True)
     scale_position: str = choice("exclude", ("exclude", "include"))
     released: bool = flag(False, kw_only=True)
     tokenizer: Any = field(default=None, kw_only=True, repr=False, compare=False, metadata={"save": False})
@@ -71,18 +71,19 @@ class PASTA(Intervention):
     def weights(self, call: AttnCall) -> Reweight | None:
         check_prompt(call)
         generated = call.keys.generated[:, None]
-        alpha = self.alpha if self.scale_position == "exclude" else 1.0 / self.alpha
-        if alpha == 1.0:
+        if is_all(self.alpha, 1.0):
             return None
+        alpha = call.each(self.alpha)
         if self.released:
-            return self._each_span(call, generated)
+            return self._each_span(call, generated, alpha)
+        alpha = alpha if self.scale_position == "exclude" else 1.0 / alpha
         return Reweight(((span_keys(call, self.spans, self.tokenizer) | generated, 1.0),), alpha)
 
-    def _each_span(self, call: AttnCall, generated: Tensor) -> Reweight:
+    def _each_span(self, call: AttnCall, generated: Tensor, alpha: float | Tensor) -> Reweight:
         """Keys by the number of spans that they are in."""
         inside, spans = span_counts(call, self.spans, self.tokenizer)
         inside = inside.masked_fill(generated, 0)
         power = (lambda k: spans - k) if self.scale_position == "exclude" else (lambda k: torch.full_like(spans, k - 1))
-        weight = lambda k: (self.alpha ** power(k).double()).to(call.map.att.stat_dtype)  # noqa: E731
+        weight = lambda k: (alpha ** power(k).double()).to(call.map.att.stat_dtype)  # noqa: E731
         groups = [(inside == k, weight(k)) for k in range(1, int(inside.max()) + 1)]
         return Reweight(((generated.expand_as(inside), 1.0), *groups), weight(0))

@@ -45,7 +45,9 @@ class SEG(WeakBranch):
     needs = ("segments", "grid")
 
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self.sigma > INFINITE:
+        sigmas = call.listed(self.sigma)
+        blurred = sorted({s for s in sigmas if s is not None and s <= INFINITE})
+        if not blurred:
             return None
         if not call.gives("grid"):
             raise UnsupportedHost(
@@ -53,11 +55,19 @@ class SEG(WeakBranch):
             )
         image = image_text(call)[0] if call.site.kind == "joint" else slice(0, call.q.shape[2])
         q = call.q.clone()
-        q[:, :, image] = blur(call.q[:, :, image], call.grid, self.sigma)
+        for sigma in blurred:
+            rows = slice(None) if sigmas.count(sigma) == len(sigmas) else [s == sigma for s in sigmas]
+            q[rows, :, image] = blur(call.q[rows, :, image], call.grid, sigma)
         return q, call.k, call.v
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
-        return mean_query(call, out) if self.sigma > INFINITE else None
+        infinite = [s is not None and s > INFINITE for s in call.listed(self.sigma)]
+        if not any(infinite):
+            return None
+        edited = mean_query(call, out)
+        if all(infinite):
+            return edited
+        return torch.where(torch.tensor(infinite, device=out.device)[:, None, None, None], edited, out)
 
 
 def blur(q: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:

@@ -15,7 +15,7 @@ from .. import kernels
 from ..call import AttnCall
 from ..errors import UnsupportedHost
 from ..heads import HeadSet, head_set
-from ..parameters import choice, number
+from ..parameters import PerSample, choice, is_all, number
 from ..registry import register_method
 from .bases.weak_branch import WeakBranch
 
@@ -39,7 +39,7 @@ class SoftPAG(WeakBranch):
             "zero" (head off).
     """
 
-    strength: float = number(1.0, low=0, high=1, per_sample=True)
+    strength: float = number(1.0, low=0, high=1, per_sample=True, learnable=True)
     joint: str = choice("joint_identity", JOINT)
     heads: HeadSet | None = head_set(kw_only=True)
     target: str = choice("identity", TARGETS, kw_only=True)
@@ -47,10 +47,17 @@ class SoftPAG(WeakBranch):
     linear = True
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
-        if self.strength == 0.0:
+        if is_all(self.strength, 0.0):
             return None
         target = getattr(self, f"_{self.target}")(call, out)
-        return target if self.strength == 1.0 else torch.lerp(out, target, self.strength)
+        if is_all(self.strength, 1.0):
+            return target
+        if not isinstance(self.strength, PerSample):
+            return torch.lerp(out, target, self.strength)
+        # In the dtype of statistics, as for one number: a rounded strength would be another one.
+        wide = torch.promote_types(out.dtype, torch.float32)
+        out, target = out.to(wide), target.to(wide)
+        return torch.lerp(out, target, call.each(self.strength, out)[..., None])
 
     def _zero(self, call: AttnCall, out: Tensor) -> Tensor:
         return torch.zeros_like(out)

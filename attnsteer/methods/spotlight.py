@@ -14,7 +14,7 @@ import torch
 
 from ..call import AttnCall, Reweight
 from ..intervention import Intervention
-from ..parameters import flag, number
+from ..parameters import flag, is_all, number
 from ..registry import register_method
 from ..tokens import Tokens
 from ._spans import check_spans, marked, span_keys
@@ -36,7 +36,7 @@ class SpotLight(Intervention):
     """
 
     spans: Any = marked()
-    target: float = number(0.2, low=0, below=1, per_sample=True)
+    target: float = number(0.2, low=0, below=1, per_sample=True, learnable=True)
     pooled: bool = flag(False)
     tokenizer: Any = field(default=None, kw_only=True, repr=False, compare=False, metadata={"save": False})
 
@@ -56,14 +56,15 @@ class SpotLight(Intervention):
 
     def weights(self, call: AttnCall) -> Reweight | None:
         keys = span_keys(call, self.spans, self.tokenizer)
-        if self.target == 0.0:
+        if is_all(self.target, 0.0):
             return None
+        target = call.each(self.target)
         share = call.map.mass(keys)
         if self.pooled:
             valid = call.row_valid[:, None].to(share.dtype).expand_as(share)
             share = ((share * valid).sum(dim=(1, 2), keepdim=True) / valid.sum(dim=(1, 2), keepdim=True)).expand_as(
                 share
             )
-        low = (share > 0) & (share < self.target)
-        weight = torch.where(low, self.target / share.masked_fill(~low, 1.0), torch.ones_like(share))
+        low = (share > 0) & (share < target)
+        weight = torch.where(low, target / share.masked_fill(~low, 1.0), torch.ones_like(share))
         return Reweight(((keys, weight),))

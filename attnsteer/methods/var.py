@@ -19,7 +19,7 @@ from torch import Tensor
 from ..call import AttnCall, Reweight
 from ..errors import SelectionError, UnsupportedHost
 from ..intervention import Intervention
-from ..parameters import flag, number, parsed, plain, whole
+from ..parameters import flag, is_all, number, parsed, plain, whole
 from ..registry import register_method
 from ..site import Site
 from ..tokens import Tokens
@@ -74,7 +74,7 @@ class VAR(Intervention):
     tau: float = number(20.0, above=0)
     rho: float = number(0.5, low=0, high=1)
     min_image_mass: float = number(0.2, low=0, high=1)
-    move_fraction: float = number(0.6, low=0, high=1, per_sample=True)
+    move_fraction: float = number(0.6, low=0, high=1, per_sample=True, learnable=True)
     released: bool = flag(False, kw_only=True)
 
     kinds = ("self",)
@@ -113,7 +113,7 @@ class VAR(Intervention):
     def weights(self, call: AttnCall) -> Reweight | None:
         image = image_tokens(call, "VAR")
         self._find_sinks(call)
-        if self.move_fraction == 0.0 or not call.state["any"]:
+        if is_all(self.move_fraction, 0.0) or not call.state["any"]:
             return None
         visual, sinks = call.at_keys(image), call.at_keys(call.state["sinks"])
         visual_sinks, other_sinks, rest = visual & sinks, sinks & ~visual, visual & ~sinks
@@ -125,8 +125,9 @@ class VAR(Intervention):
         share_of = on_image + SHARE_EPSILON * visual.sum(dim=-1, keepdim=True) if self.released else on_image
         edit = edit & (on_visual_sinks <= (1.0 - self.rho) * share_of)
         one = torch.ones_like(on_rest)
-        keep = torch.where(edit, 1.0 - self.move_fraction, one)
-        moved = self.move_fraction * (on_visual_sinks + on_other_sinks)
+        fraction = call.each(self.move_fraction)
+        keep = torch.where(edit, 1.0 - fraction, one)
+        moved = fraction * (on_visual_sinks + on_other_sinks)
         grow = torch.where(edit, 1.0 + moved / on_rest.masked_fill(~edit, 1.0), one)
         return Reweight(((visual_sinks, keep), (other_sinks, keep), (rest, grow)), normalise=False)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..call import AttnCall
 from ..errors import UnsupportedHost
 from ..intervention import Intervention
-from ..parameters import choice, flag, integer, number
+from ..parameters import choice, flag, integer, is_all, number
 from ..registry import register_method
 from ..site import Site
 from ..tokens import Tokens
@@ -51,7 +51,7 @@ class VHR(Intervention):
         SelectionError: a value out of range; no image in a prompt.
     """
 
-    alpha: float = number(2.0, per_sample=True)
+    alpha: float = number(2.0, per_sample=True, learnable=True)
     rows: str = choice("all", ROWS, kw_only=True)
     last: int = integer(14, low=1, kw_only=True)
     outliers: bool = flag(True, kw_only=True)
@@ -63,7 +63,7 @@ class VHR(Intervention):
     whole_heads = True
 
     def check_tokens(self, tokens: Tokens) -> None:
-        if self.alpha == 1.0:
+        if is_all(self.alpha, 1.0):
             return
         if tokens.prompt == tokens.length:
             check_images(tokens, "VHR")
@@ -73,7 +73,7 @@ class VHR(Intervention):
         return Where(layers=sorted({*layers[1:2], *layers[-self.last :]}), kinds="self") if layers else None
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
-        if self.alpha == 1.0:
+        if is_all(self.alpha, 1.0):
             return None
         factor = call.state.get("factor")
         if factor is not None:
@@ -91,11 +91,11 @@ class VHR(Intervention):
 
         def edit(vhd: Tensor, own: Tensor, last: Tensor) -> Tensor | None:
             found.append(above_median(vhd))
-            return self._for_rows(own, found[0], last) if self.reinforce_both else None
+            return self._for_rows(call, own, found[0], last) if self.reinforce_both else None
 
         self._beside(call, out, at, edit)
-        call.state["factor"] = self._factor(out, found[0])
-        return self._for_rows(out, found[0], at)
+        call.state["factor"] = self._factor(call, out, found[0])
+        return self._for_rows(call, out, found[0], at)
 
     def measured(self, call: AttnCall, out: Tensor) -> Tensor:
         """VHD [B, H] of this call, whose end is the prompt's; nothing is scaled."""
@@ -127,16 +127,18 @@ class VHR(Intervention):
 
         call.image_free(compare)
 
-    def _for_rows(self, out: Tensor, chosen: Tensor, last: Tensor) -> Tensor:
-        scaled = out * self._factor(out, chosen)
+    def _for_rows(self, call: AttnCall, out: Tensor, chosen: Tensor, last: Tensor) -> Tensor:
+        scaled = out * self._factor(call, out, chosen)
         if self.rows == "all":
             return scaled
         rows = torch.arange(out.shape[2], device=out.device) >= last[:, None]
         return torch.where(rows[:, None, :, None], scaled, out)
 
-    def _factor(self, out: Tensor, chosen: Tensor) -> Tensor:
+    def _factor(self, call: AttnCall, out: Tensor, chosen: Tensor) -> Tensor:
         """[B, H, 1, 1], in the dtype of `out`."""
-        return torch.where(chosen, self.alpha, 1.0).to(out.dtype)[:, :, None, None]
+        alpha = call.each(self.alpha)
+        alpha = alpha[..., 0] if isinstance(alpha, Tensor) else alpha
+        return torch.where(chosen, alpha, 1.0).to(out.dtype)[:, :, None, None]
 
 
 def divergence(seen: Tensor, free: Tensor, outliers: bool = True) -> Tensor:

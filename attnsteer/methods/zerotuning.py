@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..call import AttnCall, Reweight
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
-from ..parameters import number
+from ..parameters import is_all, number
 from ..registry import register_method
 
 
@@ -30,12 +30,12 @@ class ZeroTuning(Intervention):
     """
 
     heads: HeadSet | None = head_set()
-    gamma: float = number(1.0, above=0, per_sample=True)
+    gamma: float = number(1.0, above=0, per_sample=True, learnable=True)
 
     kinds = ("self",)
     needs = ("tokens",)
 
     def weights(self, call: AttnCall) -> Reweight | None:
-        if self.gamma == 1.0:
+        if is_all(self.gamma, 1.0):
             return None
-        return Reweight(((call.first_key(), self.gamma),))
+        return Reweight(((call.first_key(), call.each(self.gamma)),))

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ...account import plain
+from ...branches import samples_of
 from ...call import AttnCall
 from ...engine import SiteRuntime
+from ...errors import UnsupportedHost
 from ...maps.words_to_image import Capture, Enough
 from ...site import Site
 from .latents import INPUTS, unet_scale
@@ -37,6 +39,7 @@ class DenoiserClock:
         # Compiled code is compiled anew for each value that it reads here, so it reads no more than is needed.
         self._acting: dict[str, tuple[int, ...]] = {}
         self._stepwise = any("steps" in b.method.needs for b in run.bounds)
+        self._sampled = any(b.method.sample_values for b in run.bounds)
         self._branched = any(b.where.branches is not None for b in run.bounds)
         self.layout: tuple[str, ...] | None = None
         self.batch = 0
@@ -81,6 +84,21 @@ class DenoiserClock:
         finally:
             self.layout, self.batch, self._acting = before
 
+    def check_samples(self) -> None:
+        """Raise where values per sample are not those of this call's rows; before the model runs."""
+        if not self._sampled:
+            return
+        pipe = self.sampling.pipeline
+        if self.layout is None and pipe is not None:
+            raise UnsupportedHost(
+                f"values per sample need to know which of the {self.batch} rows of a call are conditional, which is not known for "
+                f'{type(pipe).__name__}; enter run.branches("uncond", "cond") around the calls, or give one value for all.'
+            )
+        for bound in self.run.bounds:
+            bound.method.check_samples(
+                samples_of(len(self.layout or ("cond",)), self.batch, self.sampling.prompts.count)
+            )
+
     def active(self, runtime: SiteRuntime) -> tuple[int, ...]:
         """Which interventions act at a site now."""
         found = self._acting.get(runtime.site.path)
@@ -116,6 +134,9 @@ class DenoiserClock:
             step, steps = self.sampling.step, self.sampling.steps
         if self._branched and self.layout is not None and batch % max(self.batch, 1) == 0:
             branch_rows = self._branch_rows(batch, site.module)
+        samples = None
+        if self._sampled:
+            samples = samples_of(len(self.layout or ("cond",)), self.batch, self.sampling.prompts.count)
         return AttnCall(
             site,
             plain(rows, device),
@@ -125,6 +146,7 @@ class DenoiserClock:
             steps=steps,
             segments=roles,
             branch_rows=branch_rows,
+            samples=samples,
             facts=facts,
         )
 

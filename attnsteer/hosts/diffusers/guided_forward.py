@@ -6,6 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
     run, model = clock.run, clock.model
     around = [b for b in run.bounds if "around" in b.doors and _edited(clock, b)]
     timed = any(getattr(b.where, f) is not None for b in run.bounds for f in ("steps", "branches", "rows"))
-    needed = any({"segments", "grid", "steps"} & set(b.method.needs) for b in run.bounds)
+    needed = any({"segments", "grid", "steps"} & set(b.method.needs) or b.method.sample_values for b in run.bounds)
     compiled = owner is not model or any(m._compiled_call_impl is not None for m in model.modules())
     if compiled:
         # A record that comes into being at the first call would compile the second anew.
@@ -45,7 +46,8 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
             f"{type(latent[0].method).__name__} takes gradients through {type(model).__name__} and cuts its forward short, which "
             "compiled code does not allow. Steer the model before it is compiled, or without torch.compile."
         )
-    clock.sampling.watch(model, journal, any("latent" in b.method.needs for b in run.bounds))
+    prompts = any(b.method.sample_values for b in run.bounds)
+    clock.sampling.watch(model, journal, any("latent" in b.method.needs for b in run.bounds), prompts)
     clock.sampling.prompts.listeners += [b.method.prepare for b in latent]
     names = list(inspect.signature(type(model).forward).parameters)[1:]
     place, original = _place(owner)
@@ -66,6 +68,7 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
         values = dict(zip(names, args, strict=False)) | kwargs
         clock.begin(values)
         clock.refresh()
+        clock.check_samples()
         sampling = clock.sampling
         working = [b for b in around if b.where.active(None, sampling.step, sampling.steps)]
         if not working:
@@ -76,6 +79,7 @@ def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
         for bound in reversed(working):
             call = _layer(clock, bound, call, bare, ways[bound.index])
         inputs = BranchInputs(values, clock.layout, clock.batch, sampling.timestep, sampling.memory, Loop(clock))
+        inputs = replace(inputs, prompts=sampling.prompts.count)
         prediction = call(inputs)
         if prediction.shift is not None and len(clock.layout) > 1 and sampling.rescale.factor:
             return sampling.rescale.hold(prediction, inputs).wrapped

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from ...maps.phrases import Prompt, Segment
 from ...tokens import char_offsets
 from .pipelines import caller
@@ -30,18 +32,20 @@ class Prompts:
     """Remembers what `encode_prompt` was asked for, once per call of the pipeline.
 
     Attributes:
-        current: the prompts of this call. listeners: told of them before the first step, and may refuse them.
+        current: the prompts of this call, once there is a listener. count: how many there are; None: not known.
+        listeners: told of them before the first step, and may refuse them.
     """
 
     def __init__(self, pipeline: Any):
         self.pipeline = pipeline
         self.current = Prompt(unknown="encode_prompt was not called inside the steering context")
+        self.count: int | None = None
         self.listeners: list[Callable[[Prompt], None]] = []
         self._fresh = True
 
     def restart(self) -> None:
         """A new call of the pipeline begins: its first prompt is the one that counts (a second is the negative one)."""
-        self._fresh = True
+        self._fresh, self.count = True, None
 
     def checking(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Around `check_inputs`, which every call of a pipeline begins with."""
@@ -62,13 +66,24 @@ class Prompts:
             if self._fresh:
                 given = signature.bind(*args, **kwargs)
                 given.apply_defaults()
-                self.current = _prompt(self.pipeline, given.arguments)
+                self.count = _count(given.arguments)
+                if self.listeners:
+                    self.current = _prompt(self.pipeline, given.arguments)
                 for listen in self.listeners:
                     listen(self.current)
                 self._fresh = False
             return original(*args, **kwargs)
 
         return encode_prompt
+
+
+def _count(given: dict[str, Any]) -> int | None:
+    """How many prompts there are: texts, or rows of embeddings."""
+    texts, embeds = given.get("prompt"), given.get("prompt_embeds")
+    if isinstance(texts, str):
+        return 1
+    found = texts if isinstance(texts, (list, tuple)) else embeds
+    return len(found) if isinstance(found, (list, tuple, Tensor)) else None
 
 
 def _prompt(pipe: Any, given: dict[str, Any]) -> Prompt:

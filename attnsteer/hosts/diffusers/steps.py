@@ -79,8 +79,9 @@ class Sampling:
             planned = planned[-running:]
         return torch.unique_consecutive(planned).tolist()
 
-    def watch(self, model: nn.Module, journal: Any, latent: bool = False) -> None:
-        """Learn rows, cache contexts, runs and scheduler steps from the pipeline's own calls; with `latent`, its latent too."""
+    def watch(self, model: nn.Module, journal: Any, latent: bool = False, prompts: bool = False) -> None:
+        """Learn rows, cache contexts, runs and scheduler steps from the pipeline's own calls; with `latent`, its latent too,
+        with `prompts` or `latent`, its prompts."""
         pipe = self.pipeline
         if hasattr(model, "cache_context"):
             journal.set_attr(model, "cache_context", self._named(model.cache_context))
@@ -93,16 +94,18 @@ class Sampling:
             (pipe, "prepare_latents", self._prepared),
             (scheduler, "set_timesteps", self._planning),
             (scheduler, "step", self._stepped),
-            *(self._latent_seams(pipe, scheduler) if latent else ()),
+            *(self._prompt_seams(pipe) if latent or prompts else ()),
+            *(self._latent_seams(scheduler) if latent else ()),
         )
         for owner, name, wrap in seams:
             if callable(getattr(owner, name, None)):
                 journal.set_attr(owner, name, wrap(getattr(owner, name)))
 
-    def _latent_seams(self, pipe: Any, scheduler: Any) -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
+    def _prompt_seams(self, pipe: Any) -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
+        return (pipe, "check_inputs", self.prompts.checking), (pipe, "encode_prompt", self.prompts.encoding)
+
+    def _latent_seams(self, scheduler: Any) -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
         return (
-            (pipe, "check_inputs", self.prompts.checking),
-            (pipe, "encode_prompt", self.prompts.encoding),
             (scheduler, "scale_model_input", self.latents.scaling),
             # Around the step above: what is substituted is what the other one passes on.
             (scheduler, "step", self.latents.stepping),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...account import Account, plain
+from ...account import Account, Samples, plain
 from ...bound import Bound
 from ...call import AttnCall
 from ...engine import SiteRuntime
@@ -65,6 +65,7 @@ class Forward:
         site, account = runtime.site, self.account
         if account is None or account.batch != batch or account.new != rows:
             # The stack folds other axes into the batch, or has no tokens.
+            check_no_samples(runtime)
             return AttnCall(site, plain(rows, device), plain(keys, device), host="transformers", phase=self.phase)
         facts: dict[str, Any] = {"tokens": self.tokens, "residual": self.residual}
         if self.beside is not None:
@@ -89,6 +90,7 @@ class Forward:
             mixed=account.mixed,
             frozen=self.stack.run.scope.frozen,
             past=account.past,
+            samples=self.tokens.samples,
             states=states,
             facts=facts,
         )
@@ -157,8 +159,14 @@ class Stack:
             encoder=padding_mask(values.get("encoder_attention_mask")),
             beside=None if self.beside is None or not tokens_known else self.beside(outer),
         )  # fmt: skip
+        if self.outer.family is not None:
+            # An image tower of a vision-language model: its batch is one of images or tiles.
+            for runtime in self.runtimes.values():
+                if runtime.site.modality != "text":
+                    check_no_samples(runtime)
         for bound in self.bounds:
             if self.run.is_open(bound) and bound.where.active(None if account.mixed else phase, None, None):
+                bound.method.check_samples(tokens.samples)
                 bound.method.check_tokens(tokens)
         return forward
 
@@ -261,6 +269,7 @@ class Stack:
             known = before is not None and before.ids is not None and len(before.ids) == account.batch
             ids = torch.cat([before.ids[:, :past].to(ids.device), ids], dim=1) if known and ids is not None else None
         tokens = Tokens(batch=account.batch, length=length, valid=account.valid, ids=ids)
+        tokens._samples = self._samples(account, outer, before if past else None)
         tokens.more_to_come = length < total if total is not None else self.run.scope.chunked
         if account.phase == "prefill":
             tokens.prompt = length if account.prompt is None else min(length, account.prompt)
@@ -268,14 +277,22 @@ class Stack:
             tokens.prompt = sequence.prompt
         if before is not None and past:
             tokens.keep_spans(before, past)
-        tokens.image = self._image(account, before, image)
+        tokens.image = self._image(account, tokens.samples, before, image)
         return tokens
 
-    def _image(self, account: Account, before: Tokens | None, new: Tensor | None) -> Tensor | None:
+    def _samples(self, account: Account, outer: Outer, before: Tokens | None) -> Samples:
+        """Which sample each row belongs to: as in the cache, or as `generate` repeats its prompts."""
+        if before is not None and before.batch == account.batch:
+            return before.samples
+        generation = outer.generation or outer.beside
+        prompts = None if generation is None else generation.prompts
+        return Samples.repeated(prompts or account.batch, account.batch)
+
+    def _image(self, account: Account, samples: Samples, before: Tokens | None, new: Tensor | None) -> Tensor | None:
         """bool [B, T] over all tokens so far; `new` [B, n] are those of this call."""
         told, past = self.run.scope.images, account.past
         if isinstance(told, tuple) and account.phase == "prefill":
-            return account.ranges(told)
+            return account.ranges(told, samples)
         if not past:
             return new
         if before is None or before.image is None or len(before.image) != account.batch:
@@ -284,6 +301,16 @@ class Stack:
         if new is None:
             return torch.cat([old, old.new_zeros(account.batch, account.new)], dim=1)
         return torch.cat([old, new.to(old.device)], dim=1)
+
+
+def check_no_samples(runtime: SiteRuntime) -> None:
+    """Raise where a method has values per sample, and the rows of a call are not those of samples."""
+    for bound, _ in runtime.entries:
+        for name in bound.method.sample_values:
+            raise UnsupportedHost(
+                f"{runtime.site.path}: its batch is not one of samples (parts of images, or packed images), so "
+                f"{bound.name}({name}=...) cannot have one value per sample there. Give one value for all."
+            )
 
 
 def block_forward(run: Any, residual: bool, inner: Any, *args: Any, **kwargs: Any) -> Any:

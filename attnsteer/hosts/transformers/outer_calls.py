@@ -20,15 +20,19 @@ from .image_tokens import Family, brings_images, check_whole, family_of, image_t
 
 # The keyword under which a forward is told what its caller knows: by steering, an `Outer` above a stack, a `Forward` in it.
 KEY = "attnsteer_call"
+# Arguments of `generate` that have one entry per prompt.
+PROMPTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values")
 
 
 @dataclass(frozen=True, eq=False)
 class Generation:
-    """One outer `generate`: its token ids and image tokens [b, N], and the slots of its prompt; each None where not known."""
+    """One outer `generate`: its token ids and image tokens [b, N], the slots of its prompt, and how many prompts it was given,
+    which it repeats for beams and several sequences; each None where not known."""
 
     ids: Tensor | None = None
     image: Tensor | None = None
     total: int | None = None
+    prompts: int | None = None
     # Slots of the prompt of a second stream (the unconditional one of `guidance_scale`), once it has been seen.
     beside: list[int] = field(default_factory=list)
 
@@ -144,7 +148,13 @@ class OuterCalls:
                 image = self._images({**values, "input_ids": ids}, data.shape[1])
             if image is not None:
                 check_whole(self.family, self.model.config, values, image)
-        return Generation(ids, image, data.shape[1] if data is not None and self._lengths else None)
+        given = next((values[n] for n in PROMPTS if isinstance(values.get(n), Tensor)), None)
+        return Generation(
+            ids,
+            image,
+            data.shape[1] if data is not None and self._lengths else None,
+            None if given is None else len(given),
+        )
 
     def tokens(
         self, outer: Outer, values: Mapping[str, Any], batch: int, new: int, past: int

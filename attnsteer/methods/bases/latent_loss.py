@@ -21,7 +21,7 @@ from ...errors import NotFinite, SelectionError, UnsupportedHost
 from ...intervention import Intervention
 from ...maps.phrases import INCLUDE, Prompt
 from ...maps.words_to_image import Capture, Enough, Maps, MapSite
-from ...parameters import Number, Refused, choice, flag, integer, number, parsed, plain
+from ...parameters import Number, PerSample, Refused, choice, flag, integer, is_all, number, parsed, plain
 from ...site import Site
 from ...where import Where
 
@@ -34,11 +34,11 @@ class Plan:
     """What to do at one call of the loop, for each sample by itself.
 
     Attributes:
-        size: step size eta. refine: at most that many updates, until the loss before one of them was at or below
+        size: step size eta, or one per sample. refine: at most that many updates, until the loss before one of them was at or below
             `target`; with `at_once`, the first of them is made whatever the loss. updates: further ones after these.
     """
 
-    size: float
+    size: float | PerSample
     refine: int = 0
     target: float = 0.0
     at_once: bool = False
@@ -124,14 +124,14 @@ class LatentLoss(Intervention):
 
     def satisfied(self, maps: Maps, loss: Tensor) -> Tensor | None:
         """bool [B]: samples that are left alone at this call, also before their first update; None: no such rule."""
-        return None if self.stop_loss is None else loss <= self.stop_loss
+        return None if self.stop_loss is None else loss <= maps.each(self.stop_loss, -math.inf)
 
     def met(self, maps: Maps, loss: Tensor, target: float) -> Tensor:
         """bool [B]: samples that need no more refinement after this update."""
         return loss <= target
 
-    def step_at(self, index: int, length: int) -> float:
-        """eta of one call: step_size * sqrt(1 ... decay)."""
+    def step_at(self, index: int, length: int) -> float | PerSample:
+        """eta of one call, or of one call for each sample: step_size * sqrt(1 ... decay)."""
         line = 1.0 + (self.decay - 1.0) * (index / (length - 1) if length > 1 else 0.0)
         return self.step_size * math.sqrt(line)
 
@@ -183,7 +183,7 @@ class LatentLoss(Intervention):
     def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Any) -> Prediction:
         """The updates of this call, then the prediction at the moved latent."""
         loop = inputs.loop
-        if self.step_size == 0.0 or loop.acted(self) or (loop.blind and not self.blind_calls):
+        if is_all(self.step_size, 0.0) or loop.acted(self) or (loop.blind and not self.blind_calls):
             return forward(inputs)
         plan = self.plan(loop.index, loop.length)
         if plan.refine or plan.updates:
@@ -210,8 +210,9 @@ class _Optimiser:
         """z*, [b, ...]."""
         method, plan = self.method, self.plan
         rows = self.z.shape[0]
-        refining = torch.full((rows,), plan.refine > 0, device=self.z.device)
-        refined, left = torch.zeros(rows, device=self.z.device), torch.full((rows,), plan.updates, device=self.z.device)
+        on = self._on()
+        refining = on & (plan.refine > 0)
+        refined, left = torch.zeros(rows, device=self.z.device), on * plan.updates
         first = True
         with self.loop.differentiating(method, self.inputs, self.capture):
             while bool((refining | (left > 0)).any()):
@@ -233,6 +234,12 @@ class _Optimiser:
                 first = False
         return self.z
 
+    def _on(self) -> Tensor:
+        """bool [b]: the samples that have a step size above 0."""
+        sizes = self.plan.size.listed(self.inputs.samples) if isinstance(self.plan.size, PerSample) else None
+        on = [True] * len(self.z) if sizes is None else [bool(size) for size in sizes]
+        return torch.tensor(on, device=self.z.device)
+
     def _maps(self, z: Tensor) -> Maps:
         """One pass of the denoiser, up to the last needed site."""
         method, loop = self.method, self.loop
@@ -250,7 +257,7 @@ class _Optimiser:
         gradient, wide = gradient.detach(), moving.view(-1, *[1] * (z.ndim - 1))
         if not bool(torch.isfinite(gradient[moving]).all()):
             raise self._broken("the gradient of the loss")
-        step = self.plan.size * gradient
+        step = (self.inputs.each(self.plan.size, gradient) * gradient).to(gradient.dtype)
         if self.method.relative:
             norm = lambda t: torch.linalg.vector_norm(t.flatten(1).float(), dim=1).view(wide.shape)  # noqa: E731
             length = norm(gradient)

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ...branches import BranchInputs, Prediction, add_to_rows
 from ...errors import SelectionError, UnsupportedHost
 from ...intervention import Intervention
-from ...parameters import number
+from ...parameters import PerSample, is_all, number
 from ...site import Site
 from ...where import Where
 
@@ -28,7 +30,7 @@ class WeakBranch(Intervention):
             0 keeps s constant.
     """
 
-    scale: float = number(3.0, per_sample=True)
+    scale: float = number(3.0, per_sample=True, learnable=True)
     adaptive: float = number(0.0, low=0, kw_only=True)
 
     kinds = ("self", "joint")
@@ -51,23 +53,30 @@ class WeakBranch(Intervention):
             "between transformers. Give e.g. Where(layers=[...]); attnsteer.sites(pipe) lists them."
         )
 
-    def scale_at(self, timestep: float | None) -> float:
-        """s_t at a timestep of the scheduler (1000 to 0)."""
+    def scale_at(self, timestep: float | None) -> float | PerSample:
+        """s_t at a timestep of the scheduler (1000 to 0); of each sample, where they have values of their own."""
         if not self.adaptive or timestep is None:
             return self.scale
-        return max(0.0, self.scale - self.adaptive * (1000.0 - timestep))
+        fall = self.adaptive * (1000.0 - timestep)
+        if isinstance(self.scale, PerSample):
+            return self.scale.mapped(lambda s: (s - fall).clamp_min(0.0))
+        return max(0.0, self.scale - fall)
 
     def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Any) -> Prediction:
         """One strong pass, one weak pass on the conditional rows, and the combination."""
         strong = forward(inputs)
         scale = self.scale_at(inputs.timestep)
-        if scale == 0.0:
+        if is_all(scale, 0.0):
             return strong
         if "cond" in inputs.layout:
             with run.inside(self):
                 weak = forward(inputs.only("cond"))
             # Differences of the model's own outputs: several weak branches add up.
-            term = scale * (strong.raw[inputs.part("cond")] - weak.raw)
+            raw = strong.raw[inputs.part("cond")]
+            own, apart = inputs.only("cond"), raw - weak.raw
+            term = (own.each(scale, apart) * apart).to(apart.dtype)
+            acting = own.acting(self, apart)
+            term = term if acting is None else torch.where(acting, term, torch.zeros_like(term))
             # The unconditional rows may come in a call of their own, after this one.
             inputs.memory[id(self)] = (inputs.timestep, term)
         else:

@@ -89,6 +89,13 @@ LAWS: dict[str, Law] = {
             batches.batch,
         ),
         Law(
+            "per_row",
+            "with one value of a parameter per sample, each sample is the sample alone with its own",
+            "a strength was used as a number; write call.each(self.strength), which is a number or [B, 1, 1], and "
+            "is_all(self.strength, 1.0) to ask whether it is neutral",
+            batches.per_row,
+        ),
+        Law(
             "padding",
             "a row in a padded batch is the row alone",
             "a slot number was used where a position was meant (use call.key_index()), or padding was counted in a statistic "
