@@ -262,4 +262,7 @@ def union(heads: HeadSet | PerSample) -> HeadSet:
     """The heads of a set, or of all samples' sets."""
     if isinstance(heads, HeadSet):
         return heads
-    return HeadSet([pair for own in heads.values if own is not None for pair in own])
+    given = [own for own in heads.values if own is not None]
+    return HeadSet(
+        [pair for own in given for pair in own], shape=next((own.shape for own in given if own.shape is not None), None)
+    )

@@ -109,7 +109,7 @@ class Intervention(Named):
         for name, value in self.sample_values.items():
             if value.count is not None and value.count not in samples.of_row:
                 raise SelectionError(
-                    f"{type(self).__name__}({name}=...) has {value.count} values, and this is {samples}. Give one value for "
+                    f"{type(self).__name__}({name}=...) has {value.count} value{'s' * (value.count != 1)}, and this is {samples}. Give one value for "
                     "all, or one for each sample."
                 )
 

@@ -24,7 +24,7 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def held(value: Tensor, gradient: Tensor) -> Tensor:
-    """`value` bit for bit, with the gradient of `gradient`: for rows in which an edit with a neutral strength gives no other one."""
+    """`value` bit for bit, with the gradient of `gradient`: for rows that an edit at its neutral strength leaves as they are."""
     return value.detach() + (gradient - gradient.detach())
 
 

@@ -138,7 +138,8 @@ class VHR(Intervention):
         """[B, H, 1, 1], in the dtype of `out`."""
         alpha = call.each(self.alpha)
         alpha = alpha[..., 0] if isinstance(alpha, Tensor) else alpha
-        return torch.where(chosen, alpha, 1.0).to(out.dtype)[:, :, None, None]
+        one = torch.ones((), dtype=out.dtype, device=out.device)
+        return torch.where(chosen, alpha * one, one).to(out.dtype)[:, :, None, None]
 
 
 def divergence(seen: Tensor, free: Tensor, outliers: bool = True) -> Tensor:
