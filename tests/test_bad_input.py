@@ -330,7 +330,7 @@ class Letters:
         (PASTA([["xyz"], [(0, 1)]], tokenizer=Letters()), "not in the text of sample 0"),
         (SpotLight([[(0, 3)], [(2, 8)]]), r"span \(2, 8\) of sample 1 ends after its 7 tokens"),
         (PASTA([[(0, 9)]]), r"span \(0, 9\) of sample 0 ends after its 8 tokens"),
-        (SpotLight([[(0, 1)], [(0, 1)], [(0, 1)]]), "spans has 3 samples, the batch has 2"),
+        (SpotLight([[(0, 1)], [(0, 1)], [(0, 1)]]), "spans has 3 samples, and this is a batch of 2 samples"),
         (ZeroTuning(gamma=2.0, where=Where(rows="image")), "row roles none"),
     ],
 )

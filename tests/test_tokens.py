@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from attnsteer import SpotLight, Tokens, steer
+from attnsteer.account import Samples
 from attnsteer.errors import SelectionError
 from attnsteer.testing import tiny_transformers
 from attnsteer.tokens import char_offsets
@@ -182,18 +183,27 @@ def test_a_sample_may_have_no_span() -> None:
         ([0, 2], "per sample"),
         ([], "per sample"),
         ({"a": (0, 1)}, "per sample"),
-        ([[(0, 1)], [(0, 1)], [(0, 1)]], "spans has 3 samples, the batch has 2"),
+        ([[(0, 1)], [(0, 1)], [(0, 1)]], "spans has 3 samples, and this is a batch of 2 samples"),
     ],
 )
 def test_wrong_ranges_are_refused(spans: Any, words: str) -> None:
     valid = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
     with pytest.raises(SelectionError, match=words):
-        Tokens(batch=2, length=5, valid=valid).spans(spans)
+        given = 1 if isinstance(spans, list) and len(spans) == 1 else 2
+        Tokens(batch=given, length=5, valid=valid[:given]).spans(spans)
 
 
 def test_repeated_samples_share_their_spans() -> None:
-    tokens = Tokens(batch=6, length=5)
-    assert tokens.spans([[(0, 1)], [(3, 5)]]) == [[(0, 1)]] * 3 + [[(3, 5)]] * 3
+    spans = [[(0, 1)], [(3, 5)]]
+    tokens = Tokens(batch=6, length=5, _samples=Samples.repeated(2, 6))
+    assert tokens.spans(spans) == [[(0, 1)]] * 3 + [[(3, 5)]] * 3
+    tokens.take(torch.tensor([5, 0]))
+    assert tokens.spans(spans) == [[(3, 5)], [(0, 1)]] and tokens.samples.rows(2) == (1, 0)
+
+
+def test_spans_of_some_samples_are_not_divided_among_others() -> None:
+    with pytest.raises(SelectionError, match="spans has 2 samples, and this is a batch of 4 samples"):
+        Tokens(batch=4, length=5).spans([[(0, 1)], [(3, 5)]])
 
 
 def test_spans_are_found_once_and_again_when_the_batch_grows() -> None:
@@ -208,7 +218,9 @@ def test_spans_are_found_once_and_again_when_the_batch_grows() -> None:
     tokens = batch_of(tokenizer, ["a fox"], None)
     found, calls = tokens.spans(spans, tokenizer), Counting.calls
     assert tokens.spans(spans, tokenizer) is found and Counting.calls == calls
-    grown = Tokens(batch=3, length=5, ids=tokens.ids.expand(3, -1), _resolved=tokens._resolved)
+    grown = Tokens(
+        batch=3, length=5, ids=tokens.ids.expand(3, -1), _resolved=tokens._resolved, _samples=Samples.repeated(1, 3)
+    )
     assert grown.spans(spans, tokenizer) == found * 3
 
 
