@@ -193,10 +193,10 @@ def run(
     The same command goes on with a run that was stopped. `accelerate launch -m attnsteer run ...` shares the samples
     among processes.
     """
-    from .run.command import prepared, run_folder
+    from .run.command import recipe_from_arguments, run_folder
     from .run.ranks import first
 
-    chosen = prepared(recipe, settings or (), batch_size)
+    chosen = recipe_from_arguments(recipe, settings or (), batch_size)
     target = run_folder(chosen, tiny) if out is None else out
     if check:
         from .run.job import prepare

@@ -47,7 +47,7 @@ def show(
 ) -> None:
     """Print a recipe."""
     from .recipe.loading import load_recipe
-    from .recipe.resolve import resolve
+    from .recipe.resolved import resolve
     from .recipe.shipped import locate
 
     if resolved or tiny:
@@ -104,6 +104,6 @@ def calibrate(
 
     The search goes on where an interrupted one stopped.
     """
-    from .run.calibration import save_found
+    from .run.recipe_calibration import save_found
 
     print(save_found(recipe, out, cache, tiny=tiny))

@@ -41,10 +41,10 @@ def report(
 
     The page is one file: open it in a browser, send it to someone, or print it. It loads nothing.
     """
-    from .results import report as reports
+    from .results import report as write_report
 
     if attention:
-        from .results.drawings import look
+        from .results.drawings import record_attention
 
-        look(run, attention)
-    print(reports.report(run))
+        record_attention(run, attention)
+    print(write_report(run))

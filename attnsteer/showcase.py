@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from . import zoo
-from .evals.statistics import Interval, paired_bootstrap
+from .evals.significance import Interval, paired_bootstrap
 from .steering import steer
 
 READINGS, SCENES, PICTURES = 300, 60, 8
@@ -117,7 +117,7 @@ def _vision(name: str) -> tuple[Line, Sheet | None]:
 def _boxes(name: str) -> tuple[Line, Sheet | None]:
     from .methods.attention_refocusing import AttentionRefocusing
     from .where import Where
-    from .zoo.measure.images import generate, shorter
+    from .zoo.measure.image_quality import generate, shorter
     from .zoo.shapes.detect import detect
     from .zoo.shapes.layouts import in_boxes, layout
 

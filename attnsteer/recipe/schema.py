@@ -32,6 +32,13 @@ SCHEMA_VERSION = 1
 KINDS = ("lm", "vlm", "image")
 # Which kinds of model a task can ask.
 TASKS = {"choice": ("lm", "vlm"), "answer": ("lm", "vlm"), "caption": ("vlm",), "image": ("image",)}
+# Arguments of the model's call that the run sets itself: one answer for each sample, and nothing beside it.
+RESERVED = {
+    "choice": (),
+    "answer": ("num_return_sequences", "return_dict_in_generate"),
+    "caption": ("num_return_sequences", "return_dict_in_generate"),
+    "image": ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt"),
+}
 ZOO_KINDS = {"shapes-lm": "lm", "shapes-lvlm": "vlm", "shapes-sd": "image", "shapes-mmdit": "image"}
 # Which tasks the sources of the shapes world have samples for.
 ZOO_TASKS = {

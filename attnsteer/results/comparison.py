@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import RunError, listing
 from ..evals.metrics import Metric
-from ..evals.statistics import Interval, McNemar, holm
+from ..evals.significance import Interval, McNemar, holm
 from ..run.folder import Key, RunFolder, read_run
 
 # Fields of a recipe that say what the run is called, not what it computes.

@@ -10,12 +10,12 @@ from ..errors import RecipeError
 from ..recipe import yaml
 from ..recipe.loading import load_recipe
 from ..recipe.schema import Recipe
-from ..recipe.sweep import with_values
+from ..recipe.validate import with_values
 
 RUNS = Path("runs")
 
 
-def prepared(recipe: str, settings: Sequence[str] = (), batch_size: int | None = None) -> Recipe:
+def recipe_from_arguments(recipe: str, settings: Sequence[str] = (), batch_size: int | None = None) -> Recipe:
     """The recipe of a file, with fields set.
 
     Args:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..errors import MissingExtra, RecipeError
 from ..recipe.checks import check
-from ..recipe.resolve import resolve
+from ..recipe.resolved import resolve
 from ..recipe.schema import DataSpec, Recipe
-from ..recipe.sweep import with_values
-from ..results.score import measures
-from . import scorers as judges
+from ..recipe.validate import with_values
+from . import scorers
 from .data import load as load_data
 from .data.sample import Data, Sample
+from .score import measures
 from .tasks import get_task
 
 
@@ -93,9 +93,9 @@ def _check_images(recipe: Recipe, data: Data) -> None:
 def keys(recipe: Recipe, data: Data, tiny: bool) -> list[str]:
     """What every record will have."""
     task = get_task(recipe.task)
-    out = ["arm", "seed", "id", *(k for k in task.KEEPS if all(k in s for s in data.samples)), *task.WRITES]
+    out = ["arm", "seed", "id", *(k for k in task.SAMPLE_KEYS if all(k in s for s in data.samples)), *task.RECORD_KEYS]
     if recipe.task == "image":
         if tiny or recipe.model.zoo is not None:
             out += task.DETECTED
-        out += judges.writes(recipe)
+        out += scorers.record_keys(recipe)
     return out

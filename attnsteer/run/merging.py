@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError, listing
-from ..results.score import Scores
 from . import store
 from .build import Plan
 from .job import Job
+from .score import Scores
 
 # What has to be equal for numbers to be equal.
 EQUAL = ("versions", "python", "platform", "cpu", "threads", "gpu", "device", "git")
@@ -45,11 +45,11 @@ def score(job: Job, arms: dict[str, Any]) -> None:
     """Write metrics.json from the records that there are."""
     found = Scores(job.recipe, arms, job.data.samples, read_records(job.folder), read_timings(job.folder))
     out = found.to_dict()
-    out["warnings"] += mixed(store.read_json(job.folder / store.ENVIRONMENT))
+    out["warnings"] += environment_warnings(store.read_json(job.folder / store.ENVIRONMENT))
     store.write_json(job.folder / store.METRICS, out)
 
 
-def mixed(environment: Any) -> list[str]:
+def environment_warnings(environment: Any) -> list[str]:
     """What to say of a run whose parts ran on different machines or versions; see `EQUAL`."""
     if not isinstance(environment, dict):
         return []
@@ -75,14 +75,14 @@ def finish(job: Job, arms: Plan) -> None:
     # Where it is there, it was made of all batches, and the parts may be gone.
     if not (folder / store.AUDIT).is_file():
         audits = _batches(store.parts(folder, store.AUDIT))
-        store.write_json(folder / store.AUDIT, {"arms": {arm.id: summed(arm.id, audits) for arm in arms.arms}})
+        store.write_json(folder / store.AUDIT, {"arms": {arm.id: sum_audits(arm.id, audits) for arm in arms.arms}})
     store.write_lines(folder / store.TIMINGS, lines)
     for name in PARTS:
         for path in store.parts(folder, name):
             path.unlink()
 
 
-def summed(arm: str, audits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def sum_audits(arm: str, audits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The audit of an arm over its batches, by intervention: what `Audit.to_dict` has, counts added up."""
     out: list[dict[str, Any]] = []
     for line in audits:

@@ -163,7 +163,7 @@ def _transformers(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loa
     return Loaded(
         spec.kind,
         model,
-        prepared(tokenizer),
+        left_padded(tokenizer),
         processor,
         hashes(source),
         None,
@@ -172,7 +172,7 @@ def _transformers(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loa
     )
 
 
-def prepared(tokenizer: Any) -> Any:
+def left_padded(tokenizer: Any) -> Any:
     """A tokenizer that pads on the left, where generation needs it."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:

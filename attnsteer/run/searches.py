@@ -1,4 +1,4 @@
-"""The searches that a recipe's calibration section can name, over samples of the runner."""
+"""Runs the searches of `attnsteer.recipe.search_specs` over the samples of a recipe."""
 
 from __future__ import annotations
 
@@ -46,22 +46,6 @@ class Task:
     def options(self) -> dict[str, Any]:
         """A copy of the recipe's options."""
         return dict(self.recipe.calibration.options)
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search that a recipe can name.
-
-    Attributes:
-        run: gives the result. kinds: of model. options: names that `calibration.options` may have.
-        heads: whether it finds heads. for_method: whether the result depends on the method.
-    """
-
-    run: Callable[[Task], Any]
-    kinds: tuple[str, ...]
-    options: tuple[str, ...]
-    heads: bool = True
-    for_method: bool = True
 
 
 def _choices(subject: Subject, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -160,7 +144,7 @@ def valid(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     return [float(d.valid) for d in _detected(images)]
 
 
-def there(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+def objects_present(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     """The share of a prompt's phrases whose object is in the picture."""
     from ..zoo.shapes.language import parse
 
@@ -172,9 +156,9 @@ def there(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     return scores
 
 
-def right(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+def validity_and_presence(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     """1 for a valid picture with all of the prompt's objects, plus their share: a finer score than either."""
-    shares = there(images, prompts)
+    shares = objects_present(images, prompts)
     return [(v * (s == 1.0) + s) / 2 for v, s in zip(valid(images, prompts), shares, strict=True)]
 
 
@@ -187,14 +171,11 @@ def _detected(images: Sequence[Any]) -> list[Any]:
 
 
 # Judges of images that need nothing but the exact detector.
-SCORES = {"valid": valid, "there": there, "right": right}
-_HEADS = ("metric", "keep", "batch")
-SEARCHES = {
-    "calibrate_act": Search(_calibrate_heads, ("lm",), _HEADS),
-    "calibrate_heads": Search(_calibrate_heads, ("lm",), _HEADS),
-    "headhunter": Search(_headhunter, ("image",), ("rounds", "steps", "rungs", "score", "batch")),
-    "vhd": Search(_vhd, ("vlm",), ("outliers", "layers", "batch"), for_method=False),
-    "find_sink_dims": Search(
-        _find_sink_dims, ("lm", "vlm"), ("tau", "layers", "drop", "batch"), heads=False, for_method=False
-    ),
+SCORES = {"valid": valid, "there": objects_present, "right": validity_and_presence}
+RUNNERS: dict[str, Callable[[Task], Any]] = {
+    "calibrate_act": _calibrate_heads,
+    "calibrate_heads": _calibrate_heads,
+    "headhunter": _headhunter,
+    "vhd": _vhd,
+    "find_sink_dims": _find_sink_dims,
 }

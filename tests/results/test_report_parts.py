@@ -134,7 +134,7 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(
 
     from attnsteer import HeadSet
     from attnsteer.results import attention_maps as attention
-    from attnsteer.run import calibration, store
+    from attnsteer.run import recipe_calibration, store
 
     own = copy(runs["text"], tmp_path / "run")
     before = {p: p.read_bytes() for p in own.rglob("*") if p.is_file()}
@@ -146,8 +146,8 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(
     writers = [
         lambda: report(own),
         lambda: attention.save(own, {"schema": 1}),
-        lambda: calibration._write(HeadSet({1: [0]}), own / "calibration" / "h.safetensors"),
-        lambda: calibration._write((1, 2), own / "calibration" / "d.json"),
+        lambda: recipe_calibration._write(HeadSet({1: [0]}), own / "calibration" / "h.safetensors"),
+        lambda: recipe_calibration._write((1, 2), own / "calibration" / "d.json"),
     ]
     for write in writers:
         with pytest.raises(RunError, match="the disk is full"):

@@ -37,8 +37,9 @@ import torch
 torch.set_num_threads(1)
 import transformers
 transformers.AutoTokenizer, transformers.LlamaForCausalLM
-from attnsteer.runner import load_recipe, run, runs, score, build, calibration
-from attnsteer.evals.metrics import choice
+from attnsteer.recipe import load_recipe
+from attnsteer.run import run, runs, score, build, recipe_calibration
+from attnsteer.evals.metrics import multiple_choice
 
 def child(out):
     pid = os.fork()

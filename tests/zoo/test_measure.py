@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from attnsteer.zoo.measure.images import mask_ratio, success
+from attnsteer.zoo.measure.image_quality import mask_ratio, success
 from attnsteer.zoo.shapes.detect import detect
 from attnsteer.zoo.shapes.layouts import layout
 from attnsteer.zoo.shapes.render import render

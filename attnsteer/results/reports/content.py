@@ -23,7 +23,7 @@ from .headline import (
     verdict,
 )
 from .overlays import overlays
-from .samples import browser
+from .sample_browser import browser
 
 # Pairs below which an interval says little; rows of the first picture, and blocks of the differences.
 FEW = 30

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...evals.statistics import Interval
-from .images import FILLERS, STEPS, middle
+from ...evals.significance import Interval
+from .image_quality import FILLERS, STEPS, middle
 
 TITLES = {
     "shapes-lm": ("LlamaForCausalLM", "reads passages about coloured shapes and chooses answers"),
@@ -20,7 +20,7 @@ DATA = {
     "(`attnsteer.zoo.shapes.reading.lesson`). A text belongs to one split by its hash.",
     "shapes-lvlm": "Scenes of 1 to 5 objects whose attributes come together (`world.BIASED`), with questions, seven in ten "
     "existence questions about what is there, and captions from left to right (`questions.lesson`).",
-    "shapes-sd": "Scenes of 1 to 5 objects on plain ground (`train.images.scene`), captions in random order with a size "
+    "shapes-sd": "Scenes of 1 to 5 objects on plain ground (`train.diffusion.scene`), captions in random order with a size "
     "now and then (`language.describe`), one in ten empty.",
 }
 DATA["shapes-mmdit"] = (

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import RecipeError, RecordError, listing
 from ..evals.metrics import get_metric
 from ..evals.metrics.base import Metric
-from ..evals.statistics import Interval, holm, over_seeds
+from ..evals.significance import Interval, holm, over_seeds
 from ..recipe.schema import Recipe
 from ..recipe.sweep import own_point
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..shapes.language import describe
 from ..shapes.render import render
 from ..shapes.world import Prior, Scene, rng, sample_scene
-from ..tokens import TEXT_LENGTH, clip_tokenizer
+from ..tokenizers import TEXT_LENGTH, clip_tokenizer
 from .loop import Curve, Plan, fit
 
 # Attributes come together a little, so that an unguided model has something to fall back on.
