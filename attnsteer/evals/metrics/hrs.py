@@ -100,7 +100,7 @@ def _over_levels(category: str, statistic: Statistic, levels: bool) -> Statistic
 
 def _shapes(record: Mapping[str, Any], category: str) -> dict[str, float]:
     from ...zoo.shapes.layouts import satisfied
-    from ..detections import shapes
+    from ..detections import requested_layout, shapes
 
     layout, objects = requested_layout(record), shapes(record["detected"] or ())
     found = [{(o.colour, o.shape)} for o in objects]

@@ -40,7 +40,7 @@ def metric() -> Metric:
 
 def _read(record: Mapping[str, Any]) -> dict[str, float]:
     from ...zoo.shapes.layouts import exact, in_boxes, satisfied
-    from ..detections import shapes
+    from ..detections import requested_layout, shapes
 
     layout, objects = requested_layout(record), shapes(record["detected"])
     if record["valid"] not in (True, False):

@@ -40,13 +40,11 @@ def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]
             "strength."
         )
     read = loaded.detector(pictures) if loaded.detector is not None else [None] * len(pictures)
-    judged = (
-        request.score_pictures(pictures, [s["prompt"] for s in request.samples])
-        if request.score_pictures is not None
-        else [{}] * len(pictures)
-    )
+    scores: Any = [{}] * len(pictures)
+    if request.score_pictures is not None:
+        scores = request.score_pictures(pictures, [s["prompt"] for s in request.samples])
     records = []
-    for sample, picture, found, verdict in zip(request.samples, pictures, read, judged, strict=True):
+    for sample, picture, found, scored in zip(request.samples, pictures, read, scores, strict=True):
         values = (picture.clamp(0, 1) * 255).round().byte()
         path = f"{request.images}/{file_name(sample['id'])}.png"
         store.write_atomic(request.folder / path, png(values))
@@ -54,7 +52,7 @@ def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]
         record["pixels"] = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
         if found is not None:
             record |= {"detected": [asdict(o) for o in found.objects], "valid": found.valid}
-        records.append({**record, **verdict})
+        records.append({**record, **scored})
     return records, len(records)
 
 

@@ -130,7 +130,7 @@ def fit(
     def checkpoint(step: int) -> None:
         curve.seconds = spent + time.monotonic() - begun
         _save(folder, step, tracked, ema, optimizer, named, curve, plan)
-        if look is not None:
+        if preview is not None:
             with _averaged(tracked, ema), torch.no_grad():
                 model.eval()
                 preview(model, step)

@@ -145,12 +145,12 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     compiled = () if steps else tuple(model.transformer.transformer_blocks)
     curves = {"vae": vae_curve}
     curves["mmdit"] = fit(
-        "mmdit", model, partial(loss, batches), plan, out, device=device, look=preview, compiled=compiled
+        "mmdit", model, partial(loss, batches), plan, out, device=device, preview=preview, compiled=compiled
     )
     first = [p.detach().clone() for p in model.parameters()]
     batches, plan = Batches(z, BATCH, 5, EMPTY, SINGLE), shorten(EMPTY_PLAN, steps)
     curves["mmdit-empty"] = fit(
-        "mmdit-empty", model, partial(loss, batches), plan, out, device=device, look=preview, compiled=compiled
+        "mmdit-empty", model, partial(loss, batches), plan, out, device=device, preview=preview, compiled=compiled
     )
     with torch.no_grad():
         for one, p in zip(first, model.parameters(), strict=True):

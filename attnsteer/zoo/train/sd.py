@@ -96,7 +96,7 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     plan = shorten(PLAN, steps)
     torch.manual_seed(plan.seed)
     model = Model()
-    curve = fit("sd", model, loss, plan, out, device=device, look=preview)
+    curve = fit("sd", model, loss, plan, out, device=device, preview=preview)
     return publish(
         "shapes-sd",
         {"": pipeline(vae, model)},
