@@ -190,8 +190,8 @@ def run(
 ) -> None:
     """Evaluate a method as a recipe says: against its baseline and controls, on the same samples.
 
-    The same command goes on with a run that was stopped. `accelerate launch -m attnsteer run ...` shares the samples
-    among processes.
+    Exits with 1 when the method changed nothing. The same command goes on with a run that was stopped. `accelerate launch
+    -m attnsteer run ...` shares the samples among processes.
     """
     from .run.command import recipe_from_arguments, run_folder
     from .run.ranks import first
@@ -204,7 +204,7 @@ def run(
         job = prepare(chosen, target, tiny, limit)
         print(f"{chosen.name}: {len(job.data.samples)} samples, nothing found wrong")
         return
-    from .results.summary import table
+    from .results.summary import method_unchanged, table
     from .run import run as evaluate
 
     try:
@@ -216,6 +216,8 @@ def run(
         head, rows, remarks = table(target)
         _print_table(head, rows)
         print("\n" + "\n".join([*remarks, f"run folder: {target}"]))
+        if method_unchanged(target) and not tiny:
+            raise typer.Exit(FAILED)
 
 
 def _verdict(report: Any) -> str:

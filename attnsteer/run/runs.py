@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -343,16 +344,22 @@ class Work:
         from ..steering import steer
 
         decoding = {**self.task.DECODING, **arm.decoding}
-        images = f"{store.IMAGES}/{arm.id}/{seed}"
-        request = lambda run: Request(
-            part, self.job.data, decoding, seed, run, self.score_pictures, self.job.folder, images
-        )  # noqa: E731
+        request = partial(
+            Request,
+            part,
+            self.job.data,
+            decoding,
+            seed,
+            score_pictures=self.score_pictures,
+            folder=self.job.folder,
+            images=f"{store.IMAGES}/{arm.id}/{seed}",
+        )
         methods = arm.make(part, self.loaded)
         if not methods:
-            return (*self.task.answer(self.loaded, request(None)), [])
+            return (*self.task.answer(self.loaded, request(run=None)), [])
         steering = steer(self.loaded.target, *methods)
         try:
-            answers, units = self.task.answer(self.loaded, request(steering))
+            answers, units = self.task.answer(self.loaded, request(run=steering))
         finally:
             steering.remove()
         # At zero strength a method may have nothing to do.
