@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .cli_options import ALLOW_IMPORTS, IMPORT
+
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders; the first is compared with.")],
@@ -36,6 +38,8 @@ def report(
     attention: Annotated[
         int, typer.Option(min=0, help="Also load the model again, and show the attention of this many samples.")
     ] = 0,
+    files: IMPORT = None,
+    allow_imports: ALLOW_IMPORTS = False,
 ) -> None:
     """Write report.html and report.md into a run folder, and print where.
 
@@ -44,7 +48,11 @@ def report(
     from .results import report as write_report
 
     if attention:
+        from .recipe.loading import load_recipe
         from .results.drawings import record_attention
+        from .run.command import import_files
+        from .run.store import RECIPE
 
+        import_files(files or (), load_recipe(run / RECIPE) if allow_imports else None, allow_imports)
         record_attention(run, attention)
     print(write_report(run))

@@ -7,7 +7,7 @@ are shown for that reason.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,18 @@ class Sheet:
     prompts: list[str]
 
 
-def showcase(out: Path) -> tuple[list[Line], list[Path]]:
-    """Run what the installed models allow.
+def showcase(out: Path, names: Sequence[str] | None = None) -> tuple[list[Line], list[Path]]:
+    """Steer embedded models, before and after.
+
+    Args:
+        out: folder of the contact sheets. names: of the models; None: all of this installation.
 
     Returns:
         the lines, and the paths of the contact sheets, one for each model that draws pictures.
     """
     lines: list[Line] = []
     paths: list[Path] = []
-    for name in zoo.available():
+    for name in names or zoo.available():
         line, sheet = PARTS[name](name)
         lines.append(line)
         if sheet is not None:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import AttnSteerError, RecipeError, did_you_mean, listing
+from ..errors import AttnSteerError, RecipeError, RegistrationError, did_you_mean, listing
 from ..heads import HeadSet
+from ..method_files import require
 from .arms import at_zero_strength, methods_of, with_random_heads
 from .resolved import METRIC_FILES, absolute_options, names_file, resolve
 from .schema import RESERVED, Recipe
@@ -27,6 +28,11 @@ def check(recipe: Recipe, *, files: bool = True) -> list[str]:
     Args:
         files: whether files that have to be fetched first (data, annotations, features, model folders) must be there.
     """
+    try:
+        require(recipe.import_paths())
+    except RegistrationError as error:
+        # Without them no method is known, and nothing else can be said.
+        return [f"imports: {error}"]
     problems: list[str] = []
 
     @contextmanager

@@ -35,6 +35,7 @@ def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
         {key: str((folder / part[key]).absolute())} if part.get(key) is not None else {}
     )
     put(data["model"], "path")
+    data["imports"] = [str(path.absolute()) for path in recipe.import_paths()]
     sections = [data["data"], *([data["calibration"]["data"]] if data["calibration"] else [])]
     for section in sections:
         put(section, "file")

@@ -56,4 +56,5 @@ def _files(recipe: Recipe) -> list[str]:
     sections = [recipe.data, *([recipe.calibration.data] if recipe.calibration else [])]
     found = [d.file for d in sections if d.file is not None]
     found += [s.heads for s in recipe.interventions if isinstance(s.heads, str) and ":" not in s.heads]
+    found += recipe.imports
     return [f for f in dict.fromkeys(found) if not Path(f).is_absolute()]

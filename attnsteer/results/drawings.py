@@ -31,6 +31,8 @@ def record_attention(folder: str | Path, count: int = 3) -> Path:
     if run.metrics is None:
         raise RunError(f"{run.path} has no metrics.json yet; start the run again with the same command to finish it.")
     job = prepare(load_recipe(run.path / RECIPE), run.path, tiny=run.tiny)
+    if {f.path.name: f.sha256 for f in job.method_files()} != run.identity.get("imports", {}):
+        raise RunError(f"the imported files are not those of the run {run.path}: its attention cannot be shown.")
     loaded = load(job.recipe.model, tiny=job.data if run.tiny else None, folder=job.source.folder)
     if loaded.files != run.identity.get("model"):
         raise RunError(f"the files of the model are not those of the run {run.path}: its attention cannot be shown.")

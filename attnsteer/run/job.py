@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import MissingExtra, RecipeError
+from ..method_files import MethodFile, imported
 from ..recipe.checks import check
 from ..recipe.resolved import resolve
 from ..recipe.schema import DataSpec, Recipe
@@ -27,6 +28,12 @@ class Job:
     folder: Path
     data: Data
     tiny: bool
+
+    def method_files(self) -> list[MethodFile]:
+        """The imported files that the run depends on: those of its methods, those that its recipe names, and all with hosts."""
+        used = {spec.method for spec in self.recipe.interventions}
+        named = {path.resolve() for path in self.source.import_paths()}
+        return [f for f in imported() if f.path in named or f.hosts or used & set(f.methods)]
 
     def samples(self, spec: DataSpec) -> list[Sample]:
         """The samples of another section of the recipe."""

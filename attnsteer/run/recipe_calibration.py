@@ -12,6 +12,7 @@ from typing import Any
 from .._version import __version__
 from ..errors import AttnSteerError, RecipeError, RunError, SerializationError
 from ..heads import HeadSet
+from ..method_files import imported, require
 from ..recipe.loading import load_recipe
 from ..recipe.parameters import Sample
 from ..recipe.resolved import resolve
@@ -67,8 +68,16 @@ def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
     search = search_of(task.recipe)
     if cache is None:
         return _run(task)
-    facts = {"key": key, "samples": task.samples, "weights": weights(task.subject.target), "version": __version__}
-    name = digest(facts)
+    facts: dict[str, Any] = {
+        "key": key,
+        "samples": task.samples,
+        "weights": weights(task.subject.target),
+        "version": __version__,
+    }
+    # The code of a method from a file is no part of the recipe.
+    used = {spec.method for spec in task.recipe.interventions}
+    files = [f.sha256 for f in imported() if used & set(f.methods)]
+    name = digest({**facts, **({"imports": files} if files else {})})
     folder = Path(cache)
     path = folder / f"{name}.{'safetensors' if search.heads else 'json'}"
     try:
@@ -116,7 +125,9 @@ def save_found(given: str | Path, out: str | Path, cache: str | Path | None, *, 
     Raises:
         RecipeError: see `calibrate`; the recipe has no search, or its sweep has several. RunError: the file cannot be written.
     """
-    recipe = resolve(load_recipe(given), tiny=tiny)
+    source = load_recipe(given)
+    require(source.import_paths())
+    recipe = resolve(source, tiny=tiny)
     if recipe.calibration is None:
         raise RecipeError(f"{recipe.name} has no calibration section, so there is nothing to search.")
     if len(searches_of(recipe)) > 1:

@@ -133,6 +133,9 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
         "model": loaded.files,
         "tiny": job.tiny,
     }
+    files = job.method_files()
+    if files:
+        identity["imports"] = {f.path.name: f.sha256 for f in files}
     if ranks.first:
         refuse_other_run(folder, identity)
         store.remove_partial_files(folder)
@@ -155,7 +158,10 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
         if ranks.first:
             refuse_other_arms(folder, arms, status)
             if status.done < status.total:
-                note_environment(folder, environment(loaded.device, ranks.world), again=status.done > 0)
+                here = environment(loaded.device, ranks.world)
+                if files:
+                    here["imports"] = [{"path": str(f.path), "sha256": f.sha256} for f in files]
+                note_environment(folder, here, again=status.done > 0)
             store.write_json(folder / store.ARMS, arms.to_dict())
             status.put("running")
         # Nobody answers for arms that were refused.
@@ -214,7 +220,8 @@ def refuse_other_run(folder: Path, identity: dict[str, Any]) -> None:
         return
     known = found if isinstance(found, dict) else {}
     names = {"recipe": "recipe", "samples": "samples", "model": "weights of the model", "tiny": "--tiny"}
-    differ = [names[k] for k in names if known.get(k) != identity[k]]
+    names["imports"] = "imported files"
+    differ = [names[k] for k in names if known.get(k) != identity.get(k)]
     raise RunError(
         f"{folder} holds a run with other {' and '.join(differ)}, and stays as it is. Give another folder with --out, or "
         "the recipe that it was made with."
