@@ -68,9 +68,7 @@ def _options(
 
 @app.command()
 def sites(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="An embedded model, a folder, or a hub id.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An embedded model, a folder, or a hub id.")],
     component: Annotated[
         str | None, typer.Option(help="One part of a pipeline, such as text_encoder; without it, the denoisers.")
     ] = None,

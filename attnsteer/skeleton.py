@@ -24,8 +24,8 @@ def sites_of(source: str | Path, component: str | None = None) -> SiteList:
     """The attention sites of a saved model or pipeline, from its config files only.
 
     Args:
-        source: an embedded model by its name, a folder with `config.json` or `model_index.json`, or a hub id. component: one part of a pipeline;
-            None: its denoisers.
+        source: an embedded model by its name, a folder with `config.json` or `model_index.json`, or a hub id.
+        component: one part of a pipeline; None: its denoisers.
 
     Code that a repository brings along is never run, so a model that needs it is refused.
 

@@ -144,7 +144,7 @@ def valid(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     return [float(d.valid) for d in _detected(images)]
 
 
-def objects_present(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+def there(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     """The share of a prompt's phrases whose object is in the picture."""
     from ..zoo.shapes.language import parse
 
@@ -156,9 +156,9 @@ def objects_present(images: Sequence[Any], prompts: Sequence[str]) -> list[float
     return scores
 
 
-def validity_and_presence(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
+def right(images: Sequence[Any], prompts: Sequence[str]) -> list[float]:
     """1 for a valid picture with all of the prompt's objects, plus their share: a finer score than either."""
-    shares = objects_present(images, prompts)
+    shares = there(images, prompts)
     return [(v * (s == 1.0) + s) / 2 for v, s in zip(valid(images, prompts), shares, strict=True)]
 
 
@@ -170,8 +170,8 @@ def _detected(images: Sequence[Any]) -> list[Any]:
     return detect(torch.stack(list(images)).float().cpu())
 
 
-# Judges of images that need nothing but the exact detector.
-SCORES = {"valid": valid, "there": objects_present, "right": validity_and_presence}
+# Scores of images that need nothing but the exact detector. A score is known by its function's name, which heads keep as provenance.
+SCORES = {"valid": valid, "there": there, "right": right}
 RUNNERS: dict[str, Callable[[Task], Any]] = {
     "calibrate_act": _calibrate_heads,
     "calibrate_heads": _calibrate_heads,

@@ -237,8 +237,8 @@ def test_judges_of_pictures() -> None:
     red = Object("star", "red", "large", 0.5, 0.5, 0.14)
     pictures = list(render([Scene((red,), Ground())]))
     for prompt, score in (("a red star", 1.0), ("a red star and a blue circle", 0.5), ("a blue circle", 0.0)):
-        assert searches.objects_present(pictures, [prompt]) == [score] and searches.valid(pictures, [prompt]) == [1.0]
-        assert searches.validity_and_presence(pictures, [prompt]) == [(score == 1.0) / 2 + score / 2]
+        assert searches.there(pictures, [prompt]) == [score] and searches.valid(pictures, [prompt]) == [1.0]
+        assert searches.right(pictures, [prompt]) == [(score == 1.0) / 2 + score / 2]
 
 
 def test_what_a_choice_adds_to_a_prompt() -> None:
