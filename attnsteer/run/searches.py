@@ -170,7 +170,7 @@ def _detected(images: Sequence[Any]) -> list[Any]:
     return detect(torch.stack(list(images)).float().cpu())
 
 
-# Scores of images that need nothing but the exact detector. A score is known by its function's name, which heads keep as provenance.
+# Scores of images that need nothing but the exact detector; heads keep the function's name as provenance.
 SCORES = {"valid": valid, "there": there, "right": right}
 RUNNERS: dict[str, Callable[[Task], Any]] = {
     "calibrate_act": _calibrate_heads,

@@ -39,7 +39,8 @@ LOADING = {
 
 # What a text has to look like; words stand apart, punctuation too.
 PROMPTS = {
-    "shapes-lm": "A passage, a question, `answer`: `a small red star . question what colour is the star ? answer` is followed by `red`. "
+    "shapes-lm": "A passage, a question, `answer`: `a small red star . question what colour is the star ? answer` is "
+    "followed by `red`. "
     "With choices (`options A red B green answer`) a letter follows; a labelled example may come first. In lists, "
     "`input small purple star output A . input large yellow cross output` is followed by a label.",
     "shapes-lvlm": "`<image>`, then a question and `answer`, as in `<image> question is there a red circle ? answer`, followed by "
