@@ -99,7 +99,18 @@ def test_several_processes_import(tmp_path: Path) -> None:
     path = recipe_file(tmp_path)
     alone = command("run", path, "--out", tmp_path / "alone", "--allow-imports")
     assert alone.returncode == 0, alone.stderr
-    args = ["--standalone", "--nproc-per-node", "2", "-m", "attnsteer", "run", path, "--out", tmp_path / "both", "--allow-imports"]
+    args = [
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "attnsteer",
+        "run",
+        path,
+        "--out",
+        tmp_path / "both",
+        "--allow-imports",
+    ]
     both = command(*args, module="torch.distributed.run")
     assert both.returncode == 0, both.stderr[-2000:]
     assert records(tmp_path / "both") == records(tmp_path / "alone")
