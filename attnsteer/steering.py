@@ -163,9 +163,10 @@ class Steering:
         """
         attached = self in _LIVE
         self._detach()
-        silent = self._silent(resting=True) if attached else ""
-        if silent:
-            warnings.warn(silent, NothingChanged, stacklevel=2)
+        if attached and not self.control:
+            silent = " ".join(filter(None, (self._unseen(), self._idle(resting=False), self._idle(resting=True))))
+            if silent:
+                warnings.warn(silent, NothingChanged, stacklevel=2)
 
     def _detach(self) -> None:
         with self._lock:
@@ -177,44 +178,50 @@ class Steering:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._detach()
-        if kind is None:
+        if kind is None and not self.control:
             self.check_fired()
 
-    def check_fired(self) -> None:
-        """Raise `NeverFired` if an attached intervention has changed nothing; a control steering is the exception."""
-        silent = self._silent()
+    def check_fired(self, changed: bool = True) -> None:
+        """Raise `NeverFired` if an attached intervention was never asked, or changed nothing.
+
+        Args:
+            changed: whether it must have changed something; not asked of a control steering, nor of methods that only read or
+                whose own rule leaves some inputs alone (those warn).
+        """
+        silent = " ".join(filter(None, (self._unseen(), self._idle(resting=False) if changed else "")))
         if silent:
             raise NeverFired(silent)
-        resting = self._silent(resting=True)
+        resting = self._idle(resting=True) if changed else ""
         if resting:
             warnings.warn(resting, NothingChanged, stacklevel=3)
 
-    def _silent(self, resting: bool = False) -> str:
-        """What to say of the interventions that changed nothing, or ""; `resting`: those that may are among them."""
-        if self.control:
+    def _unseen(self) -> str:
+        """What to say of the interventions that were never asked, or ""."""
+        names = [self.audit.names[b.index] for b in self.bounds if not self.audit.saw(b.index)]
+        if not names:
             return ""
-        unseen, idle = [], []
-        for bound in self.bounds:
-            name = self.audit.names[bound.index]
-            if not self.audit.saw(bound.index):
-                unseen.append(name)
-            elif bound.method.observes or (bound.method.may_rest and not resting):
-                continue
-            elif not self.audit.fired(bound.index):
-                idle.append(name)
-        said = []
-        if unseen:
-            said.append(
-                f"{listing(unseen)} never acted: no selected site ran while it was attached ({len(self.sites)} sites: "
-                f"{listing((s.path for s in self.sites), 4)}). Call the steered model inside the context, and check phases, "
-                "steps and branches in Where."
-            )
-        if idle:
-            said.append(
-                f"{listing(idle)} was asked, but changed nothing: its strength is neutral, or what it acts on was not there. Print "
-                "run.audit; a control that is meant to change nothing is steer(..., control=True)."
-            )
-        return " ".join(said)
+        return (
+            f"{listing(names)} never acted: no selected site ran while it was attached ({len(self.sites)} sites: "
+            f"{listing((s.path for s in self.sites), 4)}). Call the steered model inside the context, and check phases, "
+            "steps and branches in Where."
+        )
+
+    def _idle(self, resting: bool) -> str:
+        """What to say of the interventions that changed nothing, or ""; `resting`: of those that may."""
+        names = [
+            self.audit.names[b.index]
+            for b in self.bounds
+            if not b.method.observes
+            and b.method.may_rest == resting
+            and self.audit.saw(b.index)
+            and not self.audit.fired(b.index)
+        ]
+        if not names or self.control:
+            return ""
+        return (
+            f"{listing(names)} was asked, but changed nothing: its strength is neutral, or what it acts on was not there. Print "
+            "run.audit; a control that is meant to change nothing is steer(..., control=True)."
+        )
 
     def __repr__(self) -> str:
         return f"<Steering of {type(self.target).__name__} at {len(self.sites)} sites: {', '.join(self.audit.names)}>"

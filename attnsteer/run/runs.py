@@ -364,12 +364,13 @@ class Work:
         methods = arm.make(part, self.loaded)
         if not methods:
             return (*self.task.answer(self.loaded, request(run=None)), [])
-        steering = steer(self.loaded.target, *methods)
+        # What changes nothing is told by the report; a batch of it is no error.
+        steering = steer(self.loaded.target, *methods, control=True)
         try:
             answers, units = self.task.answer(self.loaded, request(run=steering))
         finally:
             steering.remove()
         # At zero strength a method may have nothing to do.
         if arm.kind != "zero":
-            steering.check_fired()
+            steering.check_fired(changed=False)
         return answers, units, steering.audit.to_dict()["interventions"]
