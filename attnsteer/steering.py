@@ -6,9 +6,8 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +18,7 @@ from .engine import SiteRuntime
 from .errors import CompositionError, NeverFired, NothingChanged, SelectionError, UnsupportedHost, brief, listing
 from .intervention import Intervention
 from .registry import get_host, hosts
+from .scope import PLAIN, SCOPES, Scope
 from .site import Site, SiteList
 from .tokens import checked_images
 from .undo import Journal
@@ -28,25 +28,6 @@ from .where import Where
 CLOCKS = ("phases", "steps", "branches")
 
 
-@dataclass(frozen=True)
-class Scope:
-    """What the blocks that are entered around a call say of it.
-
-    Attributes:
-        frozen: statistics stay as the prompt left them. chunked: calls are chunks of one prompt; chunk_total: its slots.
-        images: the processor's output, or token ranges. layout: names of the equal parts of a denoiser's batch.
-    """
-
-    frozen: bool = False
-    chunked: bool = False
-    chunk_total: int | None = None
-    images: Any = None
-    layout: tuple[str, ...] | None = None
-
-
-PLAIN = Scope()
-# By steering; each thread and asyncio task has its own blocks.
-_SCOPES: ContextVar[Mapping[int, Scope]] = ContextVar("attnsteer_scopes", default={})  # noqa: B039  never mutated
 # Attached steerings, so that a site is steered once, and a lost handle can be found.
 _LIVE: weakref.WeakSet[Steering] = weakref.WeakSet()
 
@@ -98,15 +79,15 @@ class Steering:
     @property
     def scope(self) -> Scope:
         """What the blocks around the running call say."""
-        return _SCOPES.get().get(id(self), PLAIN)
+        return SCOPES.get().get(id(self), PLAIN)
 
     @contextlib.contextmanager
     def _scoped(self, **changes: Any) -> Iterator[None]:
-        token = _SCOPES.set({**_SCOPES.get(), id(self): replace(self.scope, **changes)})
+        token = SCOPES.set({**SCOPES.get(), id(self): replace(self.scope, **changes)})
         try:
             yield
         finally:
-            _SCOPES.reset(token)
+            SCOPES.reset(token)
 
     def is_open(self, bound: Bound) -> bool:
         """Whether the inside edits of `bound` act now (those of an `around` method only inside its pass)."""
