@@ -155,7 +155,7 @@ def test_everything_is_put_back(broken: str | None) -> None:
                 if hook is not None:
                     hook.remove()
                 # While it is attached, a failed pass leaves parameters and flags as they were.
-                assert flags(pipe)[1:] == before[1][1:] and run._open == []
+                assert flags(pipe)[1:] == before[1][1:] and run.branch is None
     assert (fingerprint(pipe.unet), flags(pipe)) == before
     assert torch.equal(pipe(**call)[0], plain)
 

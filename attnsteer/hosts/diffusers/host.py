@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,10 +13,14 @@ from ...site import Site
 from ..base import Host, imported
 from ..sdpa.rebind import names_called
 from .clock import DenoiserClock
-from .guided_forward import wrap_denoiser
+from .guided_forward import guide
 from .processors import attach_linear, attach_processor, usable
-from .steps import Sampling
+from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
+
+if TYPE_CHECKING:
+    from ...steering import Steering
+    from ...undo import Journal
 
 # Pipeline components that predict noise or velocity; encoders, VAEs and ControlNets are not steered.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -58,14 +62,19 @@ class DiffusersHost(Host):
                 "Set another processor with set_attn_processor first."
             )
 
-    def attach(self, run: Any, journal: Any) -> None:
+    def attach(self, run: Steering, journal: Journal) -> None:
         sampling = Sampling(self.pipeline)
-        clocks = {name: DenoiserClock(run, name, model, sampling) for name, model in self.models.items()}
+        clocks = {
+            name: DenoiserClock(run, name, owner, self.models[name], sampling) for name, owner in self.owners.items()
+        }
         for runtime in run.runtimes.values():
             clock = clocks[runtime.site.component]
             (attach_linear if runtime.site.linear else attach_processor)(runtime, clock, journal)
-        for name, owner in self.owners.items():
-            wrap_denoiser(clocks[name], owner, journal)
+        for clock in clocks.values():
+            guide(clock, journal)
+        if self.pipeline is not None:
+            steered = {clock.name: clock.model for clock in clocks.values() if clock.runtimes}
+            watch_parts(self.pipeline, steered, sampling, journal)
 
 
 def _is_pipeline(target: Any) -> bool:

@@ -6,7 +6,6 @@ that look words up refuse it, and take ranges of token positions instead.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Callable
@@ -30,7 +29,8 @@ class Prompts:
     """Remembers what `encode_prompt` was asked for, once per call of the pipeline.
 
     Attributes:
-        current: the prompts of this call. listeners: told of them before the first step, and may refuse them.
+        current: the prompts of this call. listeners: called with them before the first step; they may refuse
+            them.
     """
 
     def __init__(self, pipeline: Any):
@@ -43,32 +43,21 @@ class Prompts:
         """A new call of the pipeline begins: its first prompt is the one that counts (a second is the negative one)."""
         self._fresh = True
 
-    def checking(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_inputs(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `check_inputs`, which every call of a pipeline begins with."""
+        self.restart()
+        return inner(*args, **kwargs)
 
-        @functools.wraps(original)
-        def check_inputs(*args: Any, **kwargs: Any) -> Any:
-            self.restart()
-            return original(*args, **kwargs)
-
-        return check_inputs
-
-    def encoding(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def encode_prompt(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `encode_prompt`."""
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            if self._fresh:
-                given = signature.bind(*args, **kwargs)
-                given.apply_defaults()
-                self.current = _prompt(self.pipeline, given.arguments)
-                for listen in self.listeners:
-                    listen(self.current)
-                self._fresh = False
-            return original(*args, **kwargs)
-
-        return encode_prompt
+        if self._fresh:
+            given = inspect.signature(inner).bind(*args, **kwargs)
+            given.apply_defaults()
+            self.current = _prompt(self.pipeline, given.arguments)
+            for listen in self.listeners:
+                listen(self.current)
+            self._fresh = False
+        return inner(*args, **kwargs)
 
 
 def _prompt(pipe: Any, given: dict[str, Any]) -> Prompt:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnsteer import PAG, HeadGate, SoftPAG, Where, steer
-from attnsteer.errors import SelectionError, UnsupportedHost
+from attnsteer.errors import NothingChanged, SelectionError, UnsupportedHost
 from attnsteer.testing import official_pag, tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
 from tests.hosts.diffusers.common import BOUND, EFFECT, against_a_wrapper, at, call_of, paths, pipeline, relative
 from tests.reference.guidance_loops import Edit, combine, edited, guided_latents
@@ -132,7 +132,8 @@ def test_fractions_need_a_schedule() -> None:
     run = steer(model, PAG(3.0, where=Where(modules="mid_block.*attn1", steps=(0.0, 0.5))))
     with pytest.raises(SelectionError, match="fractions"), run.branches("cond"):
         model(**tiny_denoiser_inputs("sd", model))
-    run.remove()
+    with pytest.warns(NothingChanged, match="never acted"):
+        run.remove()
 
 
 def test_two_experts_share_one_clock() -> None:
