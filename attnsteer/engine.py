@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from .bound import Bound, Heads
 from .call import AttnCall
 from .edits import Check, KeyBias, Reweight
 from .errors import CompositionError, SelectionError, UnsupportedHost
+from .intervention import Intervention
 from .kernels import Attention
 from .site import Site
 
@@ -29,6 +31,9 @@ class Run(Protocol):
 
     def is_open(self, bound: Bound) -> bool:
         """Whether the inside edits of `bound` act now."""
+
+    def inside(self, method: Intervention) -> AbstractContextManager[None]:
+        """Switch the inside edits of an `around` method on for the model calls in this block."""
 
 
 class SiteAttention:

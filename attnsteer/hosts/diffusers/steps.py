@@ -86,9 +86,10 @@ class Sampling:
             return []
         running = getattr(self.pipeline, "_num_timesteps", None)
         if isinstance(running, int) and 0 < running < planned.numel():
-            times = planned.tolist()
-            # A model that is given other numbers than the scheduler's does not tell; then it is the last ones.
-            first = times.index(start) if start in times else len(times) - running
+            times, first = planned.tolist(), planned.numel() - running
+            # A model that is given other numbers than the scheduler's does not tell: then it is the last ones, too.
+            if times[first] != start and start in times:
+                first = times.index(start)
             planned = planned[first : first + running]
         return torch.unique_consecutive(planned).tolist()
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from ...maps.words_to_image import Capture, Maps, MapsComplete, MapSite
 from ...parameters import Number, Refused, choice, flag, integer, number, parsed, plain
 from ...site import Site
 from ...where import Where
+
+if TYPE_CHECKING:
+    from ...engine import Run
 
 # Of the 60 cross-attentions of SDXL with 32 x 32 maps, those of the blocks that Bounded Attention reads.
 SDXL = re.compile(r"up_blocks\.0\.attentions\.0\.transformer_blocks\.[1-6]\.attn[12]")
@@ -180,7 +183,7 @@ class LatentLoss(Intervention):
         call.capture.add(call)
         return out
 
-    def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Any) -> Prediction:
+    def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Run) -> Prediction:
         """The updates of this call, then the prediction at the moved latent."""
         loop = inputs.loop
         if self.step_size == 0.0 or loop.acted(self) or (loop.blind and not self.blind_calls):
