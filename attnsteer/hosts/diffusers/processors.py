@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -187,7 +188,8 @@ def _steered_processor(processor: Any, call: Callable[..., Any], original: Any) 
     """An object of the processor's class, name and state with another `__call__`; copies of it are copies of `original`."""
 
     def reduce_ex(self: Any, protocol: int) -> Any:
-        return original.__reduce_ex__(protocol)
+        # A pickle must not name a class that exists while something is steered.
+        return copy.copy, (original,)
 
     cls = type(type(processor).__name__, (type(processor),), {"__call__": call, "__reduce_ex__": reduce_ex})
     steered = object.__new__(cls)
