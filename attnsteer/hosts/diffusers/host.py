@@ -19,6 +19,8 @@ from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from ...steering import Steering
     from ...undo import Journal
 
@@ -31,7 +33,7 @@ class DiffusersHost(Host):
 
     provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent"})
 
-    def __init__(self, target: Any):
+    def __init__(self, target: nn.Module | DiffusionPipeline):
         super().__init__(target)
         self.main = ("image",)
         self.pipeline = target if _is_pipeline(target) else None
@@ -43,7 +45,7 @@ class DiffusersHost(Host):
         self._sites: list[Site] | None = None
 
     @classmethod
-    def takes(cls, target: Any) -> bool:
+    def takes(cls, target: object) -> bool:
         return bool(_denoisers(target))
 
     def sites(self) -> list[Site]:
@@ -77,17 +79,17 @@ class DiffusersHost(Host):
             watch_parts(self.pipeline, steered, sampling, journal)
 
 
-def _is_pipeline(target: Any) -> bool:
+def _is_pipeline(target: object) -> bool:
     kinds = imported("diffusers", "pipelines.pipeline_utils.DiffusionPipeline")
     return bool(kinds) and isinstance(target, kinds)
 
 
-def _plain(module: Any) -> Any:
+def _plain(module: object) -> Any:
     """The module below a `torch.compile` wrapper."""
     return getattr(module, "_orig_mod", module)
 
 
-def _denoisers(target: Any) -> dict[str, nn.Module]:
+def _denoisers(target: object) -> dict[str, nn.Module]:
     """Component name -> denoiser, as the pipeline holds it (perhaps compiled)."""
     if _is_pipeline(target):
         parts = {name: getattr(target, name, None) for name in DENOISERS}
@@ -97,7 +99,7 @@ def _denoisers(target: Any) -> dict[str, nn.Module]:
     return {"": target} if kinds and isinstance(model, kinds) and _attends(model) else {}
 
 
-def _attends(model: Any) -> bool:
+def _attends(model: object) -> bool:
     return isinstance(model, nn.Module) and any(_has_processor(m) for m in model.modules())
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...branches import BranchInputs
 from ...errors import UnsupportedHost
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # What the denoisers call their input.
 INPUTS = ("sample", "hidden_states", "x")
@@ -33,7 +36,7 @@ class Latents:
         index: calls of `scheduler.step` so far in this run. moved: the latent that takes the loop's place in this call.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: DiffusionPipeline | None):
         self.pipeline = pipeline
         self.index = 0
         self.moved: Tensor | None = None

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # One call on a doubled batch, unconditional rows first; a single batch while guidance is off.
 DOUBLED = re.compile(
@@ -52,7 +55,7 @@ class Convention:
     normalised: bool = False
 
 
-def convention_of(pipe: Any) -> Convention:
+def convention_of(pipe: DiffusionPipeline | None) -> Convention:
     """The convention of a pipeline, by the class of diffusers whose `__call__` runs."""
     name = caller(pipe)
     normalised = bool(NORMALISED.match(name))
@@ -65,7 +68,7 @@ def convention_of(pipe: Any) -> Convention:
     return Convention("batch", UNCOND_COND, normalised) if DOUBLED.match(name) else Convention(None)
 
 
-def caller(pipe: Any) -> str:
+def caller(pipe: DiffusionPipeline | None) -> str:
     """Name of the pipeline class of diffusers whose `__call__` runs; empty for one that is not of diffusers."""
     owner = next((c for c in type(pipe).__mro__ if "__call__" in vars(c)), object)
     return owner.__name__ if owner.__module__.startswith("diffusers.pipelines.") else ""

@@ -9,11 +9,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...maps.phrases import Prompt, Segment
 from ...tokens import char_offsets
 from .pipelines import caller
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # Pipeline class -> its text keys in order: (tokenizer; arguments that give its prompt, the first that is set counts; the
 # argument that gives its length, where it is not the tokenizer's own).
@@ -33,7 +36,7 @@ class Prompts:
             them.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: DiffusionPipeline | None):
         self.pipeline = pipeline
         self.current = Prompt(unknown="encode_prompt was not called inside the steering context")
         self.listeners: list[Callable[[Prompt], None]] = []
@@ -60,7 +63,7 @@ class Prompts:
         return inner(*args, **kwargs)
 
 
-def _prompt(pipe: Any, given: dict[str, Any]) -> Prompt:
+def _prompt(pipe: DiffusionPipeline | None, given: dict[str, Any]) -> Prompt:
     name = caller(pipe)
     parts = next((parts for pattern, parts in PARTS if pattern.match(name)), None)
     if parts is None:
@@ -81,7 +84,7 @@ def _prompt(pipe: Any, given: dict[str, Any]) -> Prompt:
     return Prompt(tuple(zip(*segments, strict=True)))
 
 
-def _encode(pipe: Any, name: str, texts: list[str], length: int) -> list[tuple[Any, ...]]:
+def _encode(pipe: DiffusionPipeline | None, name: str, texts: list[str], length: int) -> list[tuple[Any, ...]]:
     """Per text (text, offsets, special)."""
     tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
     if tokenizer is None or encoder is None:

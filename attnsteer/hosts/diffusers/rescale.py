@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ...branches import BranchInputs, Prediction
 from ...errors import UnsupportedHost
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 class Rescale:
@@ -24,7 +27,7 @@ class Rescale:
         held: (term, conditional prediction) between the two; None: nothing.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: DiffusionPipeline | None):
         self.pipeline = pipeline
         self.in_attribute = hasattr(type(pipeline), "guidance_rescale")
         self.held: tuple[Tensor, Tensor] | None = None

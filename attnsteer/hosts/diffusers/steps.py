@@ -16,6 +16,8 @@ from .prompt_words import Prompts
 from .rescale import Rescale
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from ...undo import Journal
 
 # What the denoisers call their timestep.
@@ -34,7 +36,7 @@ class Sampling:
         latents: what the scheduler is about to step from. prompts: what the pipeline was asked for.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: DiffusionPipeline | None):
         self.pipeline = pipeline
         self.convention = convention_of(pipeline)
         self.step: int | None = None
@@ -172,7 +174,7 @@ class Sampling:
             self.context = before
 
 
-def watch_parts(pipe: Any, steered: dict[str, nn.Module], sampling: Sampling, journal: Journal) -> None:
+def watch_parts(pipe: DiffusionPipeline, steered: dict[str, nn.Module], sampling: Sampling, journal: Journal) -> None:
     """Refuse to run a pipeline whose denoiser or scheduler was exchanged since it was steered: the edit would vanish.
 
     Args:
@@ -193,7 +195,7 @@ def watch_parts(pipe: Any, steered: dict[str, nn.Module], sampling: Sampling, jo
             journal.wrap(pipe, name, check)
 
 
-def _same_part(pipe: Any, name: str, same: bool) -> None:
+def _same_part(pipe: DiffusionPipeline, name: str, same: bool) -> None:
     if not same:
         raise UnsupportedHost(
             f"{type(pipe).__name__}.{name} was exchanged while the pipeline is steered, so the edit would vanish. Detach first "
