@@ -1,32 +1,36 @@
-"""How many files and functions of the package a call crosses: the stops on the way of somebody who reads along."""
+"""How many stops a call makes in the package: the files and functions of attnsteer that it enters."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import attnsteer
 
-PACKAGE = str(Path(attnsteer.__file__).parent)
+PACKAGE = Path(attnsteer.__file__).parent
 
 
-def stops(call: Callable[[], Any]) -> tuple[set[str], set[tuple[str, str]]]:
-    """(files of the package, (file, function) pairs) that `call` enters; generated code is no file."""
-    files: set[str] = set()
-    functions: set[tuple[str, str]] = set()
+def stops(call: Callable[[], Any]) -> tuple[set[str], set[str]]:
+    """(files, functions) of the package entered while `call` runs in this thread.
 
-    def watch(frame: Any, event: str, argument: Any) -> None:
-        name = frame.f_code.co_filename
-        if event == "call" and name.startswith(PACKAGE):
-            files.add(name[len(PACKAGE) + 1 :])
-            functions.add((name[len(PACKAGE) + 1 :], frame.f_code.co_qualname))
+    Files are named by their path below the package; functions by file and qualified name, "engine.py:SiteRuntime.__call__".
+    Lambdas and comprehensions count as functions of their own.
+    """
+    entered: set[Any] = set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            entered.add(frame.f_code)
 
     before = sys.getprofile()
-    sys.setprofile(watch)
+    sys.setprofile(note)
     try:
         call()
     finally:
         sys.setprofile(before)
-    return files, functions
+    ours = [(Path(code.co_filename), code.co_qualname) for code in entered]
+    named = [(path.relative_to(PACKAGE).as_posix(), name) for path, name in ours if path.is_relative_to(PACKAGE)]
+    return {path for path, _ in named}, {f"{path}:{name}" for path, name in named}

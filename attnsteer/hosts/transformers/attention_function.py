@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import threading
 import weakref
@@ -105,7 +106,7 @@ def _steered(
         check_exact(runtime.site, att, base_rows)
         forward.stack.exact.add(id(module))
     maps: list[Any] | None = [] if name == "eager" else None
-    same = name == "sdpa" and n > FEW_ROWS and same_kernel(att)
+    same = functools.partial(same_kernel, att) if name == "sdpa" and n > FEW_ROWS else None
     out = runtime(att, run_base, call, active, same, maps)
     if maps and weights[0] is None:
         # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.
