@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -91,7 +91,15 @@ class Track:
 
 def plain(size: int, device: torch.device) -> Callable[[], Track]:
     """Rows or keys without padding, all of them of one prompt; made on the first call."""
-    return cache(lambda: Track.plain(size, device))
+    made: list[Track] = []
+
+    # `functools.cache` would do, but compiled code cannot trace it.
+    def make() -> Track:
+        if not made:
+            made.append(Track.plain(size, device))
+        return made[0]
+
+    return make
 
 
 class Account:

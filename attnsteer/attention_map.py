@@ -50,6 +50,11 @@ class AttentionMap:
         return self._att
 
     @property
+    def gathered(self) -> bool:
+        """Whether `att` is there already."""
+        return isinstance(self._att, Attention)
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, n, m)."""
         return self.att.shape
@@ -166,13 +171,23 @@ class AttentionMap:
             factor = torch.where(keys[:, :, None], torch.as_tensor(weight, **like).expand(B, H, n)[..., None], factor)
         return factor
 
-    def _scaled(self, A: Tensor, factor: Tensor, normalise: bool) -> Tensor:
-        """A times its weights, renormalised or not; rows that would keep no weight stay as they are."""
-        new = A * factor
-        if not normalise:
-            return new
+    def _scaled(self, edit: Reweight) -> tuple[Tensor, Tensor]:
+        """(the map under `edit`, its rows' norm [B, H, n, 1]), from the map itself."""
+        A = self.dense()
+        new, one = A * self._factor(edit), torch.ones_like(A[..., :1])
+        if not edit.normalise:
+            return new, one
         norm = new.sum(dim=-1, keepdim=True) + self.sink_share()[..., None]
-        return torch.where(norm > 0, new / norm.clamp_min(1e-37), A)
+        # Rows that would keep no weight, or whose weights are all one, stay as they are, whatever their sum.
+        stays = (norm <= 0) | self.unweighted(edit)[..., None]
+        return torch.where(stays, A, new / norm.masked_fill(stays, 1.0)), torch.where(stays, one, norm)
+
+    def unweighted(self, edit: Reweight) -> Tensor:
+        """bool [B, H, n]: the rows in which all weights of `edit` are one."""
+        same = self.weight_of(edit.rest) == 1.0
+        for _, weight in edit.groups:
+            same = same & (self.weight_of(weight) == 1.0)
+        return same
 
     def changed(self) -> Tensor:
         """0-d bool: whether the reweighting that made this map moves anything."""
@@ -209,14 +224,10 @@ class DenseMap(AttentionMap):
         return super().sink_share() if self._sink is None else self._sink
 
     def reweighted(self, edit: Reweight) -> DenseMap:
-        A, factor = self.dense(), self._factor(edit)
-        new, sink = self._scaled(A, factor, edit.normalise), self.sink_share()
-        if edit.normalise:
-            norm = (A * factor).sum(dim=-1) + sink
-            sink = torch.where(norm > 0, sink / norm.clamp_min(1e-37), sink)
-        changed = (factor != 1.0).any(dim=-1, keepdim=True) & (A.sum(dim=-1, keepdim=True) > 0)
+        new, norm = self._scaled(edit)
+        changed = (new != self.dense()).any(dim=-1, keepdim=True)
         out = torch.where(changed, _apply(new, self.att).to(self.out.dtype), self.out)
-        made = DenseMap(self.att, new, out, sink)
+        made = DenseMap(self.att, new, out, self.sink_share() / norm[..., 0])
         made.before = self
         return made
 
@@ -290,13 +301,10 @@ class ReweightedMap(AttentionMap):
             if not self.edit.normalise:
                 self._norm = one
                 return one
-            rest, same = self.weight_of(self.edit.rest), None
-            norm = self.before.sink_share() + rest * self.before.outside(self.union())
-            same = rest == 1.0
+            norm = self.before.sink_share() + self.weight_of(self.edit.rest) * self.before.outside(self.union())
             for keys, weight in self.edit.groups:
-                w = self.weight_of(weight)
-                norm, same = norm + w * self.before.mass(keys), same & (w == 1.0)
-            self._norm = torch.where(same | (norm <= 0), one, norm)
+                norm = norm + self.weight_of(weight) * self.before.mass(keys)
+            self._norm = torch.where(self.unweighted(self.edit) | (norm <= 0), one, norm)
             self._stays = norm <= 0
         return self._norm
 
@@ -355,8 +363,7 @@ class ReweightedMap(AttentionMap):
 
     def dense(self) -> Tensor:
         if self._dense is None:
-            A = self.before.dense()
-            self._dense = self.before._scaled(A, self._factor(self.edit), self.edit.normalise)
+            self._dense = self.before._scaled(self.edit)[0]
         return self._dense
 
     def mass(self, keys: Tensor) -> Tensor:

@@ -189,6 +189,7 @@ class Tokens:
                 f"the span {text!r} is {len(places)} times in the text of sample {b}: {shown!r}. Say which: ({text!r}, 0) is the "
                 f'first, ({text!r}, "all") are all of them; or give token ranges.'
             )
+        which = which if which in (None, "all") else whole(which)
         if isinstance(which, int) and which >= len(places):
             raise SelectionError(
                 f"the span ({text!r}, {which}) is not there: sample {b} has {text!r} {len(places)} times, counted from 0."
@@ -216,7 +217,10 @@ def is_text(item: Any) -> bool:
     """Whether a span is given as text: a string, or (string, which of its occurrences)."""
     if isinstance(item, str):
         return True
-    return isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)
+    if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], str):
+        return False
+    # Two strings are two spans of a sample.
+    return item[1] == "all" or (whole(item[1]) is not None and whole(item[1]) >= 0)
 
 
 def checked_images(where: Any) -> Any:
