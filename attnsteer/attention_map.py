@@ -38,6 +38,7 @@ class AttentionMap:
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
         self._dense: Tensor | None = None
+        self._sink: Tensor | None = None
         self._groups: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         # The map that a reweighting made this one of.
         self.before: AttentionMap | None = None
@@ -98,15 +99,13 @@ class AttentionMap:
         """What a learned sink takes of each row, [B, H, n]; zero where the model has none."""
         if not self.few:
             return self.att.sink_share(self.lse)
-        total = self.dense().sum(dim=-1)
-        if self.att.sinks is None:
-            return torch.zeros_like(total)
-        return torch.where(total > 0, 1.0 - total, torch.zeros_like(total))
+        self.dense()
+        return self._sink
 
     def dense(self) -> Tensor:
         """The whole map [B, H, n, m], fp32, differentiable: the reference, not for the normal path."""
         if self._dense is None:
-            self._dense = kernels.dense(self.att)
+            self._dense, self._sink = kernels.dense_with_sink(self.att)
         return self._dense
 
     def mass(self, keys: Tensor) -> Tensor:
@@ -207,9 +206,14 @@ class AttentionMap:
 class DenseMap(AttentionMap):
     """The map held explicitly: the reference that every other path is tested against."""
 
-    def __init__(self, att: Attention, A: Tensor, out: Tensor, sink_share: Tensor | None = None):
+    def __init__(self, att: Attention, A: Tensor, sink_share: Tensor, out: Tensor):
         super().__init__(att)
-        self._dense, self._out, self._sink = A, out, sink_share
+        self._dense, self._sink, self._out = A, sink_share, out
+
+    @classmethod
+    def of(cls, att: Attention, out: Tensor) -> DenseMap:
+        """The map of this computation, whose output is `out`."""
+        return cls(att, *kernels.dense_with_sink(att), out)
 
     @property
     def path(self) -> str:
@@ -220,14 +224,11 @@ class DenseMap(AttentionMap):
         """Not defined: an explicit map may be no softmax of scores any more."""
         raise AttributeError("an explicit map has no log-sum-exp; ask for mass, partial, rows or dense")
 
-    def sink_share(self) -> Tensor:
-        return super().sink_share() if self._sink is None else self._sink
-
     def reweighted(self, edit: Reweight) -> DenseMap:
         new, norm = self._scaled(edit)
         changed = (new != self.dense()).any(dim=-1, keepdim=True)
         out = torch.where(changed, _apply(new, self.att).to(self.out.dtype), self.out)
-        made = DenseMap(self.att, new, out, self.sink_share() / norm[..., 0])
+        made = DenseMap(self.att, new, self.sink_share() / norm[..., 0], out)
         made.before = self
         return made
 

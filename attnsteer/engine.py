@@ -186,7 +186,7 @@ class _HeadGroup:
         self.map: AttentionMap
         if runtime.run.reference and not runtime.site.linear:
             sub = whole.att.select(local)
-            self.map = DenseMap(sub, kernels.dense(sub), pick(whole.out()))
+            self.map = DenseMap.of(sub, pick(whole.out()))
         else:
             fused = (lambda: tuple(pick(t) for t in whole.pair())) if whole.same_kernel else None
             self.map = AttentionMap(lambda: whole.att.select(local), base=lambda: pick(whole.out()), fused=fused)
@@ -303,7 +303,7 @@ class _HeadGroup:
     def rescore(self, att: Attention) -> None:
         """From here on the map is that of other scores or values."""
         plain = AttentionMap(att)
-        self.map = DenseMap(att, kernels.dense(att), plain.out) if self.runtime.run.reference else plain
+        self.map = DenseMap.of(att, plain.out) if self.runtime.run.reference else plain
 
     def inputs(self, bound: Bound) -> None:
         edited = self.ask(bound, "inputs")

@@ -211,7 +211,7 @@ def test_a_sample_may_have_no_span() -> None:
 @pytest.mark.parametrize(
     ("spans", "words"),
     [
-        ([[(0, 4)]], "a span of sample 0 ends at token 4, after its 3 tokens"),
+        ([[(0, 4)]], r"span \(0, 4\) of sample 0 ends after its 3 tokens"),
         ([[(2, 2)]], "0 <= start < stop"),
         ([[(2, 1)]], "0 <= start < stop"),
         ([[(-1, 2)]], "0 <= start < stop"),

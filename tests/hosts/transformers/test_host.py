@@ -217,7 +217,8 @@ def test_a_cache_cut_inside_a_prompt_call(llama: nn.Module, name: str) -> None:
             with pytest.raises(UnsupportedHost, match=r"cut back from 9 to 7 tokens"):
                 rest(cache)
         else:
-            assert far(rest(cache), alone) <= 1e-6
+            # The shared part was computed in a call of nine rows here, of seven there.
+            assert far(rest(cache), alone) <= 1e-5
 
 
 @pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
