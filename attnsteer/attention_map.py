@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,9 @@ class AttentionMap:
         self._lse: Tensor | None = None
         self._dense: Tensor | None = None
         self._sink: Tensor | None = None
-        self._groups: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._groups: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        # Answers that are kept, each with what tells whether it was changed since.
+        self._kept: list[tuple[Tensor, Any]] = []
         # The map that a reweighting made this one of.
         self.before: AttentionMap | None = None
 
@@ -54,6 +57,17 @@ class AttentionMap:
     def gathered(self) -> bool:
         """Whether `att` is there already."""
         return isinstance(self._att, Attention)
+
+    def _keep(self, answer: Tensor) -> Tensor:
+        """An answer that will be given again."""
+        if not torch.compiler.is_compiling() and not answer.is_inference():
+            self._kept.append((answer, answer._version))
+        return answer
+
+    def touched(self) -> bool:
+        """Whether an answer of this map, or of one below it, was changed in place. Inference tensors do not tell."""
+        own = any(answer._version != version for answer, version in self._kept)
+        return own or (self.before is not None and self.before.touched())
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -76,16 +90,17 @@ class AttentionMap:
     def out(self) -> Tensor:
         """The attention output [B, H, n, dv] of the model's own kernel, in the model's dtype."""
         if self._out is None:
-            self._out = kernels.attend(self.att) if self._base is None else self._base()
+            self._out = self._keep(kernels.attend(self.att) if self._base is None else self._base())
         return self._out
 
     @property
     def lse(self) -> Tensor:
         """The row log-sum-exp [B, H, n], fp32; minus infinity for rows that see no key."""
         if self._lse is None:
-            out, self._lse = self._both()
+            out, lse = self._both()
+            self._lse = self._keep(lse)
             if self._out is None and (self._fuse is not None or self._base is None):
-                self._out = out
+                self._out = self._keep(out)
         return self._lse
 
     def _both(self) -> tuple[Tensor, Tensor]:
@@ -105,12 +120,13 @@ class AttentionMap:
     def dense(self) -> Tensor:
         """The whole map [B, H, n, m], fp32, differentiable: the reference, not for the normal path."""
         if self._dense is None:
-            self._dense, self._sink = kernels.dense_with_sink(self.att)
+            A, sink = kernels.dense_with_sink(self.att)
+            self._dense, self._sink = self._keep(A), self._keep(sink)
         return self._dense
 
     def mass(self, keys: Tensor) -> Tensor:
         """sum of A over `keys` (bool [B or 1, H or 1, m]), [B, H, n]."""
-        if self.few and id(keys) not in self._groups:
+        if self.few and _name(keys) not in self._groups:
             # Without the partial output: a decoding step should not read all values for it.
             return (self.dense() * keys[:, :, None]).sum(dim=-1)
         return self.partial(keys)[0]
@@ -123,7 +139,7 @@ class AttentionMap:
 
     def partial(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """(mass [B, H, n], sum_j A_ij v_j over `keys` [B, H, n, dv]), fp32."""
-        found = self._groups.get(id(keys))
+        found = self._groups.get(_name(keys))
         if found is None:
             if self.few:
                 p = self.dense() * keys[:, :, None]
@@ -131,7 +147,7 @@ class AttentionMap:
             else:
                 pair = kernels.partial(self.att, self.lse, keys)
             # The tensor is kept with its answer, so that its id cannot be reused meanwhile.
-            found = self._groups[id(keys)] = (keys, *pair)
+            found = self._groups[_name(keys)] = (keys, *(self._keep(t) for t in pair))
         return found[1], found[2]
 
     def column_mass(self, row_weight: Tensor | None = None) -> Tensor:
@@ -208,7 +224,7 @@ class DenseMap(AttentionMap):
 
     def __init__(self, att: Attention, A: Tensor, sink_share: Tensor, out: Tensor):
         super().__init__(att)
-        self._dense, self._sink, self._out = A, sink_share, out
+        self._dense, self._sink, self._out = (self._keep(t) for t in (A, sink_share, out))
 
     @classmethod
     def of(cls, att: Attention, out: Tensor) -> DenseMap:
@@ -249,7 +265,7 @@ class ReweightedMap(AttentionMap):
         self._rest: Tensor | None = None
         self._norm: Tensor | None = None
         self._moved: Tensor | None = None
-        self._parts: dict[int, tuple[Tensor, list[Tensor], Tensor]] = {}
+        self._parts: dict[tuple[int, int], tuple[Tensor, list[Tensor], Tensor]] = {}
 
     @property
     def few(self) -> bool:
@@ -262,7 +278,7 @@ class ReweightedMap(AttentionMap):
     @property
     def out(self) -> Tensor:
         if self._out is None:
-            self._out = self._from_rows() if self.few else self._merged()
+            self._out = self._keep(self._from_rows() if self.few else self._merged())
         return self._out
 
     def _merged(self) -> Tensor:
@@ -292,7 +308,7 @@ class ReweightedMap(AttentionMap):
     def lse(self) -> Tensor:
         """With which A'_ij = exp(z_ij + log w_ij - lse): that of the map below plus the log of what it was divided by."""
         if self._lse is None:
-            self._lse = self.before.lse + self.norm().log()
+            self._lse = self._keep(self.before.lse + self.norm().log())
         return self._lse
 
     def norm(self) -> Tensor:
@@ -343,7 +359,7 @@ class ReweightedMap(AttentionMap):
 
     def split(self, keys: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """`keys` cut along the cells: [(keys and cell, c)], and the keys that are in no cell."""
-        found = self._parts.get(id(keys))
+        found = self._parts.get(_name(keys))
         cells, _ = self.cells()
         if found is None:
             left, pieces = keys, []
@@ -351,7 +367,7 @@ class ReweightedMap(AttentionMap):
                 pieces.append(keys & cell)
                 left = left & ~cell
             # The tensor is kept with its pieces, so that its id cannot be reused meanwhile.
-            found = self._parts[id(keys)] = (keys, pieces, left)
+            found = self._parts[_name(keys)] = (keys, pieces, left)
         return [(piece, c) for piece, (_, c) in zip(found[1], cells, strict=True)], found[2]
 
     def total(self) -> Tensor:
@@ -364,7 +380,7 @@ class ReweightedMap(AttentionMap):
 
     def dense(self) -> Tensor:
         if self._dense is None:
-            self._dense = self.before._scaled(self.edit)[0]
+            self._dense = self._keep(self.before._scaled(self.edit)[0])
         return self._dense
 
     def mass(self, keys: Tensor) -> Tensor:
@@ -453,6 +469,11 @@ def _apply(p: Tensor, att: Attention) -> Tensor:
     b, h, n, m = p.shape
     folded = p.reshape(b, h // att.groups, att.groups * n, m)
     return torch.matmul(folded, att.v.to(p.dtype)).reshape(b, h, n, -1)
+
+
+def _name(keys: Tensor) -> tuple[int, int]:
+    """Under which what is known of a key set is kept: another one once it is changed in place."""
+    return id(keys), 0 if keys.is_inference() or torch.compiler.is_compiling() else keys._version
 
 
 def _full(row_weight: Tensor, A: Tensor) -> Tensor:

@@ -252,6 +252,7 @@ class _HeadGroup:
             # Gathered by the method itself: new tensors, of version zero.
             own = ((name, getattr(self.map.att, name)) for name in "qkv")
             names += [name for name, t in own if not t.is_inference() and t._version]
+        names += ["an answer of call.map"] * (bool(before) and self.map.touched())
         return list(dict.fromkeys(names))
 
     def mark(self, bound: Bound, path: str, changed: Tensor | None) -> None:

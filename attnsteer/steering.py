@@ -219,8 +219,8 @@ def _refuse_twice(sites: Iterable[Site]) -> None:
     for site in sites:
         if id(site.module) in taken:
             raise CompositionError(
-                f"{site.path} is steered already; give all interventions to one call, steer(target, first, second), or release "
-                "the other one: attnsteer.detach(target)."
+                f"{site.path} is steered already; give all interventions to one call, steer(model, first, second), or release "
+                "the other one: attnsteer.detach(model)."
             )
 
 

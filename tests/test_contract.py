@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsteer import HeadGate, Intervention, Where, steer
-from attnsteer.call import AttnCall, KeyBias, Reweight
+from attnsteer.call import FEW_ROWS, AttnCall, KeyBias, Reweight
 from attnsteer.errors import ContractError
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from attnsteer.testing.fingerprint import fingerprint
@@ -290,3 +290,67 @@ def test_a_module_that_is_no_library_s_is_checked_alike() -> None:
         with pytest.raises(ContractError, match=expected), steer(module, Wrong(door, answer)):
             module(x.clone())
     assert torch.equal(module(x), plain)
+
+
+@dataclass(frozen=True)
+class Careless(Intervention):
+    """Changes what the map has answered, which the edit itself, others and the audit are worked out from."""
+
+    answer: Answer
+
+    def weights(self, call: AttnCall) -> Reweight:
+        kept = keys(call)
+        doubled(self.answer(call.map, kept))
+        return Reweight(((kept, 2.0),))
+
+
+ANSWERS: dict[str, Answer] = {
+    "mass": lambda view, keys: view.partial(keys)[0],
+    "partial output": lambda view, keys: view.partial(keys)[1],
+    "out": lambda view, keys: view.out,
+    "map": lambda view, keys: view.dense(),
+    "lse": lambda view, keys: view.lse,
+}
+
+
+@pytest.mark.parametrize("behind", ["nothing", "another method"])
+@pytest.mark.parametrize("rows", [9, 3])
+@pytest.mark.parametrize("name", ANSWERS)
+@torch.no_grad()
+def test_an_answer_of_the_map_that_is_changed_in_place(model: nn.Module, name: str, rows: int, behind: str) -> None:
+    """Of the model's own map, and of the one that an earlier method left: it raises, or does nothing at all."""
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=rows)
+    where = Where(layers=[1], heads=[0, 3])
+    twice = Wrong("weights", RIGHT["weights"], where=where)
+    before, method = [twice] if behind == "another method" else [], Careless(ANSWERS[name], where=where)
+    if before and rows > FEW_ROWS and name in ("mass", "partial output"):
+        # Put together anew at each question.
+        with steer(model, *before, twice):
+            expected = model(**inputs).logits
+        with steer(model, *before, method):
+            assert torch.equal(model(**inputs).logits, expected)
+        return
+    words = r"^Careless\.weights at .*changed an answer of call\.map in place"
+    with pytest.raises(ContractError, match=words), steer(model, *before, method):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_a_key_set_that_is_changed_between_questions_is_another_one(model: nn.Module) -> None:
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=9)
+    seen = []
+
+    @dataclass(frozen=True)
+    class Growing(Intervention):
+        observes = True
+
+        def weights(self, call: AttnCall) -> None:
+            own = keys(call).clone()
+            first = call.map.mass(own)
+            own |= True
+            seen.append((first, call.map.mass(own), call.map.total()))
+
+    with steer(model, Growing(where=Where(layers=[1]))):
+        model(**inputs)
+    ((first, whole, total),) = seen
+    assert float((whole - total).abs().max()) <= 1e-6 and float((whole - first).max()) > 0.1
