@@ -70,4 +70,4 @@ __all__ = ["__version__", *__all__]
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(__all__)

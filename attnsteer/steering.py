@@ -62,7 +62,6 @@ class Steering:
         every = self.host.sites()
         self.bounds, plan = bind(interventions, every, self.host)
         self.sites = SiteList(site for site in every if site.path in plan)
-        _refuse_twice(self.sites)
         self.runtimes = {s.path: SiteRuntime(self, s, plan[s.path]) for s in self.sites}
         try:
             self.host.attach(self, self._journal)
@@ -213,8 +212,8 @@ def _refuse_twice(sites: Iterable[Site]) -> None:
     for site in sites:
         if id(site.module) in taken:
             raise CompositionError(
-                f"{site.path} is steered already; give all interventions to one call, steer(target, first, second), or release "
-                "the other one: attnsteer.detach(target)."
+                f"{site.path} is steered already; give all interventions to one call, steer(model, first, second), or release "
+                "the other one: attnsteer.detach(model)."
             )
 
 
@@ -334,7 +333,10 @@ def bind(
             )
         bound = Bound(index, method, where, frozenset(method.doors()))
         _check_clocks(where, host)
-        for site, heads in where.resolve(every, host.main, method.kinds):
+        selected = where.resolve(every, host.main, method.kinds)
+        # What another steering has put on a module would be taken for something foreign.
+        _refuse_twice(site for site, _ in selected)
+        for site, heads in selected:
             if site.linear and not method.linear:
                 raise UnsupportedHost(
                     f"{site.path} is linear attention: it has no softmax map, so {type(method).__name__} is not "

@@ -145,10 +145,10 @@ class Tokens:
             row: list[Range] = []
             for item in wanted:
                 row += self._find(b, item, tokenizer) if is_text(item) else [token_range(item)]
-            late = [stop for _, stop in row if stop > counts[b]]
+            late = [found for found in row if found[1] > counts[b]]
             if late and not self.more_to_come:
                 raise SelectionError(
-                    f"a span of sample {b} ends at token {late[0]}, after its {counts[b]} tokens; ranges count from "
+                    f"span {late[0]} of sample {b} ends after its {counts[b]} tokens; ranges count from "
                     "the sample's first token that is not padding. If the prompt comes in chunks, enter "
                     "run.chunked_prefill() for them."
                 )
@@ -169,6 +169,7 @@ class Tokens:
 
     def _find(self, b: int, item: Any, tokenizer: Any) -> list[Range]:
         text, which = (item, None) if isinstance(item, str) else item
+        which = which if which in (None, "all") else whole(which)
         if tokenizer is None:
             raise SelectionError(f"the span {text!r} is a string: give the method a tokenizer, or token ranges.")
         if self.ids is None:
@@ -179,9 +180,9 @@ class Tokens:
         ids = self.ids[b, :stop]
         if self.valid is not None:
             ids = ids[self.valid[b if len(self.valid) > 1 else 0, :stop].to(ids.device)]
-        offsets, whole = char_offsets(ids.tolist(), tokenizer)
-        places = _places(whole, text)
-        shown = whole if len(whole) <= 200 else whole[:200] + "..."
+        offsets, prompt = char_offsets(ids.tolist(), tokenizer)
+        places = _places(prompt, text)
+        shown = prompt if len(prompt) <= 200 else prompt[:200] + "..."
         if not places:
             raise SelectionError(f"the span {text!r} is not in the text of sample {b}: {shown!r}.")
         if which is None and len(places) > 1:
@@ -216,7 +217,10 @@ def is_text(item: Any) -> bool:
     """Whether a span is given as text: a string, or (string, which of its occurrences)."""
     if isinstance(item, str):
         return True
-    return isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)
+    if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], str):
+        return False
+    # Two strings are two spans of a sample.
+    return item[1] == "all" or (whole(item[1]) is not None and whole(item[1]) >= 0)
 
 
 def checked_images(where: Any) -> Any:

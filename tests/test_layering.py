@@ -92,10 +92,14 @@ def under(*packages: str) -> list[str]:
     return sorted(n for n in MODULES if any(n == p or n.startswith(f"{p}.") for p in packages))
 
 
-@pytest.mark.parametrize(
-    "name",
-    under("methods", "kernels", "maps", "where", "heads", "call", "branches", "engine", "tokens", "audit", "site"),
-)
+# Tensor maths and selection.
+MATHS = under(
+    "methods", "kernels", "maps", "where", "heads", "parameters", "patterns", "account", "attention_map", "edits", "call",
+    "bound", "branches", "engine", "tokens", "audit", "site",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MATHS)
 def test_tensor_maths_and_selection_know_no_model(name: str) -> None:
     outside, inside = imported(name)
     assert outside <= {"torch", "safetensors"}

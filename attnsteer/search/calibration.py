@@ -165,6 +165,7 @@ class _Search:
         self.model, self.method, self.split, self.batch, self.store = model, method, split, batch, store
         self.script = Script()
         self.alone = EachHeadAlone(method, self.script)
+        # That a head moves nothing is a result of the search, no error.
         run = steer(model, self.alone, control=True)
         run.remove()
         self.decoder = Decoder(run.host.model, run.host.sites())

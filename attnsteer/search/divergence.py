@@ -51,7 +51,7 @@ def vhd(
         SelectionError: no batches, or a prompt without an image.
     """
     probe = _Measured(outliers=outliers, where=Where(kinds="self") if where is None else where)
-    run = steer(model, probe)
+    run = steer(model, probe, control=True)
     try:
         for batch in batches:
             model(**batch)

@@ -152,6 +152,7 @@ class _Painter:
         if not heads:
             yield from self._made(samples, steps)
             return
+        # That these heads move nothing is a result of the search, no error.
         with steer(self.pipe, self.method.new(heads=HeadSet(heads)), control=True):
             yield from self._made(samples, steps)
 

@@ -103,7 +103,7 @@ def find_sink_dims(
     chosen = tuple(layers) if layers is not None else tuple(text[2:-1] or text[1:] or text)
     probe = _Strength(where=Where(layers=chosen, kinds="self"))
     prompts = 0
-    run = steer(model, probe)
+    run = steer(model, probe, control=True)
     try:
         for batch in batches:
             before = len(probe.found)

@@ -42,6 +42,7 @@ class WordRecorder(Intervention):
 
     kinds = ("self",)
     needs = ("tokens",)
+    observes = True
 
     observes = True
 
@@ -71,6 +72,7 @@ class PhraseRecorder(Intervention):
 
     kinds = ("cross", "joint")
     needs = ("segments", "grid", "steps")
+    observes = True
 
     observes = True
 

@@ -55,6 +55,7 @@ class Columns(Intervention):
     found: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     kinds = ("self",)
+    observes = True
 
     def weights(self, call: AttnCall) -> None:
         n, m = call.map.shape[2:]
