@@ -16,6 +16,7 @@ class Bound:
 
     Attributes:
         name: class name of the method. timed: whether `where` selects by phase or step, so that it must be asked at each call.
+        guides: whether it has the `around` door, so that its inside edits act only in passes that it asks for.
     """
 
     index: int
@@ -25,7 +26,9 @@ class Bound:
     # Read at each call of each site, so they are plain attributes.
     name: str = field(init=False)
     timed: bool = field(init=False)
+    guides: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "guides", "around" in self.doors)
         object.__setattr__(self, "name", type(self.method).__name__)
         object.__setattr__(self, "timed", self.where.phases is not None or self.where.steps is not None)

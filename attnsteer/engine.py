@@ -28,6 +28,7 @@ class Run(Protocol):
     measure: bool
     reference: bool
     branch: str | None
+    opened: list[int]
 
     def is_open(self, bound: Bound) -> bool:
         """Whether the inside edits of `bound` act now."""
@@ -94,7 +95,7 @@ class SiteRuntime:
         return tuple(
             i
             for i, (bound, _) in enumerate(self.entries)
-            if self.run.is_open(bound)
+            if (not bound.guides or bound.index in self.run.opened)
             and (not bound.timed or bound.where.active(None if mixed else phase, step, steps))
         )
 

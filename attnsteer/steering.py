@@ -38,6 +38,7 @@ class Steering:
     Attributes:
         audit: what each intervention saw, returned and changed. sites: the sites that are steered.
         measure: whether reweightings also record the total-variation distance that they cause.
+        opened: numbers of the `around` methods whose passes run now.
         control: whether it is meant to change nothing (a zero-strength control), so that this is no error.
     """
 
@@ -55,7 +56,7 @@ class Steering:
         self.control = control
         self.branch: str | None = None
         self.audit = Audit([_describe(m) for m in interventions])
-        self._open: list[int] = []
+        self.opened: list[int] = []
         self._journal = Journal()
         self._lock = threading.RLock()
         self.host = find_host(target)
@@ -90,19 +91,19 @@ class Steering:
 
     def is_open(self, bound: Bound) -> bool:
         """Whether the inside edits of `bound` act now (those of an `around` method only inside its pass)."""
-        return "around" not in bound.doors or bound.index in self._open
+        return not bound.guides or bound.index in self.opened
 
     @contextlib.contextmanager
     def inside(self, method: Intervention) -> Iterator[None]:
         """Switch the inside edits of an `around` method on for the model calls in this block."""
         index = next(b.index for b in self.bounds if b.method is method)
-        self._open.append(index)
+        self.opened.append(index)
         before, self.branch = self.branch, "weak"
         self.audit.count(index, "inside passes")
         try:
             yield
         finally:
-            self._open.pop()
+            self.opened.pop()
             self.branch = before
 
     def freeze(self) -> contextlib.AbstractContextManager[None]:
