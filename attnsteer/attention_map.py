@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,10 @@ class AttentionMap:
         self,
         att: Attention | Callable[[], Attention],
         base: Callable[[], Tensor] | None = None,
-        fused: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        fused: Callable[[], tuple[Tensor, Tensor] | None] | None = None,
     ):
-        """`base` computes the output with the model's own kernel; `fused` gives that output and its lse.
+        """`base` computes the output with the model's own kernel; `fused` gives that output and its lse, or
+        None where that kernel has none to give.
 
         `att` may be a function that builds it: head-output edits then need no gathered q, k, v.
         """
@@ -38,7 +40,10 @@ class AttentionMap:
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
         self._dense: Tensor | None = None
-        self._groups: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._sink: Tensor | None = None
+        self._groups: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        # Answers that are kept, each with what tells whether it was changed since.
+        self._kept: list[tuple[Tensor, Any]] = []
         # The map that a reweighting made this one of.
         self.before: AttentionMap | None = None
 
@@ -48,6 +53,22 @@ class AttentionMap:
         if not isinstance(self._att, Attention):
             self._att = self._att()
         return self._att
+
+    @property
+    def gathered(self) -> bool:
+        """Whether `att` is there already."""
+        return isinstance(self._att, Attention)
+
+    def _keep(self, answer: Tensor) -> Tensor:
+        """An answer that will be given again."""
+        if not torch.compiler.is_compiling() and not answer.is_inference():
+            self._kept.append((answer, answer._version))
+        return answer
+
+    def touched(self) -> bool:
+        """Whether an answer of this map, or of one below it, was changed in place. Inference tensors do not tell."""
+        own = any(answer._version != version for answer, version in self._kept)
+        return own or (self.before is not None and self.before.touched())
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -70,20 +91,19 @@ class AttentionMap:
     def out(self) -> Tensor:
         """The attention output [B, H, n, dv] of the model's own kernel, in the model's dtype."""
         if self._out is None:
-            self._out = kernels.attend(self.att) if self._base is None else self._base()
+            self._out = self._keep(kernels.attend(self.att) if self._base is None else self._base())
         return self._out
 
     @property
     def lse(self) -> Tensor:
         """The row log-sum-exp [B, H, n], fp32; minus infinity for rows that see no key."""
         if self._lse is None:
-            out, self._lse = self._both()
-            if self._out is None and (self._fuse is not None or self._base is None):
-                self._out = out
+            own = None if self._fuse is None else self._fuse()
+            out, lse = kernels.attend_lse(self.att) if own is None else own
+            self._lse = self._keep(lse)
+            if self._out is None and (own is not None or self._base is None):
+                self._out = self._keep(out)
         return self._lse
-
-    def _both(self) -> tuple[Tensor, Tensor]:
-        return self._fuse() if self._fuse is not None else kernels.attend_lse(self.att)
 
     def total(self) -> Tensor:
         """Row sums [B, H, n]: 1, less the share of a learned sink, 0 for rows that see no key."""
@@ -93,20 +113,19 @@ class AttentionMap:
         """What a learned sink takes of each row, [B, H, n]; zero where the model has none."""
         if not self.few:
             return self.att.sink_share(self.lse)
-        total = self.dense().sum(dim=-1)
-        if self.att.sinks is None:
-            return torch.zeros_like(total)
-        return torch.where(total > 0, 1.0 - total, torch.zeros_like(total))
+        self.dense()
+        return self._sink
 
     def dense(self) -> Tensor:
         """The whole map [B, H, n, m], fp32, differentiable: the reference, not for the normal path."""
         if self._dense is None:
-            self._dense = kernels.dense(self.att)
+            A, sink = kernels.dense_with_sink(self.att)
+            self._dense, self._sink = self._keep(A), self._keep(sink)
         return self._dense
 
     def mass(self, keys: Tensor) -> Tensor:
         """sum of A over `keys` (bool [B or 1, H or 1, m]), [B, H, n]."""
-        if self.few and id(keys) not in self._groups:
+        if self.few and _name(keys) not in self._groups:
             # Without the partial output: a decoding step should not read all values for it.
             return (self.dense() * keys[:, :, None]).sum(dim=-1)
         return self.partial(keys)[0]
@@ -119,7 +138,7 @@ class AttentionMap:
 
     def partial(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """(mass [B, H, n], sum_j A_ij v_j over `keys` [B, H, n, dv]), fp32."""
-        found = self._groups.get(id(keys)) or self._equal_set(keys)
+        found = self._groups.get(_name(keys)) or self._equal_set(keys)
         if found is None:
             if self.few:
                 p = self.dense() * keys[:, :, None]
@@ -127,7 +146,7 @@ class AttentionMap:
             else:
                 pair = kernels.partial(self.att, self.lse, keys)
             # The tensor is kept with its answer, so that its id cannot be reused meanwhile.
-            found = self._groups[id(keys)] = (keys, *pair)
+            found = self._groups[_name(keys)] = (keys, *(self._keep(t) for t in pair))
         return found[1], found[2]
 
     def _equal_set(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -174,18 +193,27 @@ class AttentionMap:
             factor = torch.where(keys[:, :, None], torch.as_tensor(weight, **like).expand(B, H, n)[..., None], factor)
         return factor
 
-    def _scaled(self, A: Tensor, factor: Tensor, edit: Reweight) -> Tensor:
-        """A times its weights, renormalised or not; rows that would keep no weight stay as they are."""
-        new = A * factor
+    def _scaled(self, edit: Reweight) -> tuple[Tensor, Tensor]:
+        """(the map under `edit`, its rows' norm [B, H, n, 1]), from the map itself."""
+        A = self.dense()
+        new, one = A * self._factor(edit), torch.ones_like(A[..., :1])
         if not edit.normalise:
-            return new
+            return new, one
         norm = new.sum(dim=-1, keepdim=True) + self.sink_share()[..., None]
-        same = _all_one(edit)
-        if same is not None:
-            # The row of a kernel sums to one up to rounding, which a row that nothing changes keeps.
-            kept = kernels.held(torch.ones_like(norm), norm) if norm.requires_grad else torch.ones_like(norm)
-            norm = torch.where(same[..., None], kept, norm)
-        return torch.where(norm > 0, new / norm.clamp_min(1e-37), A)
+        # Rows that would keep no weight, or whose weights are all one, stay as they are, whatever their sum.
+        empty, same = norm <= 0, self.unweighted(edit)[..., None]
+        stays, norm = empty | same, norm.masked_fill(empty, 1.0)
+        if not norm.requires_grad:
+            return torch.where(stays, A, new / norm), torch.where(stays, one, norm)
+        kept, new = torch.where(empty, A, kernels.held(A, new / norm)), new / norm
+        return torch.where(stays, kept, new), torch.where(same, kernels.held(one, norm), norm)
+
+    def unweighted(self, edit: Reweight) -> Tensor:
+        """bool [B, H, n]: the rows in which all weights of `edit` are one."""
+        same = self.weight_of(edit.rest) == 1.0
+        for _, weight in edit.groups:
+            same = same & (self.weight_of(weight) == 1.0)
+        return same
 
     def changed(self) -> Tensor:
         """0-d bool: whether the reweighting that made this map moves anything."""
@@ -205,9 +233,14 @@ class AttentionMap:
 class DenseMap(AttentionMap):
     """The map held explicitly: the reference that every other path is tested against."""
 
-    def __init__(self, att: Attention, A: Tensor, out: Tensor, sink_share: Tensor | None = None):
+    def __init__(self, att: Attention, A: Tensor, sink_share: Tensor, out: Tensor):
         super().__init__(att)
-        self._dense, self._out, self._sink = A, out, sink_share
+        self._dense, self._sink, self._out = (self._keep(t) for t in (A, sink_share, out))
+
+    @classmethod
+    def of(cls, att: Attention, out: Tensor) -> DenseMap:
+        """The map of this computation, whose output is `out`."""
+        return cls(att, *kernels.dense_with_sink(att), out)
 
     @property
     def path(self) -> str:
@@ -218,19 +251,12 @@ class DenseMap(AttentionMap):
         """Not defined: an explicit map may be no softmax of scores any more."""
         raise AttributeError("an explicit map has no log-sum-exp; ask for mass, partial, rows or dense")
 
-    def sink_share(self) -> Tensor:
-        return super().sink_share() if self._sink is None else self._sink
-
     def reweighted(self, edit: Reweight) -> DenseMap:
-        A, factor = self.dense(), self._factor(edit)
-        new, sink = self._scaled(A, factor, edit), self.sink_share()
-        if edit.normalise:
-            norm = (A * factor).sum(dim=-1) + sink
-            sink = torch.where(norm > 0, sink / norm.clamp_min(1e-37), sink)
-        changed = (factor != 1.0).any(dim=-1, keepdim=True) & (A.sum(dim=-1, keepdim=True) > 0)
+        new, norm = self._scaled(edit)
+        changed = (new != self.dense()).any(dim=-1, keepdim=True)
         edited = _apply(new, self.att).to(self.out.dtype)
-        out = torch.where(changed, edited, kernels.held(self.out, edited) if factor.requires_grad else self.out)
-        made = DenseMap(self.att, new, out, sink)
+        out = torch.where(changed, edited, kernels.held(self.out, edited) if edited.requires_grad else self.out)
+        made = DenseMap(self.att, new, self.sink_share() / norm[..., 0], out)
         made.before = self
         return made
 
@@ -251,7 +277,7 @@ class ReweightedMap(AttentionMap):
         self._rest: Tensor | None = None
         self._norm: Tensor | None = None
         self._moved: Tensor | None = None
-        self._parts: dict[int, tuple[Tensor, list[Tensor], Tensor]] = {}
+        self._parts: dict[tuple[int, int], tuple[Tensor, list[Tensor], Tensor]] = {}
 
     @property
     def few(self) -> bool:
@@ -264,7 +290,7 @@ class ReweightedMap(AttentionMap):
     @property
     def out(self) -> Tensor:
         if self._out is None:
-            self._out = self._from_rows() if self.few else self._merged()
+            self._out = self._keep(self._from_rows() if self.few else self._merged())
         return self._out
 
     def _merged(self) -> Tensor:
@@ -295,7 +321,7 @@ class ReweightedMap(AttentionMap):
     def lse(self) -> Tensor:
         """With which A'_ij = exp(z_ij + log w_ij - lse): that of the map below plus the log of what it was divided by."""
         if self._lse is None:
-            self._lse = self.before.lse + self.norm().log()
+            self._lse = self._keep(self.before.lse + self.norm().log())
         return self._lse
 
     def norm(self) -> Tensor:
@@ -305,14 +331,11 @@ class ReweightedMap(AttentionMap):
             if not self.edit.normalise:
                 self._norm = one
                 return one
-            rest, same = self.weight_of(self.edit.rest), None
-            norm = self.before.sink_share() + rest * self.before.outside(self.union())
-            same = rest == 1.0
+            norm = self.before.sink_share() + self.weight_of(self.edit.rest) * self.before.outside(self.union())
             for keys, weight in self.edit.groups:
-                w = self.weight_of(weight)
-                norm, same = norm + w * self.before.mass(keys), same & (w == 1.0)
-            kept = kernels.held(one, norm) if norm.requires_grad else one
-            self._norm = torch.where(norm <= 0, one, torch.where(same, kept, norm))
+                norm = norm + self.weight_of(weight) * self.before.mass(keys)
+            kept = torch.where(norm <= 0, one, kernels.held(one, norm)) if norm.requires_grad else one
+            self._norm = torch.where(self.unweighted(self.edit) | (norm <= 0), kept, norm)
             self._stays = norm <= 0
         return self._norm
 
@@ -350,7 +373,7 @@ class ReweightedMap(AttentionMap):
 
     def split(self, keys: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """`keys` cut along the cells: [(keys and cell, c)], and the keys that are in no cell."""
-        found = self._parts.get(id(keys))
+        found = self._parts.get(_name(keys))
         cells, _ = self.cells()
         if found is None:
             left, pieces = keys, []
@@ -358,7 +381,7 @@ class ReweightedMap(AttentionMap):
                 pieces.append(keys & cell)
                 left = left & ~cell
             # The tensor is kept with its pieces, so that its id cannot be reused meanwhile.
-            found = self._parts[id(keys)] = (keys, pieces, left)
+            found = self._parts[_name(keys)] = (keys, pieces, left)
         return [(piece, c) for piece, (_, c) in zip(found[1], cells, strict=True)], found[2]
 
     def total(self) -> Tensor:
@@ -371,8 +394,7 @@ class ReweightedMap(AttentionMap):
 
     def dense(self) -> Tensor:
         if self._dense is None:
-            A = self.before.dense()
-            self._dense = self.before._scaled(A, self._factor(self.edit), self.edit)
+            self._dense = self._keep(self.before._scaled(self.edit)[0])
         return self._dense
 
     def mass(self, keys: Tensor) -> Tensor:
@@ -456,22 +478,16 @@ class ReweightedMap(AttentionMap):
         return 0.5 * moved
 
 
-def _all_one(edit: Reweight) -> Tensor | None:
-    """The rows whose weights are all one, bool that broadcasts to [B, H, n]; None where the numbers among them say that none is."""
-    same = None
-    for weight in (edit.rest, *(w for _, w in edit.groups)):
-        if isinstance(weight, Tensor):
-            same = weight == 1.0 if same is None else same & (weight == 1.0)
-        elif weight != 1.0:
-            return None
-    return same
-
-
 def _apply(p: Tensor, att: Attention) -> Tensor:
     """p v with grouped values, [B, H, n, dv] in the dtype of p."""
     b, h, n, m = p.shape
     folded = p.reshape(b, h // att.groups, att.groups * n, m)
     return torch.matmul(folded, att.v.to(p.dtype)).reshape(b, h, n, -1)
+
+
+def _name(keys: Tensor) -> tuple[int, int]:
+    """Under which what is known of a key set is kept: another one once it is changed in place."""
+    return id(keys), 0 if keys.is_inference() or torch.compiler.is_compiling() else keys._version
 
 
 def _full(row_weight: Tensor, A: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ class Reweight:
     Attributes:
         groups: pairs (keys bool [B or 1, H or 1, m], weight >= 0 broadcastable to [B, H, n]).
         rest: weight >= 0 of all other keys, broadcastable to [B, H, n].
-        normalise: divide each row by its new sum (what adding log w to the scores would do).
+        normalise: divide each row by its new sum (what adding log w to the scores would do); a row whose weights are all one, or
+            that would keep no weight at all, stays as it is.
     """
 
     groups: tuple[tuple[Tensor, Tensor | float], ...]
@@ -37,17 +38,29 @@ class Reweight:
 class Check:
     """The check of one door of one method at one site; every error names all three.
 
-    It reads values, which costs a synchronisation, so it runs at the first act only.
+    It reads values, which costs a synchronisation, so it runs at the first act only; without gradients, since a checkpointed pass
+    that is computed again must save the same tensors.
     """
 
-    def __init__(self, method: str, door: str, site: str, att: Attention):
+    def __init__(self, method: str, door: str, site: str, shown: Attention | Tensor):
+        """`shown`: the attention that is edited; at the door "output", the outputs that are."""
         self.place = f"{method}.{door} at {site}"
-        self.att = att
+        self.att = shown
+        self.device = shown.device if isinstance(shown, Tensor) else shown.q.device
 
     def refuse(self, what: str) -> ContractError:
         """The error that says `what` is wrong."""
         return ContractError(f"{self.place}: {what}")
 
+    def left_alone(self, altered: list[str]) -> None:
+        """None of the tensors that the method was shown was changed where it stands."""
+        if altered:
+            raise self.refuse(
+                f"changed {', '.join(altered)} in place, which the model, other methods and the audit still read; return new "
+                "tensors."
+            )
+
+    @torch.no_grad()
     def inputs(self, edit: Any) -> None:
         """q, k and v of the shapes, dtype and device that the call has."""
         if not isinstance(edit, (tuple, list)) or len(edit) != 3:
@@ -55,6 +68,7 @@ class Check:
         for name, new, old in zip("qkv", edit, (self.att.q, self.att.k, self.att.v), strict=True):
             self._like(name, new, old)
 
+    @torch.no_grad()
     def bias(self, edit: Any) -> None:
         """A `KeyBias`, or a score term that broadcasts to [B, H, n, m]; minus infinity is allowed, NaN is not."""
         B, H, n, m = self.att.shape
@@ -66,13 +80,19 @@ class Check:
             form = f"[{B} or 1, {H} or 1, {m}]" if isinstance(edit, KeyBias) else f"[{B}, {H}, {n}, {m}] or ones"
             raise self.refuse(f"the bias has shape {tuple(term.shape)}; expected {form}.")
         self._number("the bias", term)
+        self._device("the bias", term)
         if bool((term.isnan() | (term == torch.inf)).any()):
             raise self.refuse("the bias has NaN or plus infinity; finite numbers and minus infinity are defined.")
 
+    @torch.no_grad()
     def weights(self, edit: Any) -> None:
         """A `Reweight` with disjoint boolean key sets and finite weights of zero or more."""
         if not isinstance(edit, Reweight):
             raise self.refuse(f"returned {_kind(edit)}; return a Reweight, or None for no edit.")
+        if not isinstance(edit.groups, (tuple, list)):
+            raise self.refuse(f"the groups are {_kind(edit.groups)}; give a tuple of pairs (keys, weight).")
+        if not isinstance(edit.normalise, bool):
+            raise self.refuse(f"normalise is {_kind(edit.normalise)}; expected True or False.")
         B, H, n, m = self.att.shape
         members: Tensor | None = None
         for i, group in enumerate(edit.groups):
@@ -93,14 +113,10 @@ class Check:
         if members is not None and bool((members > 1).any()):
             raise self.refuse("the key sets overlap; a key belongs to one set, and the remainder is implicit.")
 
-    def output(self, out: Any, before: Tensor, changed_in_place: bool) -> None:
-        """Finite head outputs of the shape that came in, which is left as it was."""
-        if changed_in_place:
-            raise self.refuse(
-                "changed `out` in place, which other methods and the audit still read; return a new tensor (out * 2)."
-            )
-        if out is None:
-            return
+    @torch.no_grad()
+    def output(self, out: Any) -> None:
+        """Finite head outputs of the shape that came in."""
+        before = self.att
         if not isinstance(out, Tensor) or not out.is_floating_point():
             raise self.refuse(f"returned {_kind(out)}; return head outputs {list(before.shape)}, or None.")
         if out.shape != before.shape:
@@ -146,8 +162,9 @@ class Check:
             raise self.refuse(f"{what} has dtype {tensor.dtype}; expected a floating-point tensor.")
 
     def _device(self, what: str, tensor: Tensor) -> None:
-        if tensor.device != self.att.q.device and tensor.ndim:
-            raise self.refuse(f"{what} is on {tensor.device}; the call runs on {self.att.q.device}.")
+        # A single number may stay on the CPU: torch combines it with tensors of any device.
+        if tensor.device != self.device and (tensor.ndim or tensor.device.type != "cpu"):
+            raise self.refuse(f"{what} is on {tensor.device}; the call runs on {self.device}.")
 
 
 def _kind(value: Any) -> str:

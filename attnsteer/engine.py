@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from .bound import Bound, Heads
 from .call import AttnCall
 from .edits import Check, KeyBias, Reweight
 from .errors import CompositionError, SelectionError, UnsupportedHost
+from .intervention import Intervention
 from .kernels import Attention
 from .site import Site
 
@@ -27,18 +29,22 @@ class Run(Protocol):
     measure: bool
     reference: bool
     branch: str | None
+    opened: list[int]
 
     def is_open(self, bound: Bound) -> bool:
         """Whether the inside edits of `bound` act now."""
+
+    def inside(self, method: Intervention) -> AbstractContextManager[None]:
+        """Switch the inside edits of an `around` method on for the model calls in this block."""
 
 
 class SiteAttention:
     """The site's own attention, computed once, by the model's kernel or by the same kernel with its lse."""
 
-    def __init__(self, att: Attention, base: Callable[[], Tensor], same_kernel: bool):
+    def __init__(self, att: Attention, base: Callable[[], Tensor], same_kernel: Callable[[], bool] | None):
         self.att = att
         self._base = base
-        self.same_kernel = same_kernel
+        self._same_kernel = same_kernel
         self._pair: tuple[Tensor, Tensor] | None = None
         self._out: Tensor | None = None
 
@@ -48,9 +54,11 @@ class SiteAttention:
             self._out = self._base()
         return self._out
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """(out, lse) from one call of the kernel that the model itself would use."""
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """(out, lse) from one call of the kernel that the model itself would use; None where that gives no lse."""
         if self._pair is None:
+            if self._same_kernel is None or not self._same_kernel():
+                return None
             self._pair = kernels.attend_lse(self.att)
             if self._out is None:
                 self._out = self._pair[0]
@@ -64,8 +72,8 @@ class SiteRuntime:
         self.run = run
         self.site = site
         self.entries = entries
-        # (intervention, door, phase) whose edits were looked at: the first of each is.
-        self.checked: set[tuple[int, str, str]] = set()
+        # (intervention, door, phase, heads) whose edits were looked at: the first of each is.
+        self.checked: set[tuple[int, str, str, Heads]] = set()
         self._partitions: dict[tuple[int, ...], list[tuple[Heads | None, list[Bound]]]] = {}
         self._by_methods: dict[tuple[int, ...], list[int]] = {}
         for head in range(site.heads):
@@ -88,7 +96,8 @@ class SiteRuntime:
         return tuple(
             i
             for i, (bound, _) in enumerate(self.entries)
-            if self.run.is_open(bound) and bound.where.active(None if mixed else phase, step, steps)
+            if (not bound.guides or bound.index in self.run.opened)
+            and (not bound.timed or bound.where.active(None if mixed else phase, step, steps))
         )
 
     def __call__(
@@ -97,7 +106,7 @@ class SiteRuntime:
         base: Callable[[], Tensor],
         call: AttnCall,
         active: tuple[int, ...],
-        same_kernel: bool = False,
+        same_kernel: Callable[[], bool] | None = None,
         maps: list[tuple[Heads | None, Tensor]] | None = None,
     ) -> Tensor:
         """The site's output [B, H, n, dv] with the active interventions applied.
@@ -105,12 +114,13 @@ class SiteRuntime:
         Args:
             att: the call in the model's terms. base: computes the output with the model's own kernel.
             call: what the host knows of it. active: which interventions act.
-            same_kernel: whether `kernels.attend_lse` would run that very kernel (so it can replace it).
+            same_kernel: whether `kernels.attend_lse` would run that very kernel (so it can replace it); asked where a method
+                needs the lse. None: it never would.
             maps: filled with (heads of this process or None, edited map), where the host hands out attention weights.
         """
         whole = SiteAttention(att, base, same_kernel)
         offset = self._offset(att.q.shape[1])
-        marks = self._seen(active, offset, att.shape, call.phase)
+        marks = self._seen(active, offset, att.q.shape, call.phase)
         result: Tensor | None = None
         for heads, bounds in self.partition(active):
             local = _local(heads, offset, att.q.shape[1])
@@ -187,10 +197,15 @@ class _HeadGroup:
         self.map: AttentionMap
         if runtime.run.reference and not runtime.site.linear:
             sub = whole.att.select(local)
-            self.map = DenseMap(sub, kernels.dense(sub), pick(whole.out()))
+            self.map = DenseMap.of(sub, pick(whole.out()))
         else:
-            fused = (lambda: tuple(pick(t) for t in whole.pair())) if whole.same_kernel else None
-            self.map = AttentionMap(lambda: whole.att.select(local), base=lambda: pick(whole.out()), fused=fused)
+
+            def fused() -> tuple[Tensor, Tensor] | None:
+                pair = whole.pair()
+                return None if pair is None else (pick(pair[0]), pick(pair[1]))
+
+            selected = whole.att if local is None else lambda: whole.att.select(local)
+            self.map = AttentionMap(selected, base=lambda: pick(whole.out()), fused=fused)
 
     def run(self, bounds: list[Bound], maps: list[tuple[Heads | None, Tensor]] | None) -> Tensor | None:
         """The heads' edited output, or None where no method edits."""
@@ -217,23 +232,44 @@ class _HeadGroup:
         site, phase = self.runtime.site.path, self.base.phase
         state = self.base.states.setdefault((bound.index, site, self.heads), {})
         call = self.base.replace(view=self.map, state=state, method=bound.name)
-        key = (bound.index, door, phase)
+        key = (bound.index, door, phase, self.heads)
         first = key not in self.runtime.checked and not torch.compiler.is_compiling()
-        watched = [self.whole.att.q, self.whole.att.k, self.whole.att.v, *args]
-        before = [_fingerprint(t, first) for t in watched]
+        before = self._shown(first, args)
         edit = getattr(bound.method, door)(call, *args)
-        touched = any(_altered(t, b) for t, b in zip(watched, before, strict=True))
-        if not touched and (edit is None or not first):
+        altered = self._altered(before, args)
+        if edit is not None and door != "output":
+            # Gathered here in every call, so that a checkpoint that computes one again, unchecked, finds the same order.
+            self.map.att  # noqa: B018
+        if not altered and (edit is None or not first):
             return edit
-        check = Check(bound.name, door, site, self.map.att)
-        if door == "output":
-            check.output(edit, args[0], touched)
-        elif touched:
-            raise check.refuse("changed q, k or v in place; return new tensors.")
-        else:
+        check = Check(bound.name, door, site, args[0] if door == "output" else self.map.att)
+        # Nothing of it is kept for a gradient, for the same reason.
+        with torch.no_grad():
+            check.left_alone(altered)
             getattr(check, door)(edit)
         self.runtime.checked.add(key)
         return edit
+
+    def _shown(self, first: bool, args: tuple[Tensor, ...]) -> list[tuple[str, Tensor, Any]]:
+        """What a method must leave as it is, with its mark: the model's q, k and v, those of its heads, and `out`."""
+        whole = self.whole.att
+        if torch.compiler.is_compiling():
+            return []
+        found = [(name, getattr(whole, name)) for name in "qkv"] + [("out", t) for t in args]
+        # Tensors of inference mode count no versions, so that what a method gathers itself could not be told from edits of it.
+        if (self.map.gathered or (first and whole.q.is_inference())) and self.map.att is not whole:
+            found += [(name, getattr(self.map.att, name)) for name in "qkv"]
+        return [(name, t, _mark(t, first)) for name, t in found]
+
+    def _altered(self, before: list[tuple[str, Tensor, Any]], args: tuple[Tensor, ...]) -> list[str]:
+        """Names of what was changed in place."""
+        names = [name for name, t, mark in before if not _same(t, mark)]
+        if before and len(before) == 3 + len(args) and self.map.gathered and self.map.att is not self.whole.att:
+            # Gathered by the method itself: new tensors, of version zero.
+            own = ((name, getattr(self.map.att, name)) for name in "qkv")
+            names += [name for name, t in own if not t.is_inference() and t._version]
+        names += ["an answer of call.map"] * (bool(before) and self.map.touched())
+        return list(dict.fromkeys(names))
 
     def mark(self, bound: Bound, path: str, changed: Tensor | None) -> None:
         self.marks[bound.index].edited(path, changed)
@@ -286,7 +322,7 @@ class _HeadGroup:
     def rescore(self, att: Attention) -> None:
         """From here on the map is that of other scores or values."""
         plain = AttentionMap(att)
-        self.map = DenseMap(att, kernels.dense(att), plain.out) if self.runtime.run.reference else plain
+        self.map = DenseMap.of(att, plain.out) if self.runtime.run.reference else plain
 
     def inputs(self, bound: Bound) -> None:
         edited = self.ask(bound, "inputs")
@@ -357,19 +393,17 @@ class _HeadGroup:
         return edited
 
 
-def _fingerprint(tensor: Tensor, values: bool) -> Any:
+def _mark(tensor: Tensor, values: bool) -> Any:
     """What tells whether a tensor was changed in place: its version, or a copy where it counts none."""
-    if torch.compiler.is_compiling():
-        return None
     if tensor.is_inference():
         return tensor.clone() if values else None
     return tensor._version
 
 
-def _altered(tensor: Tensor, before: Any) -> bool:
-    if before is None:
-        return False
-    return not torch.equal(tensor, before) if isinstance(before, Tensor) else tensor._version != before
+def _same(tensor: Tensor, mark: Any) -> bool:
+    if mark is None:
+        return True
+    return torch.equal(tensor, mark) if isinstance(mark, Tensor) else tensor._version == mark
 
 
 def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:

@@ -6,9 +6,8 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +18,7 @@ from .engine import SiteRuntime
 from .errors import CompositionError, NeverFired, NothingChanged, SelectionError, UnsupportedHost, brief, listing
 from .intervention import Intervention
 from .registry import get_host, hosts
+from .scope import PLAIN, SCOPES, Scope
 from .site import Site, SiteList
 from .tokens import checked_images
 from .undo import Journal
@@ -28,25 +28,6 @@ from .where import Where
 CLOCKS = ("phases", "steps", "branches")
 
 
-@dataclass(frozen=True)
-class Scope:
-    """What the blocks that are entered around a call say of it.
-
-    Attributes:
-        frozen: statistics stay as the prompt left them. chunked: calls are chunks of one prompt; chunk_total: its slots.
-        images: the processor's output, or token ranges. layout: names of the equal parts of a denoiser's batch.
-    """
-
-    frozen: bool = False
-    chunked: bool = False
-    chunk_total: int | None = None
-    images: Any = None
-    layout: tuple[str, ...] | None = None
-
-
-PLAIN = Scope()
-# By steering; each thread and asyncio task has its own blocks.
-_SCOPES: ContextVar[Mapping[int, Scope]] = ContextVar("attnsteer_scopes", default={})  # noqa: B039  never mutated
 # Attached steerings, so that a site is steered once, and a lost handle can be found.
 _LIVE: weakref.WeakSet[Steering] = weakref.WeakSet()
 
@@ -57,6 +38,7 @@ class Steering:
     Attributes:
         audit: what each intervention saw, returned and changed. sites: the sites that are steered.
         measure: whether reweightings also record the total-variation distance that they cause.
+        opened: numbers of the `around` methods whose passes run now.
         control: whether it is meant to change nothing (a zero-strength control), so that this is no error.
     """
 
@@ -74,14 +56,13 @@ class Steering:
         self.control = control
         self.branch: str | None = None
         self.audit = Audit([_describe(m) for m in interventions])
-        self._open: list[int] = []
+        self.opened: list[int] = []
         self._journal = Journal()
         self._lock = threading.RLock()
         self.host = find_host(target)
         every = self.host.sites()
         self.bounds, plan = bind(interventions, every, self.host)
         self.sites = SiteList(site for site in every if site.path in plan)
-        _refuse_twice(self.sites)
         self.runtimes = {s.path: SiteRuntime(self, s, plan[s.path]) for s in self.sites}
         try:
             self.host.attach(self, self._journal)
@@ -98,31 +79,31 @@ class Steering:
     @property
     def scope(self) -> Scope:
         """What the blocks around the running call say."""
-        return _SCOPES.get().get(id(self), PLAIN)
+        return SCOPES.get().get(id(self), PLAIN)
 
     @contextlib.contextmanager
     def _scoped(self, **changes: Any) -> Iterator[None]:
-        token = _SCOPES.set({**_SCOPES.get(), id(self): replace(self.scope, **changes)})
+        token = SCOPES.set({**SCOPES.get(), id(self): replace(self.scope, **changes)})
         try:
             yield
         finally:
-            _SCOPES.reset(token)
+            SCOPES.reset(token)
 
     def is_open(self, bound: Bound) -> bool:
         """Whether the inside edits of `bound` act now (those of an `around` method only inside its pass)."""
-        return "around" not in bound.doors or bound.index in self._open
+        return not bound.guides or bound.index in self.opened
 
     @contextlib.contextmanager
     def inside(self, method: Intervention) -> Iterator[None]:
         """Switch the inside edits of an `around` method on for the model calls in this block."""
         index = next(b.index for b in self.bounds if b.method is method)
-        self._open.append(index)
+        self.opened.append(index)
         before, self.branch = self.branch, "weak"
         self.audit.count(index, "inside passes")
         try:
             yield
         finally:
-            self._open.pop()
+            self.opened.pop()
             self.branch = before
 
     def freeze(self) -> contextlib.AbstractContextManager[None]:
@@ -163,9 +144,10 @@ class Steering:
         """
         attached = self in _LIVE
         self._detach()
-        silent = self._silent(resting=True) if attached else ""
-        if silent:
-            warnings.warn(silent, NothingChanged, stacklevel=2)
+        if attached and not self.control:
+            silent = " ".join(filter(None, (self._unseen(), self._idle(resting=False), self._idle(resting=True))))
+            if silent:
+                warnings.warn(silent, NothingChanged, stacklevel=2)
 
     def _detach(self) -> None:
         with self._lock:
@@ -177,44 +159,50 @@ class Steering:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._detach()
-        if kind is None:
+        if kind is None and not self.control:
             self.check_fired()
 
-    def check_fired(self) -> None:
-        """Raise `NeverFired` if an attached intervention has changed nothing; a control steering is the exception."""
-        silent = self._silent()
+    def check_fired(self, changed: bool = True) -> None:
+        """Raise `NeverFired` if an attached intervention was never asked, or changed nothing.
+
+        Args:
+            changed: whether it must have changed something; not asked of a control steering, nor of methods that only read or
+                whose own rule leaves some inputs alone (those warn).
+        """
+        silent = " ".join(filter(None, (self._unseen(), self._idle(resting=False) if changed else "")))
         if silent:
             raise NeverFired(silent)
-        resting = self._silent(resting=True)
+        resting = self._idle(resting=True) if changed else ""
         if resting:
             warnings.warn(resting, NothingChanged, stacklevel=3)
 
-    def _silent(self, resting: bool = False) -> str:
-        """What to say of the interventions that changed nothing, or ""; `resting`: those that may are among them."""
-        if self.control:
+    def _unseen(self) -> str:
+        """What to say of the interventions that were never asked, or ""."""
+        names = [self.audit.names[b.index] for b in self.bounds if not self.audit.saw(b.index)]
+        if not names:
             return ""
-        unseen, idle = [], []
-        for bound in self.bounds:
-            name = self.audit.names[bound.index]
-            if not self.audit.saw(bound.index):
-                unseen.append(name)
-            elif bound.method.observes or (bound.method.may_rest and not resting):
-                continue
-            elif not self.audit.fired(bound.index):
-                idle.append(name)
-        said = []
-        if unseen:
-            said.append(
-                f"{listing(unseen)} never acted: no selected site ran while it was attached ({len(self.sites)} sites: "
-                f"{listing((s.path for s in self.sites), 4)}). Call the steered model inside the context, and check phases, "
-                "steps and branches in Where."
-            )
-        if idle:
-            said.append(
-                f"{listing(idle)} was asked, but changed nothing: its strength is neutral, or what it acts on was not there. Print "
-                "run.audit; a control that is meant to change nothing is steer(..., control=True)."
-            )
-        return " ".join(said)
+        return (
+            f"{listing(names)} never acted: no selected site ran while it was attached ({len(self.sites)} sites: "
+            f"{listing((s.path for s in self.sites), 4)}). Call the steered model inside the context, and check phases, "
+            "steps and branches in Where."
+        )
+
+    def _idle(self, resting: bool) -> str:
+        """What to say of the interventions that changed nothing, or ""; `resting`: of those that may."""
+        names = [
+            self.audit.names[b.index]
+            for b in self.bounds
+            if not b.method.observes
+            and b.method.may_rest == resting
+            and self.audit.saw(b.index)
+            and not self.audit.fired(b.index)
+        ]
+        if not names or self.control:
+            return ""
+        return (
+            f"{listing(names)} was asked, but changed nothing: its strength is neutral, or what it acts on was not there. Print "
+            "run.audit; a control that is meant to change nothing is steer(..., control=True)."
+        )
 
     def __repr__(self) -> str:
         return f"<Steering of {type(self.target).__name__} at {len(self.sites)} sites: {', '.join(self.audit.names)}>"
@@ -225,8 +213,8 @@ def _refuse_twice(sites: Iterable[Site]) -> None:
     for site in sites:
         if id(site.module) in taken:
             raise CompositionError(
-                f"{site.path} is steered already; give all interventions to one call, steer(target, first, second), or release "
-                "the other one: attnsteer.detach(target)."
+                f"{site.path} is steered already; give all interventions to one call, steer(model, first, second), or release "
+                "the other one: attnsteer.detach(model)."
             )
 
 
@@ -346,7 +334,10 @@ def bind(
             )
         bound = Bound(index, method, where, frozenset(method.doors()))
         _check_clocks(where, host)
-        for site, heads in where.resolve(every, host.main, method.kinds):
+        selected = where.resolve(every, host.main, method.kinds)
+        # What another steering has put on a module would be taken for something foreign.
+        _refuse_twice(site for site, _ in selected)
+        for site, heads in selected:
             if site.linear and not method.linear:
                 raise UnsupportedHost(
                     f"{site.path} is linear attention: it has no softmax map, so {type(method).__name__} is not "

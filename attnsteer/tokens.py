@@ -26,7 +26,7 @@ class Tokens:
         image: bool [B, T], tokens that stand for (parts of) images or videos; None when not known.
         prompt: slots of the prompt seen so far; tokens behind them were generated, or are being scored; None: not known.
         more_to_come: a chunked prefill is under way, so spans may lie in later chunks.
-        samples: which sample each row belongs to; each is one, unless the host knows that samples were repeated.
+        repeats: which sample each row belongs to, where samples were repeated or rows moved; None: each row is one.
     """
 
     batch: int
@@ -36,13 +36,13 @@ class Tokens:
     image: Tensor | None = None
     prompt: int | None = None
     more_to_come: bool = False
-    _samples: Samples | None = field(default=None, repr=False)
+    repeats: Samples | None = field(default=None, repr=False)
     _resolved: dict[int, tuple[Any, list[list[Range]]]] = field(default_factory=dict, repr=False)
 
     @property
     def samples(self) -> Samples:
         """Which sample each row belongs to."""
-        return Samples.plain(self.batch) if self._samples is None else self._samples
+        return Samples.plain(self.batch) if self.repeats is None else self.repeats
 
     def first(self) -> Tensor:
         """Index of the first valid token of each row, [B]."""
@@ -109,7 +109,7 @@ class Tokens:
             if tensor is not None:
                 setattr(self, name, tensor[index.to(tensor.device)])
         rows = index.tolist()
-        self._samples = self.samples.taken(rows)
+        self.repeats = self.samples.taken(rows)
         self._resolved = {key: (spans, [found[i] for i in rows]) for key, (spans, found) in self._resolved.items()}
         self.batch = len(rows)
 
@@ -154,10 +154,10 @@ class Tokens:
             row: list[Range] = []
             for item in wanted:
                 row += self._find(b, item, tokenizer) if is_text(item) else [token_range(item)]
-            late = [stop for _, stop in row if stop > counts[b]]
+            late = [found for found in row if found[1] > counts[b]]
             if late and not self.more_to_come:
                 raise SelectionError(
-                    f"a span of sample {b} ends at token {late[0]}, after its {counts[b]} tokens; ranges count from "
+                    f"span {late[0]} of sample {b} ends after its {counts[b]} tokens; ranges count from "
                     "the sample's first token that is not padding. If the prompt comes in chunks, enter "
                     "run.chunked_prefill() for them."
                 )
@@ -179,6 +179,7 @@ class Tokens:
 
     def _find(self, b: int, item: Any, tokenizer: Any) -> list[Range]:
         text, which = (item, None) if isinstance(item, str) else item
+        which = which if which in (None, "all") else whole(which)
         if tokenizer is None:
             raise SelectionError(f"the span {text!r} is a string: give the method a tokenizer, or token ranges.")
         if self.ids is None:
@@ -189,9 +190,9 @@ class Tokens:
         ids = self.ids[b, :stop]
         if self.valid is not None:
             ids = ids[self.valid[b if len(self.valid) > 1 else 0, :stop].to(ids.device)]
-        offsets, whole = char_offsets(ids.tolist(), tokenizer)
-        places = _places(whole, text)
-        shown = whole if len(whole) <= 200 else whole[:200] + "..."
+        offsets, prompt = char_offsets(ids.tolist(), tokenizer)
+        places = _places(prompt, text)
+        shown = prompt if len(prompt) <= 200 else prompt[:200] + "..."
         if not places:
             raise SelectionError(f"the span {text!r} is not in the text of sample {b}: {shown!r}.")
         if which is None and len(places) > 1:
@@ -226,7 +227,10 @@ def is_text(item: Any) -> bool:
     """Whether a span is given as text: a string, or (string, which of its occurrences)."""
     if isinstance(item, str):
         return True
-    return isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], str)
+    if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], str):
+        return False
+    # Two strings are two spans of a sample.
+    return item[1] == "all" or (whole(item[1]) is not None and whole(item[1]) >= 0)
 
 
 def checked_images(where: Any) -> Any:

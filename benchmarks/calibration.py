@@ -49,7 +49,7 @@ def one_by_one(model: Any, samples: list[Choice], method: ACT, pairs: list[tuple
     mean = lambda run: sum(candidate_log_likelihoods(model, s, run)[s.answer] for s in samples) / len(samples)  # noqa: E731
     plain, found = mean(None), {}
     for pair in pairs:
-        with steer(model, only(method, *pair)) as run:
+        with steer(model, only(method, *pair), control=True) as run:
             found[pair] = mean(run) - plain
     return found
 

@@ -238,10 +238,10 @@ def gate_idle(shape: LlamaShape, tokens: int) -> Gate:
     """An attached method that selects nothing at a call leaves it bit for bit as it was."""
     model, ids = llama(shape, tokens), prompt(shape, tokens, SINKS)
     steered = twin(model)
-    idle_prefill = steer(steered, act(shape, 1.0, where=Where(phases="decode")))
+    idle_prefill = steer(steered, act(shape, 1.0, where=Where(phases="decode")), control=True)
     moved = error(model(ids).logits, steered(ids).logits)
     idle_prefill.remove()
-    with steer(steered, HEADLESS):
+    with steer(steered, HEADLESS, control=True):
         moved = max(moved, error(_steps(model, ids), _steps(steered, ids)))
     return Gate(moved, 0.0, moved, "the unsteered model, bit for bit")
 
@@ -255,7 +255,7 @@ def measure_idle(size: Size, threads: int) -> Outcome:
     plain, ids = llama(size.shape, size.tokens), prompt(size.shape, size.tokens, SINKS)
     # A short prompt is the harder test: what an idle attachment costs does not grow with it.
     short = ids[:, : max(16, size.tokens // 8)]
-    first = steer(twin(plain), act(size.shape, 1.0, where=Where(phases="decode")))
+    first = steer(twin(plain), act(size.shape, 1.0, where=Where(phases="decode")), control=True)
     second = steer(twin(plain), act(size.shape, 1.0, where=Where(phases="prefill")))
     try:
         models = {"unsteered": plain, "idle": first.target}

@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from attnsteer import ACT, HeadGate, HeadSet, SpotLight, Where, ZeroTuning, steer
-from attnsteer.audit import Audit
-from attnsteer.errors import NeverFired
+from attnsteer import ACT, HeadGate, HeadSet, Intervention, SpotLight, Where, ZeroTuning, steer
+from attnsteer.audit import MANY, Audit, Flags
+from attnsteer.call import AttnCall, KeyBias, Reweight
+from attnsteer.errors import NeverFired, NothingChanged
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
+
+
+@dataclass(frozen=True)
+class Neutral(Intervention):
+    """Returns an edit at one door; at strength 1 it is the identity."""
+
+    door: str = "weights"
+    strength: float = 1.0
+
+    def doors(self) -> set[str]:
+        return {self.door}
+
+    def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor]:
+        return call.q * self.strength, call.k, call.v
+
+    def bias(self, call: AttnCall) -> KeyBias:
+        return KeyBias(call.keys.slot[None, None] * math.log(self.strength))
+
+    def weights(self, call: AttnCall) -> Reweight:
+        return Reweight(((call.first_key(), self.strength),))
+
+    def output(self, call: AttnCall, out: Tensor) -> Tensor:
+        return out * self.strength
+
+
+@dataclass(frozen=True)
+class Reader(Intervention):
+    """Only looks."""
+
+    observes = True
+
+    def weights(self, call: AttnCall) -> None:
+        call.map.mass(call.first_key())
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +71,32 @@ def test_calls_edits_rows_and_heads_are_counted_per_site(model: Any, inputs: Any
         model(**inputs)
         model(**inputs)
     record = run.audit.record(0, site(0))
-    assert (record.calls, record.edits, record.rows, record.heads, record.path) == (2, 2, 2 * 2 * 7, 2, "output")
+    assert (record.calls, record.edits, record.changed) == (2, 2, 2)
+    assert (record.rows, record.heads, record.path) == (2 * 2 * 7, 2, "output")
     assert set(run.audit.records) == {(0, site(0)), (0, site(2))}
     assert run.audit.record(0, site(2)).heads == 1
 
 
 @torch.no_grad()
 def test_a_call_that_changes_nothing_is_seen_but_not_an_edit(model: Any, inputs: Any) -> None:
-    with steer(model, ZeroTuning(gamma=1.0)) as run:
+    with steer(model, ZeroTuning(gamma=1.0), control=True) as run:
         model(**inputs)
-    assert all((r.calls, r.edits, r.rows) == (1, 0, 0) for r in run.audit.records.values())
-    assert run.audit.fired(0)
+    assert all((r.calls, r.edits, r.changed, r.rows) == (1, 0, 0, 0) for r in run.audit.records.values())
+    assert run.audit.saw(0) and not run.audit.fired(0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("door", ["inputs", "bias", "weights", "output"])
+def test_an_edit_that_moves_nothing_is_counted_but_changes_nothing(model: Any, inputs: Any, door: str) -> None:
+    """What is returned and what is changed are counted apart, at every door."""
+    with steer(model, Neutral(door), control=True) as run:
+        model(**inputs)
+    assert all((r.calls, r.edits, r.changed) == (1, 1, 0) for r in run.audit.records.values())
+    with pytest.raises(NeverFired, match=r"Neutral.*changed nothing.*control=True"), steer(model, Neutral(door)):
+        model(**inputs)
+    with steer(model, Neutral(door, strength=0.5)) as run:
+        model(**inputs)
+    assert all((r.calls, r.edits, r.changed) == (1, 1, 1) for r in run.audit.records.values())
 
 
 @torch.no_grad()
@@ -58,12 +110,21 @@ def test_head_groups_of_one_call_are_one_call(model: Any, inputs: Any) -> None:
 
 
 @torch.no_grad()
-def test_two_reweightings_say_where_they_took_the_dense_path(model: Any, inputs: Any) -> None:
+def test_the_path_of_an_edit_is_said(model: Any, inputs: Any) -> None:
+    """Two reweightings need no map either; the explicit one is built in a reference run only."""
     first, second = ZeroTuning(gamma=2.0, where=Where(layers=0)), ZeroTuning(HeadSet({0: [3]}), 3.0)
     with steer(model, first, second) as run:
         model(**inputs)
-    assert set(run.audit.record(0, site(0)).path.split("+")) == {"dense", "fused"}
-    assert run.audit.record(1, site(0)).path == "dense"
+    assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["fused", "fused"]
+    with steer(model, first, second, reference=True) as run:
+        model(**inputs)
+    assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["dense", "dense"]
+    with steer(model, first) as run:
+        model(inputs["input_ids"][:, :3])
+    assert run.audit.record(0, site(0)).path == "rows"
+    with steer(model, Neutral("bias", 0.5), Neutral("inputs", 0.5)) as run:
+        model(**inputs)
+    assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["bias", "inputs"]
 
 
 @torch.no_grad()
@@ -72,6 +133,9 @@ def test_decoding_is_counted_call_by_call(model: Any, inputs: Any) -> None:
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert run.audit.record(0, site(0)).calls == 4
     assert run.audit.record(1, site(0)).calls == 3 and run.audit.record(1, site(0)).rows == 3 * 2
+    first, second = (run.audit.record(i, site(0)).to_dict()["phases"] for i in (0, 1))
+    assert first["prefill"]["calls"] == 1 and first["decode"]["calls"] == 3
+    assert second == {"decode": {"calls": 3, "edits": 3, "changed": 3}}
 
 
 @torch.no_grad()
@@ -90,12 +154,14 @@ def test_it_prints_and_serialises(model: Any, inputs: Any) -> None:
     with steer(model, HeadGate({(0, 1): 0.5}), ZeroTuning(gamma=2.0)) as run:
         model(**inputs)
     lines = str(run.audit).splitlines()
-    assert lines[0] == "HeadGate(where=Where(), gates={(0, 1): 0.5}): 1 calls at 1 sites, 1 edited"
-    assert lines[1] == f"  {site(0)}: 1/1 calls, 14 rows x 1 heads, output"
-    assert len(lines) == 2 + 1 + 3
+    assert lines[0] == "calls seen / edits returned / calls in which something changed"
+    assert lines[1] == "HeadGate(where=Where(), gates={(0, 1): 0.5}): 1 / 1 / 1 at 1 sites"
+    assert lines[2] == f"  {site(0)}: prefill 1 / 1 / 1; 14 rows x 1 heads, output"
+    assert len(lines) == 1 + 2 + 1 + 3
     record = json.loads(json.dumps(run.audit.to_dict(), allow_nan=False))
     assert record["interventions"][0]["sites"][site(0)] == {
-        "calls": 1, "edits": 1, "rows": 14, "heads": 1, "path": "output", "distance": None,
+        "calls": 1, "edits": 1, "changed": 1, "phases": {"prefill": {"calls": 1, "edits": 1, "changed": 1}},
+        "rows": 14, "heads": 1, "path": "output", "distance": None,
     }  # fmt: skip
     assert len(record["interventions"][1]["sites"]) == 3
 
@@ -104,7 +170,7 @@ def test_events_without_a_site_are_counted() -> None:
     audit = Audit(["PAG()"])
     audit.count(0, "inside passes")
     audit.count(0, "inside passes", 2)
-    assert str(audit) == "PAG(): 0 calls at 0 sites, 0 edited, 3 inside passes"
+    assert str(audit).splitlines()[1] == "PAG(): 0 / 0 / 0 at 0 sites, 3 inside passes"
     assert audit.to_dict()["interventions"][0]["inside passes"] == 3 and not audit.fired(0)
 
 
@@ -124,8 +190,30 @@ def test_an_error_inside_is_not_hidden_by_never_fired(model: Any) -> None:
         raise ZeroDivisionError
 
 
-def test_a_handle_can_be_checked_by_hand(model: Any) -> None:
+def test_a_handle_warns_once_and_can_be_checked_by_hand(model: Any) -> None:
     run = steer(model, ZeroTuning(gamma=2.0))
+    with pytest.warns(NothingChanged, match=r"ZeroTuning.*never acted"):
+        run.remove()
     run.remove()
     with pytest.raises(NeverFired):
         run.check_fired()
+    steer(model, ZeroTuning(gamma=2.0), control=True).remove()
+
+
+@torch.no_grad()
+def test_what_only_reads_need_not_change_anything(model: Any, inputs: Any) -> None:
+    """But it has to have been asked."""
+    with steer(model, Reader()) as run:
+        model(**inputs)
+    assert run.audit.record(0, site(0)).calls == 1 and not run.audit.fired(0)
+    with pytest.raises(NeverFired, match=r"Reader.*never acted"), steer(model, Reader()):
+        pass
+
+
+@torch.no_grad()
+def test_many_calls_are_counted_in_full(model: Any) -> None:
+    """Flags are summed on the device once there are many; the counts stay exact."""
+    flags = Flags()
+    for i in range(2 * MANY + 3):
+        flags.add(torch.tensor(i % 3 == 0))
+    assert flags.count() == sum(i % 3 == 0 for i in range(2 * MANY + 3)) == flags.count()

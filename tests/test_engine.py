@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from attnsteer import HeadGate, Intervention, Where, ZeroTuning, sites, steer
+from attnsteer.account import plain
 from attnsteer.call import AttnCall, KeyBias, Reweight
-from attnsteer.engine import CallContext
 from attnsteer.errors import CompositionError, UnsupportedHost
 from attnsteer.kernels import Attention
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
@@ -159,12 +159,12 @@ def test_tensor_parallel_shards_keep_global_head_numbers(monkeypatch: pytest.Mon
     q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
     run = steer(model, ZeroTuning({1: [1, 2]}, 5.0))
     runtime = next(iter(run.runtimes.values()))
-    where = torch.arange(6)
+    track = plain(6, torch.device("cpu"))
 
     def compute(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         att = Attention(q, k, v, 8**-0.5, causal=True)
         base = lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # noqa: E731
-        return runtime(att, base, CallContext(row_position=where, key_position=where), (0,))
+        return runtime(att, base, AttnCall(runtime.site, track, track), (0,))
 
     whole = compute(q, k, v)
     assert far(whole, compute(q, k, v)) == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 from types import ModuleType
 
@@ -27,13 +29,14 @@ METHODS = [
     "ZeroTuning",
 ]
 NAMES = [
-    "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "errors", "get_method", "methods",
-    "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
+    "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "detach", "errors", "get_method",
+    "methods", "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
 ]  # fmt: skip
 ERRORS = [
-    "AttnSteerError", "CompositionError", "MissingExtra", "NeverFired", "NotFinite", "RecipeError", "RecordError",
+    "AttnSteerError", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite", "RecipeError", "RecordError",
     "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName", "UnsupportedHost", "ZooError",
 ]  # fmt: skip
+WARNINGS = ["NothingChanged"]
 # Positional parameters and defaults that code and saved recipes rely on.
 LATENT = (
     "updates=1, relative=False, stop_loss=None, size=16, include='words', scaled=True, blind_calls=False, early_stop=True, "
@@ -56,7 +59,8 @@ SIGNATURES = {
     "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "
     "modalities=None",
     "HeadSet": "heads, *, scores=None, shape=None, provenance=None",
-    "steer": "target, *interventions, measure=False, reference=False",
+    "steer": "target, *interventions, measure=False, reference=False, control=False",
+    "detach": "target",
     "sites": "target",
     "get_method": "name",
     "register_method": "cls=None, *, name=None",
@@ -79,7 +83,7 @@ def signature(thing: object) -> str:
 
 def test_the_list_of_public_names() -> None:
     assert sorted(attnsteer.__all__) == sorted([*NAMES, "__version__"])
-    assert set(attnsteer.__all__) <= set(dir(attnsteer))
+    assert sorted(dir(attnsteer)) == sorted(attnsteer.__all__)
     namespace: dict[str, object] = {}
     exec("from attnsteer import *", namespace)
     assert set(NAMES) <= set(namespace)
@@ -124,9 +128,22 @@ def test_methods_are_frozen_interventions_with_a_paper(name: str) -> None:
     assert entry.summary and "20" in entry.paper and entry.doors and entry.hosts
 
 
+@pytest.mark.parametrize("package", ["", ".recipe", ".results", ".run", ".search", ".viz"])
+def test_a_package_shows_its_public_names_and_no_others(package: str) -> None:
+    module = importlib.import_module(f"attnsteer{package}")
+    assert dir(module) == sorted(module.__all__) == sorted(set(module.__all__))
+    inner = {m.name for m in pkgutil.iter_modules(module.__path__)}
+    for name in module.__all__:
+        found = getattr(module, name)
+        # A submodule of that name would stand in its place once it is imported.
+        assert name not in inner or isinstance(found, ModuleType), name
+    assert dir(module) == sorted(module.__all__)
+
+
 def test_errors_are_one_family() -> None:
     found = [n for n, v in vars(errors).items() if isinstance(v, type) and v.__module__ == "attnsteer.errors"]
-    assert sorted(found) == ERRORS
+    assert sorted(found) == sorted([*ERRORS, *WARNINGS])
+    assert all(issubclass(getattr(errors, n), Warning) for n in WARNINGS)
     assert all(issubclass(getattr(errors, n), errors.AttnSteerError) for n in ERRORS)
     assert issubclass(errors.SelectionError, ValueError) and issubclass(errors.UnknownName, KeyError)
     assert issubclass(errors.UnsupportedHost, TypeError) and issubclass(errors.NeverFired, RuntimeError)
@@ -135,7 +152,7 @@ def test_errors_are_one_family() -> None:
 
 def test_every_error_is_in_the_guide() -> None:
     guide = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
-    assert all(f"`{name}`" in guide for name in ERRORS)
+    assert all(f"`{name}`" in guide for name in [*ERRORS, *WARNINGS])
 
 
 def test_a_suggestion_is_for_close_names_only_and_ignores_case() -> None:

@@ -23,7 +23,7 @@ def test_a_method_that_acts_in_one_phase_only_does_not_hide_the_state_of_another
     inputs = tiny_transformers_inputs("llama", model, padding="left")
 
     def scores(*methods: Any) -> list[torch.Tensor]:
-        with steer(model, *methods):
+        with steer(model, *methods, control=True):
             done = model.generate(
                 **inputs, max_new_tokens=4, do_sample=False, output_scores=True, return_dict_in_generate=True
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -76,7 +78,8 @@ def batch_of(tokenizer: Any, texts: list[str], side: str | None) -> Tokens:
 
 
 def text_of(tokenizer: Any, tokens: Tokens, b: int, span: tuple[int, int]) -> str:
-    return tokenizer.decode(tokens.ids[b, span[0] : span[1]].tolist()).strip()
+    """Ranges count from the first valid token."""
+    return tokenizer.decode(tokens.ids[b][tokens.valid[b]][span[0] : span[1]].tolist()).strip()
 
 
 # ------------------------------------------------------------------------------------------------ strings
@@ -88,7 +91,7 @@ def test_a_string_is_found_whatever_the_padding(tokenizer: Any, side: str) -> No
     found = tokens.spans([["brown fox"], ["café", "naïve foxes"]], tokenizer)
     assert [text_of(tokenizer, tokens, 0, s) for s in found[0]] == ["brown fox"]
     assert [text_of(tokenizer, tokens, 1, s) for s in found[1]] == ["café", "naïve foxes"]
-    assert all(bool(tokens.valid[b, s:e].all()) for b in range(2) for s, e in found[b])
+    assert found == batch_of(tokenizer, TEXT[:2], None).spans([["brown fox"], ["café", "naïve foxes"]], tokenizer)
 
 
 def test_strings_for_all_samples_are_found_in_each(tokenizer: Any) -> None:
@@ -98,10 +101,45 @@ def test_strings_for_all_samples_are_found_in_each(tokenizer: Any) -> None:
         assert [[text_of(tokenizer, tokens, b, s) for s in row] for b, row in enumerate(found)] == [["fox"]] * 3
 
 
-def test_the_first_occurrence_counts_and_a_part_of_a_token_takes_the_token() -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_string_that_occurs_several_times_says_which(side: str) -> None:
+    tokenizer = word_tokenizer()
+    tokens = batch_of(tokenizer, [TEXT[0], "the fox"], side)
+    with pytest.raises(SelectionError, match=r"'the' is 2 times in the text of sample 0: 'the quick.*\('the', 0\)"):
+        tokens.spans("the", tokenizer)
+    assert tokens.spans([[("the", 0)], ["the"]], tokenizer) == [[(0, 1)], [(0, 1)]]
+    assert tokens.spans([[("the", 1)], ["fox"]], tokenizer) == [[(6, 7)], [(1, 2)]]
+    assert tokens.spans([("the", "all")], tokenizer) == [[(0, 1), (6, 7)], [(0, 1)]]
+    with pytest.raises(SelectionError, match=r"\('the', 1\) is not there: sample 1 has 'the' 1 times"):
+        tokens.spans([("the", 1)], tokenizer)
+
+
+def test_two_strings_of_one_sample_are_two_spans() -> None:
+    """Not a string and which of its occurrences, which is a number or "all"."""
+    tokenizer = word_tokenizer()
+    tokens, method = batch_of(tokenizer, [TEXT[0]], None), SpotLight([["brown", "lazy dog"]], 0.5)
+    for spans in ([["brown", "lazy dog"]], method.spans):
+        assert tokens.spans(spans, tokenizer) == [[(2, 3), (7, 9)]]
+    assert tokens.spans([["the quick", ("the", 1)]], tokenizer) == [[(0, 2), (6, 7)]]
+    assert tokens.spans([[("the", np.int64(1))]], tokenizer) == [[(6, 7)]]
+    for wrong in (-1, 0.5, True, None):
+        with pytest.raises(SelectionError, match="start, stop"):
+            tokens.spans([[("the", wrong)]], tokenizer)
+
+
+def test_a_string_is_looked_for_in_the_prompt_only() -> None:
+    """What was generated does not make a span ambiguous, and is not found either."""
     tokenizer = word_tokenizer()
     tokens = batch_of(tokenizer, [TEXT[0]], None)
+    tokens.prompt = 4
     assert tokens.spans("the", tokenizer) == [[(0, 1)]]
+    with pytest.raises(SelectionError, match="'lazy' is not in the text of sample 0: 'the quick brown fox'"):
+        tokens.spans("lazy", tokenizer)
+
+
+def test_a_part_of_a_token_takes_the_token() -> None:
+    tokenizer = word_tokenizer()
+    tokens = batch_of(tokenizer, [TEXT[0]], None)
     assert tokens.spans([["uick bro"]], tokenizer) == [[(1, 3)]]
     assert tokens.spans([["lazy", (0, 2), "the quick"]], tokenizer) == [[(7, 8), (0, 2), (0, 2)]]
 
@@ -134,8 +172,11 @@ def test_every_substring_is_covered_byte_by_byte(text: str, data: Any) -> None:
     stop = data.draw(st.integers(start + 1, len(text)))
     tokenizer, piece = SlowTokenizer(), text[start:stop]
     tokens = batch_of(tokenizer, [text], None)
-    ((first, last),) = tokens.spans([[piece]], tokenizer)[0]
-    assert bytes(tokens.ids[0, first:last].tolist()) == piece.encode()
+    found = tokens.spans([[(piece, "all")]], tokenizer)[0]
+    # Occurrences that overlap an earlier one are left out, as in re.finditer.
+    places = [len(text[: m.start()].encode()) for m in re.finditer(re.escape(piece), text)]
+    assert found == [(at, at + len(piece.encode())) for at in places]
+    assert all(bytes(tokens.ids[0, first:last].tolist()) == piece.encode() for first, last in found)
 
 
 def test_offsets_of_growing_prefixes_are_those_of_the_fast_tokenizer() -> None:
@@ -157,7 +198,7 @@ def test_offsets_of_growing_prefixes_are_those_of_the_fast_tokenizer() -> None:
 def test_ranges_count_from_the_first_valid_token() -> None:
     valid = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
     tokens = Tokens(batch=2, length=5, valid=valid)
-    assert tokens.spans([[(0, 1), (1, 3)], [(4, 5)]]) == [[(2, 3), (3, 5)], [(4, 5)]]
+    assert tokens.spans([[(0, 1), (1, 3)], [(4, 5)]]) == [[(0, 1), (1, 3)], [(4, 5)]]
     assert (
         tokens.first().tolist() == [2, 0] and tokens.count().tolist() == [3, 5] and tokens.count(3).tolist() == [1, 3]
     )
@@ -171,7 +212,7 @@ def test_a_sample_may_have_no_span() -> None:
 @pytest.mark.parametrize(
     ("spans", "words"),
     [
-        ([[(0, 4)]], r"\(0, 4\) of sample 0 ends after its 3 tokens"),
+        ([[(0, 4)]], r"span \(0, 4\) of sample 0 ends after its 3 tokens"),
         ([[(2, 2)]], "0 <= start < stop"),
         ([[(2, 1)]], "0 <= start < stop"),
         ([[(-1, 2)]], "0 <= start < stop"),
@@ -195,7 +236,7 @@ def test_wrong_ranges_are_refused(spans: Any, words: str) -> None:
 
 def test_repeated_samples_share_their_spans() -> None:
     spans = [[(0, 1)], [(3, 5)]]
-    tokens = Tokens(batch=6, length=5, _samples=Samples.repeated(2, 6))
+    tokens = Tokens(batch=6, length=5, repeats=Samples.repeated(2, 6))
     assert tokens.spans(spans) == [[(0, 1)]] * 3 + [[(3, 5)]] * 3
     tokens.take(torch.tensor([5, 0]))
     assert tokens.spans(spans) == [[(3, 5)], [(0, 1)]] and tokens.samples.rows(2) == (1, 0)
@@ -219,7 +260,7 @@ def test_spans_are_found_once_and_again_when_the_batch_grows() -> None:
     found, calls = tokens.spans(spans, tokenizer), Counting.calls
     assert tokens.spans(spans, tokenizer) is found and Counting.calls == calls
     grown = Tokens(
-        batch=3, length=5, ids=tokens.ids.expand(3, -1), _resolved=tokens._resolved, _samples=Samples.repeated(1, 3)
+        batch=3, length=5, ids=tokens.ids.expand(3, -1), _resolved=tokens._resolved, repeats=Samples.repeated(1, 3)
     )
     assert grown.spans(spans, tokenizer) == found * 3
 

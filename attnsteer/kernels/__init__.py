@@ -3,8 +3,8 @@
 from .groups import KeyIndex, index_keys, leftover, mass, partial
 from .lse import attend, attend_lse, lse_source
 from .merge import held, merge, reweight
-from .problem import Attention
-from .statistics import column_mass, dense, entropy, rows, seen_by
+from .problem import Attention, dense, dense_with_sink
+from .statistics import column_mass, entropy, rows, seen_by
 
 __all__ = [
     "Attention",
@@ -13,6 +13,7 @@ __all__ = [
     "attend_lse",
     "column_mass",
     "dense",
+    "dense_with_sink",
     "entropy",
     "held",
     "index_keys",

@@ -220,6 +220,25 @@ class Attention:
         return torch.exp(self.sinks.to(lse.dtype)[None, :, None] - lse.masked_fill(torch.isneginf(lse), torch.inf))
 
 
+def dense(att: Attention) -> Tensor:
+    """The whole map A [B, H, n, m] in fp32; differentiable. Rows that see no key are zero."""
+    return dense_with_sink(att)[0]
+
+
+def dense_with_sink(att: Attention) -> tuple[Tensor, Tensor]:
+    """(the whole map, what a learned sink takes of each row [B, H, n]): one less the row's sum, without that difference."""
+    _, _, n, m = att.shape
+    z = att.scores(slice(0, n), slice(0, m))
+    # A finite stand-in for rows of minus infinities, so that neither the map nor its gradient has a NaN.
+    blind = torch.isneginf(z).all(dim=-1, keepdim=True)
+    z = z.masked_fill_(blind, 0.0)
+    if att.sinks is not None:
+        sink = att.sinks.to(z.dtype)[None, :, None, None].expand(*z.shape[:3], 1)
+        z = torch.cat([z, sink], dim=-1)
+    p = torch.softmax(z, dim=-1).masked_fill(blind, 0.0)
+    return p[..., :m], p[..., m] if att.sinks is not None else torch.zeros_like(p[..., 0])
+
+
 def pick(t: Tensor, *at: slice) -> Tensor:
     """`t[at]`, with the dimensions of size one left as they are (they broadcast)."""
     return t[tuple(s if size > 1 else slice(None) for s, size in zip(at, t.shape, strict=False))]

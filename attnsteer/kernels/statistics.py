@@ -1,4 +1,4 @@
-"""Column sums, single rows, entropy and the dense map (the reference that every fast path is tested against)."""
+"""Column sums, single rows and entropy of a map that is not built."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ import torch
 from torch import Tensor
 
 from .problem import Attention, additive, assemble, exponential
-
-
-def dense(att: Attention) -> Tensor:
-    """The whole map A [B, H, n, m] in fp32; differentiable. Rows that see no key are zero."""
-    _, _, n, m = att.shape
-    z = att.scores(slice(0, n), slice(0, m))
-    # A finite stand-in for rows of minus infinities, so that neither the map nor its gradient has a NaN.
-    blind = torch.isneginf(z).all(dim=-1, keepdim=True)
-    z = z.masked_fill_(blind, 0.0)
-    if att.sinks is not None:
-        sink = att.sinks.to(z.dtype)[None, :, None, None].expand(*z.shape[:3], 1)
-        z = torch.cat([z, sink], dim=-1)
-    return torch.softmax(z, dim=-1)[..., :m].masked_fill(blind, 0.0)
 
 
 def column_mass(att: Attention, lse: Tensor, row_weight: Tensor | None = None) -> Tensor:

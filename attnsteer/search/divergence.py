@@ -23,6 +23,8 @@ class _Measured(VHR):
 
     found: dict[int, list[Tensor]] = field(default_factory=dict, kw_only=True, compare=False, repr=False)
 
+    observes = True
+
     def output(self, call: AttnCall, out: Tensor) -> None:
         """Measure at the prompt's last token."""
         if call.phase == "prefill":
@@ -49,7 +51,7 @@ def vhd(
         SelectionError: no batches, or a prompt without an image.
     """
     probe = _Measured(outliers=outliers, where=Where(kinds="self") if where is None else where)
-    run = steer(model, probe)
+    run = steer(model, probe, control=True)
     try:
         for batch in batches:
             model(**batch)

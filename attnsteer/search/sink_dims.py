@@ -65,6 +65,8 @@ class _Strength(Intervention):
     kinds = ("self",)
     needs = ("tokens", "residual")
 
+    observes = True
+
     def output(self, call: AttnCall, out: Tensor) -> None:
         x = normalised(call.residual.detach())
         x = x * call.row_valid[..., None]
@@ -101,7 +103,7 @@ def find_sink_dims(
     chosen = tuple(layers) if layers is not None else tuple(text[2:-1] or text[1:] or text)
     probe = _Strength(where=Where(layers=chosen, kinds="self"))
     prompts = 0
-    run = steer(model, probe)
+    run = steer(model, probe, control=True)
     try:
         for batch in batches:
             before = len(probe.found)

@@ -42,6 +42,9 @@ class WordRecorder(Intervention):
 
     kinds = ("self",)
     needs = ("tokens",)
+    observes = True
+
+    observes = True
 
     def weights(self, call: AttnCall) -> None:
         n = call.map.shape[2]
@@ -69,6 +72,9 @@ class PhraseRecorder(Intervention):
 
     kinds = ("cross", "joint")
     needs = ("segments", "grid", "steps")
+    observes = True
+
+    observes = True
 
     def __post_init__(self) -> None:
         wrong = [k for k in self.keys if isinstance(k, bool) or not isinstance(k, int) or k < 0]

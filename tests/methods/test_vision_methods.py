@@ -232,7 +232,7 @@ def test_the_last_token_must_be_in_the_last_chunk() -> None:
     model, (inputs, image) = build("llava"), prompts("llava", [[2, "image", 8], ["image", 2]], "right")
     ids, mask, n = inputs["input_ids"], inputs["attention_mask"], image.shape[1]
     first = {"pixel_values": inputs["pixel_values"], "attention_mask": mask[:, :20]}
-    with steer(model, METHODS["VHR"]) as run, run.chunked_prefill(tokens=n):
+    with steer(model, METHODS["VHR"], control=True) as run, run.chunked_prefill(tokens=n):
         cache = model(input_ids=ids[:, :20], **first, use_cache=True).past_key_values
         with pytest.raises(UnsupportedHost, match="Pad on the left"):
             model(input_ids=ids[:, 20:], attention_mask=mask, past_key_values=cache)
@@ -241,7 +241,7 @@ def test_the_last_token_must_be_in_the_last_chunk() -> None:
 def test_the_image_free_prompt_needs_token_ids() -> None:
     model = build("llava").model.language_model
     embeds = torch.randn(1, 9, 32)
-    run = steer(model, METHODS["VHR"])
+    run = steer(model, METHODS["VHR"], control=True)
     try:
         with pytest.raises(UnsupportedHost, match="built from input_ids"), run.images([[(2, 6)]]):
             model(inputs_embeds=embeds)

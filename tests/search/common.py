@@ -31,6 +31,6 @@ def slow_search(
     plain = [candidate_log_likelihoods(model, s) for s in samples]
     found = {}
     for layer, head in pairs:
-        with steer(model, only(method, layer, head)) as run:
+        with steer(model, only(method, layer, head), control=True) as run:
             found[layer, head] = [candidate_log_likelihoods(model, s, run) for s in samples]
     return found, plain

@@ -6,17 +6,19 @@ that look words up refuse it, and take ranges of token positions instead.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ...maps.phrases import Prompt, Segment
 from ...tokens import char_offsets
 from .pipelines import caller
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # Pipeline class -> its text keys in order: (tokenizer; arguments that give its prompt, the first that is set counts; the
 # argument that gives its length, where it is not the tokenizer's own).
@@ -32,11 +34,11 @@ class Prompts:
     """Remembers what `encode_prompt` was asked for, once per call of the pipeline.
 
     Attributes:
-        current: the prompts of this call, once there is a listener. count: how many there are; None: not known.
-        listeners: told of them before the first step, and may refuse them.
+        current: the prompts of this call, where somebody listens. count: how many there are; None: not known.
+        listeners: called with them before the first step; they may refuse them.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: DiffusionPipeline | None):
         self.pipeline = pipeline
         self.current = Prompt(unknown="encode_prompt was not called inside the steering context")
         self.count: int | None = None
@@ -47,34 +49,23 @@ class Prompts:
         """A new call of the pipeline begins: its first prompt is the one that counts (a second is the negative one)."""
         self._fresh, self.count = True, None
 
-    def checking(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_inputs(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `check_inputs`, which every call of a pipeline begins with."""
+        self.restart()
+        return inner(*args, **kwargs)
 
-        @functools.wraps(original)
-        def check_inputs(*args: Any, **kwargs: Any) -> Any:
-            self.restart()
-            return original(*args, **kwargs)
-
-        return check_inputs
-
-    def encoding(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def encode_prompt(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `encode_prompt`."""
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            if self._fresh:
-                given = signature.bind(*args, **kwargs)
-                given.apply_defaults()
-                self.count = _count(given.arguments)
-                if self.listeners:
-                    self.current = _prompt(self.pipeline, given.arguments)
-                for listen in self.listeners:
-                    listen(self.current)
-                self._fresh = False
-            return original(*args, **kwargs)
-
-        return encode_prompt
+        if self._fresh:
+            given = inspect.signature(inner).bind(*args, **kwargs)
+            given.apply_defaults()
+            self.count = _count(given.arguments)
+            if self.listeners:
+                self.current = _prompt(self.pipeline, given.arguments)
+            for listen in self.listeners:
+                listen(self.current)
+            self._fresh = False
+        return inner(*args, **kwargs)
 
 
 def _count(given: dict[str, Any]) -> int | None:
@@ -86,7 +77,7 @@ def _count(given: dict[str, Any]) -> int | None:
     return len(found) if isinstance(found, (list, tuple, Tensor)) else None
 
 
-def _prompt(pipe: Any, given: dict[str, Any]) -> Prompt:
+def _prompt(pipe: DiffusionPipeline | None, given: dict[str, Any]) -> Prompt:
     name = caller(pipe)
     parts = next((parts for pattern, parts in PARTS if pattern.match(name)), None)
     if parts is None:
@@ -107,7 +98,7 @@ def _prompt(pipe: Any, given: dict[str, Any]) -> Prompt:
     return Prompt(tuple(zip(*segments, strict=True)))
 
 
-def _encode(pipe: Any, name: str, texts: list[str], length: int) -> list[tuple[Any, ...]]:
+def _encode(pipe: DiffusionPipeline | None, name: str, texts: list[str], length: int) -> list[tuple[Any, ...]]:
     """Per text (text, offsets, special)."""
     tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
     if tokenizer is None or encoder is None:

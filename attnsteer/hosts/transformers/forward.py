@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...account import Account, Samples, plain
+from ...account import Account, Samples, Track, plain
 from ...bound import Bound
 from ...call import AttnCall
 from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
+from ...intervention import Intervention
+from ...scope import PLAIN, SCOPES, Scope
 from ...tokens import Tokens
-from .cache_state import Memory, Sequence
+from .cache_state import STATE, Memory, Sequence
 from .masks import packed_requests, padding_mask, roles_of_mask, whole_mask
-from .outer_calls import CURRENT, KEY, OUTER, Outer, OuterCalls, entry
+from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, Outer, OuterCalls
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,40 +32,44 @@ class Forward:
     """One forward of one stack under one steering. Immutable; it is handed on, never looked up.
 
     Attributes:
-        stack: what is the same for all forwards of the stack. account: whose token each row and key is.
-        tokens: roles of the tokens so far; None where the stack sees none (a vision tower).
-        sequence: the memory of the sequence. encoder: bool [B, S], validity of an encoder's tokens, or None.
+        stack: what is the same for all forwards of the stack. sequence: the memory of the sequence.
+        batch, past, new: batch rows, slots in the cache, rows of each; -1 where the stack sees no tokens (a vision tower).
+        valid, request, prompt, phase, mixed: see `Account`. tokens: roles of the tokens so far, or None.
+        encoder: bool [B, S], validity of an encoder's tokens, or None. frozen: statistics must not move.
         beside: the prompt without its images, where a method needs it. residual: hidden states that enter the layer.
     """
 
     stack: Stack
-    account: Account | None
-    tokens: Tokens | None
     sequence: Sequence
+    batch: int = -1
+    past: int = 0
+    new: int = -1
+    device: torch.device | None = None
+    valid: Tensor | None = None
+    request: Tensor | None = None
+    prompt: int | None = None
+    phase: str = "prefill"
+    mixed: bool = False
+    tokens: Tokens | None = None
     encoder: Tensor | None = None
+    frozen: bool = False
     beside: Any = None
     residual: Tensor | None = None
 
-    @property
-    def phase(self) -> str:
-        """ "prefill" or "decode"."""
-        return "prefill" if self.account is None else self.account.phase
-
-    @property
-    def mixed(self) -> bool:
-        """Whether rows of prompts and generated ones are in this forward."""
-        return self.account is not None and self.account.mixed
-
-    def active(self, runtime: SiteRuntime) -> tuple[int, ...]:
-        """Which interventions act at a site."""
-        return runtime.active(self.phase, None, None, self.mixed)
+    @functools.cached_property
+    def account(self) -> Account:
+        """Whose token each row and key is; drawn up when a method asks."""
+        return Account(
+            self.batch, self.past, self.new, self.device,
+            valid=self.valid, request=self.request, prompt=self.prompt, phase=self.phase, mixed=self.mixed,
+        )  # fmt: skip
 
     def call(
         self, runtime: SiteRuntime, batch: int, rows: int, keys: int, slots: int, device: torch.device
     ) -> AttnCall:
         """The call of one site with `keys` keys; `slots`: of the cache, `keys` or more."""
-        site, account = runtime.site, self.account
-        if account is None or account.batch != batch or account.new != rows:
+        site = runtime.site
+        if self.batch != batch or self.new != rows:
             # The stack folds other axes into the batch, or has no tokens.
             check_no_samples(runtime)
             return AttnCall(site, plain(rows, device), plain(keys, device), host="transformers", phase=self.phase)
@@ -71,29 +77,31 @@ class Forward:
         if self.beside is not None:
             facts["image_free"] = functools.partial(self.beside.at, site.path, self.tokens)
         states = self.sequence.states
-        if account.past == 0:
+        if self.past == 0 and states:
             # Layers that are computed again must find what they found the first time.
             for key in [k for k in states if k[1] == site.path]:
                 del states[key]
         if site.kind == "cross":
-            encoder = self.encoder
-            cross = Account(batch, 0, keys, device, valid=None if encoder is None else encoder[:, :keys])
-            make_keys = functools.partial(cross.keys, keys)
+            make_keys = functools.partial(self._encoder_keys, keys)
         else:
-            make_keys = functools.partial(account.keys, keys, slots)
+            make_keys = lambda: self.account.keys(keys, slots)  # noqa: E731
         return AttnCall(
             site,
-            lambda: account.rows,
+            lambda: self.account.rows,
             make_keys,
             host="transformers",
-            phase=account.phase,
-            mixed=account.mixed,
-            frozen=self.stack.run.scope.frozen,
-            past=account.past,
-            samples=self.tokens.samples,
+            phase=self.phase,
+            mixed=self.mixed,
+            frozen=self.frozen,
+            past=self.past,
+            samples=self.tokens.repeats,
             states=states,
             facts=facts,
         )
+
+    def _encoder_keys(self, keys: int) -> Track:
+        valid = None if self.encoder is None else self.encoder[:, :keys]
+        return Account(self.batch, 0, keys, self.device, valid=valid).keys(keys)
 
 
 class Stack:
@@ -104,6 +112,11 @@ class Stack:
         self.names = list(inspect.signature(module.forward).parameters)
         bounds = {b.index: b for r in runtimes.values() for b, _ in r.entries}
         self.bounds: list[Bound] = [bounds[i] for i in sorted(bounds)]
+        # Those that refuse a batch without the tokens they speak of.
+        self.checking = [b for b in self.bounds if type(b.method).check_tokens is not Intervention.check_tokens]
+        self.sampled = [b for b in self.bounds if b.method.sample_values]
+        # An image tower of a vision-language model: its batch is one of images or tiles.
+        self.tower = outer.family is not None and any(r.site.modality != "text" for r in runtimes.values())
         self.memory = Memory(run)
         # Sites whose attention was found to be what its arguments say.
         self.exact: set[int] = set()
@@ -113,72 +126,86 @@ class Stack:
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The stack's forward, with the account of its rows."""
         key = id(self.run)
-        running = CURRENT.get().get(key)
-        if getattr(running, "passes", False):
+        running = CURRENT.get()
+        if getattr(running.get(key), "passes", False):
             # A pass of ours beside the real one.
-            kwargs[KEY] = {**kwargs.get(KEY, {}), key: running}
+            kwargs[KEY] = {**kwargs.get(KEY, {}), key: running[key]}
             return inner(*args, **kwargs)
-        prepared = self.outer.taken(kwargs)
+        told = OUTER.get().get(key)
+        if told is None and KEY not in kwargs and self.outer.family is None and key not in GENERATION.get():
+            told = UNTOLD
         # An outer stack hands its own account on to the towers inside.
-        prepared = None if isinstance(prepared, Forward) else prepared
+        prepared = self.outer.taken(kwargs) if KEY in kwargs else None
         values = dict(zip(self.names, args, strict=False)) | kwargs
-        told = OUTER.get().get(key) or self.outer.of_call(self.module, values, prepared)
+        if told is None:
+            told = self.outer.of_call(self.module, values, None if isinstance(prepared, Forward) else prepared)
         forward = self.begin(values, told)
         kwargs[KEY] = {**kwargs.get(KEY, {}), key: forward}
-        with entry(CURRENT, self.run, forward):
+        token = CURRENT.set({**running, key: forward})
+        try:
             output = inner(*args, **kwargs)
+        finally:
+            CURRENT.reset(token)
         self.finish(forward, values, output)
         return output
 
     def begin(self, values: dict[str, Any], outer: Outer) -> Forward:
         """Draw up the account of one forward from its arguments."""
+        scope = SCOPES.get().get(id(self.run), PLAIN)
         data = next((values[k] for k in ("input_ids", "inputs_embeds") if isinstance(values.get(k), Tensor)), None)
         tokens_known = data is not None
         if data is None:
             data = next((v for v in values.values() if isinstance(v, Tensor)), None)
             if data is None or "hidden_states" not in values:
-                return Forward(self, None, None, Sequence())
+                return Forward(self, Sequence())
         batch, new = data.shape[:2]
         cache = values.get("past_key_values")
         cache = cache if hasattr(cache, "get_seq_length") else None
         past = int(cache.get_seq_length()) if cache is not None else 0
         self._check_checkpointing(past)
-        sequence = self.memory.of(cache, fresh=past == 0)
-        self._follow_cut(sequence, past)
+        sequence = self._sequence(cache, past)
         valid, request = self._roles(values, sequence, batch, past, new)
-        border, total = self._border(outer, sequence, past, new)
+        border, total = self._border(scope, outer, sequence, past, new)
         length = past + new
         phase = "decode" if border is not None and past >= border else "prefill"
-        account = Account(
-            batch, past, new, data.device, valid=valid, request=request, prompt=border, phase=phase,
-            mixed=border is not None and past < border < length,
-        )  # fmt: skip
-        tokens = self._tokens(account, outer, values, sequence, total)
+        mixed = border is not None and past < border < length
         forward = Forward(
-            self, account, tokens, sequence,
-            encoder=padding_mask(values.get("encoder_attention_mask")),
+            self, sequence, batch, past, new, data.device, valid, request, border, phase, mixed,
+            frozen=scope.frozen,
+            encoder=padding_mask(values["encoder_attention_mask"]) if "encoder_attention_mask" in values else None,
             beside=None if self.beside is None or not tokens_known else self.beside(outer),
         )  # fmt: skip
-        if self.outer.family is not None:
-            # An image tower of a vision-language model: its batch is one of images or tiles.
+        tokens = self._tokens(scope, forward, outer, values, total)
+        forward = replace(forward, tokens=tokens)
+        if self.sampled and self.tower:
             for runtime in self.runtimes.values():
-                if runtime.site.modality != "text":
-                    check_no_samples(runtime)
-        for bound in self.bounds:
-            if self.run.is_open(bound) and bound.where.active(None if account.mixed else phase, None, None):
+                check_no_samples(runtime)
+        for bound in self.sampled:
+            if self.run.is_open(bound) and bound.where.active(None if mixed else phase, None, None):
                 bound.method.check_samples(tokens.samples)
+        for bound in self.checking:
+            if self.run.is_open(bound) and bound.where.active(None if mixed else phase, None, None):
                 bound.method.check_tokens(tokens)
         return forward
 
+    def _sequence(self, cache: Any, past: int) -> Sequence:
+        """The memory of a cache, cut back with it."""
+        sequence = vars(cache).get(STATE, {}).get(id(self.run)) if past else None
+        if sequence is None:
+            sequence = self.memory.of(cache, fresh=past == 0)
+        if sequence.tokens is not None and past < sequence.tokens.length:
+            self._follow_cut(sequence, past)
+        return sequence
+
     def finish(self, forward: Forward, values: dict[str, Any], output: Any) -> None:
         """After a forward that ran to its end: the sequence remembers it."""
-        if forward.account is None:
+        if forward.tokens is None:
             return
-        sequence, account = forward.sequence, forward.account
+        sequence = forward.sequence
         sequence.tokens = forward.tokens
         if forward.tokens.prompt is not None:
             sequence.prompt = forward.tokens.prompt
-        if account.phase == "prefill":
+        if forward.phase == "prefill":
             sequence.remember()
         given = values.get("past_key_values")
         if not hasattr(given, "get_seq_length"):
@@ -195,9 +222,7 @@ class Stack:
             )
 
     def _follow_cut(self, sequence: Sequence, past: int) -> None:
-        """The cache may have been cut back since the last forward."""
-        if sequence.tokens is None or past >= sequence.length:
-            return
+        """The cache was cut back since the last forward."""
         seen, moving = sequence.length, [b.name for b in self.bounds if not b.method.follows_crop]
         whole = sequence.cut(past)
         if past and moving:
@@ -218,15 +243,15 @@ class Stack:
     ) -> tuple[Tensor | None, Tensor | None]:
         """(valid, request) of all slots so far, [B, T] each or None."""
         mask, length, before = values.get("attention_mask"), past + new, sequence.tokens
-        valid = padding_mask(mask)
-        if valid is not None:
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            valid = mask if mask.dtype == torch.bool else mask.to(torch.bool)
             if valid.shape[1] < length:
                 raise UnsupportedHost(
                     f"attention_mask has {valid.shape[1]} columns for {length} tokens ({past} cached): the cached ones "
                     "need their validity too. Pass a mask over all tokens so far."
                 )
             return valid[:, :length], None
-        seen = whole_mask(mask)
+        seen = whole_mask(mask) if mask is not None else None
         if seen is not None:
             if past:
                 # Such a mask counts slots of the cache; what is padding was learnt at the prefill.
@@ -236,14 +261,17 @@ class Stack:
                 return torch.cat([old, old.new_ones(batch, new)], dim=1), None
             valid, request = roles_of_mask(seen[:, :, :new])
             return tuple(None if t is None else t.expand(batch, -1) for t in (valid, request))
+        if past:
+            return None, None
         uses = values.get("use_cache")
         uses = getattr(self.module.config, "use_cache", False) if uses is None else uses
         cached = values.get("past_key_values") is not None or bool(uses)
         return None, packed_requests(values, batch, new, cached)
 
-    def _border(self, outer: Outer, sequence: Sequence, past: int, new: int) -> tuple[int | None, int | None]:
+    def _border(
+        self, scope: Scope, outer: Outer, sequence: Sequence, past: int, new: int
+    ) -> tuple[int | None, int | None]:
         """(slots of the prompt, None: all of them; slots of the whole prompt where they were announced)."""
-        scope = self.run.scope
         if scope.frozen and past:
             return past if sequence.prompt is None else min(sequence.prompt, past), None
         total = scope.chunk_total if scope.chunked else None
@@ -261,45 +289,51 @@ class Stack:
         return None, None
 
     def _tokens(
-        self, account: Account, outer: Outer, values: dict[str, Any], sequence: Sequence, total: int | None
+        self, scope: Scope, forward: Forward, outer: Outer, values: dict[str, Any], total: int | None
     ) -> Tokens:
-        past, length, before = account.past, account.length, sequence.tokens
-        ids, image = self.outer.tokens(outer, values, account.batch, account.new, past)
-        if past:
-            known = before is not None and before.ids is not None and len(before.ids) == account.batch
-            ids = torch.cat([before.ids[:, :past].to(ids.device), ids], dim=1) if known and ids is not None else None
-        tokens = Tokens(batch=account.batch, length=length, valid=account.valid, ids=ids)
-        tokens._samples = self._samples(account, outer, before if past else None)
-        tokens.more_to_come = length < total if total is not None else self.run.scope.chunked
-        if account.phase == "prefill":
-            tokens.prompt = length if account.prompt is None else min(length, account.prompt)
+        past, length, before = forward.past, forward.past + forward.new, forward.sequence.tokens
+        if outer is UNTOLD and scope.images is None:
+            ids, image = values.get("input_ids"), None
         else:
-            tokens.prompt = sequence.prompt
-        if before is not None and past:
+            ids, image = self.outer.tokens(scope.images, outer, values, forward.batch, forward.new, past)
+        if past:
+            known = before is not None and before.ids is not None and len(before.ids) == forward.batch
+            ids = torch.cat([before.ids[:, :past].to(ids.device), ids], dim=1) if known and ids is not None else None
+        tokens = Tokens(batch=forward.batch, length=length, valid=forward.valid, ids=ids)
+        tokens.repeats = self._repeats(forward.batch, outer, before if past else None)
+        tokens.more_to_come = length < total if total is not None else scope.chunked
+        if forward.phase == "prefill":
+            tokens.prompt = length if forward.prompt is None else min(length, forward.prompt)
+        else:
+            tokens.prompt = forward.sequence.prompt
+        if before is not None and past and before._resolved:
             tokens.keep_spans(before, past)
-        tokens.image = self._image(account, tokens.samples, before, image)
+        tokens.image = self._image(scope.images, forward, tokens.samples, before, image)
         return tokens
 
-    def _samples(self, account: Account, outer: Outer, before: Tokens | None) -> Samples:
-        """Which sample each row belongs to: as in the cache, or as `generate` repeats its prompts."""
-        if before is not None and before.batch == account.batch:
-            return before.samples
+    @staticmethod
+    def _repeats(batch: int, outer: Outer, before: Tokens | None) -> Samples | None:
+        """Which sample each row belongs to: as in the cache, or as `generate` repeats its prompts; None: each is one."""
+        if before is not None and before.batch == batch:
+            return before.repeats
         generation = outer.generation or outer.beside
         prompts = None if generation is None else generation.prompts
-        return Samples.repeated(prompts or account.batch, account.batch)
+        return None if prompts in (None, batch) else Samples.repeated(prompts, batch)
 
-    def _image(self, account: Account, samples: Samples, before: Tokens | None, new: Tensor | None) -> Tensor | None:
+    def _image(
+        self, told: Any, forward: Forward, samples: Samples, before: Tokens | None, new: Tensor | None
+    ) -> Tensor | None:
         """bool [B, T] over all tokens so far; `new` [B, n] are those of this call."""
-        told, past = self.run.scope.images, account.past
-        if isinstance(told, tuple) and account.phase == "prefill":
-            return account.ranges(told, samples)
+        past = forward.past
+        if isinstance(told, tuple) and forward.phase == "prefill":
+            return forward.account.ranges(told, samples)
         if not past:
             return new
-        if before is None or before.image is None or len(before.image) != account.batch:
+        if before is None or before.image is None or len(before.image) != forward.batch:
             return None
         old = before.image[:, :past]
         if new is None:
-            return torch.cat([old, old.new_zeros(account.batch, account.new)], dim=1)
+            return torch.cat([old, old.new_zeros(forward.batch, forward.new)], dim=1)
         return torch.cat([old, new.to(old.device)], dim=1)
 
 

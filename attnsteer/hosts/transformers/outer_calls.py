@@ -35,6 +35,8 @@ class Generation:
     prompts: int | None = None
     # Slots of the prompt of a second stream (the unconditional one of `guidance_scale`), once it has been seen.
     beside: list[int] = field(default_factory=list)
+    # Calls that were prepared and have not reached a stack yet.
+    pending: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,8 @@ class Outer:
     beside: Generation | None = None
 
 
+# What a stack is told that nothing was put around.
+UNTOLD = Outer()
 # By steering, of the running call; each thread and task has its own.
 OUTER: ContextVar[Mapping[int, Outer]] = ContextVar("attnsteer_outer", default={})  # noqa: B039  never mutated
 GENERATION: ContextVar[Mapping[int, Generation]] = ContextVar("attnsteer_generation", default={})  # noqa: B039
@@ -90,7 +94,8 @@ class OuterCalls:
     def watch(self, outer: list[nn.Module], journal: Any) -> None:
         """Put layers around the forwards of the outer modules, and around `generate`; undone by the journal."""
         for module in outer:
-            journal.wrap(module, "forward", _Forwards(self, module))
+            if self.family is not None or not _takes_keywords(module):
+                journal.wrap(module, "forward", _Forwards(self, module))
             if callable(getattr(type(module), "generate", None)):
                 journal.wrap(module, "generate", _Generates(self, module))
             if callable(getattr(type(module), "prepare_inputs_for_generation", None)):
@@ -101,6 +106,7 @@ class OuterCalls:
         inputs = inner(*args, **kwargs)
         generation = GENERATION.get().get(id(self.run))
         if generation is not None and isinstance(inputs, dict):
+            generation.pending[:] = [True]
             inputs[KEY] = {**inputs.get(KEY, {}), id(self.run): generation}
         return inputs
 
@@ -120,7 +126,13 @@ class OuterCalls:
         """What one outer forward says, the calls around it included."""
         around = OUTER.get().get(id(self.run))
         if around is None:
-            around = Outer(generation=prepared, beside=None if prepared else GENERATION.get().get(id(self.run)))
+            running = GENERATION.get().get(id(self.run))
+            if prepared is None and running is not None and running.pending:
+                # A model that drops keywords on the way: what was prepared last is this call.
+                prepared = running
+            if prepared is not None:
+                prepared.pending.clear()
+            around = Outer(generation=prepared, beside=None if prepared is not None else running)
         ids, image, roles = around.ids, around.image, around.roles
         if self._ours(module):
             roles = {**roles, **{n: values[n] for n in self.family.roles if isinstance(values.get(n), Tensor)}}
@@ -157,11 +169,10 @@ class OuterCalls:
         )
 
     def tokens(
-        self, outer: Outer, values: Mapping[str, Any], batch: int, new: int, past: int
+        self, told: Any, outer: Outer, values: Mapping[str, Any], batch: int, new: int, past: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(token ids, image tokens) [B, n] of a stack's call, each None where not known."""
+        """(token ids, image tokens) [B, n] of a stack's call, each None where not known; `told`: by `run.images`."""
         fits = lambda t: t if isinstance(t, Tensor) and t.shape == (batch, new) else None  # noqa: E731
-        told = self.run.scope.images
         if isinstance(told, Mapping):
             return self._given(told, batch, new, past)
         ids, image = fits(values.get("input_ids")), fits(outer.image)
@@ -227,6 +238,12 @@ class _Generates:
         values = dict(zip(self.names, args, strict=False)) | kwargs
         with entry(GENERATION, run, self.calls.of_generate(values)):
             return inner(*args, **kwargs)
+
+
+def _takes_keywords(module: nn.Module) -> bool:
+    """Whether a forward hands keywords on that it does not know, so that it needs no layer around it."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def _part(whole: Tensor | None, batch: int, past: int, new: int) -> Tensor | None:

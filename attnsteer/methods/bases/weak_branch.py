@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,6 +15,9 @@ from ...intervention import Intervention
 from ...parameters import PerSample, is_all, number
 from ...site import Site
 from ...where import Where
+
+if TYPE_CHECKING:
+    from ...engine import Run
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class WeakBranch(Intervention):
             return self.scale.mapped(lambda s: (s - fall).clamp_min(0.0))
         return max(0.0, self.scale - fall)
 
-    def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Any) -> Prediction:
+    def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Run) -> Prediction:
         """One strong pass, one weak pass on the conditional rows, and the combination."""
         strong = forward(inputs)
         scale = self.scale_at(inputs.timestep)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...call import AttnCall
-from ...evals.statistics import Interval, ratio_bootstrap, wilson
+from ...evals.significance import Interval, ratio_bootstrap, wilson
 from ...intervention import Intervention
 from ...steering import steer
 from ..shapes.layouts import chair
@@ -55,6 +55,7 @@ class Columns(Intervention):
     found: dict[int, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     kinds = ("self",)
+    observes = True
 
     def weights(self, call: AttnCall) -> None:
         n, m = call.map.shape[2:]

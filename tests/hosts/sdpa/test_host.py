@@ -58,7 +58,7 @@ def test_gates_in_every_spelling(attention: type[nn.Module]) -> None:
     assert (out - plain).abs().max() > 1e-2
     assert torch.equal(model(x), plain)
     assert "forward" not in vars(model.blocks[1].attn)
-    with steer(model, HeadGate({(0, 0): 1.0, (1, 0): 1.0})):
+    with steer(model, HeadGate({(0, 0): 1.0, (1, 0): 1.0}), control=True):
         assert torch.equal(model(x), plain)
 
 

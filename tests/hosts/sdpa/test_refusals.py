@@ -85,7 +85,7 @@ def test_what_cannot_be_steered_exactly(attention: type[nn.Module], message: str
     model, x = vit(attention)
     torch.manual_seed(1)
     plain = model(x)
-    run = steer(model, HeadGate({(0, 0): 0.0}))
+    run = steer(model, HeadGate({(0, 0): 0.0}), control=True)
     with pytest.raises(UnsupportedHost, match=message):
         model(x)
     run.remove()
@@ -123,7 +123,7 @@ def test_selections_and_methods_that_do_not_fit() -> None:
     with pytest.raises(NeverFired), steer(model, HeadGate({(0, 0): 0.0})):
         pass
     with steer(model, HeadGate({(0, 0): 0.0})):
-        with pytest.raises(CompositionError, match="one call"):
+        with pytest.raises(CompositionError, match="to one call"):
             steer(model, HeadGate({(0, 1): 0.0}))
         model(x)
 

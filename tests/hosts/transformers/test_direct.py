@@ -174,7 +174,7 @@ def test_its_own_eager_attention_is_refused() -> None:
 
 def test_a_second_steering_is_refused() -> None:
     model = tiny_transformers("falcon")
-    with steer(model, HeadGate({(1, 0): 1.0})) as run, pytest.raises(CompositionError, match="steered already"):
+    with steer(model, HeadGate({(1, 0): 2.0})) as run, pytest.raises(CompositionError, match="steered already"):
         model(torch.tensor([[4, 5]]))
         steer(model, HeadGate({(1, 1): 0.0}))
     assert run.audit.fired(0)

@@ -156,41 +156,108 @@ def test_cache_filled_before_steering_is_refused(llama: nn.Module) -> None:
             llama(input_ids=torch.tensor([[9], [10]]), attention_mask=mask, past_key_values=copy.deepcopy(cache))
 
 
-@torch.no_grad()
-def test_cropped_cache(llama: nn.Module) -> None:
-    """Frozen sinks survive a crop of generated tokens; running sums cannot, and say so."""
-    inputs = prompt(llama)
-    ids = torch.tensor([[9], [10]])
-    mask = lambda n: torch.ones(2, n, dtype=torch.long)  # noqa: E731
-    with steer(llama, METHODS["act"]):
-        cache = llama(**inputs, use_cache=True).past_key_values
-        first = llama(input_ids=ids, attention_mask=mask(13), past_key_values=cache).logits
-        cache.crop(-1)
-        again = llama(input_ids=ids, attention_mask=mask(13), past_key_values=cache).logits
-    assert torch.equal(first, again)
-    with steer(llama, METHODS["act-running"]):
-        cache = llama(**inputs, use_cache=True).past_key_values
-        llama(input_ids=ids, attention_mask=mask(13), past_key_values=cache)
-        cache.crop(-1)
-        with pytest.raises(UnsupportedHost, match="cut back"):
-            llama(input_ids=ids, attention_mask=mask(13), past_key_values=cache)
+def ones(n: int) -> Tensor:
+    return torch.ones(2, n, dtype=torch.long)
 
 
+@pytest.mark.parametrize("name", METHODS)
 @torch.no_grad()
-def test_assisted_decoding(llama: nn.Module) -> None:
-    """Row-local methods are exact under it; look-ahead methods refuse, and generation works again afterwards."""
-    inputs = prompt(llama, batch=1)
-    options = {"max_new_tokens": 6, "do_sample": False}
-    gate = METHODS["headgate"]
-    with steer(llama, gate):
-        plain = llama.generate(**inputs, **options)
-        assisted = llama.generate(**inputs, **options, prompt_lookup_num_tokens=2)
-    assert torch.equal(plain, assisted)
-    with steer(llama, METHODS["act"]):
-        llama(**inputs)
-        with pytest.raises(UnsupportedHost, match="assisted decoding"):
-            llama.generate(**inputs, **options, prompt_lookup_num_tokens=2)
-    llama.generate(**inputs, **options, prompt_lookup_num_tokens=2)
+def test_generated_tokens_cut_off_the_cache(llama: nn.Module, name: str) -> None:
+    """What is decoded after a cut is what is decoded without the tokens that were cut; running sums cannot, and say so."""
+    inputs, ids, other = prompt(llama), torch.tensor([[9], [10]]), torch.tensor([[11, 12], [13, 14]])
+    with steer(llama, METHODS[name]):
+        cache = llama(**inputs, use_cache=True).past_key_values
+        first = llama(input_ids=ids, attention_mask=ones(13), past_key_values=cache).logits
+        for at in range(2):
+            llama(input_ids=other[:, at : at + 1], attention_mask=ones(14 + at), past_key_values=cache)
+        cache.crop(12 - 15)
+        again = lambda: llama(input_ids=ids, attention_mask=ones(13), past_key_values=cache).logits  # noqa: E731
+        if name == "act-running":
+            with pytest.raises(UnsupportedHost, match=r"cut back from 15 to 12 tokens, and ACT keeps sums"):
+                again()
+        else:
+            assert torch.equal(again(), first)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_a_cache_cut_back_to_the_end_of_a_prompt_call(llama: nn.Module, name: str) -> None:
+    """A shared prefix, prefilled by itself, goes on with one text and, after the cut, with another: as if that came alone."""
+    ids = [prompt(llama, seed=seed)["input_ids"] for seed in (0, 1)]
+    ids[1][:, :7] = ids[0][:, :7]
+
+    def go_on(text: Tensor, cache: Any) -> Tensor:
+        logits = llama(input_ids=text[:, 7:], attention_mask=ones(12), past_key_values=cache).logits
+        step = llama(input_ids=torch.tensor([[9], [10]]), attention_mask=ones(13), past_key_values=cache).logits
+        return torch.cat([logits, step], dim=1)
+
+    with steer(llama, METHODS[name]):
+        start = lambda: llama(input_ids=ids[0][:, :7], use_cache=True).past_key_values  # noqa: E731
+        alone, cache = go_on(ids[1], start()), start()
+        assert far(go_on(ids[0], cache), alone) > 1e-3
+        cache.crop(7 - 13)
+        if name == "act-running":
+            with pytest.raises(UnsupportedHost, match=r"cut back from 13 to 7 tokens, and ACT keeps sums"):
+                go_on(ids[1], cache)
+        else:
+            assert torch.equal(go_on(ids[1], cache), alone)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_a_cache_cut_inside_a_prompt_call(llama: nn.Module, name: str) -> None:
+    """Methods that look at a row alone go on as if the rest had never been there; others cannot, and say so."""
+    ids = prompt(llama)["input_ids"]
+    rest = lambda cache: llama(input_ids=ids[:, 7:], attention_mask=ones(12), past_key_values=cache).logits  # noqa: E731
+    with steer(llama, METHODS[name]):
+        alone = rest(llama(input_ids=ids[:, :7], use_cache=True).past_key_values)
+        cache = llama(input_ids=ids[:, :9], use_cache=True).past_key_values
+        cache.crop(7 - 9)
+        if name.startswith("act"):
+            with pytest.raises(UnsupportedHost, match=r"cut back from 9 to 7 tokens"):
+                rest(cache)
+        else:
+            # The shared part was computed in a call of nine rows here, of seven there.
+            assert far(rest(cache), alone) <= 1e-5
+
+
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_assisted_decoding_is_greedy_decoding(llama: nn.Module, name: str, how: str) -> None:
+    """Candidates are scored many at a time, those that are wrong cut off the cache; tokens and logits are those of greedy."""
+    # All tokens that there are, so that prompt lookup always finds candidates.
+    ids = torch.randperm(llama.config.vocab_size - 3, generator=torch.Generator().manual_seed(0))[None] + 3
+    # Agrees with the model often, not always.
+    assistant = copy.deepcopy(llama)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in assistant.parameters():
+        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options |= {"eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    helped = {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": assistant}
+    changes = {"spans": [SPAN]} if hasattr(METHODS[name], "spans") else {}
+    method = METHODS[name].new(**changes, **({"threshold": 0.02} if name.startswith("act") else {}))
+    calls: list[int] = []
+    hook = llama.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        with steer(llama, method) as run:
+            plain = llama.generate(ids, **options)
+            assert calls == [ids.shape[1]] + [1] * 11 and run.audit.record(0, run.sites[0].path).changed == 12
+            calls.clear()
+            if name == "act-running":
+                # Its sums run over every row, those of wrong candidates too.
+                with pytest.raises(UnsupportedHost, match=r"cut back .* ACT keeps sums"):
+                    llama.generate(ids, **options, **helped)
+                return
+            assisted = llama.generate(ids, **options, **helped)
+    finally:
+        hook.remove()
+    assert len(calls) <= 12 and max(calls[1:]) > 1, "no candidate was scored"
+    assert torch.equal(plain.sequences, assisted.sequences)
+    assert far(torch.stack(plain.logits), torch.stack(assisted.logits)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -286,12 +353,12 @@ def test_inner_model_called_directly(llama: nn.Module) -> None:
 
 @torch.no_grad()
 def test_order_and_overlap_of_reweightings(llama: nn.Module) -> None:
-    """On shared heads the second method sees the map of the first; on disjoint heads both keep the fast path."""
+    """On shared heads the second method sees the map of the first; neither builds it."""
     inputs = prompt(llama, batch=2, padding="left")
     first, second = ZeroTuning({1: [0, 1]}, 5.0), PASTA([SPAN, SPAN], {1: [1, 2]}, 0.1)
     with steer(llama, first, second) as run:
         ab = llama(**inputs).logits
-    assert all("dense" in r.path and "fused" in r.path for r in run.audit.records.values())
+    assert all(r.path == "fused" for r in run.audit.records.values())
     names = {s.layer: s.name for s in sites(llama)}
 
     def both(A: Tensor, seq: Sequence, memory: dict[str, Any]) -> Tensor:

@@ -26,10 +26,11 @@ class Probe(Intervention):
 
     kinds = ("self",)
     needs = ("tokens",)
+    observes = True
 
     def output(self, call: Any, out: Tensor) -> None:
         if call.site.layer == 0:
-            tokens = copy.copy(call.context["tokens"])
+            tokens = copy.copy(call.tokens)
             SEEN.append((tokens, call.phase))
 
 
@@ -212,16 +213,17 @@ def test_a_text_model_is_asked_for_spans() -> None:
 
 @pytest.mark.parametrize("wrong", [[], "image", [(1, 4)], [[(4, 1)]], {"pixel_values": torch.ones(1)}])
 def test_what_images_refuses(wrong: Any) -> None:
-    with steer(build("llava"), Probe()) as steering:
-        with pytest.raises(SelectionError, match=r"run\.images|span"), steering.images(wrong):
-            pass
-        steering.remove()
-        steering.audit.record(0, "").calls = 1
+    with (
+        steer(build("llava"), Probe(), control=True) as steering,
+        pytest.raises(SelectionError, match=r"run\.images|span"),
+        steering.images(wrong),
+    ):
+        pass
 
 
 def test_spans_beyond_the_prompt_are_refused() -> None:
     model = build("llava")
-    steering = steer(model, Probe())
+    steering = steer(model, Probe(), control=True)
     try:
         with steering.images([[(2, 40)]]), pytest.raises(SelectionError, match="ends after its 9 tokens"):
             model(input_ids=torch.randint(8, VOCAB, (1, 9)))
@@ -236,7 +238,7 @@ def test_a_cut_image_is_an_error_before_the_first_step(name: str) -> None:
     stop = int(image.nonzero()[-1, 1])  # the last image token is gone
     cut = {k: v[:, :stop] if v.ndim == 2 and v.shape[1] == image.shape[1] else v for k, v in inputs.items()}
     for call in (model, lambda **kw: model.generate(**kw, max_new_tokens=2)):
-        steering = steer(model, Probe())
+        steering = steer(model, Probe(), control=True)
         try:
             with pytest.raises(SelectionError, match=r"image span is cut: .* truncat"):
                 call(**cut)
@@ -269,7 +271,7 @@ def test_a_config_without_placeholder_is_an_error() -> None:
     model = build("instructblip")
     inputs, _ = prompts("instructblip", [["image", 3]])
     marker, model.config.image_token_index = model.config.image_token_index, None
-    steering = steer(model, Probe())
+    steering = steer(model, Probe(), control=True)
     try:
         with pytest.raises(UnsupportedHost, match="image_token_id"):
             model(**inputs)

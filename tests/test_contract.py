@@ -1,0 +1,356 @@
+"""What a method may not return: every wrong answer raises before an output leaves the model, naming method, door and site."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnsteer import HeadGate, Intervention, Where, steer
+from attnsteer.call import FEW_ROWS, AttnCall, KeyBias, Reweight
+from attnsteer.errors import ContractError
+from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
+from attnsteer.testing.fingerprint import fingerprint
+
+SITE = "model.layers.1.self_attn"
+DOORS = ("inputs", "bias", "weights", "output")
+PHASES = ("prefill", "decode")
+Answer = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Wrong(Intervention):
+    """Gives a wrong answer at one door, in one phase; in the other the right one `right`, or none."""
+
+    door: str
+    answer: Answer
+    phase: str = "prefill"
+    right: Answer | None = None
+
+    def doors(self) -> set[str]:
+        return {self.door}
+
+    def _answer(self, call: AttnCall, *args: Any) -> Any:
+        if call.phase == self.phase:
+            return self.answer(call, *args)
+        return None if self.right is None else self.right(call, *args)
+
+    def inputs(self, call: AttnCall) -> Any:
+        return self._answer(call)
+
+    def bias(self, call: AttnCall) -> Any:
+        return self._answer(call)
+
+    def weights(self, call: AttnCall) -> Any:
+        return self._answer(call)
+
+    def output(self, call: AttnCall, out: Tensor) -> Any:
+        return self._answer(call, out)
+
+
+def keys(call: AttnCall) -> Tensor:
+    """A right key set, [1, 1, m]."""
+    return (call.keys.slot < 2)[None, None]
+
+
+def weight(value: Any) -> Answer:
+    return lambda call: Reweight(((keys(call), value(call) if callable(value) else value),))
+
+
+def rest(value: Any) -> Answer:
+    return lambda call: Reweight(((keys(call), 1.0),), rest=value)
+
+
+def key_set(make: Answer) -> Answer:
+    return lambda call: Reweight(((make(call), 2.0),))
+
+
+def with_value(tensor: Tensor, value: float) -> Tensor:
+    new = tensor.flatten().clone()
+    new[0] = value
+    return new.view(tensor.shape)
+
+
+def doubled(tensor: Tensor) -> None:
+    """Changes it where it stands, and gives nothing back."""
+    tensor.mul_(2.0)
+
+
+def in_place(call: AttnCall, name: str) -> None:
+    doubled(getattr(call, name))
+
+
+def edited(call: AttnCall, name: str, change: Callable[[Tensor], Any]) -> Any:
+    return tuple(change(getattr(call, n)) if n == name else getattr(call, n) for n in "qkv")
+
+
+NAN, INF = float("nan"), float("inf")
+INPUTS: dict[str, tuple[Answer, str]] = {
+    "a tensor": (lambda c: c.q, "return a tuple"),
+    "two": (lambda c: (c.q, c.k), "return a tuple"),
+    "a dict": (lambda c: {"q": c.q}, "a dict"),
+    "None inside": (lambda c: (c.q, None, c.v), "k is a NoneType"),
+    "q shape": (lambda c: edited(c, "q", lambda t: t[:, :, :1].expand(-1, -1, 99, -1)), "q has shape"),
+    "k short": (lambda c: edited(c, "k", lambda t: t[:, :, 1:]), "k has shape"),
+    "v heads": (lambda c: edited(c, "v", lambda t: t.repeat_interleave(2, dim=1)), "v has shape"),
+    "q dtype": (lambda c: edited(c, "q", Tensor.double), "q has .* dtype torch.float64"),
+    "v device": (lambda c: edited(c, "v", lambda t: t.to("meta")), "v is on meta"),
+    "q NaN": (lambda c: edited(c, "q", lambda t: with_value(t, NAN)), "q has NaN"),
+    "k infinite": (lambda c: edited(c, "k", lambda t: with_value(t, INF)), "k has NaN or infinite"),
+    "q in place": (lambda c: in_place(c, "q"), "changed q in place"),
+    "k in place": (lambda c: (c.q, c.k.mul_(2.0), c.v), "changed k in place"),
+    "v in place": (lambda c: in_place(c, "v"), "changed v in place"),
+}
+BIAS: dict[str, tuple[Answer, str]] = {
+    "a number": (lambda c: 1.0, "returned a float"),
+    "a list": (lambda c: [1.0], "returned a list"),
+    "KeyBias of a number": (lambda c: KeyBias(1.0), "returned a float"),
+    "KeyBias [m]": (lambda c: KeyBias(torch.zeros(c.keys.size)), "the bias has shape"),
+    "KeyBias [B, m]": (lambda c: KeyBias(torch.zeros(len(c.q), c.keys.size)), "the bias has shape"),
+    "KeyBias of rows": (lambda c: KeyBias(torch.zeros(1, 1, c.rows.size, c.keys.size)), "the bias has shape"),
+    "KeyBias of other heads": (lambda c: KeyBias(torch.zeros(1, 3, c.keys.size)), "the bias has shape"),
+    "matrix [n, m]": (lambda c: torch.zeros(c.rows.size, c.keys.size), "the bias has shape"),
+    "matrix of fewer keys": (lambda c: torch.zeros(1, 1, 1, c.keys.size - 1), "the bias has shape"),
+    "integers": (lambda c: KeyBias(torch.zeros(1, 1, c.keys.size, dtype=torch.long)), "dtype torch.int64"),
+    "booleans": (lambda c: torch.ones(1, 1, 1, c.keys.size, dtype=torch.bool), "dtype torch.bool"),
+    "device": (lambda c: KeyBias(torch.zeros(1, 1, c.keys.size, device="meta")), "on meta"),
+    "NaN": (lambda c: KeyBias(torch.full((1, 1, c.keys.size), NAN)), "NaN or plus infinity"),
+    "plus infinity": (lambda c: torch.full((1, 1, 1, c.keys.size), INF), "NaN or plus infinity"),
+    "q in place": (lambda c: in_place(c, "q"), "changed q in place"),
+}
+WEIGHTS: dict[str, tuple[Answer, str]] = {
+    "a tensor": (lambda c: keys(c), "return a Reweight"),
+    "a tuple": (lambda c: ((keys(c), 2.0),), "return a Reweight"),
+    "a group of three": (lambda c: Reweight(((keys(c), 2.0, 1.0),)), "group 0 is a tuple"),
+    "no pairs": (lambda c: Reweight((keys(c),)), "group 0 is a tensor"),
+    "keys are numbers": (key_set(lambda c: keys(c).float()), "expected a bool tensor"),
+    "keys are indices": (key_set(lambda c: torch.tensor([0, 1])), "expected a bool tensor"),
+    "keys are a list": (key_set(lambda c: [0, 1]), "the keys of group 0 are a list"),
+    "keys [B, m]": (key_set(lambda c: keys(c)[0].expand(len(c.q), -1)), r"keys\[:, None\]"),
+    "keys [m]": (key_set(lambda c: keys(c)[0, 0]), "the keys of group 0 have shape"),
+    "keys of another batch": (key_set(lambda c: keys(c).expand(len(c.q) + 1, -1, -1)), "have shape"),
+    "keys of other heads": (key_set(lambda c: keys(c).expand(-1, 3, -1)), "have shape"),
+    "keys too short": (key_set(lambda c: keys(c)[..., :-1]), "have shape"),
+    "keys of rows": (key_set(lambda c: keys(c)[:, :, None].expand(-1, -1, c.rows.size, -1)), "have shape"),
+    "keys elsewhere": (key_set(lambda c: keys(c).to("meta")), "on meta"),
+    "overlap": (lambda c: Reweight(((keys(c), 2.0), (keys(c), 3.0))), "overlap"),
+    "overlap of a head": (
+        lambda c: Reweight(((keys(c), 2.0), (keys(c) & (torch.arange(c.q.shape[1]) == 1)[None, :, None], 3.0))),
+        "overlap",
+    ),
+    "overlap by an equal empty weight": (lambda c: Reweight(((keys(c), 1.0), (keys(c), 1.0))), "overlap"),
+    "weight NaN": (weight(NAN), "the weight of group 0 has NaN"),
+    "weight infinite": (weight(INF), "the weight of group 0 has NaN or infinite"),
+    "weight negative": (weight(-0.5), "negative values .*-0.5"),
+    "weight boolean": (weight(True), "the weight of group 0 is a bool"),
+    "weight missing": (weight(None), "the weight of group 0 is a NoneType"),
+    "weight integers": (weight(torch.tensor(2)), "dtype torch.int64"),
+    "weight [n, 1]": (weight(lambda c: torch.ones(99, 1)), "the weight of group 0 has shape"),
+    "weight of four dimensions": (weight(lambda c: torch.ones(1, 1, 1, 1)), "has shape"),
+    "weight of keys": (weight(lambda c: torch.ones(c.keys.size + 5)), "has shape"),
+    "one weight NaN": (weight(lambda c: with_value(torch.ones(c.q.shape[:3]), NAN)), "has NaN"),
+    "one weight negative": (weight(lambda c: with_value(torch.ones(c.q.shape[:3]), -1.0)), "negative"),
+    "weight elsewhere": (weight(torch.ones(1, device="meta")), "on meta"),
+    "one number elsewhere": (weight(torch.ones((), device="meta")), "on meta"),
+    "no groups": (lambda c: Reweight(None), "the groups are a NoneType"),
+    "groups used up": (lambda c: Reweight(pair for pair in [(keys(c), 2.0)]), "the groups are a generator"),
+    "normalise is a word": (lambda c: Reweight(((keys(c), 2.0),), normalise="no"), "normalise is a str"),
+    "rest NaN": (rest(NAN), "the weight of the rest has NaN"),
+    "rest negative": (rest(-1.0), "the weight of the rest has negative"),
+    "rest missing": (rest(None), "the weight of the rest is a NoneType"),
+    "k in place": (lambda c: in_place(c, "k"), "changed k in place"),
+}
+OUTPUT: dict[str, tuple[Answer, str]] = {
+    "a number": (lambda c, out: 2.0, "returned a float"),
+    "a tuple": (lambda c, out: (out,), "returned a tuple"),
+    "integers": (lambda c, out: out.long(), "of torch.int64"),
+    "booleans": (lambda c, out: out > 0, "of torch.bool"),
+    "merged heads": (lambda c, out: out.transpose(1, 2).flatten(2), "returned shape"),
+    "rows lost": (lambda c, out: out[:, :, :0], "returned shape"),
+    "one head": (lambda c, out: out[:, :1], "returned shape"),
+    "one sample": (lambda c, out: out[:1].repeat(3, 1, 1, 1), "returned shape"),
+    "device": (lambda c, out: out.to("meta"), "on meta"),
+    "NaN": (lambda c, out: with_value(out, NAN), "NaN or infinite"),
+    "infinite": (lambda c, out: with_value(out, INF), "NaN or infinite"),
+    "mul_ and nothing": (lambda c, out: doubled(out), "changed out in place"),
+    "mul_ and out": (lambda c, out: out.mul_(2.0), "changed out in place"),
+    "zeroed": (lambda c, out: out.zero_(), "changed out in place"),
+    "q in place": (lambda c, out: in_place(c, "q"), "changed q in place"),
+    "v in place and a new out": (lambda c, out: out + c.v.mul_(2.0).sum(), "changed v in place"),
+}
+TABLES = {"inputs": INPUTS, "bias": BIAS, "weights": WEIGHTS, "output": OUTPUT}
+CASES = [(door, name) for door in DOORS for name in TABLES[door]]
+RIGHT: dict[str, Answer] = {
+    "inputs": lambda c: (c.q * 2.0, c.k, c.v),
+    "bias": lambda c: KeyBias(keys(c).float()),
+    "weights": weight(2.0),
+    "output": lambda c, out: out * 2.0,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny_transformers("llama")
+
+
+def refused(model: nn.Module, method: Intervention, words: str, phase: str = "prefill", **options: Any) -> None:
+    """The call of this phase raises, no output of it leaves the model, and the model is as before."""
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=9, padding="left")
+    plain, before, given = model(**inputs).logits, fingerprint(model), []
+    hook = model.register_forward_hook(lambda module, args, output: given.append(output))
+    door = method.door
+    try:
+        with pytest.raises(ContractError) as caught, steer(model, method, **options):
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    finally:
+        hook.remove()
+    assert re.search(rf"^Wrong\.{door} at {re.escape(SITE)}: .*{words}", str(caught.value)), caught.value
+    assert len(given) == PHASES.index(phase)
+    assert fingerprint(model) == before and torch.equal(model(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("heads", [None, [0, 3]], ids=["all heads", "two heads"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(("door", "name"), CASES)
+def test_a_wrong_answer_to_the_prompt(model: nn.Module, door: str, name: str, mode: Any, heads: Any) -> None:
+    answer, words = TABLES[door][name]
+    with mode():
+        refused(model, Wrong(door, answer, where=Where(layers=[1], heads=heads)), words)
+
+
+@pytest.mark.parametrize("after", ["nothing", "a right answer"])
+@pytest.mark.parametrize(("door", "name"), CASES)
+@torch.no_grad()
+def test_a_wrong_answer_that_is_the_first_in_decoding(model: nn.Module, door: str, name: str, after: str) -> None:
+    answer, words = TABLES[door][name]
+    right = RIGHT[door] if after == "a right answer" else None
+    refused(model, Wrong(door, answer, "decode", right, where=Where(layers=[1])), words, "decode")
+
+
+@pytest.mark.parametrize("door", DOORS)
+@torch.no_grad()
+def test_a_wrong_answer_is_noticed_in_a_reference_run_too(model: nn.Module, door: str) -> None:
+    for answer, words in TABLES[door].values():
+        refused(model, Wrong(door, answer, where=Where(layers=[1])), words, reference=True)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@torch.no_grad()
+def test_every_head_group_is_looked_at(model: nn.Module, door: str) -> None:
+    """Another method divides the heads; the answer for the second group is wrong only."""
+    answer, words = next(iter(TABLES[door].values()))
+    right = RIGHT[door]
+    method = Wrong(door, lambda c, *a: (right if 0 in c.heads else answer)(c, *a), where=Where(layers=[1]))
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=9)
+    for gate in (HeadGate({(1, 0): 0.5}), HeadGate({(1, 3): 0.5})):
+        with pytest.raises(ContractError, match=rf"Wrong\.{door} at .*{words}"), steer(model, method, gate):
+            model(**inputs)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@torch.no_grad()
+def test_right_answers_pass(model: nn.Module, door: str) -> None:
+    """The check refuses nothing that is right: the same answers, in both phases."""
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=9, padding="left")
+    wide = {
+        "inputs": lambda c: [c.q, c.k * 2.0, c.v],
+        "bias": lambda c: torch.where(keys(c)[:, :, None], -torch.inf, 0.0),
+        "weights": lambda c: Reweight(
+            [(keys(c).expand(2, c.q.shape[1], -1), torch.rand(c.rows.size)), (~keys(c), torch.rand(2, 1, 1))], 0, False
+        ),
+        "output": lambda c, out: out.double() * 2.0,
+    }
+    for answer in (RIGHT[door], wide[door]):
+        for phase in PHASES:
+            with steer(model, Wrong(door, answer, phase, where=Where(layers=[1]))) as run:
+                model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            phases = run.audit.record(0, SITE).to_dict()["phases"]
+            assert phases[phase]["changed"] == phases[phase]["edits"] == (1 if phase == "prefill" else 2)
+
+
+@torch.no_grad()
+def test_a_module_that_is_no_library_s_is_checked_alike() -> None:
+    class Attention(nn.Module):
+        num_heads = 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+            return torch.nn.functional.scaled_dot_product_attention(q, q + 1, q - 1).transpose(1, 2).flatten(2)
+
+    module, x = Attention(), torch.randn(2, 9, 8)
+    plain = module(x)
+    for door, name in CASES:
+        answer, words = TABLES[door][name]
+        expected = rf"^Wrong\.{door} at Attention: .*{words}"
+        with pytest.raises(ContractError, match=expected), steer(module, Wrong(door, answer)):
+            module(x.clone())
+    assert torch.equal(module(x), plain)
+
+
+@dataclass(frozen=True)
+class Careless(Intervention):
+    """Changes what the map has answered, which the edit itself, others and the audit are worked out from."""
+
+    answer: Answer
+
+    def weights(self, call: AttnCall) -> Reweight:
+        kept = keys(call)
+        doubled(self.answer(call.map, kept))
+        return Reweight(((kept, 2.0),))
+
+
+ANSWERS: dict[str, Answer] = {
+    "mass": lambda view, keys: view.partial(keys)[0],
+    "partial output": lambda view, keys: view.partial(keys)[1],
+    "out": lambda view, keys: view.out,
+    "map": lambda view, keys: view.dense(),
+    "lse": lambda view, keys: view.lse,
+}
+
+
+@pytest.mark.parametrize("behind", ["nothing", "another method"])
+@pytest.mark.parametrize("rows", [9, 3])
+@pytest.mark.parametrize("name", ANSWERS)
+@torch.no_grad()
+def test_an_answer_of_the_map_that_is_changed_in_place(model: nn.Module, name: str, rows: int, behind: str) -> None:
+    """Of the model's own map, and of the one that an earlier method left: it raises, or does nothing at all."""
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=rows)
+    where = Where(layers=[1], heads=[0, 3])
+    twice = Wrong("weights", RIGHT["weights"], where=where)
+    before, method = [twice] if behind == "another method" else [], Careless(ANSWERS[name], where=where)
+    if before and rows > FEW_ROWS and name in ("mass", "partial output"):
+        # Put together anew at each question.
+        with steer(model, *before, twice):
+            expected = model(**inputs).logits
+        with steer(model, *before, method):
+            assert torch.equal(model(**inputs).logits, expected)
+        return
+    words = r"^Careless\.weights at .*changed an answer of call\.map in place"
+    with pytest.raises(ContractError, match=words), steer(model, *before, method):
+        model(**inputs)
+
+
+@torch.no_grad()
+def test_a_key_set_that_is_changed_between_questions_is_another_one(model: nn.Module) -> None:
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=9)
+    seen = []
+
+    @dataclass(frozen=True)
+    class Growing(Intervention):
+        observes = True
+
+        def weights(self, call: AttnCall) -> None:
+            own = keys(call).clone()
+            first = call.map.mass(own)
+            own |= True
+            seen.append((first, call.map.mass(own), call.map.total()))
+
+    with steer(model, Growing(where=Where(layers=[1]))):
+        model(**inputs)
+    ((first, whole, total),) = seen
+    assert float((whole - total).abs().max()) <= 1e-6 and float((whole - first).max()) > 0.1
