@@ -108,9 +108,10 @@ class Intervention(Named):
         """Raise a SelectionError if parameters have values for another number of samples; asked before the model's layers run."""
         for name, value in self.sample_values.items():
             if value.count is not None and value.count not in samples.of_row:
+                many = f"{value.count} value{'' if value.count == 1 else 's'}"
                 raise SelectionError(
-                    f"{type(self).__name__}({name}=...) has {value.count} value{'s' * (value.count != 1)}, and this is {samples}. Give one value for "
-                    "all, or one for each sample."
+                    f"{type(self).__name__}({name}=...) has {many}, and this is {samples}. Give one value for all, or one for "
+                    "each sample."
                 )
 
     def check_tokens(self, tokens: Tokens) -> None:

@@ -205,7 +205,7 @@ GATES = HeadGate({(0, 1): 0.5})
         (ACT(), {"method": ["ACT"]}, ["method"]),
         (ACT(), {"parameters": {"beta": "0.4"}}, ["ACT", "str"]),
         (ACT(), {"parameters": {"beta": None}}, ["ACT"]),
-        (ACT(), {"parameters": {"beta": [0.4]}}, ["ACT"]),
+        (ACT(), {"parameters": {"beta": [[0.4]]}}, ["ACT"]),
         (ACT(), {"parameters": {"beta": 7}}, ["ACT", "beta=7"]),
         (ACT(), {"parameters": {"threshold": {"$float": "large"}}}, ["threshold", "large"]),
         (ACT(), {"parameters": {"threshold": {"$float": [1]}}}, ["threshold"]),

@@ -191,9 +191,10 @@ def test_beams_share_the_value_and_the_spans_of_their_sample(model: nn.Module, o
 
 def test_values_per_beam_are_refused(model: nn.Module) -> None:
     """Beams change places, so that a row has the history of another one."""
-    with pytest.raises(SelectionError, match=r"4 values, and this is a batch of 2 samples \(4 rows\)"):
-        with steer(model, ZeroTuning(gamma=[1.0, 2.0, 3.0, 4.0]), control=True):
-            model.generate(prompts(model, 2), num_beams=2, max_new_tokens=2, pad_token_id=0)
+    words = r"4 values, and this is a batch of 2 samples \(4 rows\)"
+    made = ZeroTuning(gamma=[1.0, 2.0, 3.0, 4.0])
+    with pytest.raises(SelectionError, match=words), steer(model, made, control=True):
+        model.generate(prompts(model, 2), num_beams=2, max_new_tokens=2, pad_token_id=0)
 
 
 def test_a_prompt_whose_cache_is_repeated_keeps_its_value(model: nn.Module) -> None:
@@ -269,9 +270,12 @@ def test_images_of_a_prompt_share_its_value_or_have_their_own() -> None:
     assert torch.equal(outs["mixed"][[0, 2]], outs["prompts"][[0, 2]])
     assert torch.equal(outs["mixed"][[1, 3]], plain[[1, 3]]) and not torch.equal(outs["prompts"][1], plain[1])
     for wrong in ([1.0, 2.0, 3.0], [1.0]):
-        with pytest.raises(SelectionError, match=f"has {len(wrong)} values?, and this is a batch of 2 or 4 samples"):
-            with steer(pipe, SoftPAG(wrong, 0.5, where=MIDDLE), control=True):
-                pipe(**call)
+        words, made = (
+            f"has {len(wrong)} values?, and this is a batch of 2 or 4 samples",
+            SoftPAG(wrong, 0.5, where=MIDDLE),
+        )
+        with pytest.raises(SelectionError, match=words), steer(pipe, made, control=True):
+            pipe(**call)
 
 
 def test_a_gate_of_each_sample_acts_on_both_guidance_rows() -> None:
