@@ -145,7 +145,8 @@ def test_a_scale_of_zero_computes_no_weak_pass() -> None:
     handle = steer(pipe, PAG(0.0))
     assert torch.equal(pipe(**call)[0], plain)
     assert "inside passes" not in handle.audit.to_dict()["interventions"][0]
-    handle.remove()
+    with pytest.warns(NothingChanged, match="strength is neutral"):
+        handle.remove()
 
 
 # ----------------------------------------------------------------------------------------------------- SoftPAG
