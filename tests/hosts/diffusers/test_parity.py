@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnsteer import PAG, SEG, HeadSet, SoftPAG, Where, sites, steer
+from attnsteer.errors import NothingChanged
 from attnsteer.testing import (
     SCHEDULERS,
     official_pag,
