@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnsteer import PAG, HeadGate, Where, sites, steer
-from attnsteer.errors import CompositionError, NeverFired, NothingChanged, SelectionError, UnsupportedHost
+from attnsteer.errors import CompositionError, NeverFired, SelectionError, UnsupportedHost
 from tests.hosts.vit import HEADS, Attention, vit
 
 
@@ -85,12 +85,11 @@ def test_what_cannot_be_steered_exactly(attention: type[nn.Module], message: str
     model, x = vit(attention)
     torch.manual_seed(1)
     plain = model(x)
-    run = steer(model, HeadGate({(0, 0): 0.0}))
+    # Most are refused before anything is edited.
+    run = steer(model, HeadGate({(0, 0): 0.0}), control=True)
     with pytest.raises(UnsupportedHost, match=message):
         model(x)
-    # `Hidden` ran without an edit; the others were refused before theirs.
-    with pytest.warns(NothingChanged):
-        run.remove()
+    run.remove()
     torch.manual_seed(1)
     assert torch.equal(model(x), plain)
 
