@@ -268,7 +268,8 @@ class _HeadGroup:
             # Gathered by the method itself: new tensors, of version zero.
             own = ((name, getattr(self.map.att, name)) for name in "qkv")
             names += [name for name, t in own if not t.is_inference() and t._version]
-        names += ["an answer of call.map"] * (bool(before) and self.map.touched())
+        if before and not names and self.map.touched():
+            names.append("an answer of call.map")
         return list(dict.fromkeys(names))
 
     def mark(self, bound: Bound, path: str, changed: Tensor | None) -> None:

@@ -51,6 +51,15 @@ class Journal:
             raise first
 
 
+def below_layers(owner: Any, name: str) -> Any:
+    """What stands on an instance under `name` below our layers, or `MISSING`: then it is the class's own."""
+    here = vars(owner).get(name, MISSING)
+    while (layer := getattr(getattr(here, "__func__", None), "layer", None)) is not None:
+        # On a copy of a steered owner the layer is there, but calls the class's own.
+        here = layer.before if layer.owner() is owner else MISSING
+    return here
+
+
 class Layer:
     """One layer around a method of an instance; layers may be taken off in any order.
 

@@ -19,6 +19,7 @@ from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
+from ...undo import MISSING, below_layers
 from ..base import Host
 from .rebind import SDPA, names_called, rebind
 
@@ -91,8 +92,8 @@ def check_copyable(site: Site) -> None:
     """Raise where a copy of the forward's code would not be the forward."""
     forward = type(site.module).forward
     place = "_old_forward" if "_old_forward" in vars(site.module) else "forward"
-    own = vars(site.module).get(place)
-    if hasattr(forward, "__wrapped__") or (own is not None and getattr(own, "__func__", None) is not forward):
+    own = below_layers(site.module, place)
+    if hasattr(forward, "__wrapped__") or (own is not MISSING and getattr(own, "__func__", None) is not forward):
         raise UnsupportedHost(
             f"{site.path}: the forward of {type(site.module).__name__} is decorated or was exchanged on the module, which a "
             "copy of its code would lose. Steer before that, or take it off."

@@ -37,11 +37,11 @@ def gates(model: nn.Module, value: float) -> dict[tuple[int, int], float]:
 def test_idle_steering_is_bit_identical(name: str) -> None:
     model, inputs, plain = built(name)
     processors = [s.module.processor for s in sites(model)]
-    with steer(model, HeadGate(gates(model, 1.0))) as run:
+    with steer(model, HeadGate(gates(model, 1.0)), control=True) as run:
         assert torch.equal(forward(model, inputs), plain)
     # every site was reached
     assert len(run.audit.records) == len(run.sites)
-    handle = steer(model, HeadGate(gates(model, 0.0), where=Where(steps=[5])))
+    handle = steer(model, HeadGate(gates(model, 0.0), where=Where(steps=[5])), control=True)
     assert torch.equal(forward(model, inputs), plain)
     handle.remove()
     assert all(s.module.processor is p for s, p in zip(sites(model), processors, strict=True))

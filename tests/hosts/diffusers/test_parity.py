@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnsteer import PAG, SEG, HeadSet, SoftPAG, Where, sites, steer
+from attnsteer.errors import NothingChanged
 from attnsteer.testing import (
     SCHEDULERS,
     official_pag,
@@ -145,7 +146,8 @@ def test_a_scale_of_zero_computes_no_weak_pass() -> None:
     handle = steer(pipe, PAG(0.0))
     assert torch.equal(pipe(**call)[0], plain)
     assert "inside passes" not in handle.audit.to_dict()["interventions"][0]
-    handle.remove()
+    with pytest.warns(NothingChanged, match="strength is neutral"):
+        handle.remove()
 
 
 # ----------------------------------------------------------------------------------------------------- SoftPAG

@@ -113,13 +113,13 @@ def test_old_processors_are_exchanged_while_steered(how: str) -> None:
     everywhere = SoftPAG(3.0, 0.0, where=Where(kinds=("self",))), HeadGate({(0, 0): 1.0}, where=Where(kinds="cross"))
     if how == "xformers":
         gates = HeadGate({(s.layer, 0): 1.0 for s in sites(pipe)})
-        with steer(pipe, gates, PAG(3.0)):
+        with steer(pipe, gates, PAG(3.0), control=True):
             assert relative(pipe(**call)[0], expected) < 5e-6
     else:
         plain = pipe(**call)[0]
         with steer(pipe, PAG(3.0)):
             assert relative(pipe(**call)[0], expected) < 5e-6
-        with steer(pipe, *everywhere):
+        with steer(pipe, *everywhere, control=True):
             assert relative(pipe(**call)[0], plain) < 5e-6
         assert torch.equal(pipe(**call)[0], plain)
     assert all(s.module.processor is p for s, p in zip(sites(pipe), before, strict=True))

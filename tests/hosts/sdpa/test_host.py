@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,3 +147,32 @@ def test_hooks_of_accelerate_in_any_order(hook_first: bool, unhook_first: bool) 
     # and once more
     with steer(model, gate):
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@torch.no_grad()
+def test_a_copy_of_a_steered_module_is_plain_and_can_be_steered(how: Any) -> None:
+    model, x = vit()
+    plain, gate = model(x), HeadGate({(1, 1): 0.0})
+    with steer(model, gate):
+        expected = model(x)
+        other = how(model)
+        assert torch.equal(other(x), plain)
+    assert torch.equal(other(x), plain)
+    with steer(other, gate):
+        assert torch.equal(other(x), expected)
+    assert torch.equal(other(x), plain) and not torch.equal(expected, plain)
+
+
+@torch.no_grad()
+def test_layers_leave_in_the_order_in_which_they_came() -> None:
+    model, x = vit()
+    plain = model(x)
+    first, second = steer(model, HeadGate({(0, 0): 0.0})), steer(model, HeadGate({(1, 1): 0.0}))
+    model(x)
+    first.remove()
+    with steer(model, HeadGate({(0, 0): 0.0})):
+        model(x)
+    second.remove()
+    assert torch.equal(model(x), plain)
+    assert all("forward" not in vars(m) for m in model.modules())

@@ -85,6 +85,7 @@ def test_what_cannot_be_steered_exactly(attention: type[nn.Module], message: str
     model, x = vit(attention)
     torch.manual_seed(1)
     plain = model(x)
+    # Most are refused before anything is edited.
     run = steer(model, HeadGate({(0, 0): 0.0}), control=True)
     with pytest.raises(UnsupportedHost, match=message):
         model(x)
