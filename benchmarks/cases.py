@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnsteer import ACT, PAG, AttendAndExcite, HeadSet, SpotLight, Where, steer
+from attnsteer import ACT, PAG, AttendAndExcite, HeadSet, Intervention, SpotLight, Where, ZeroTuning, steer
 from attnsteer.call import AttnCall, Reweight
 from benchmarks import dense, vision
 from benchmarks.measure import Times, interleaved, peak_memory
@@ -230,6 +230,51 @@ def measure_decode(size: Size, threads: int) -> Outcome:
     return Outcome(max(ratios.values()), [], {"step": times}, {"ratios": ratios})
 
 
+# Values per sample.
+
+STRENGTHS = (0.2, 0.4, 0.5, 0.8)
+
+
+def _per_sample(value: float | list[float], method: str, batch: int) -> Intervention:
+    spans = [[(4, 12)]] * batch
+    return ZeroTuning(None, value) if method == "ZeroTuning" else SpotLight(spans, value)
+
+
+@functools.lru_cache
+def gate_per_sample(shape: LlamaShape, tokens: int) -> Gate:
+    """Each sample of a batch with strengths of its own is the sample alone with that strength."""
+    model, ids = llama(shape, tokens), prompt(shape, tokens, SINKS, batch=len(STRENGTHS))
+    worst, least = 0.0, float("inf")
+    for name in ("ZeroTuning", "SpotLight"):
+        plain = _steps(model, ids)
+        with steer(model, _per_sample(list(STRENGTHS), name, len(ids))):
+            together = _steps(model, ids)
+        for b, strength in enumerate(STRENGTHS):
+            with steer(model, _per_sample(strength, name, 1)):
+                alone = _steps(model, ids[b : b + 1])
+            worst = max(worst, error(together.unflatten(0, (8, -1))[:, b], alone))
+        least = min(least, error(together, plain))
+    return Gate(worst, TOLERANCE, least, "each sample alone, ZeroTuning and SpotLight, eight steps")
+
+
+def measure_per_sample(size: Size, threads: int) -> Outcome:
+    """One step over the cache with a strength per sample, over the same with one for all; the slower of two methods."""
+    plain = llama(size.shape, size.tokens)
+    ids = prompt(size.shape, size.tokens, SINKS, batch=len(STRENGTHS))
+    ratios, measured = {}, {}
+    for name in ("ZeroTuning", "SpotLight"):
+        given = {"one": STRENGTHS[1], "each": list(STRENGTHS)}
+        runs = {kind: steer(twin(plain), _per_sample(value, name, len(ids))) for kind, value in given.items()}
+        try:
+            arms = {kind: Decoder(run.target, ids) for kind, run in runs.items()}
+            measured[name] = interleaved(arms, size.repeats, warmup=2, calls=10, patience=size.patience)
+        finally:
+            for run in runs.values():
+                run.remove()
+        ratios[name] = measured[name].ratio("each", "one")
+    return Outcome(max(ratios.values()), [], measured, {"ratios": ratios})
+
+
 # Idle.
 
 
@@ -424,6 +469,18 @@ CASES = {
             _sizes(
                 Size(FULL, 4096, 512, repeats=12, patience=240.0),
                 Size(QUICK_DECODE, 2048, 256, repeats=5),
+                Size(SMOKE, 128, 64, repeats=2),
+            ),
+        ),
+        Case(
+            "per-sample",
+            "a decode step, all heads, a strength for each of four samples over one for all: the slower of ZeroTuning and SpotLight",
+            1.02,
+            lambda size: gate_per_sample(size.shape, size.gate),
+            measure_per_sample,
+            _sizes(
+                Size(FULL, 1024, 256, repeats=12, patience=240.0),
+                Size(QUICK_DECODE, 512, 128, repeats=8),
                 Size(SMOKE, 128, 64, repeats=2),
             ),
         ),
