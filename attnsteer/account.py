@@ -41,10 +41,11 @@ class Samples:
     def __init__(self, of_row: Mapping[int, Sequence[int]]):
         self.of_row = {count: tuple(rows) for count, rows in of_row.items()}
 
-    @classmethod
-    def plain(cls, batch: int) -> Samples:
+    @staticmethod
+    @cache
+    def plain(batch: int) -> Samples:
         """Each row is a sample."""
-        return cls({batch: range(batch)})
+        return Samples({batch: range(batch)})
 
     @classmethod
     def repeated(cls, count: int, batch: int) -> Samples:

@@ -474,7 +474,7 @@ CASES = {
         ),
         Case(
             "per-sample",
-            "a decode step, all heads, a strength for each of four samples over one for all: the slower of ZeroTuning and SpotLight",
+            "a decode step, a strength for each of four samples over one for all: the slower of ZeroTuning and SpotLight",
             1.02,
             lambda size: gate_per_sample(size.shape, size.gate),
             measure_per_sample,
