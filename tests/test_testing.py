@@ -345,6 +345,8 @@ def test_a_failure_says_law_method_host_difference_tolerance_and_usual_cause() -
 def test_what_a_method_raises_is_a_failure_with_its_cause() -> None:
     @dataclasses.dataclass(frozen=True)
     class Raises(Intervention):
+        observes = True
+
         def output(self, call: Any, out: torch.Tensor) -> None:
             raise TypeError("of mine")
 

@@ -294,5 +294,7 @@ class RoundsAtZero(Intervention):
 class EditsNothing(Intervention):
     """Never returns an edit."""
 
+    observes = True
+
     def output(self, call: AttnCall, out: Tensor) -> None:
         return None

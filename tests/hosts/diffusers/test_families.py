@@ -68,6 +68,8 @@ class Spy(Intervention):
 
     needs = ("segments",)
 
+    observes = True
+
     def output(self, call: Any, out: Tensor) -> None:
         self.seen.append((call.site.name, call.q.clone(), dict(call.segments)))
 
@@ -107,7 +109,7 @@ def test_an_order_that_is_not_told_is_refused_where_it_matters(name: str) -> Non
     layer = next(s.layer for s in sites(model) if s.kind == "joint")
     where = Where(layers=[layer], kinds="joint")
     for method in (PAG(3.0, joint="ii_identity", where=where), SEG(3.0, where=where)):
-        run = steer(model, method)
+        run = steer(model, method, control=True)
         with pytest.raises(UnsupportedHost, match=r"not known|not defined|list of samples"), run.branches("cond"):
             forward(model, inputs)
         run.remove()
