@@ -58,6 +58,7 @@ class Steering:
         audit: what each intervention saw, returned and changed. sites: the sites that are steered.
         measure: whether reweightings also record the total-variation distance that they cause.
         control: whether it is meant to change nothing (a zero-strength control), so that this is no error.
+        attached: False from the moment on at which it is removed.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Steering:
         self._open: list[int] = []
         self._journal = Journal()
         self._lock = threading.RLock()
+        self.attached = True
         self.host = find_host(target)
         every = self.host.sites()
         self.bounds, plan = bind(interventions, every, self.host)
@@ -161,7 +163,7 @@ class Steering:
 
         Warns with `NothingChanged` where an intervention changed nothing while it was attached.
         """
-        attached = self in _LIVE
+        attached = self.attached
         self._detach()
         silent = self._silent(resting=True) if attached else ""
         if silent:
@@ -169,6 +171,7 @@ class Steering:
 
     def _detach(self) -> None:
         with self._lock:
+            self.attached = False
             _LIVE.discard(self)
             self._journal.undo()
 
