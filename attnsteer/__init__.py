@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .where import Where
 
 # Loaded on first use, so that importing attnsteer imports not even torch.
-__getattr__, __dir__, __all__ = lazy(
+__getattr__, _names, __all__ = lazy(
     __name__,
     {
         "HeadSet": "heads",
@@ -67,3 +67,7 @@ __getattr__, __dir__, __all__ = lazy(
     },
 )
 __all__ = ["__version__", *__all__]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

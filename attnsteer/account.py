@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 
 import torch
 from torch import Tensor
@@ -91,7 +91,9 @@ class Track:
 
 def plain(size: int, device: torch.device) -> Callable[[], Track]:
     """Rows or keys without padding, all of them of one prompt; made on the first call."""
-    return cache(lambda: Track.plain(size, device))
+    make = partial(Track.plain, size, device)
+    # torch.compile cannot trace the making of a cache, and does nothing twice anyway.
+    return make if torch.compiler.is_compiling() else cache(make)
 
 
 class Account:

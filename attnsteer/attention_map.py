@@ -26,9 +26,10 @@ class AttentionMap:
         self,
         att: Attention | Callable[[], Attention],
         base: Callable[[], Tensor] | None = None,
-        fused: Callable[[], tuple[Tensor, Tensor]] | None = None,
+        fused: Callable[[], tuple[Tensor, Tensor] | None] | None = None,
     ):
-        """`base` computes the output with the model's own kernel; `fused` gives that output and its lse.
+        """`base` computes the output with the model's own kernel; `fused` gives that output and its lse, or
+        None where that kernel has none to give.
 
         `att` may be a function that builds it: head-output edits then need no gathered q, k, v.
         """
@@ -77,13 +78,11 @@ class AttentionMap:
     def lse(self) -> Tensor:
         """The row log-sum-exp [B, H, n], fp32; minus infinity for rows that see no key."""
         if self._lse is None:
-            out, self._lse = self._both()
-            if self._out is None and (self._fuse is not None or self._base is None):
+            own = None if self._fuse is None else self._fuse()
+            out, self._lse = kernels.attend_lse(self.att) if own is None else own
+            if self._out is None and (own is not None or self._base is None):
                 self._out = out
         return self._lse
-
-    def _both(self) -> tuple[Tensor, Tensor]:
-        return self._fuse() if self._fuse is not None else kernels.attend_lse(self.att)
 
     def total(self) -> Tensor:
         """Row sums [B, H, n]: 1, less the share of a learned sink, 0 for rows that see no key."""

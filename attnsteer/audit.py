@@ -12,6 +12,8 @@ from torch import Tensor
 PHASES = ("prefill", "decode")
 # From this many flags on they are summed, on the device.
 MANY = 256
+# One for all counts: it is held for an instant, and compiled code, which makes records too, cannot make locks.
+_GATHERING = threading.Lock()
 
 
 class Flags:
@@ -20,7 +22,6 @@ class Flags:
     def __init__(self) -> None:
         self._new: list[Tensor] = []
         self._sum: dict[torch.device, Tensor] = {}
-        self._lock = threading.Lock()
 
     def add(self, flag: Tensor) -> None:
         """One call more: `flag` is a 0-d bool tensor."""
@@ -29,7 +30,7 @@ class Flags:
             self._gather()
 
     def _gather(self) -> None:
-        with self._lock:
+        with _GATHERING:
             flags, self._new = self._new, []
             for device in {f.device for f in flags}:
                 count = torch.stack([f.detach() for f in flags if f.device == device]).sum()
@@ -157,7 +158,10 @@ class Audit:
 
     def record(self, index: int, path: str) -> Record:
         """The record of intervention number `index` at the site `path`."""
-        return self.records.setdefault((index, path), Record())
+        found = self.records.get((index, path))
+        if found is None:
+            found = self.records.setdefault((index, path), Record())
+        return found
 
     def count(self, index: int, what: str, by: int = 1) -> None:
         """Count an event that belongs to no site, such as weak-branch passes."""

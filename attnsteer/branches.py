@@ -25,7 +25,7 @@ BATCHED = frozenset(
         "text_encoder_layers", "controlnet_cond", "video_coords",
     }
 )  # fmt: skip
-WHOLE = frozenset(
+UNBATCHED = frozenset(
     {
         "img_ids", "txt_ids", "image_rotary_emb", "rotary_embedding", "freqs_cis", "rope_interpolation_scale", "return_dict",
         "indices_grid", "visual_rope_pos", "text_rope_pos",
@@ -69,7 +69,7 @@ class BranchInputs:
 
     def _cut(self, key: str, value: Any, rows: slice) -> Any:
         if isinstance(value, Tensor):
-            if value.ndim == 0 or key in WHOLE or value.shape[0] in (0, 1) or value.shape[0] % self.batch:
+            if value.ndim == 0 or key in UNBATCHED or value.shape[0] in (0, 1) or value.shape[0] % self.batch:
                 return value
             # Frames may be folded into the rows of a sample (AnimateDiff's prompts).
             each = value.shape[0] // self.batch
@@ -83,7 +83,7 @@ class BranchInputs:
             return value[rows.start * each : rows.stop * each]
         if isinstance(value, dict):
             return {
-                k: self._cut(key if key in WHOLE else k if k in BATCHED | WHOLE else key, v, rows)
+                k: self._cut(key if key in UNBATCHED else k if k in BATCHED | UNBATCHED else key, v, rows)
                 for k, v in value.items()
             }
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):

@@ -109,7 +109,8 @@ class AttnCall:
     @property
     def values(self) -> Tensor:
         """V per selected query head, [B, H, m, d]."""
-        return self.map.att.expanded_values()
+        att = self.map.att
+        return att.v if att.v.shape[1] == att.q.shape[1] else att.expanded_values()
 
     # What is a fact of some hosts only.
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from ._version import __version__
+from .cli_methods import methods
+from .cli_options import ALLOW_IMPORTS, IMPORT, JSON
 from .cli_recipes import calibrate, recipes
 from .cli_runs import compare, report
 from .errors import AttnSteerError
@@ -17,7 +19,6 @@ from .output import print_table as _print_table
 
 # Heavy libraries are imported inside the commands, so that `--help` and errors of usage come at once.
 
-JSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 USAGE, FAILED, STOPPED = 2, 1, 130
 
 
@@ -49,6 +50,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit()
 
 
+app.command()(methods)
 app.add_typer(recipes, name="recipes")
 app.command()(calibrate)
 app.command()(compare)
@@ -65,51 +67,23 @@ def _options(
 
 
 @app.command()
-def methods(as_json: JSON = False) -> None:
-    """List the methods: what each edits, its paper, and where it can act.
-
-    Methods of other packages are included. "looks ahead" marks those whose statistics run over the whole prompt.
-    """
-    from .catalogue import catalogue
-
-    found = catalogue()
-    if as_json:
-        _print_json([entry.to_dict() for entry in found])
-        return
-    head = ("name", "edits", "attention", "hosts", "looks ahead", "what it does", "paper")
-    _print_table(
-        head,
-        [
-            (
-                m.name,
-                ", ".join(m.doors),
-                ", ".join(m.kinds),
-                ", ".join(m.hosts),
-                "yes" if m.looks_ahead else "no",
-                m.summary,
-                m.paper,
-            )
-            for m in found
-        ],
-    )
-
-
-@app.command()
 def sites(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Folder with config.json or model_index.json, or a hub id.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="An embedded model, a folder, or a hub id.")],
     component: Annotated[
         str | None, typer.Option(help="One part of a pipeline, such as text_encoder; without it, the denoisers.")
     ] = None,
+    files: IMPORT = None,
     as_json: JSON = False,
 ) -> None:
     """List the attention sites of a model: what layers and heads a selection can name.
 
     The model is built from its config alone: no weights are loaded, and no code of the repository is run.
     """
+    from .method_files import import_methods
     from .skeleton import sites_of
 
+    for path in files or ():
+        import_methods(path)
     found = sites_of(model, component)
     if as_json:
         _print_json([{**site.to_dict(), "path": site.path} for site in found])
@@ -140,16 +114,22 @@ def doctor(as_json: JSON = False) -> None:
 
 @app.command()
 def demo(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Embedded models; all of them without it.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the contact sheets.")] = Path("outputs/demo"),
 ) -> None:
     """Check the kernels, then steer the embedded models and show what changed, before and after.
 
     Needs no download. Exits with 1 when a check fails or the steering did not do what it should.
     """
+    from . import zoo
     from .demo import run_demo
     from .doctor import examine
     from .showcase import showcase
 
+    for name in names or ():
+        zoo.folder(name)
     report = examine()
     print(_verdict(report))
     if not report.ok:
@@ -159,7 +139,7 @@ def demo(
     print(f"  largest difference of a logit from the same edit over the full map: {exact.exact:.1e}")
     print(f"  after removal the logits are the first ones, bit for bit: {'yes' if exact.restored else 'NO'}")
     print("\nThe embedded models, before and after (95 % intervals of the paired change; few samples):\n", flush=True)
-    lines, sheets = showcase(out)
+    lines, sheets = showcase(out, names)
     rows = []
     for line in lines:
         change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*line.change)
@@ -187,16 +167,19 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field: interventions.0.params.beta=0.2")
     ] = None,
+    files: IMPORT = None,
+    allow_imports: ALLOW_IMPORTS = False,
 ) -> None:
     """Evaluate a method as a recipe says: against its baseline and controls, on the same samples.
 
-    The same command goes on with a run that was stopped. `accelerate launch -m attnsteer run ...` shares the samples
-    among processes.
+    Exits with 1 when the method changed nothing. The same command goes on with a run that was stopped. `accelerate launch
+    -m attnsteer run ...` shares the samples among processes.
     """
-    from .run.command import prepared, run_folder
+    from .run.command import import_files, recipe_from_arguments, run_folder
     from .run.ranks import first
 
-    chosen = prepared(recipe, settings or (), batch_size)
+    chosen = recipe_from_arguments(recipe, settings or (), batch_size)
+    import_files(files or (), chosen, allow_imports)
     target = run_folder(chosen, tiny) if out is None else out
     if check:
         from .run.job import prepare
@@ -204,7 +187,7 @@ def run(
         job = prepare(chosen, target, tiny, limit)
         print(f"{chosen.name}: {len(job.data.samples)} samples, nothing found wrong")
         return
-    from .results.summary import table
+    from .results.summary import method_unchanged, table
     from .run import run as evaluate
 
     try:
@@ -216,6 +199,8 @@ def run(
         head, rows, remarks = table(target)
         _print_table(head, rows)
         print("\n" + "\n".join([*remarks, f"run folder: {target}"]))
+        if method_unchanged(target) and not tiny:
+            raise typer.Exit(FAILED)
 
 
 def _verdict(report: Any) -> str:

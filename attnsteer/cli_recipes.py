@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .cli_options import ALLOW_IMPORTS, IMPORT, JSON
+
 recipes = typer.Typer(no_args_is_help=True, help="List, show and copy the recipes that come with the package.")
 NAME = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or a file.")]
 
@@ -14,7 +16,7 @@ NAME = Annotated[str, typer.Argument(metavar="RECIPE", help="Name of a shipped r
 @recipes.command("ls")
 def ls(
     part: Annotated[str, typer.Argument(metavar="[TEXT]", help="Only recipes whose name has this in it.")] = "",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: JSON = False,
 ) -> None:
     """List the shipped recipes."""
     from .output import print_json, print_table
@@ -47,7 +49,7 @@ def show(
 ) -> None:
     """Print a recipe."""
     from .recipe.loading import load_recipe
-    from .recipe.resolve import resolve
+    from .recipe.resolved import resolve
     from .recipe.shipped import locate
 
     if resolved or tiny:
@@ -99,11 +101,16 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="The file to write, such as heads.safetensors.")],
     cache: Annotated[Path, typer.Option(help="Folder of what was found before.")] = Path("runs/.cache"),
     tiny: Annotated[bool, typer.Option("--tiny", help="With a tiny random model and few samples.")] = False,
+    files: IMPORT = None,
+    allow_imports: ALLOW_IMPORTS = False,
 ) -> None:
     """Run the search of a recipe's calibration section, and save the heads that it finds.
 
     The search goes on where an interrupted one stopped.
     """
-    from .run.calibration import save_found
+    from .recipe.loading import load_recipe
+    from .run.command import import_files
+    from .run.recipe_calibration import save_found
 
+    import_files(files or (), load_recipe(recipe), allow_imports)
     print(save_found(recipe, out, cache, tiny=tiny))

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .cli_options import ALLOW_IMPORTS, IMPORT
+
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Run folders; the first is compared with.")],
@@ -36,15 +38,21 @@ def report(
     attention: Annotated[
         int, typer.Option(min=0, help="Also load the model again, and show the attention of this many samples.")
     ] = 0,
+    files: IMPORT = None,
+    allow_imports: ALLOW_IMPORTS = False,
 ) -> None:
     """Write report.html and report.md into a run folder, and print where.
 
     The page is one file: open it in a browser, send it to someone, or print it. It loads nothing.
     """
-    from .results import report as reports
+    from .results import report as write_report
 
     if attention:
-        from .results.drawings import look
+        from .recipe.loading import load_recipe
+        from .results.drawings import record_attention
+        from .run.command import import_files
+        from .run.store import RECIPE
 
-        look(run, attention)
-    print(reports.report(run))
+        import_files(files or (), load_recipe(run / RECIPE) if allow_imports else None, allow_imports)
+        record_attention(run, attention)
+    print(write_report(run))

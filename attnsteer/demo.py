@@ -31,6 +31,8 @@ class Probe(Intervention):
     stop: int
     seen: dict[int, float]
 
+    observes = True
+
     def weights(self, call: AttnCall) -> None:
         marked = (call.key_position >= self.start) & (call.key_position < self.stop)
         self.seen[call.site.layer] = float(call.map.mass(marked[None, None])[:, :, -1].mean())

@@ -37,7 +37,8 @@ class Reweight:
 class Check:
     """The check of one door of one method at one site; every error names all three.
 
-    It reads values, which costs a synchronisation, so it runs at the first act only.
+    It reads values, which costs a synchronisation, so it runs at the first act only; without gradients, since a checkpointed pass
+    that is computed again must save the same tensors.
     """
 
     def __init__(self, method: str, door: str, site: str, att: Attention):
@@ -48,6 +49,7 @@ class Check:
         """The error that says `what` is wrong."""
         return ContractError(f"{self.place}: {what}")
 
+    @torch.no_grad()
     def inputs(self, edit: Any) -> None:
         """q, k and v of the shapes, dtype and device that the call has."""
         if not isinstance(edit, (tuple, list)) or len(edit) != 3:
@@ -55,6 +57,7 @@ class Check:
         for name, new, old in zip("qkv", edit, (self.att.q, self.att.k, self.att.v), strict=True):
             self._like(name, new, old)
 
+    @torch.no_grad()
     def bias(self, edit: Any) -> None:
         """A `KeyBias`, or a score term that broadcasts to [B, H, n, m]; minus infinity is allowed, NaN is not."""
         B, H, n, m = self.att.shape
@@ -69,6 +72,7 @@ class Check:
         if bool((term.isnan() | (term == torch.inf)).any()):
             raise self.refuse("the bias has NaN or plus infinity; finite numbers and minus infinity are defined.")
 
+    @torch.no_grad()
     def weights(self, edit: Any) -> None:
         """A `Reweight` with disjoint boolean key sets and finite weights of zero or more."""
         if not isinstance(edit, Reweight):
@@ -93,6 +97,7 @@ class Check:
         if members is not None and bool((members > 1).any()):
             raise self.refuse("the key sets overlap; a key belongs to one set, and the remainder is implicit.")
 
+    @torch.no_grad()
     def output(self, out: Any, before: Tensor, changed_in_place: bool) -> None:
         """Finite head outputs of the shape that came in, which is left as it was."""
         if changed_in_place:

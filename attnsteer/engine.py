@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from .bound import Bound, Heads
 from .call import AttnCall
 from .edits import Check, KeyBias, Reweight
 from .errors import CompositionError, SelectionError, UnsupportedHost
+from .intervention import Intervention
 from .kernels import Attention
 from .site import Site
 
@@ -30,14 +32,17 @@ class Run(Protocol):
     def is_open(self, bound: Bound) -> bool:
         """Whether the inside edits of `bound` act now."""
 
+    def inside(self, method: Intervention) -> AbstractContextManager[None]:
+        """Switch the inside edits of an `around` method on for the model calls in this block."""
+
 
 class SiteAttention:
     """The site's own attention, computed once, by the model's kernel or by the same kernel with its lse."""
 
-    def __init__(self, att: Attention, base: Callable[[], Tensor], same_kernel: bool):
+    def __init__(self, att: Attention, base: Callable[[], Tensor], same_kernel: Callable[[], bool] | None):
         self.att = att
         self._base = base
-        self.same_kernel = same_kernel
+        self._same_kernel = same_kernel
         self._pair: tuple[Tensor, Tensor] | None = None
         self._out: Tensor | None = None
 
@@ -47,9 +52,11 @@ class SiteAttention:
             self._out = self._base()
         return self._out
 
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """(out, lse) from one call of the kernel that the model itself would use."""
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """(out, lse) from one call of the kernel that the model itself would use; None where that gives no lse."""
         if self._pair is None:
+            if self._same_kernel is None or not self._same_kernel():
+                return None
             self._pair = kernels.attend_lse(self.att)
             if self._out is None:
                 self._out = self._pair[0]
@@ -87,7 +94,8 @@ class SiteRuntime:
         return tuple(
             i
             for i, (bound, _) in enumerate(self.entries)
-            if self.run.is_open(bound) and bound.where.active(None if mixed else phase, step, steps)
+            if self.run.is_open(bound)
+            and (not bound.timed or bound.where.active(None if mixed else phase, step, steps))
         )
 
     def __call__(
@@ -96,7 +104,7 @@ class SiteRuntime:
         base: Callable[[], Tensor],
         call: AttnCall,
         active: tuple[int, ...],
-        same_kernel: bool = False,
+        same_kernel: Callable[[], bool] | None = None,
         maps: list[tuple[Heads | None, Tensor]] | None = None,
     ) -> Tensor:
         """The site's output [B, H, n, dv] with the active interventions applied.
@@ -104,14 +112,15 @@ class SiteRuntime:
         Args:
             att: the call in the model's terms. base: computes the output with the model's own kernel.
             call: what the host knows of it. active: which interventions act.
-            same_kernel: whether `kernels.attend_lse` would run that very kernel (so it can replace it).
+            same_kernel: whether `kernels.attend_lse` would run that very kernel (so it can replace it); asked where a method
+                needs the lse. None: it never would.
             maps: filled with (heads of this process or None, edited map), where the host hands out attention weights.
         """
         if call.packed:
             _check_apart(self.site, att, call)
         whole = SiteAttention(att, base, same_kernel)
         offset = self._offset(att.q.shape[1])
-        marks = self._seen(active, offset, att.shape, call.phase)
+        marks = self._seen(active, offset, att.q.shape, call.phase)
         result: Tensor | None = None
         for heads, bounds in self.partition(active):
             local = _local(heads, offset, att.q.shape[1])
@@ -190,8 +199,13 @@ class _HeadGroup:
             sub = whole.att.select(local)
             self.map = DenseMap(sub, kernels.dense(sub), pick(whole.out()))
         else:
-            fused = (lambda: tuple(pick(t) for t in whole.pair())) if whole.same_kernel else None
-            self.map = AttentionMap(lambda: whole.att.select(local), base=lambda: pick(whole.out()), fused=fused)
+
+            def fused() -> tuple[Tensor, Tensor] | None:
+                pair = whole.pair()
+                return None if pair is None else (pick(pair[0]), pick(pair[1]))
+
+            selected = whole.att if local is None else lambda: whole.att.select(local)
+            self.map = AttentionMap(selected, base=lambda: pick(whole.out()), fused=fused)
 
     def run(self, bounds: list[Bound], maps: list[tuple[Heads | None, Tensor]] | None) -> Tensor | None:
         """The heads' edited output, or None where no method edits."""

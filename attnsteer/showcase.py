@@ -7,7 +7,7 @@ are shown for that reason.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from . import zoo
-from .evals.statistics import Interval, paired_bootstrap
+from .evals.significance import Interval, paired_bootstrap
 from .steering import steer
 
 READINGS, SCENES, PICTURES = 300, 60, 8
@@ -49,15 +49,18 @@ class Sheet:
     prompts: list[str]
 
 
-def showcase(out: Path) -> tuple[list[Line], list[Path]]:
-    """Run what the installed models allow.
+def showcase(out: Path, names: Sequence[str] | None = None) -> tuple[list[Line], list[Path]]:
+    """Steer embedded models, before and after.
+
+    Args:
+        out: folder of the contact sheets. names: of the models; None: all of this installation.
 
     Returns:
         the lines, and the paths of the contact sheets, one for each model that draws pictures.
     """
     lines: list[Line] = []
     paths: list[Path] = []
-    for name in zoo.available():
+    for name in names or zoo.available():
         line, sheet = PARTS[name](name)
         lines.append(line)
         if sheet is not None:
@@ -117,7 +120,7 @@ def _vision(name: str) -> tuple[Line, Sheet | None]:
 def _boxes(name: str) -> tuple[Line, Sheet | None]:
     from .methods.attention_refocusing import AttentionRefocusing
     from .where import Where
-    from .zoo.measure.images import generate, shorter
+    from .zoo.measure.image_quality import generate, shorter
     from .zoo.shapes.detect import detect
     from .zoo.shapes.layouts import in_boxes, layout
 

@@ -22,6 +22,7 @@ class Site:
         causal: whether a row sees only keys at or before its own position.
         linear: True where no softmax map exists (linear attention: only value-path edits are defined).
         module: the module itself; not part of equality or of the printed form.
+        path: the module name with the pipeline component in front, unique within a target.
     """
 
     name: str
@@ -35,11 +36,11 @@ class Site:
     causal: bool = False
     linear: bool = False
     module: Any = field(default=None, repr=False, compare=False)
+    # Read some times at each call, so it is a plain attribute.
+    path: str = field(init=False, repr=False, compare=False)
 
-    @property
-    def path(self) -> str:
-        """The module name with the pipeline component in front, unique within a target."""
-        return f"{self.component}.{self.name}" if self.component else self.name
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", f"{self.component}.{self.name}" if self.component else self.name)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values, without the module."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import zoo
 from .errors import AttnSteerError, UnknownName, UnsupportedHost, did_you_mean, listing
 from .hosts.diffusers.host import DENOISERS
 from .site import Site, SiteList
@@ -23,8 +24,8 @@ def sites_of(source: str | Path, component: str | None = None) -> SiteList:
     """The attention sites of a saved model or pipeline, from its config files only.
 
     Args:
-        source: a folder with `config.json` or `model_index.json`, or a hub id. component: one part of a pipeline;
-            None: its denoisers.
+        source: an embedded model by its name, a folder with `config.json` or `model_index.json`, or a hub id.
+        component: one part of a pipeline; None: its denoisers.
 
     Code that a repository brings along is never run, so a model that needs it is refused.
 
@@ -69,6 +70,8 @@ def _pipeline_sites(folder: Path, index: dict[str, Any], component: str | None) 
 
 def _folder(source: str) -> Path:
     path = Path(source)
+    if source in zoo.NAMES and not path.is_dir():
+        return zoo.folder(source)
     if path.is_dir():
         if any((path / name).is_file() for name in CONFIGS[:2]):
             return path

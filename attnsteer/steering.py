@@ -6,9 +6,8 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +18,7 @@ from .engine import SiteRuntime
 from .errors import CompositionError, NeverFired, NothingChanged, SelectionError, UnsupportedHost, brief, listing
 from .intervention import Intervention
 from .registry import get_host, hosts
+from .scope import PLAIN, SCOPES, Scope
 from .site import Site, SiteList
 from .tokens import checked_images
 from .undo import Journal
@@ -28,25 +28,6 @@ from .where import Where
 CLOCKS = ("phases", "steps", "branches")
 
 
-@dataclass(frozen=True)
-class Scope:
-    """What the blocks that are entered around a call say of it.
-
-    Attributes:
-        frozen: statistics stay as the prompt left them. chunked: calls are chunks of one prompt; chunk_total: its slots.
-        images: the processor's output, or token ranges. layout: names of the equal parts of a denoiser's batch.
-    """
-
-    frozen: bool = False
-    chunked: bool = False
-    chunk_total: int | None = None
-    images: Any = None
-    layout: tuple[str, ...] | None = None
-
-
-PLAIN = Scope()
-# By steering; each thread and asyncio task has its own blocks.
-_SCOPES: ContextVar[Mapping[int, Scope]] = ContextVar("attnsteer_scopes", default={})  # noqa: B039  never mutated
 # Attached steerings, so that a site is steered once, and a lost handle can be found.
 _LIVE: weakref.WeakSet[Steering] = weakref.WeakSet()
 
@@ -100,15 +81,15 @@ class Steering:
     @property
     def scope(self) -> Scope:
         """What the blocks around the running call say."""
-        return _SCOPES.get().get(id(self), PLAIN)
+        return SCOPES.get().get(id(self), PLAIN)
 
     @contextlib.contextmanager
     def _scoped(self, **changes: Any) -> Iterator[None]:
-        token = _SCOPES.set({**_SCOPES.get(), id(self): replace(self.scope, **changes)})
+        token = SCOPES.set({**SCOPES.get(), id(self): replace(self.scope, **changes)})
         try:
             yield
         finally:
-            _SCOPES.reset(token)
+            SCOPES.reset(token)
 
     def is_open(self, bound: Bound) -> bool:
         """Whether the inside edits of `bound` act now (those of an `around` method only inside its pass)."""
@@ -165,9 +146,10 @@ class Steering:
         """
         attached = self.attached
         self._detach()
-        silent = self._silent(resting=True) if attached else ""
-        if silent:
-            warnings.warn(silent, NothingChanged, stacklevel=2)
+        if attached and not self.control:
+            silent = " ".join(filter(None, (self._unseen(), self._idle(resting=False), self._idle(resting=True))))
+            if silent:
+                warnings.warn(silent, NothingChanged, stacklevel=2)
 
     def _detach(self) -> None:
         with self._lock:
@@ -180,44 +162,50 @@ class Steering:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._detach()
-        if kind is None:
+        if kind is None and not self.control:
             self.check_fired()
 
-    def check_fired(self) -> None:
-        """Raise `NeverFired` if an attached intervention has changed nothing; a control steering is the exception."""
-        silent = self._silent()
+    def check_fired(self, changed: bool = True) -> None:
+        """Raise `NeverFired` if an attached intervention was never asked, or changed nothing.
+
+        Args:
+            changed: whether it must have changed something; not asked of a control steering, nor of methods that only read or
+                whose own rule leaves some inputs alone (those warn).
+        """
+        silent = " ".join(filter(None, (self._unseen(), self._idle(resting=False) if changed else "")))
         if silent:
             raise NeverFired(silent)
-        resting = self._silent(resting=True)
+        resting = self._idle(resting=True) if changed else ""
         if resting:
             warnings.warn(resting, NothingChanged, stacklevel=3)
 
-    def _silent(self, resting: bool = False) -> str:
-        """What to say of the interventions that changed nothing, or ""; `resting`: those that may are among them."""
-        if self.control:
+    def _unseen(self) -> str:
+        """What to say of the interventions that were never asked, or ""."""
+        names = [self.audit.names[b.index] for b in self.bounds if not self.audit.saw(b.index)]
+        if not names:
             return ""
-        unseen, idle = [], []
-        for bound in self.bounds:
-            name = self.audit.names[bound.index]
-            if not self.audit.saw(bound.index):
-                unseen.append(name)
-            elif bound.method.observes or (bound.method.may_rest and not resting):
-                continue
-            elif not self.audit.fired(bound.index):
-                idle.append(name)
-        said = []
-        if unseen:
-            said.append(
-                f"{listing(unseen)} never acted: no selected site ran while it was attached ({len(self.sites)} sites: "
-                f"{listing((s.path for s in self.sites), 4)}). Call the steered model inside the context, and check phases, "
-                "steps and branches in Where."
-            )
-        if idle:
-            said.append(
-                f"{listing(idle)} was asked, but changed nothing: its strength is neutral, or what it acts on was not there. Print "
-                "run.audit; a control that is meant to change nothing is steer(..., control=True)."
-            )
-        return " ".join(said)
+        return (
+            f"{listing(names)} never acted: no selected site ran while it was attached ({len(self.sites)} sites: "
+            f"{listing((s.path for s in self.sites), 4)}). Call the steered model inside the context, and check phases, "
+            "steps and branches in Where."
+        )
+
+    def _idle(self, resting: bool) -> str:
+        """What to say of the interventions that changed nothing, or ""; `resting`: of those that may."""
+        names = [
+            self.audit.names[b.index]
+            for b in self.bounds
+            if not b.method.observes
+            and b.method.may_rest == resting
+            and self.audit.saw(b.index)
+            and not self.audit.fired(b.index)
+        ]
+        if not names or self.control:
+            return ""
+        return (
+            f"{listing(names)} was asked, but changed nothing: its strength is neutral, or what it acts on was not there. Print "
+            "run.audit; a control that is meant to change nothing is steer(..., control=True)."
+        )
 
     def __repr__(self) -> str:
         return f"<Steering of {type(self.target).__name__} at {len(self.sites)} sites: {', '.join(self.audit.names)}>"

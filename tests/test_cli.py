@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -118,6 +119,60 @@ def test_methods_as_json_has_all_facts() -> None:
         for m in found.values()
         if m["name"] in attnsteer.__all__
     )
+
+
+@pytest.mark.parametrize("name", methods())
+def test_one_method_is_told_whole(name: str) -> None:
+    found = json.loads(run("methods", name, "--json").output)
+    cls = attnsteer.get_method(name)
+    assert [p["name"] for p in found["parameters"]] == [f.name for f in dataclasses.fields(cls)]
+    for row in found["parameters"]:
+        assert row["type"] and row["values"] and (row["default"] is None) == row["required"]
+    # The example's method can be made as it is written.
+    imports, _, steered = found["example"].partition("\n\n")
+    names: dict[str, Any] = {}
+    exec(imports, names)
+    made = eval(steered.partition(", ")[2].partition(") as run:")[0], names)
+    assert isinstance(made, cls)
+    table = run("methods", name).output
+    assert found["summary"] in table and found["paper"] in table and found["example"] in table
+    assert all(row["name"] in table for row in found["parameters"])
+
+
+def test_declared_values_are_shown() -> None:
+    from attnsteer.cli_methods import parameters
+
+    class Declared:
+        def describe(self) -> str:
+            return "number from 0 to 1"
+
+    @dataclasses.dataclass(frozen=True)
+    class Base:
+        share: float = dataclasses.field(default=0.5, metadata={"parameter": Declared()})
+
+    @dataclasses.dataclass(frozen=True)
+    class Other(Base):
+        share: float = 0.2
+        free: int = 1
+
+    assert [(p["name"], p["values"], p["default"]) for p in parameters(Other)] == [
+        ("share", "number from 0 to 1", "0.2"),
+        ("free", "any", "1"),
+    ]
+
+
+def test_one_method_that_is_not_there() -> None:
+    done = run("methods", "Act")
+    assert done.exit_code == 2 and "Did you mean 'ACT'" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["shapes-lm", "shapes-sd"])
+def test_sites_of_embedded_models_by_name(name: str) -> None:
+    from attnsteer import zoo
+
+    found = json.loads(run("sites", name, "--json").output)
+    loaded = zoo.load(name)
+    assert [s["path"] for s in found] == [s.path for s in sites(loaded.model if name == "shapes-lm" else loaded)]
 
 
 def test_methods_works_without_the_host_libraries() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
+import pkgutil
 from pathlib import Path
 from types import ModuleType
 
@@ -122,6 +124,18 @@ def test_methods_are_frozen_interventions_with_a_paper(name: str) -> None:
     assert issubclass(cls, Intervention) and dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen
     entry = describe(name, cls)
     assert entry.summary and "20" in entry.paper and entry.doors and entry.hosts
+
+
+@pytest.mark.parametrize("package", ["", ".recipe", ".results", ".run", ".search", ".viz"])
+def test_a_package_shows_its_public_names_and_no_others(package: str) -> None:
+    module = importlib.import_module(f"attnsteer{package}")
+    assert dir(module) == sorted(module.__all__) == sorted(set(module.__all__))
+    inner = {m.name for m in pkgutil.iter_modules(module.__path__)}
+    for name in module.__all__:
+        found = getattr(module, name)
+        # A submodule of that name would stand in its place once it is imported.
+        assert name not in inner or isinstance(found, ModuleType), name
+    assert dir(module) == sorted(module.__all__)
 
 
 def test_errors_are_one_family() -> None:

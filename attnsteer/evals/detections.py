@@ -55,7 +55,7 @@ def phrases(asked: Sequence[Any]) -> tuple[Phrase, ...]:
     return tuple(found)
 
 
-def wanted(record: Mapping[str, Any]) -> Layout:
+def requested_layout(record: Mapping[str, Any]) -> Layout:
     """The layout of a record: `phrases`, and where they are there `prompt`, `boxes`, `category` and `side`.
 
     Raises:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import MissingExtra, RecordError
 from .metrics.base import Metric, Sample
-from .statistics import Interval, jackknife, jackknife_p
+from .significance import Interval, jackknife, jackknife_p
 
 # Groups left out in turn for an interval, and the least number of samples for one.
 GROUPS, LEAST = 20, 10

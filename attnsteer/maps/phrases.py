@@ -92,15 +92,15 @@ class Prompt:
         self._need(repr(phrase))
         text, which = (phrase, None) if isinstance(phrase, str) else phrase
         found = [_in_segment(segment, text, which, include) for segment in self.samples[sample]]
-        kept = [terms for terms in found if terms is not None]
-        if not kept or not all(tokens for terms in kept for tokens in terms):
+        placed = [terms for terms in found if terms is not None]
+        if not placed or not all(tokens for terms in placed for tokens in terms):
             shown = self.samples[sample][0].text
             cut = any(_places(s.text, text) for s in self.samples[sample])
             problem = "is cut off: the prompt is longer than the text encoder reads" if cut else "is not in the prompt"
             raise SelectionError(
                 f"the phrase {text!r} {problem}: {shown!r}. Phrases are whole words, as they are written."
             )
-        return [sorted(i for terms in kept for i in terms[n]) for n in range(len(kept[0]))]
+        return [sorted(i for terms in placed for i in terms[n]) for n in range(len(placed[0]))]
 
     def _need(self, what: str) -> None:
         if not self.samples:

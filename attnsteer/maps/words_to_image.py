@@ -23,7 +23,7 @@ from .phrases import Prompt, fits
 COMPETE = ("inner", "prompt", "all")
 
 
-class Enough(Exception):
+class MapsComplete(Exception):
     """All maps of a pass are there: the rest of the denoiser need not run."""
 
 
@@ -75,7 +75,7 @@ class Capture:
     def end(self) -> tuple[SiteMaps, ...]:
         """The maps of the pass that ended, in the order of execution."""
         self.armed = False
-        missing = [path for path in self.wanted if not self._whole(path)]
+        missing = [path for path in self.wanted if not self._has(path)]
         if missing:
             raise UnsupportedHost(
                 f"{missing[0]} did not run in this pass of the denoiser (skipped layers?), so its map is missing. Leave it out "
@@ -87,9 +87,9 @@ class Capture:
     @property
     def complete(self) -> bool:
         """Whether an armed capture has everything."""
-        return self.armed and all(self._whole(path) for path in self.wanted)
+        return self.armed and all(self._has(path) for path in self.wanted)
 
-    def _whole(self, path: str) -> bool:
+    def _has(self, path: str) -> bool:
         return sum(len(heads) for heads, _ in self._parts.get(path, ())) == self.wanted[path].count
 
     def add(self, call: AttnCall) -> None:

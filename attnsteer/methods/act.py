@@ -120,8 +120,8 @@ class ACT(Intervention):
 
     def _sinks(self, call: AttnCall) -> Tensor:
         """S as a key set [B, H, m] of this call."""
-        state, slots = call.state, call.keys.slot
-        length = call.past + call.q.shape[2]
+        state, (_, _, n, m) = call.state, call.map.shape
+        length = call.past + n
         moving = call.phase == "prefill" or (self.decode == "running" and not call.frozen)
         if not moving and "sinks" not in state:
             raise UnsupportedHost(
@@ -131,7 +131,7 @@ class ACT(Intervention):
         if moving:
             self._update(call, length)
         sinks = state["sinks"]
-        return _grown(sinks, length) if len(slots) == length else _at(sinks, slots)
+        return _grown(sinks, length) if m == length else _at(sinks, call.keys.slot)
 
     def _update(self, call: AttnCall, length: int) -> None:
         """Add the rows of this call to the sums by slot, and look again which columns are sinks."""

@@ -32,8 +32,8 @@ LATE, LATER = 0.2, 0.3
 
 
 def _boxes(given: Any) -> Any:
-    kept = [dict(layout) for layout in layouts(given)]
-    return kept if isinstance(given, (list, tuple)) else kept[0]
+    checked = [dict(layout) for layout in layouts(given)]
+    return checked if isinstance(given, (list, tuple)) else checked[0]
 
 
 def _schedule(given: Any) -> tuple[tuple[float, float, float, int], ...]:
@@ -41,10 +41,10 @@ def _schedule(given: Any) -> tuple[tuple[float, float, float, int], ...]:
     rows = [plain(row) for row in plain(given)]
     if not rows or not all(isinstance(row, (list, tuple)) and len(row) == 4 for row in rows):
         raise SelectionError("give rows of (from, to, step size, updates), 0 <= from < to <= 1.")
-    kept = tuple(tuple(f.check("schedule", "row", v) for f, v in zip(forms, row, strict=True)) for row in rows)
-    if any(row[0] >= row[1] for row in kept):
+    checked = tuple(tuple(f.check("schedule", "row", v) for f, v in zip(forms, row, strict=True)) for row in rows)
+    if any(row[0] >= row[1] for row in checked):
         raise SelectionError("give rows of (from, to, step size, updates), 0 <= from < to <= 1.")
-    return kept
+    return checked
 
 
 @register_method
@@ -133,7 +133,7 @@ class AttentionRefocusing(LatentLoss):
                 )
         return Plan(0.0)
 
-    def met(self, maps: Maps, loss: Tensor, target: float) -> Tensor:
+    def reached(self, maps: Maps, loss: Tensor, target: float) -> Tensor:
         """The released code stops after the update whose loss is small enough, or whose words are all inside."""
         if self.form == "paper":
             return torch.zeros_like(loss, dtype=torch.bool)

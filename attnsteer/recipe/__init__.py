@@ -5,12 +5,13 @@ from .._lazy import lazy
 __getattr__, __dir__, __all__ = lazy(
     __name__,
     {
+        "Arm": "arms",
         "Point": "sweep",
         "Recipe": "schema",
         "check": "checks",
         "json_schema": "schema",
         "load_recipe": "loading",
-        "resolve": "checks",
-        "with_values": "sweep",
+        "resolve": "resolved",
+        "with_values": "validate",
     },
 )

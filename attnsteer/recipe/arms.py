@@ -14,7 +14,7 @@ from ..registry import get_method
 from ..site import Site
 from .parameters import ZERO, Method, Sample, check_names, method, settable
 from .schema import Recipe
-from .searched import calibration_key
+from .search_specs import calibration_key
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def methods_of(recipe: Recipe, found: Mapping[str, Any] | None = None) -> tuple[
     if recipe.calibration is not None:
         key = calibration_key(recipe)
         if found is None or key not in found:
-            raise RecipeError("the recipe has a calibration, which has not run; attnsteer.run.calibration runs it.")
+            raise RecipeError(
+                "the recipe has a calibration, which has not run; attnsteer.run.recipe_calibration runs it."
+            )
         result = found[key]
     heads = result if isinstance(result, HeadSet) else None
     out = []
@@ -74,7 +76,7 @@ def _with_result(spec: Any, into: str, result: Any) -> Any:
     return spec.model_copy(update={"params": {**spec.params, into: list(result)}})
 
 
-def zeroed(recipe: Recipe, chosen: Sequence[Method]) -> tuple[Method, ...]:
+def at_zero_strength(recipe: Recipe, chosen: Sequence[Method]) -> tuple[Method, ...]:
     """The methods at zero strength.
 
     Raises:
@@ -119,7 +121,7 @@ def allowed_heads(method: Method, sites: Sequence[Site], kind: str) -> dict[int,
     return head_counts([site for site, _ in found], kind) or {}
 
 
-def randomised(chosen: Sequence[Method], sizes: Mapping[int, int] | None, draw: int) -> tuple[Method, ...]:
+def with_random_heads(chosen: Sequence[Method], sizes: Mapping[int, int] | None, draw: int) -> tuple[Method, ...]:
     """The methods with random heads, as many in each layer as were chosen.
 
     Args:

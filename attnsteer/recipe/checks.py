@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import AttnSteerError, RecipeError, did_you_mean, listing
+from ..errors import AttnSteerError, RecipeError, RegistrationError, did_you_mean, listing
 from ..heads import HeadSet
-from ..run.tasks import get_task
-from .arms import methods_of, randomised, zeroed
-from .resolve import METRIC_FILES, absolute_options, names_file, resolve
-from .schema import Recipe
-from .searched import calibration_key, search_of, searched_method
-from .sweep import points, with_values
+from ..method_files import require
+from .arms import at_zero_strength, methods_of, with_random_heads
+from .resolved import METRIC_FILES, absolute_options, names_file, resolve
+from .schema import RESERVED, Recipe
+from .search_specs import calibration_key, search_of, searched_method
+from .sweep import points
+from .validate import with_values
 
 # What stands for heads and dimensions that a search will find.
 STAND_IN = HeadSet({0: [0]}, shape=(1, 2))
@@ -27,6 +28,11 @@ def check(recipe: Recipe, *, files: bool = True) -> list[str]:
     Args:
         files: whether files that have to be fetched first (data, annotations, features, model folders) must be there.
     """
+    try:
+        require(recipe.import_paths())
+    except RegistrationError as error:
+        # Without them no method is known, and nothing else can be said.
+        return [f"imports: {error}"]
     problems: list[str] = []
 
     @contextmanager
@@ -75,7 +81,7 @@ def _check_arms(recipe: Recipe) -> None:
     for m in chosen:
         m.placeholder()
     if recipe.controls.zero:
-        for m in zeroed(recipe, chosen):
+        for m in at_zero_strength(recipe, chosen):
             m.placeholder()
     if recipe.calibration is not None and recipe.calibration.into != "heads":
         into = recipe.calibration.into
@@ -84,22 +90,22 @@ def _check_arms(recipe: Recipe) -> None:
     if recipe.controls.random_heads:
         # Sizes of layers come with the model; until then the chosen heads are all there are.
         least = {layer: max(m.heads[layer]) + 1 for m in chosen if m.heads is not None for layer in m.heads.layers}
-        randomised(chosen, least, 1)
+        with_random_heads(chosen, least, 1)
 
 
 def _check_decoding(recipe: Recipe) -> None:
     """What can be said of arguments of the model's call without the model; see `check_call` for pipelines."""
-    task = get_task(recipe.task)
+    reserved = RESERVED[recipe.task]
     for place, given in (("decoding", recipe.decoding), ("baseline", recipe.baseline)):
         if given and recipe.task == "choice":
             raise RecipeError(f"{place}: {listing(given)} has no meaning for the task choice, which writes nothing.")
-        taken = [k for k in task.RESERVED if k in given]
+        taken = [k for k in reserved if k in given]
         if taken:
             raise RecipeError(f"{place}: {listing(taken)} is set by the run itself.")
         if given and recipe.task in ("answer", "caption"):
             from transformers import GenerationConfig
 
-            _check_arguments(place, given, sorted(set(GenerationConfig().to_dict()) - {*task.RESERVED, *_INTERNAL}))
+            _check_arguments(place, given, sorted(set(GenerationConfig().to_dict()) - {*reserved, *_INTERNAL}))
 
 
 # Of a generation config, what is no argument.
@@ -114,7 +120,7 @@ def check_call(recipe: Recipe, pipe: Any) -> None:
     """
     found = list(inspect.signature(type(pipe).__call__).parameters.values())[1:]
     # Those with **kwargs take deprecated arguments by it, and pass over whatever else there is.
-    names = [p.name for p in found if p.kind is not p.VAR_KEYWORD and p.name not in get_task("image").RESERVED]
+    names = [p.name for p in found if p.kind is not p.VAR_KEYWORD and p.name not in RESERVED["image"]]
     for point in points(recipe):
         for place in ("decoding", "baseline"):
             _check_arguments(place, getattr(point.recipe, place), names)

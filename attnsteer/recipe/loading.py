@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import yaml
+from .locate import locate
 from .schema import Recipe
 from .validate import validate
 
@@ -15,8 +16,6 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         RecipeError: it cannot be read, is not YAML, or is not a recipe; the message names line and field.
     """
-    from .shipped import locate
-
     path = locate(path)
     document = yaml.read(path)
     recipe = validate(document.value, document)

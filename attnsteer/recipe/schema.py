@@ -32,6 +32,13 @@ SCHEMA_VERSION = 1
 KINDS = ("lm", "vlm", "image")
 # Which kinds of model a task can ask.
 TASKS = {"choice": ("lm", "vlm"), "answer": ("lm", "vlm"), "caption": ("vlm",), "image": ("image",)}
+# Arguments of the model's call that the run sets itself: one answer for each sample, and nothing beside it.
+RESERVED = {
+    "choice": (),
+    "answer": ("num_return_sequences", "return_dict_in_generate"),
+    "caption": ("num_return_sequences", "return_dict_in_generate"),
+    "image": ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt"),
+}
 ZOO_KINDS = {"shapes-lm": "lm", "shapes-lvlm": "vlm", "shapes-sd": "image", "shapes-mmdit": "image"}
 # Which tasks the sources of the shapes world have samples for.
 ZOO_TASKS = {
@@ -59,8 +66,8 @@ REFUSED = (
     "assistant_model",
     "streamer",
 )
-# What a digest leaves out: words about a run, not of it.
-WORDS = ("summary", "notes", "claims", "requires")
+# What a digest leaves out: words about a run, not of it; and names of files, whose contents have hashes of their own.
+WORDS = ("summary", "notes", "claims", "requires", "imports")
 
 Options = dict[str, JsonValue]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -107,6 +114,8 @@ class ModelSpec(Spec):
             raise ValueError(f"no embedded model {self.zoo!r}; {_known(self.zoo, ZOO_KINDS)}")
         if self.zoo is not None and self.kind != ZOO_KINDS[self.zoo]:
             raise ValueError(f"{self.zoo} is a model of kind {ZOO_KINDS[self.zoo]}, not {self.kind}")
+        if self.hub in ZOO_KINDS:
+            raise ValueError(f"{self.hub} is an embedded model, which is not on the hub; write zoo: {self.hub}")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision is for a model from the hub")
         if self.device_map is not None and self.device != "auto":
@@ -243,6 +252,11 @@ class Recipe(Spec):
     requires: list[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*$")]] = Field(
         [], description="Modules that a run needs beyond the required ones; not asked for with --tiny."
     )
+    imports: list[Annotated[str, Field(pattern=r"^[^\n]+\.py$", max_length=500)]] = Field(
+        [],
+        max_length=20,
+        description="Files of Python that register its methods, relative to the recipe. Not imported without the user's word.",
+    )
     model: ModelSpec = Field(description="The model.")
     data: DataSpec = Field(description="The samples.")
     task: Literal["choice", "answer", "caption", "image"] = Field(description="What the model is asked to do.")
@@ -283,6 +297,10 @@ class Recipe(Spec):
     def folder(self) -> Path:
         """What its relative paths are relative to."""
         return self._source.parent if self._source is not None else Path()
+
+    def import_paths(self) -> list[Path]:
+        """The files of `imports`."""
+        return [self.folder / name for name in self.imports]
 
     @field_validator("decoding", "baseline")
     @classmethod

@@ -1,4 +1,4 @@
-"""The recipes that come with the package: where they are, and how one is copied."""
+"""The recipes that come with the package: all of them loaded, and one copied."""
 
 from __future__ import annotations
 
@@ -6,48 +6,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError
 from .loading import load_recipe
+from .locate import ENDING, folder, locate, names
 from .schema import Recipe
-
-ENDING = ".yaml"
-
-
-def folder() -> Path:
-    """Where they are: inside the package, or beside it in a checkout.
-
-    Raises:
-        RecipeError: this installation has none.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for place in (package / "recipes", package.parent / "recipes"):
-        if place.is_dir():
-            return place
-    raise RecipeError(f"this installation has no recipes beside {package}; install attnsteer again.")
-
-
-def names() -> list[str]:
-    """Names of all of them, such as act/shapes-reading, sorted."""
-    root = folder()
-    return sorted(p.relative_to(root).with_suffix("").as_posix() for p in root.glob(f"*/*{ENDING}"))
-
-
-def locate(given: str | Path) -> Path:
-    """The file of a recipe: a path, or the name of a shipped one.
-
-    Raises:
-        RecipeError: neither a file nor a name.
-    """
-    path = Path(given)
-    if path.is_file():
-        return path
-    name = str(given).removesuffix(ENDING)
-    known = names()
-    if name in known:
-        return folder() / f"{name}{ENDING}"
-    raise RecipeError(
-        f"there is no file {str(given)!r}, and no shipped recipe of that name (attnsteer recipes ls).{did_you_mean(name, known)}"
-    )
 
 
 def shipped() -> Iterator[Recipe]:
@@ -94,4 +56,5 @@ def _files(recipe: Recipe) -> list[str]:
     sections = [recipe.data, *([recipe.calibration.data] if recipe.calibration else [])]
     found = [d.file for d in sections if d.file is not None]
     found += [s.heads for s in recipe.interventions if isinstance(s.heads, str) and ":" not in s.heads]
+    found += recipe.imports
     return [f for f in dict.fromkeys(found) if not Path(f).is_absolute()]

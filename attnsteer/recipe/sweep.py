@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import RecipeError, did_you_mean, listing
-
-if TYPE_CHECKING:
-    from .schema import Recipe
+from .parse import parse_recipe
+from .schema import Recipe
 
 # One run folder has one model and one list of samples, so only what makes an arm can be swept.
 SWEPT = ("interventions", "calibration", "baseline", "decoding", "controls")
@@ -48,9 +47,9 @@ def points(recipe: Recipe) -> list[Point]:
     if total > MOST:
         raise RecipeError(f"sweep: {total} points; at most {MOST} are run.")
     found = []
-    for index, chosen in enumerate(itertools.product(*recipe.sweep.values())):
-        values = dict(zip(recipe.sweep, chosen, strict=True))
-        found.append(Point(index, values, _with(recipe, {**values, "sweep": {}}, "sweep")))
+    for index, combination in enumerate(itertools.product(*recipe.sweep.values())):
+        values = dict(zip(recipe.sweep, combination, strict=True))
+        found.append(Point(index, values, replaced(recipe, {**values, "sweep": {}}, "sweep", parse_recipe)))
     return found
 
 
@@ -75,30 +74,27 @@ def own_point(points: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) ->
     return next((p for p in points if all(field_of(recipe, k) == v for k, v in p["values"].items())), None)
 
 
-def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """The recipe with values set by path, such as {"data.limit": 10}; checked as a whole.
+def replaced(recipe: Recipe, values: Mapping[str, Any], what: str, parse: Callable[[Any], Recipe]) -> Recipe:
+    """The recipe with values set by path.
+
+    Args:
+        what: is done, for messages: "sweep" or "set". parse: makes a recipe of plain data, and checks it.
 
     Raises:
         RecipeError: a path that does not exist, or a value that does not fit.
     """
-    return _with(recipe, values, "set")
-
-
-def _with(recipe: Recipe, values: Mapping[str, Any], what: str) -> Recipe:
-    from .validate import validate
-
     data = recipe.dump()
     for path, value in values.items():
         _put(data, path, value, what)
     try:
-        made = validate(data)
+        made = parse(data)
     except RecipeError as error:
-        raise RecipeError(f"{what}: with {_said(values)}: {error}") from None
+        raise RecipeError(f"{what}: with {_assignments(values)}: {error}") from None
     made._source = recipe.source
     return made
 
 
-def _said(values: Mapping[str, Any]) -> str:
+def _assignments(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{k}={v!r}" for k, v in values.items() if k != "sweep")
 
 

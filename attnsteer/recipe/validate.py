@@ -1,19 +1,15 @@
-"""Checks a recipe against the schema; every problem is told with its line."""
+"""Checks a recipe as a whole: its fields, and every point of its sweep."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
-from ..errors import RecipeError, did_you_mean
+from ..errors import RecipeError
 from . import yaml
+from .parse import parse_recipe
 from .schema import Recipe
-from .sweep import points
-
-SHOWN = 5
+from .sweep import points, replaced
 
 
 def validate(value: Any, document: yaml.Document | None = None) -> Recipe:
@@ -25,76 +21,19 @@ def validate(value: Any, document: yaml.Document | None = None) -> Recipe:
     Raises:
         RecipeError: it is not a recipe; the message names up to five fields.
     """
-    source = document.source if document else "recipe"
-    if not isinstance(value, Mapping):
-        raise RecipeError(f"{source}: is {_short(value)}; a recipe is a mapping of fields.")
+    recipe = parse_recipe(value, document)
     try:
-        # As JSON, so that lists are lists and no value is taken for another type.
-        recipe = Recipe.model_validate_json(json.dumps(value, allow_nan=False))
         # A sweep is checked by making its points.
         points(recipe)
-        return recipe
-    except ValidationError as error:
-        problems = [_problem(e, document) for e in _told(error.errors(include_url=False, include_context=True))]
     except RecipeError as error:
-        raise RecipeError(f"{source}: {error}") from None
-    except (TypeError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{source}: is not plain data ({error}).") from error
-    problems = list(dict.fromkeys(problems))
-    more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-    raise RecipeError(f"{source}: {'; '.join(problems[:SHOWN])}{more}.")
+        raise RecipeError(f"{document.source if document else 'recipe'}: {error}") from None
+    return recipe
 
 
-def _told(errors: list[Any]) -> list[Any]:
-    """Errors without those about the other forms that a value could have had."""
-    paths = [_path(e) for e in errors]
-    deeper = lambda p: any(len(q) > len(p) and q[: len(p)] == p for q in paths)  # noqa: E731
-    return [e for e, p in zip(errors, paths, strict=True) if e["type"] == "extra_forbidden" or not p or not deeper(p)]
+def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """The recipe with values set by path, such as {"data.limit": 10}; checked as a whole.
 
-
-def _path(error: Any) -> tuple[str | int, ...]:
-    """Where an error is; names of the forms that a value can have stand there too, and are no keys of the recipe."""
-    return tuple(k for k in error["loc"] if not (k in ("str", "constrained-str") or "[" in str(k)))
-
-
-def _problem(error: Any, document: yaml.Document | None) -> str:
-    loc = _path(error)
-    path = ".".join(map(str, loc)) or "recipe"
-    where = f"{path} (line {document.line(loc)})" if document else path
-    kind, value = error["type"], error["input"]
-    if kind == "extra_forbidden":
-        known = _fields(loc[:-1])
-        return f"{where}: unknown field; there are {', '.join(known)}.{did_you_mean(str(loc[-1]), known)}".rstrip(".?")
-    if kind == "missing":
-        return f"{where}: is missing"
-    if kind == "value_error":
-        return f"{where}: {error['ctx']['error']}"
-    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, not {_short(value)}"
-
-
-def _fields(loc: tuple[str | int, ...]) -> list[str]:
-    """The fields of the section at a path."""
-    section: Any = Recipe
-    for key in loc:
-        if isinstance(key, int):
-            continue
-        fields = {f.alias or n: f for n, f in section.model_fields.items()}
-        section = _section(fields[key].annotation) if key in fields else None
-        if section is None:
-            return []
-    return [f.alias or n for n, f in section.model_fields.items()]
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _section(inner)
-        if found is not None:
-            return found
-    return None
-
-
-def _short(value: Any) -> str:
-    text = repr(value).replace("\n", " ")
-    return text if len(text) <= 60 else text[:57] + "..."
+    Raises:
+        RecipeError: a path that does not exist, or a value that does not fit.
+    """
+    return replaced(recipe, values, "set", validate)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import RunError, listing
 from ..evals.metrics import Metric
-from ..evals.statistics import Interval, McNemar, holm
+from ..evals.significance import Interval, McNemar, holm
 from ..run.folder import Key, RunFolder, read_run
 
 # Fields of a recipe that say what the run is called, not what it computes.
@@ -26,7 +26,7 @@ class Row:
     Attributes:
         run, arm: its run's label, its id. kind: baseline or method. values: of the sweep, or {}. count: records.
         estimates: "metric.estimate" -> value over the samples that all runs have, with its interval if it has one.
-        cost: of metrics.json, or {}.
+        cost: of metrics.json, or {}. unchanged: its interventions changed nothing.
     """
 
     run: str
@@ -36,6 +36,7 @@ class Row:
     count: int
     estimates: dict[str, Interval | float]
     cost: dict[str, Any]
+    unchanged: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,17 @@ def compare(
                 for k, v in m.aggregate(found[n], groups=groups, draws=draws).items()
             }
             cost = dict(((run.metrics or {}).get("cost") or {}).get(arm) or {})
-            rows.append(Row(label, arm, kind, values, len(run.records[arm]), estimates, cost))
+            rows.append(Row(label, arm, kind, values, len(run.records[arm]), estimates, cost, arm in run.unchanged))
             read.append(found)
     differences = list(_differences(rows, read, measures, groups, labels[0], draws))
     unlike = [rows[d.row].run for d in differences if rows[d.row].kind == "baseline"]
     if unlike:
         notes.append(f"the baseline of {listing(dict.fromkeys(unlike))} gives other numbers than that of {labels[0]}")
+    notes += [
+        f"{_arm(row)} in {row.run}: its figures and differences say nothing about the method"
+        for row in rows
+        if row.unchanged
+    ]
     primary = ".".join(runs[0].primary())
     return Comparison(
         runs={label: str(run.path) for label, run in zip(labels, runs, strict=True)},
@@ -347,7 +353,8 @@ def _written(value: Interval | float) -> str:
 
 def _arm(row: Row) -> str:
     values = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in row.values.items())
-    return f"{row.arm} ({values})" if values else row.arm
+    name = f"{row.arm} ({values})" if values else row.arm
+    return f"{name}, changed nothing" if row.unchanged else name
 
 
 def _cost(cost: Mapping[str, Any]) -> list[str]:

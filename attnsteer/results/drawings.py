@@ -11,14 +11,14 @@ from ..run.data.sample import Sample
 from ..run.folder import RunFolder, read_run
 from ..run.loaded import Loaded
 from ..run.ranks import Ranks
-from ..run.runs import Job, planned, prepare
+from ..run.runs import Job, plan_arms, prepare
 from ..run.store import RECIPE
 from . import attention_maps as attention
 from .reports.headline import headline
-from .reports.samples import STATES, states
+from .reports.sample_browser import STATES, states
 
 
-def look(folder: str | Path, count: int = 3) -> Path:
+def record_attention(folder: str | Path, count: int = 3) -> Path:
     """Write attention.json of `count` samples, those that the method changed the most plainly first.
 
     Raises:
@@ -31,16 +31,18 @@ def look(folder: str | Path, count: int = 3) -> Path:
     if run.metrics is None:
         raise RunError(f"{run.path} has no metrics.json yet; start the run again with the same command to finish it.")
     job = prepare(load_recipe(run.path / RECIPE), run.path, tiny=run.tiny)
+    if {f.path.name: f.sha256 for f in job.method_files()} != run.identity.get("imports", {}):
+        raise RunError(f"the imported files are not those of the run {run.path}: its attention cannot be shown.")
     loaded = load(job.recipe.model, tiny=job.data if run.tiny else None, folder=job.source.folder)
     if loaded.files != run.identity.get("model"):
         raise RunError(f"the files of the model are not those of the run {run.path}: its attention cannot be shown.")
     head = headline(run, set())
-    arms = {a.id: a for a in planned(job, loaded, Ranks(), progress=False).arms}
+    arms = {a.id: a for a in plan_arms(job, loaded, Ranks(), progress=False).arms}
     seed = run.seeds[0]
     found = attention.collect(
         loaded,
         [arms[head.base], arms[head.arm]],
-        chosen(run, job.data.samples, seed, count),
+        most_changed(run, job.data.samples, seed, count),
         inputs=_inputs(loaded, job),
         generator=lambda s: _generator(seed, s),
         picture=lambda arm, s: run.records[arm][seed, s["id"]]["image"],
@@ -49,7 +51,7 @@ def look(folder: str | Path, count: int = 3) -> Path:
     return attention.save(run.path, found)
 
 
-def chosen(run: RunFolder, samples: list[Sample], seed: int, count: int) -> list[Sample]:
+def most_changed(run: RunFolder, samples: list[Sample], seed: int, count: int) -> list[Sample]:
     """What was gained, then lost, then changed in words only, then the rest; each in the run's order."""
     state = states(run, headline(run, set()))
     there = [s for s in samples if (seed, s["id"]) in state]
@@ -59,10 +61,10 @@ def chosen(run: RunFolder, samples: list[Sample], seed: int, count: int) -> list
 def _inputs(loaded: Loaded, job: Job) -> Any:
     if loaded.kind != "vlm":
         return None
-    from ..run.tasks import Ask
+    from ..run.tasks import Request
     from ..run.tasks.prompts import encode
 
-    return lambda samples: encode(loaded, Ask(samples, job.data, {}, 0))
+    return lambda samples: encode(loaded, Request(samples, job.data, {}, 0))
 
 
 def _generator(seed: int, sample: Sample) -> Any:

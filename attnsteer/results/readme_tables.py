@@ -14,6 +14,7 @@ from ..recipe.sweep import own_point
 
 HEAD = ("recipe", "figure", "paper", "here: baseline", "here: method", "difference [95 %]", "samples")
 NOT_RUN = "not run"
+UNCHANGED = "changed nothing"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 
@@ -118,7 +119,9 @@ def _row(recipe: Recipe, runs: dict[str, Done]) -> tuple[str, ...]:
         ),
         None,
     )
-    return name, recipe.primary, paper, _figure(own[0]), _figure(own[1]), _figure(change, sign="+"), str(done.samples)
+    unchanged = point["arms"].get("method") in (metrics.get("unchanged") or ())
+    difference = UNCHANGED if unchanged else _figure(change, sign="+")
+    return name, recipe.primary, paper, _figure(own[0]), _figure(own[1]), difference, str(done.samples)
 
 
 def _claim(claim: Any) -> str:

@@ -9,6 +9,11 @@ from typing import Any
 
 from ..run import store
 
+# What to say of a run whose method changed nothing.
+UNCHANGED = (
+    "Not one attention call of any sample was changed, so no figure here says anything about the method. Check its "
+    "parameters, and what it selects."
+)
 HEAD = ("point", "arm", "{primary}", "difference to baseline", "{p}", "per second", "time")
 
 
@@ -51,6 +56,8 @@ def table(folder: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]], l
 def remarks(found: Mapping[str, Any]) -> list[str]:
     """What a reader of the figures must know."""
     out = []
+    if "method" in unchanged_roles(found):
+        out.append(f"THE METHOD CHANGED NOTHING. {UNCHANGED}")
     if found["partial"]:
         out.append("partial: only the samples that every arm has answered are counted")
     if found["zero_equals_baseline"] is not None:
@@ -59,6 +66,18 @@ def remarks(found: Mapping[str, Any]) -> list[str]:
     guards = dict.fromkeys(g for d in found["differences"] if d["arm"] == "method" for g in d["guards"])
     out += [f"watch: {g}" for g in guards]
     return out + [f"warning: {w}" for w in found["warnings"]]
+
+
+def unchanged_roles(found: Mapping[str, Any]) -> set[str]:
+    """The roles ("method", "random-1") whose arm changed nothing at every point of the sweep, from metrics.json."""
+    arms = set(found.get("unchanged") or ())
+    roles = {role for point in found["points"] for role in point["arms"]}
+    return {r for r in roles if all(p["arms"].get(r) in arms for p in found["points"] if r in p["arms"])}
+
+
+def method_unchanged(folder: str | Path) -> bool:
+    """Whether the method of a run changed nothing, at every point of its sweep."""
+    return "method" in unchanged_roles(json.loads((Path(folder) / store.METRICS).read_text(encoding="utf-8")))
 
 
 def interval(value: Mapping[str, float | None] | None, sign: str = "") -> str:

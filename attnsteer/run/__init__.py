@@ -3,5 +3,5 @@
 from .._lazy import lazy
 
 __getattr__, __dir__, __all__ = lazy(
-    __name__, {"Arm": "build", "Plan": "build", "calibrate": "calibration", "plan": "build", "run": "runs"}
+    __name__, {"Plan": "build", "calibrate": "recipe_calibration", "plan": "build", "run": "runs"}
 )

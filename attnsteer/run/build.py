@@ -9,11 +9,11 @@ from typing import Any
 from ..recipe.arms import (
     Arm,
     allowed_heads,
+    at_zero_strength,
     head_counts,
     methods_of,
     random_heads_of_all,
-    randomised,
-    zeroed,
+    with_random_heads,
 )
 from ..recipe.schema import Recipe, digest
 from ..recipe.sweep import points
@@ -48,7 +48,7 @@ def plan(recipe: Recipe, sites: Iterable[Site] | None = None, found: Mapping[str
 
     Args:
         sites: of the loaded model, for how many heads a layer has; needed for random heads unless the head set knows.
-        found: what the recipe's searches found, by `calibration_key`; see `attnsteer.run.calibration`.
+        found: what the recipe's searches found, by `calibration_key`; see `attnsteer.run.recipe_calibration`.
 
     Raises:
         RecipeError: a method, parameter, selection or file that is not there; a control that the method does not allow.
@@ -83,11 +83,11 @@ def _arms(recipe: Recipe, sites: list[Site] | None, found: Mapping[str, Any] | N
     chosen = methods_of(recipe, found)
     out = [Arm("baseline", "baseline", (), {**decoding, **recipe.baseline})]
     if recipe.controls.zero:
-        out.append(Arm("zero", "zero", zeroed(recipe, chosen), decoding))
+        out.append(Arm("zero", "zero", at_zero_strength(recipe, chosen), decoding))
     out.append(Arm("method", "method", chosen, decoding))
     draws = range(1, recipe.controls.random_heads + 1)
     if recipe.controls.random_from == "layer" or not draws:
-        return out + [Arm(f"random-{n}", "random", randomised(chosen, sizes, n), decoding) for n in draws]
+        return out + [Arm(f"random-{n}", "random", with_random_heads(chosen, sizes, n), decoding) for n in draws]
     allowed = [
         sizes if m.heads is None or sites is None else allowed_heads(m, sites, recipe.model.kind) for m in chosen
     ]

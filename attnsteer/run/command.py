@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
+from ..method_files import import_methods
 from ..recipe import yaml
 from ..recipe.loading import load_recipe
 from ..recipe.schema import Recipe
-from ..recipe.sweep import with_values
+from ..recipe.validate import with_values
 
 RUNS = Path("runs")
 
 
-def prepared(recipe: str, settings: Sequence[str] = (), batch_size: int | None = None) -> Recipe:
+def recipe_from_arguments(recipe: str, settings: Sequence[str] = (), batch_size: int | None = None) -> Recipe:
     """The recipe of a file, with fields set.
 
     Args:
@@ -34,6 +35,17 @@ def prepared(recipe: str, settings: Sequence[str] = (), batch_size: int | None =
         values["batch_size"] = batch_size
     found = load_recipe(recipe)
     return with_values(found, values) if values else found
+
+
+def import_files(files: Sequence[Path], recipe: Recipe | None = None, allow: bool = False) -> None:
+    """Import what the user named; with `allow`, also the files that a recipe names.
+
+    Raises:
+        UnknownName, RegistrationError: see `attnsteer.method_files.import_methods`.
+    """
+    named = recipe.import_paths() if recipe is not None and allow else []
+    for path in (*files, *named):
+        import_methods(path)
 
 
 def run_folder(recipe: Recipe, tiny: bool) -> Path:

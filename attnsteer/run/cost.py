@@ -24,7 +24,7 @@ class Reading:
 
 
 @contextmanager
-def gauge(device: Any) -> Iterator[Reading]:
+def measured_cost(device: Any) -> Iterator[Reading]:
     """Measure a block; the reading is filled in at its end."""
     import torch
 

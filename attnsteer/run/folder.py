@@ -58,6 +58,11 @@ class RunFolder:
         return bool(self.identity.get("tiny"))
 
     @property
+    def unchanged(self) -> set[str]:
+        """The arms whose interventions changed nothing, although they should have."""
+        return set((self.metrics or {}).get("unchanged") or ())
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Of the records, ascending."""
         return tuple(sorted({seed for rows in self.records.values() for seed, _ in rows}))

@@ -7,14 +7,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import MissingExtra, RecipeError
+from ..method_files import MethodFile, imported
 from ..recipe.checks import check
-from ..recipe.resolve import resolve
+from ..recipe.resolved import resolve
 from ..recipe.schema import DataSpec, Recipe
-from ..recipe.sweep import with_values
-from ..results.score import measures
-from . import scorers as judges
+from ..recipe.validate import with_values
+from . import scorers
 from .data import load as load_data
 from .data.sample import Data, Sample
+from .score import measures
 from .tasks import get_task
 
 
@@ -27,6 +28,12 @@ class Job:
     folder: Path
     data: Data
     tiny: bool
+
+    def method_files(self) -> list[MethodFile]:
+        """The imported files that the run depends on: those of its methods, those that its recipe names, and all with hosts."""
+        used = {spec.method for spec in self.recipe.interventions}
+        named = {path.resolve() for path in self.source.import_paths()}
+        return [f for f in imported() if f.path in named or f.hosts or used & set(f.methods)]
 
     def samples(self, spec: DataSpec) -> list[Sample]:
         """The samples of another section of the recipe."""
@@ -93,9 +100,9 @@ def _check_images(recipe: Recipe, data: Data) -> None:
 def keys(recipe: Recipe, data: Data, tiny: bool) -> list[str]:
     """What every record will have."""
     task = get_task(recipe.task)
-    out = ["arm", "seed", "id", *(k for k in task.KEEPS if all(k in s for s in data.samples)), *task.WRITES]
+    out = ["arm", "seed", "id", *(k for k in task.SAMPLE_KEYS if all(k in s for s in data.samples)), *task.RECORD_KEYS]
     if recipe.task == "image":
         if tiny or recipe.model.zoo is not None:
             out += task.DETECTED
-        out += judges.writes(recipe)
+        out += scorers.record_keys(recipe)
     return out

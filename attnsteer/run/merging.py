@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError, listing
-from ..results.score import Scores
 from . import store
 from .build import Plan
 from .job import Job
+from .score import Scores
 
 # What has to be equal for numbers to be equal.
 EQUAL = ("versions", "python", "platform", "cpu", "threads", "gpu", "device", "git")
@@ -41,15 +41,26 @@ def _batches(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def read_audits(folder: Path, arms: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The audit of each arm: of the whole run where it is merged, else of the batches that there are."""
+    merged = store.read_json(folder / store.AUDIT)
+    # Where it is there, it was made of all batches, and the parts may be gone.
+    if merged is not None:
+        return merged["arms"]
+    batches = _batches(store.parts(folder, store.AUDIT))
+    return {arm["id"]: sum_audits(arm["id"], batches) for arm in arms["arms"]}
+
+
 def score(job: Job, arms: dict[str, Any]) -> None:
     """Write metrics.json from the records that there are."""
-    found = Scores(job.recipe, arms, job.data.samples, read_records(job.folder), read_timings(job.folder))
+    records, timings, audits = read_records(job.folder), read_timings(job.folder), read_audits(job.folder, arms)
+    found = Scores(job.recipe, arms, job.data.samples, records, timings, audits)
     out = found.to_dict()
-    out["warnings"] += mixed(store.read_json(job.folder / store.ENVIRONMENT))
+    out["warnings"] += environment_warnings(store.read_json(job.folder / store.ENVIRONMENT))
     store.write_json(job.folder / store.METRICS, out)
 
 
-def mixed(environment: Any) -> list[str]:
+def environment_warnings(environment: Any) -> list[str]:
     """What to say of a run whose parts ran on different machines or versions; see `EQUAL`."""
     if not isinstance(environment, dict):
         return []
@@ -72,17 +83,15 @@ def finish(job: Job, arms: Plan) -> None:
     lines = read_timings(folder)
     lines.sort(key=lambda t: (seeds[t["seed"]], t["batch"], place[t["arm"]]))
     score(job, arms.to_dict())
-    # Where it is there, it was made of all batches, and the parts may be gone.
     if not (folder / store.AUDIT).is_file():
-        audits = _batches(store.parts(folder, store.AUDIT))
-        store.write_json(folder / store.AUDIT, {"arms": {arm.id: summed(arm.id, audits) for arm in arms.arms}})
+        store.write_json(folder / store.AUDIT, {"arms": read_audits(folder, arms.to_dict())})
     store.write_lines(folder / store.TIMINGS, lines)
     for name in PARTS:
         for path in store.parts(folder, name):
             path.unlink()
 
 
-def summed(arm: str, audits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def sum_audits(arm: str, audits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The audit of an arm over its batches, by intervention: what `Audit.to_dict` has, counts added up."""
     out: list[dict[str, Any]] = []
     for line in audits:
@@ -98,6 +107,10 @@ def summed(arm: str, audits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 own = out[index]["sites"].setdefault(path, {"calls": 0, "edits": 0, "rows": 0, "heads": 0, "path": ""})
                 for key in ("calls", "edits", "rows"):
                     own[key] += site[key]
+                if "changed" in site:
+                    own["changed"] = own.get("changed", 0) + site["changed"]
+                if site.get("compiled"):
+                    own["compiled"] = True
                 own["heads"] = max(own["heads"], site["heads"])
                 own["path"] = own["path"] or site["path"]
     return out

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RecipeError, listing
+from ..recipe.schema import ZOO_KINDS
+from ..zoo.quiet import quiet
 from . import store
 from .loaded import Loaded
 
@@ -40,28 +40,8 @@ def load(spec: ModelSpec, *, device: str | None = None, tiny: Data | None = None
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"model.device: {device} was asked for, and there is no CUDA device here; use auto or cpu.")
     dtype = getattr(torch, spec.dtype)
-    with _quiet(spec.kind):
+    with quiet(pictures=spec.kind == "image", remarks=False):
         return _load(spec, dtype, device, tiny, folder)
-
-
-@contextlib.contextmanager
-def _quiet(kind: str) -> Iterator[None]:
-    """Without the bars that the libraries show for each file."""
-    from transformers.utils import logging
-
-    own = [logging]
-    if kind == "image":
-        from diffusers.utils import logging as pictures
-
-        own.append(pictures)
-    shown = [library for library in own if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
 
 
 def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: Path | None) -> Loaded:
@@ -74,7 +54,10 @@ def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: P
     if spec.path is not None:
         source = (Path() if folder is None else folder) / Path(spec.path).expanduser()
         if not source.is_dir():
-            raise RecipeError(f"model.path: there is no folder {source}. A path is relative to the recipe's folder.")
+            embedded = f" {spec.path} is an embedded model: write zoo: {spec.path}." if spec.path in ZOO_KINDS else ""
+            raise RecipeError(
+                f"model.path: there is no folder {source}. A path is relative to the recipe's folder.{embedded}"
+            )
     else:
         source = _snapshot(str(spec.hub), spec.revision, spec.kind)
     return _folder(source, spec, dtype, device)
@@ -163,7 +146,7 @@ def _transformers(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loa
     return Loaded(
         spec.kind,
         model,
-        prepared(tokenizer),
+        left_padded(tokenizer),
         processor,
         hashes(source),
         None,
@@ -172,7 +155,7 @@ def _transformers(source: Path, spec: ModelSpec, dtype: Any, device: Any) -> Loa
     )
 
 
-def prepared(tokenizer: Any) -> Any:
+def left_padded(tokenizer: Any) -> Any:
     """A tokenizer that pads on the left, where generation needs it."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,16 @@ from ..errors import RunError, listing
 from ..recipe.arms import Arm
 from ..recipe.checks import check_call
 from ..recipe.schema import Recipe
-from . import scorers as judges
-from . import store
+from . import scorers, store
 from .build import Plan, plan
-from .cost import environment, gauge
+from .cost import environment, measured_cost
 from .data.sample import Sample
 from .job import Job, prepare
 from .loaded import Loaded
 from .merging import PARTS, finish, read_records, score
 from .models import load as load_model
 from .ranks import Ranks
-from .tasks import Ask, get_task
+from .tasks import Request, get_task
 
 # How often status.json is brought up to date, in seconds.
 PULSE = 1.0
@@ -133,12 +133,15 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
         "model": loaded.files,
         "tiny": job.tiny,
     }
+    files = job.method_files()
+    if files:
+        identity["imports"] = {f.path.name: f.sha256 for f in files}
     if ranks.first:
-        same_run(folder, identity)
-        store.tidy(folder)
+        refuse_other_run(folder, identity)
+        store.remove_partial_files(folder)
         for name in PARTS:
             for path in store.parts(folder, name):
-                store.mend(path)
+                store.cut_torn_line(path)
         # First of all, so that a folder with anything else in it is known.
         store.write_json(folder / store.IDENTITY, identity)
         store.write_atomic(folder / store.RECIPE, recipe.canonical().encode())
@@ -150,12 +153,15 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
     status = Status(folder, 0, sum(map(len, done.values())), ranks.first)
     arms: Plan | None = None
     try:
-        arms = planned(job, loaded, ranks, progress)
+        arms = plan_arms(job, loaded, ranks, progress)
         status.total = len(arms.arms) * len(recipe.seeds) * len(job.data.samples)
         if ranks.first:
-            same_arms(folder, arms, status)
+            refuse_other_arms(folder, arms, status)
             if status.done < status.total:
-                note_environment(folder, environment(loaded.device, ranks.world), again=status.done > 0)
+                here = environment(loaded.device, ranks.world)
+                if files:
+                    here["imports"] = [{"path": str(f.path), "sha256": f.sha256} for f in files]
+                note_environment(folder, here, again=status.done > 0)
             store.write_json(folder / store.ARMS, arms.to_dict())
             status.put("running")
         # Nobody answers for arms that were refused.
@@ -172,7 +178,7 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
             _score_part(job, arms, status)
         raise
     except BaseException as error:
-        _ended(status, "failed", _said(error))
+        _ended(status, "failed", _one_line(error))
         raise
 
 
@@ -182,7 +188,7 @@ def _ended(status: Status, state: str, message: str) -> None:
         status.put(state, message, ended=True)
 
 
-def _said(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
@@ -191,10 +197,10 @@ def _score_part(job: Job, arms: Plan, status: Status) -> None:
     try:
         score(job, arms.to_dict())
     except Exception as error:
-        _ended(status, "interrupted", f"stopped by hand; {store.AGAIN}. No figures yet ({_said(error)})")
+        _ended(status, "interrupted", f"stopped by hand; {store.AGAIN}. No figures yet ({_one_line(error)})")
 
 
-def same_run(folder: Path, identity: dict[str, Any]) -> None:
+def refuse_other_run(folder: Path, identity: dict[str, Any]) -> None:
     """Refuse a folder with a run of something else, or with files that a run would replace; nothing in it was touched.
 
     Raises:
@@ -214,14 +220,15 @@ def same_run(folder: Path, identity: dict[str, Any]) -> None:
         return
     known = found if isinstance(found, dict) else {}
     names = {"recipe": "recipe", "samples": "samples", "model": "weights of the model", "tiny": "--tiny"}
-    differ = [names[k] for k in names if known.get(k) != identity[k]]
+    names["imports"] = "imported files"
+    differ = [names[k] for k in names if known.get(k) != identity.get(k)]
     raise RunError(
         f"{folder} holds a run with other {' and '.join(differ)}, and stays as it is. Give another folder with --out, or "
         "the recipe that it was made with."
     )
 
 
-def same_arms(folder: Path, arms: Plan, status: Status) -> None:
+def refuse_other_arms(folder: Path, arms: Plan, status: Status) -> None:
     """Refuse to go on with other arms than the records are of: files of heads can change under an equal recipe.
 
     Raises:
@@ -253,9 +260,9 @@ def note_environment(folder: Path, found: dict[str, Any], again: bool) -> None:
     store.write_json(folder / store.ENVIRONMENT, {**found, **({"earlier": earlier} if earlier else {})})
 
 
-def planned(job: Job, loaded: Loaded, ranks: Ranks, progress: bool) -> Plan:
+def plan_arms(job: Job, loaded: Loaded, ranks: Ranks, progress: bool) -> Plan:
     """The arms, after the searches of the recipe; the first process searches, the others take its cache."""
-    from .calibration import calibrate
+    from .recipe_calibration import calibrate
 
     found = None
     if job.recipe.calibration is not None:
@@ -270,13 +277,13 @@ def planned(job: Job, loaded: Loaded, ranks: Ranks, progress: bool) -> Plan:
 
 
 def _subject(job: Job, loaded: Loaded) -> Any:
-    from .calibration import Subject
+    from .recipe_calibration import Subject
     from .tasks.prompts import encode
 
     inputs = None
     if loaded.kind == "vlm":
         data = job.load(job.recipe.calibration.data)
-        inputs = lambda samples: encode(loaded, Ask(samples, data, {}, 0))  # noqa: E731
+        inputs = lambda samples: encode(loaded, Request(samples, data, {}, 0))  # noqa: E731
     return Subject(loaded.target, loaded.tokenizer, inputs)
 
 
@@ -287,7 +294,7 @@ class Work:
         self.job, self.loaded, self.arms, self.ranks, self.status = job, loaded, arms, ranks, status
         self.task = get_task(job.recipe.task)
         self.progress = progress and ranks.first
-        self.judge = judges.load(job.recipe, tiny=job.tiny, device=loaded.device)
+        self.score_pictures = scorers.load(job.recipe, tiny=job.tiny, device=loaded.device)
         self._begun: set[str] = set()
 
     def all(self, done: dict[str, dict[tuple[int, str], Any]]) -> None:
@@ -320,7 +327,7 @@ class Work:
         self, arm: Arm, seed: int, number: int, part: list[Sample], missing: set[str], files: dict[str, store.Lines]
     ) -> None:
         """One batch of one arm. It is computed whole, whatever is missing of it, so that a resumed run has the same numbers."""
-        with gauge(self.loaded.device) as reading:
+        with measured_cost(self.loaded.device) as reading:
             answers, units, audit = self._answers(arm, seed, part)
         head = {"arm": arm.id, "seed": seed}
         records = [{**head, "id": s["id"], **a} for s, a in zip(part, answers, strict=True)]
@@ -344,17 +351,26 @@ class Work:
         from ..steering import steer
 
         decoding = {**self.task.DECODING, **arm.decoding}
-        images = f"{store.IMAGES}/{arm.id}/{seed}"
-        ask = lambda run: Ask(part, self.job.data, decoding, seed, run, self.judge, self.job.folder, images)  # noqa: E731
+        request = partial(
+            Request,
+            part,
+            self.job.data,
+            decoding,
+            seed,
+            score_pictures=self.score_pictures,
+            folder=self.job.folder,
+            images=f"{store.IMAGES}/{arm.id}/{seed}",
+        )
         methods = arm.make(part, self.loaded)
         if not methods:
-            return (*self.task.ask(self.loaded, ask(None)), [])
-        steering = steer(self.loaded.target, *methods)
+            return (*self.task.answer(self.loaded, request(run=None)), [])
+        # What changes nothing is told by the report; a batch of it is no error.
+        steering = steer(self.loaded.target, *methods, control=True)
         try:
-            answers, units = self.task.ask(self.loaded, ask(steering))
+            answers, units = self.task.answer(self.loaded, request(run=steering))
         finally:
             steering.remove()
         # At zero strength a method may have nothing to do.
         if arm.kind != "zero":
-            steering.check_fired()
+            steering.check_fired(changed=False)
         return answers, units, steering.audit.to_dict()["interventions"]

@@ -9,21 +9,21 @@ from ..errors import AttnSteerError, RecipeError, did_you_mean
 from ..recipe.schema import Recipe
 
 # Pictures [B, 3, h, w] and their prompts -> what goes into the records.
-Judge = Callable[[Any, Sequence[str]], list[dict[str, Any]]]
+Scorer = Callable[[Any, Sequence[str]], list[dict[str, Any]]]
 SETS = ("fid", "precision_recall")
 
 
-def writes(recipe: Recipe) -> tuple[str, ...]:
-    """What a recipe's judges put into its records.
+def record_keys(recipe: Recipe) -> tuple[str, ...]:
+    """What a recipe's scorers put into its records.
 
     Raises:
         RecipeError: a metric does not say which model it needs.
     """
-    clip, features = wanted(recipe)
+    clip, features = required_models(recipe)
     return ("similarity",) * (clip is not None) + ("features",) * (features is not None)
 
 
-def wanted(recipe: Recipe) -> tuple[str | None, str | None]:
+def required_models(recipe: Recipe) -> tuple[str | None, str | None]:
     """The CLIP model and the features that a recipe's metrics need.
 
     Raises:
@@ -52,32 +52,32 @@ def wanted(recipe: Recipe) -> tuple[str | None, str | None]:
     return clip, features
 
 
-def load(recipe: Recipe, *, tiny: bool, device: Any) -> Judge | None:
-    """The judges of a recipe as one.
+def load(recipe: Recipe, *, tiny: bool, device: Any) -> Scorer | None:
+    """The scorers of a recipe as one.
 
     Raises:
         RecipeError: a model cannot be had, or is of another kind.
     """
-    clip, features = wanted(recipe)
-    judges: list[Judge] = []
+    clip, features = required_models(recipe)
+    scorers: list[Scorer] = []
     if clip is not None:
-        judges.append(_similarity(recipe, clip, tiny, device))
+        scorers.append(_similarity(recipe, clip, tiny, device))
     if features is not None:
-        judges.append(_features(features, device))
-    if not judges:
+        scorers.append(_features(features, device))
+    if not scorers:
         return None
 
-    def judge(pictures: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    def score_pictures(pictures: Any, prompts: Sequence[str]) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = [{} for _ in prompts]
-        for one in judges:
+        for one in scorers:
             for record, new in zip(found, one(pictures, prompts), strict=True):
                 record.update(new)
         return found
 
-    return judge
+    return score_pictures
 
 
-def _features(name: str, device: Any) -> Judge:
+def _features(name: str, device: Any) -> Scorer:
     from ..evals.features import FUNCTIONS, extract
 
     try:
@@ -87,7 +87,7 @@ def _features(name: str, device: Any) -> Judge:
     return lambda pictures, prompts: [{"features": row} for row in extract(pictures, function).tolist()]
 
 
-def _similarity(recipe: Recipe, name: str, tiny: bool, device: Any) -> Judge:
+def _similarity(recipe: Recipe, name: str, tiny: bool, device: Any) -> Scorer:
     from ..evals.clip import Similarity
 
     if tiny:

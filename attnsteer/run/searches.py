@@ -1,4 +1,4 @@
-"""The searches that a recipe's calibration section can name, over samples of the runner."""
+"""Runs the searches of `attnsteer.recipe.search_specs` over the samples of a recipe."""
 
 from __future__ import annotations
 
@@ -46,22 +46,6 @@ class Task:
     def options(self) -> dict[str, Any]:
         """A copy of the recipe's options."""
         return dict(self.recipe.calibration.options)
-
-
-@dataclass(frozen=True)
-class Search:
-    """A search that a recipe can name.
-
-    Attributes:
-        run: gives the result. kinds: of model. options: names that `calibration.options` may have.
-        heads: whether it finds heads. for_method: whether the result depends on the method.
-    """
-
-    run: Callable[[Task], Any]
-    kinds: tuple[str, ...]
-    options: tuple[str, ...]
-    heads: bool = True
-    for_method: bool = True
 
 
 def _choices(subject: Subject, samples: Sequence[Sample]) -> list[dict[str, Any]]:
@@ -186,15 +170,12 @@ def _detected(images: Sequence[Any]) -> list[Any]:
     return detect(torch.stack(list(images)).float().cpu())
 
 
-# Judges of images that need nothing but the exact detector.
+# Scores of images that need nothing but the exact detector; heads keep the function's name as provenance.
 SCORES = {"valid": valid, "there": there, "right": right}
-_HEADS = ("metric", "keep", "batch")
-SEARCHES = {
-    "calibrate_act": Search(_calibrate_heads, ("lm",), _HEADS),
-    "calibrate_heads": Search(_calibrate_heads, ("lm",), _HEADS),
-    "headhunter": Search(_headhunter, ("image",), ("rounds", "steps", "rungs", "score", "batch")),
-    "vhd": Search(_vhd, ("vlm",), ("outliers", "layers", "batch"), for_method=False),
-    "find_sink_dims": Search(
-        _find_sink_dims, ("lm", "vlm"), ("tau", "layers", "drop", "batch"), heads=False, for_method=False
-    ),
+RUNNERS: dict[str, Callable[[Task], Any]] = {
+    "calibrate_act": _calibrate_heads,
+    "calibrate_heads": _calibrate_heads,
+    "headhunter": _headhunter,
+    "vhd": _vhd,
+    "find_sink_dims": _find_sink_dims,
 }

@@ -59,7 +59,7 @@ def write_atomic(path: Path, data: bytes) -> None:
                 pass
 
 
-def tidy(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove what a kill left of files that a run was writing (`write_atomic`)."""
     names = "|".join(map(re.escape, (IDENTITY, *WRITTEN)))
     left = [p for p in folder.glob(".*.part") if re.fullmatch(rf"\.({names})\.\w+\.part", p.name)]
@@ -140,7 +140,7 @@ class Lines:
         os.close(self._handle)
 
 
-def mend(path: Path) -> None:
+def cut_torn_line(path: Path) -> None:
     """Cut a last line that a crash left unfinished."""
     if not path.is_file():
         return

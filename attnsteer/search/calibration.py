@@ -165,7 +165,7 @@ class _Search:
         self.model, self.method, self.split, self.batch, self.store = model, method, split, batch, store
         self.script = Script()
         self.alone = EachHeadAlone(method, self.script)
-        run = steer(model, self.alone)
+        run = steer(model, self.alone, control=True)
         run.remove()
         self.decoder = Decoder(run.host.model, run.host.sites())
         self.sites = {s.path: s for s in run.sites}
@@ -193,12 +193,12 @@ class _Search:
             return
         with bar:
             # The first group on its own, because the comparison steers the model itself.
-            with steer(self.model, self.alone) as run:
+            with steer(self.model, self.alone, control=True) as run:
                 self._score(run, groups[0])
             self._check(groups[0])
             self._done(groups[0], bar)
             if len(groups) > 1:
-                with steer(self.model, self.alone) as run:
+                with steer(self.model, self.alone, control=True) as run:
                     for group in groups[1:]:
                         self._score(run, group)
                         self._done(group, bar)
@@ -369,7 +369,7 @@ class _Search:
             {tuple(min(moved, key=lambda m: m[1])), tuple(max(moved, key=lambda m: m[1]))} if moved else ()
         ):
             sample, (layer, head) = self.split[indices[row]], self.pairs[column]
-            with steer(self.model, only(self.method, layer, head)) as run:
+            with steer(self.model, only(self.method, layer, head), control=True) as run:
                 value = candidate_log_likelihoods(self.model, sample, run)[sample.answer]
             ours = float(edited[row, column, 1])
             if not abs(value - ours) <= limit * max(1.0, abs(value)):

@@ -23,6 +23,8 @@ class _Measured(VHR):
 
     found: dict[int, list[Tensor]] = field(default_factory=dict, kw_only=True, compare=False, repr=False)
 
+    observes = True
+
     def output(self, call: AttnCall, out: Tensor) -> None:
         """Measure at the prompt's last token."""
         if call.phase == "prefill":

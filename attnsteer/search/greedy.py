@@ -152,7 +152,7 @@ class _Painter:
         if not heads:
             yield from self._made(samples, steps)
             return
-        with steer(self.pipe, self.method.new(heads=HeadSet(heads))):
+        with steer(self.pipe, self.method.new(heads=HeadSet(heads)), control=True):
             yield from self._made(samples, steps)
 
     def _made(self, samples: Sequence[Sample], steps: int) -> Iterable[tuple[list[Any], list[str]]]:

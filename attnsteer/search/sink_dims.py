@@ -65,6 +65,8 @@ class _Strength(Intervention):
     kinds = ("self",)
     needs = ("tokens", "residual")
 
+    observes = True
+
     def output(self, call: AttnCall, out: Tensor) -> None:
         x = normalised(call.residual.detach())
         x = x * call.row_valid[..., None]

@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy(
         "box_ratio": "record",
         "contact_sheet": "sheet",
         "cross_attention": "attention",
-        "head_grid": "heads",
+        "head_grid": "head_figures",
         "phrase_maps": "record",
         "strength_by_layer": "sheet",
         "word_attention": "attention",

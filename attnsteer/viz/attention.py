@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..errors import SelectionError
-from .heads import new_figure, saved
+from .head_figures import new_figure, saved
 from .sheet import as_image
 
 if TYPE_CHECKING:

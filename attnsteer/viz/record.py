@@ -43,6 +43,8 @@ class WordRecorder(Intervention):
     kinds = ("self",)
     needs = ("tokens",)
 
+    observes = True
+
     def weights(self, call: AttnCall) -> None:
         n = call.map.shape[2]
         row = call.map.rows(torch.tensor([n - 1], device=call.map.att.q.device))[:, :, 0]
@@ -69,6 +71,8 @@ class PhraseRecorder(Intervention):
 
     kinds = ("cross", "joint")
     needs = ("segments", "grid", "steps")
+
+    observes = True
 
     def __post_init__(self) -> None:
         wrong = [k for k in self.keys if isinstance(k, bool) or not isinstance(k, int) or k < 0]

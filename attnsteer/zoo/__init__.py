@@ -17,6 +17,11 @@ from ..errors import UnknownName, ZooError, did_you_mean
 MODELS = Path(__file__).parent / "models"
 NAMES = ("shapes-lm", "shapes-lvlm", "shapes-sd", "shapes-mmdit")
 HASHES = "sha256.json"
+# The pipelines: their class, and the parts that they are without.
+PIPELINES = {
+    "shapes-sd": ("StableDiffusionPipeline", ("safety_checker",)),
+    "shapes-mmdit": ("StableDiffusion3Pipeline", ("text_encoder_3", "tokenizer_3")),
+}
 
 
 class Text(NamedTuple):
@@ -101,21 +106,30 @@ def load(name: str, *, dtype: Any = None, device: Any = "cpu") -> Any:
     path = folder(name)
     import torch
 
-    dtype = torch.float32 if dtype is None else dtype
-    if name in ("shapes-lm", "shapes-lvlm"):
-        import transformers
+    from .quiet import quiet
 
-        if name == "shapes-lm":
-            model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=dtype)
-            return Text(model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(path))
-        model = transformers.LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
-        return Vision(model.to(device).eval(), transformers.AutoProcessor.from_pretrained(path))
+    dtype = torch.float32 if dtype is None else dtype
+    pictures = name in PIPELINES
+    with quiet(pictures=pictures):
+        return (_pipeline if pictures else _model)(name, path, dtype, device)
+
+
+def _model(name: str, path: Path, dtype: Any, device: Any) -> Any:
+    import transformers
+
+    if name == "shapes-lm":
+        model = transformers.LlamaForCausalLM.from_pretrained(path, dtype=dtype)
+        return Text(model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(path))
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
+    return Vision(model.to(device).eval(), transformers.AutoProcessor.from_pretrained(path))
+
+
+def _pipeline(name: str, path: Path, dtype: Any, device: Any) -> Any:
     import diffusers
 
-    kind = diffusers.StableDiffusionPipeline if name == "shapes-sd" else diffusers.StableDiffusion3Pipeline
-    extra = {"safety_checker": None} if name == "shapes-sd" else {"text_encoder_3": None, "tokenizer_3": None}
-    pipe = kind.from_pretrained(path, **extra).to(device)
-    if dtype != torch.float32:
-        pipe = pipe.to(dtype)
+    kind, absent = PIPELINES[name]
+    pipe = getattr(diffusers, kind).from_pretrained(path, **dict.fromkeys(absent)).to(device)
+    # Their weights are stored in half precision, and loaded in single.
+    pipe = pipe.to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe

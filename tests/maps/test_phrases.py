@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -194,7 +195,7 @@ def test_text_keys_of_sd3_and_flux() -> None:
         ) -> Any:
             return prompt
 
-        encode = prompts.encoding(encode_prompt)
+        encode = functools.partial(prompts.encode_prompt, encode_prompt)
         encode("a red fox and a dog", **asked)
         # The negative prompt of two-call guidance comes second, and does not count.
         encode("a blue cube")

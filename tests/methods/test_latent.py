@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnsteer import PAG, AttendAndExcite, LatentLoss, Where, steer
-from attnsteer.errors import NotFinite, SelectionError, UnsupportedHost
+from attnsteer.errors import NeverFired, NotFinite, SelectionError, UnsupportedHost
 from attnsteer.hosts.diffusers.latents import Latents
 from attnsteer.maps.words_to_image import Maps
 from attnsteer.testing import SCHEDULERS, tiny_denoiser, tiny_pipeline, tiny_scheduler
@@ -155,7 +155,7 @@ def test_everything_is_put_back(broken: str | None) -> None:
                 if hook is not None:
                     hook.remove()
                 # While it is attached, a failed pass leaves parameters and flags as they were.
-                assert flags(pipe)[1:] == before[1][1:] and run._open == []
+                assert flags(pipe)[1:] == before[1][1:] and run.branch is None
     assert (fingerprint(pipe.unet), flags(pipe)) == before
     assert torch.equal(pipe(**call)[0], plain)
 
@@ -220,9 +220,12 @@ def test_losses_of_the_wrong_form_are_refused() -> None:
 
 def test_step_size_zero_changes_nothing_and_runs_no_pass() -> None:
     pipe, call = double("sd"), call_of("sd", text=True, steps=2)
-    with steer(pipe, AttendAndExcite("cube", step_size=0.0)) as run:
-        out = pipe(**call)[0]
-    assert torch.equal(out, pipe(**call)[0]) and "gradient passes" not in run.audit.extra[0]
+    plain = pipe(**call)[0]
+    with steer(pipe, AttendAndExcite("cube", step_size=0.0), control=True) as run:
+        assert torch.equal(pipe(**call)[0], plain)
+    assert "gradient passes" not in run.audit.extra[0]
+    with pytest.raises(NeverFired, match="changed nothing"), steer(pipe, AttendAndExcite("cube", step_size=0.0)):
+        pipe(**call)
 
 
 def test_a_relative_step_is_a_fraction_of_the_latent() -> None:
@@ -270,9 +273,14 @@ def test_a_flat_loss_moves_nothing() -> None:
         def loss(self, maps: Maps) -> Tensor:
             return super().loss(maps) * 0.0
 
+    plain = pipe(**call)[0]
     for relative in (False, True):
-        with steer(pipe, Flat(relative=relative, until=1.0)):
-            assert torch.equal(pipe(**call)[0], pipe(**call)[0])
+        method = Flat(relative=relative, until=1.0)
+        with steer(pipe, method, control=True) as run:
+            assert torch.equal(pipe(**call)[0], plain)
+        assert run.audit.extra[0]["gradient passes"] and not run.audit.fired(0)
+        with pytest.raises(NeverFired, match="changed nothing"), steer(pipe, method):
+            pipe(**call)
 
 
 def test_each_sample_stops_by_itself() -> None:

@@ -16,8 +16,8 @@ from attnsteer.errors import RecipeError
 from attnsteer.recipe import shipped, yaml
 from attnsteer.recipe.checks import check
 from attnsteer.recipe.loading import load_recipe
-from attnsteer.recipe.resolve import resolve
-from attnsteer.recipe.searched import calibration_key
+from attnsteer.recipe.resolved import resolve
+from attnsteer.recipe.search_specs import calibration_key
 from attnsteer.recipe.sweep import points
 from attnsteer.results import readme_tables as results
 from tests.run.common import changed

@@ -15,10 +15,10 @@ from attnsteer.errors import RecipeError
 from attnsteer.recipe import yaml
 from attnsteer.recipe.checks import check
 from attnsteer.recipe.loading import load_recipe
-from attnsteer.recipe.resolve import resolve
+from attnsteer.recipe.resolved import resolve
 from attnsteer.recipe.schema import json_schema, template_fields
-from attnsteer.recipe.sweep import points, with_values
-from attnsteer.recipe.validate import validate
+from attnsteer.recipe.sweep import points
+from attnsteer.recipe.validate import validate, with_values
 from tests.run.common import BASE, CALIBRATION, REMOVED, changed, recipe
 
 HUB = {"hub": "a/b", "kind": "lm", "architecture": "llama"}

@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 from attnsteer.evals.metrics import get_metric
-from attnsteer.evals.statistics import holm
+from attnsteer.evals.significance import holm
 from attnsteer.heads import HeadSet
 from attnsteer.zoo.shapes.language import caption
 from attnsteer.zoo.shapes.layouts import layout

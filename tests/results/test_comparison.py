@@ -11,7 +11,7 @@ import pytest
 
 from attnsteer.errors import RunError
 from attnsteer.evals.metrics import Metric, get_metric
-from attnsteer.evals.statistics import holm
+from attnsteer.evals.significance import holm
 from attnsteer.results.comparison import compare, recipe_differences
 from attnsteer.run.folder import read_run
 from tests.results import folders

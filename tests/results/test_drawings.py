@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from attnsteer import cli
 from attnsteer.errors import RunError
 from attnsteer.recipe import load_recipe
-from attnsteer.recipe.sweep import with_values
-from attnsteer.results import drawings as looking
+from attnsteer.recipe.validate import with_values
+from attnsteer.results import drawings
 from attnsteer.results.reports.headline import headline
-from attnsteer.results.reports.samples import states
+from attnsteer.results.reports.sample_browser import states
 from attnsteer.run import run
 from attnsteer.run.folder import read_run
 
@@ -47,7 +47,7 @@ def test_pictures_are_those_of_the_run(tmp_path: Path) -> None:
         {"decoding.num_inference_steps": 2, "controls.zero": False, "batch_size": 2},
     )
     folder = run(recipe, tmp_path / "run", limit=2, progress=False)
-    looking.look(folder, 1)
+    drawings.record_attention(folder, 1)
     (entry,) = json.loads((folder / "attention.json").read_text())["samples"]
     for arm, part in entry["arms"].items():
         assert part["image"] == read_run(folder).records[arm][0, entry["id"]]["image"]
@@ -58,4 +58,4 @@ def test_another_model_by_now(reading: Path, tmp_path: Path) -> None:
     identity = json.loads((reading / "identity.json").read_text())
     (reading / "identity.json").write_text(json.dumps({**identity, "model": {"model.safetensors": "0"}}))
     with pytest.raises(RunError, match="not those of the run"):
-        looking.look(reading)
+        drawings.record_attention(reading)

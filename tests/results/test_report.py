@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from attnsteer import cli
 from attnsteer.errors import RunError
-from attnsteer.evals.statistics import holm
+from attnsteer.evals.significance import holm
 from attnsteer.results.reports import report
 from attnsteer.results.reports.content import content
 from attnsteer.results.reports.headline import Figure, headline, p_text, per_sample, shares, verdict

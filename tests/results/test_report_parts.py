@@ -12,8 +12,7 @@ import pytest
 from PIL import Image
 
 from attnsteer.errors import RunError
-from attnsteer.results.reports import album as pictures
-from attnsteer.results.reports import report, samples
+from attnsteer.results.reports import album, report, sample_browser
 from attnsteer.results.reports.content import content
 from attnsteer.results.reports.head_grids import heads_of
 from attnsteer.results.reports.headline import Figure
@@ -49,7 +48,7 @@ def test_large_pictures_are_made_smaller(runs: dict[str, Path], tmp_path: Path) 
     Image.new("RGB", (1000, 500), (10, 200, 30)).save(other / "images/method/0/l7.png")
     data = data_of(report(other).read_text())
     at = next(s["outs"]["method"]["image"] for s in data["samples"] if s["id"] == "l7")
-    assert opened(data["images"][at]).size == (pictures.SIDE, pictures.SIDE // 2)
+    assert opened(data["images"][at]).size == (album.SIDE, album.SIDE // 2)
     assert {opened(u).size for i, u in enumerate(data["images"]) if i != at} == {(64, 64)}
     assert data["notes"] == ["Pictures made smaller for this page: 1."]
 
@@ -59,7 +58,7 @@ def test_the_pictures_of_what_changed_come_first(runs: dict[str, Path], monkeypa
     assert not whole["notes"]
     changed = sum(s["outs"]["method"]["state"] != "same" for s in whole["samples"])
     assert 0 < changed < 40
-    monkeypatch.setattr(pictures.Album.__init__, "__defaults__", (sum(map(len, whole["images"])) // 2,))
+    monkeypatch.setattr(album.Album.__init__, "__defaults__", (sum(map(len, whole["images"])) // 2,))
     part = data_of(report(runs["images"]).read_text())
     left_out = 80 - len(part["images"])
     assert 20 < left_out < 60 and any(f"too large: {left_out};" in n for n in part["notes"])
@@ -71,7 +70,7 @@ def test_the_pictures_of_what_changed_come_first(runs: dict[str, Path], monkeypa
 
 def test_more_samples_than_a_page_bears(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     whole = content(read_run(runs["text"]))["data"]
-    monkeypatch.setattr(samples, "MOST", 12)
+    monkeypatch.setattr(sample_browser, "MOST", 12)
     part = content(read_run(runs["text"]))["data"]
     kept = [s["id"] for s in part["samples"]]
     assert len(kept) == 12 and part["total"] == 40 and "12 of 40 samples are shown" in part["notes"][0]
@@ -100,8 +99,8 @@ def test_pictures_that_are_not_there(runs: dict[str, Path], tmp_path: Path) -> N
     with pytest.raises(RunError, match=r"l7\.png is missing"):
         report(other)
     # The images of the data may lie elsewhere by now.
-    album = pictures.Album(other, {"data": {"file": "x.json"}})
-    assert album.add("/nowhere/at/all.png") is None and album.add(3) is None and album.add(None) is None
+    pictures = album.Album(other, {"data": {"file": "x.json"}})
+    assert pictures.add("/nowhere/at/all.png") is None and pictures.add(3) is None and pictures.add(None) is None
 
 
 def test_pictures_of_data_files_come_from_their_folder_and_from_nowhere_else(
@@ -115,15 +114,15 @@ def test_pictures_of_data_files_come_from_their_folder_and_from_nowhere_else(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (2, 2)).save(path)
     for data in ({"images": str(folder)}, {"file": str(folder / "x.json")}):
-        album = pictures.Album(own, {"data": data})
-        assert album.add("a.png") == 0 and album.missing == 0
+        pictures = album.Album(own, {"data": data})
+        assert pictures.add("a.png") == 0 and pictures.missing == 0
         for name in ("../secret.png", "x/../../secret.png", str(tmp_path / "secret.png"), "b.png"):
-            assert album.add(name) is None
-        assert album.missing == 4
+            assert pictures.add(name) is None
+        assert pictures.missing == 4
     (own / "images" / "link.png").symlink_to(tmp_path / "secret.png")
     for name in ("../secret.png", str(tmp_path / "secret.png"), "images/link.png"):
         with pytest.raises(RunError, match="is not in the folder"):
-            album.add(name, own=True)
+            pictures.add(name, own=True)
 
 
 def test_a_full_disk_is_an_error_and_leaves_no_half_file(
@@ -133,8 +132,8 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(
     import os
 
     from attnsteer import HeadSet
-    from attnsteer.results import attention_maps as attention
-    from attnsteer.run import calibration, store
+    from attnsteer.results import attention_maps
+    from attnsteer.run import recipe_calibration, store
 
     own = copy(runs["text"], tmp_path / "run")
     before = {p: p.read_bytes() for p in own.rglob("*") if p.is_file()}
@@ -145,9 +144,9 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(
     monkeypatch.setattr(store, "write_all", full)
     writers = [
         lambda: report(own),
-        lambda: attention.save(own, {"schema": 1}),
-        lambda: calibration._write(HeadSet({1: [0]}), own / "calibration" / "h.safetensors"),
-        lambda: calibration._write((1, 2), own / "calibration" / "d.json"),
+        lambda: attention_maps.save(own, {"schema": 1}),
+        lambda: recipe_calibration._write(HeadSet({1: [0]}), own / "calibration" / "h.safetensors"),
+        lambda: recipe_calibration._write((1, 2), own / "calibration" / "d.json"),
     ]
     for write in writers:
         with pytest.raises(RunError, match="the disk is full"):
@@ -157,8 +156,8 @@ def test_a_full_disk_is_an_error_and_leaves_no_half_file(
 
 def test_a_picture_of_the_data_that_cannot_be_read_is_noted(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
-    album = pictures.Album(runs["images"], {"data": {"images": str(tmp_path)}})
-    assert album.add("a.png") is None and album.missing == 1
+    pictures = album.Album(runs["images"], {"data": {"images": str(tmp_path)}})
+    assert pictures.add("a.png") is None and pictures.missing == 1
 
 
 # ------------------------------------------------------------------------------------------------ attention, heads, plots
@@ -194,11 +193,11 @@ def test_damaged_attention(runs: dict[str, Path], tmp_path: Path, part: Any, mes
 
 
 def test_heat_is_transparent_nowhere_and_bright_at_the_top() -> None:
-    uri = pictures.heat([[0.0, 0.5], [1.0, 2.0]], top=1.0)
+    uri = album.heat([[0.0, 0.5], [1.0, 2.0]], top=1.0)
     image = opened(uri)
     assert image.mode == "RGBA" and image.size == (2, 2)
-    assert image.getpixel((0, 0)) == pictures.HEAT[0] and image.getpixel((1, 0)) == pictures.HEAT[2]
-    assert image.getpixel((0, 1)) == image.getpixel((1, 1)) == pictures.HEAT[-1]
+    assert image.getpixel((0, 0)) == album.HEAT[0] and image.getpixel((1, 0)) == album.HEAT[2]
+    assert image.getpixel((0, 1)) == image.getpixel((1, 1)) == album.HEAT[-1]
 
 
 def test_heads_of_an_arm() -> None:

@@ -231,7 +231,7 @@ def test_boxes_of_a_file_are_fractions_everywhere(tmp_path: Path, name: str) -> 
     import csv
     import io
 
-    from attnsteer.results.reports.samples import _asked
+    from attnsteer.results.reports.sample_browser import _prompt_of
 
     row = {"prompt": "a cat and a dog", "phrases": ["dog", "cat"], "boxes": [[0, 0, 256, 256], [256, 0, 512, 512]]}
     text = io.StringIO()
@@ -243,11 +243,11 @@ def test_boxes_of_a_file_are_fractions_everywhere(tmp_path: Path, name: str) -> 
         json.dump(row, text)
     (sample,) = saved(tmp_path, name, text.getvalue(), "boxes", options={"side": 512}).samples
     assert sample["texts"] == ["dog", "cat"] and sample["boxes"] == [[0, 0, 0.5, 0.5], [0.5, 0, 1, 1]]
-    assert _asked(sample)["boxes"] == [["dog", 0, 0, 0.5, 0.5], ["cat", 0.5, 0, 1, 1]]
+    assert _prompt_of(sample)["boxes"] == [["dog", 0, 0, 0.5, 0.5], ["cat", 0.5, 0, 1, 1]]
     # Of a phrase with several there is no one box to give; they are drawn all the same.
     row["phrases"], row["prompt"] = ["cats", "cats"], "two cats"
     (sample,) = saved(tmp_path, "c.jsonl", json.dumps(row), "boxes", options={"side": 512}).samples
-    assert "boxes" not in sample and len(_asked(sample)["boxes"]) == 2
+    assert "boxes" not in sample and len(_prompt_of(sample)["boxes"]) == 2
 
 
 GOOD = '{"question": "Q?", "choices": ["a", "b"], "answer": 0}\n'

@@ -13,12 +13,12 @@ from attnsteer import ACT, HeadSet, zoo
 from attnsteer.errors import RecipeError, RunError
 from attnsteer.recipe.checks import check
 from attnsteer.recipe.schema import DataSpec, Recipe
-from attnsteer.recipe.searched import needed
+from attnsteer.recipe.search_specs import searches_of
 from attnsteer.recipe.validate import validate
-from attnsteer.run import calibration, searches
+from attnsteer.run import recipe_calibration, searches
 from attnsteer.run.build import plan
-from attnsteer.run.calibration import calibrate
-from attnsteer.run.searches import Search, Subject
+from attnsteer.run.recipe_calibration import calibrate
+from attnsteer.run.searches import Subject
 from attnsteer.run.tasks.prompts import continuations
 from attnsteer.search import SinkDims, calibrate_act
 from attnsteer.zoo.shapes.reading import reading
@@ -69,7 +69,7 @@ def test_heads_are_those_of_the_search_and_are_searched_once(
     (kept,) = (tmp_path / "cache").iterdir()
     assert HeadSet.load(kept) == heads
     with monkeypatch.context() as patch:
-        patch.setitem(searches.SEARCHES, "calibrate_act", _fails("calibrate_act"))
+        patch.setitem(searches.RUNNERS, "calibrate_act", _fails)
         again = calibrate(recipe, subject, samples, tmp_path / "cache", progress=False)
         assert again == found
         for other in (
@@ -100,21 +100,16 @@ def _parts(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _fails(name: str) -> Search:
-    from dataclasses import replace
-
-    def run(task: Any) -> Any:
-        raise AssertionError("searched again")
-
-    return replace(searches.SEARCHES[name], run=run)
+def _fails(task: Any) -> Any:
+    raise AssertionError("searched again")
 
 
 def test_each_point_that_changes_the_search_has_its_own() -> None:
     swept = searched(sweep={"interventions.0.params.beta": [0.2, 0.4], "decoding.x": [1]})
-    assert len(needed(swept)) == 2
+    assert len(searches_of(swept)) == 2
     dims = validate(changed({"calibration": CALIBRATION | {"search": "find_sink_dims", "into": "sink_dims"}}))
-    assert len(needed(dims.model_copy(update={"sweep": {"interventions.0.params.beta": [0.2, 0.4]}}))) == 1
-    assert needed(validate(changed({}))) == []
+    assert len(searches_of(dims.model_copy(update={"sweep": {"interventions.0.params.beta": [0.2, 0.4]}}))) == 1
+    assert searches_of(validate(changed({}))) == []
 
 
 def test_samples_in_both_splits_are_refused_whatever_the_splits_are_called(subject: Subject) -> None:
@@ -258,4 +253,4 @@ def test_what_a_choice_adds_to_a_prompt() -> None:
     tokenizer = Characters()
     assert continuations(tokenizer, "x:", ["y", "zz"]) == ([0, 120, 58], [[32, 121], [32, 122, 122]])
     assert continuations(tokenizer, "x:\n", ["y"]) == ([0, 120, 58], [[10, 121]])
-    assert calibration.weights(torch.nn.Linear(1, 1)) != calibration.weights(torch.nn.Linear(1, 2))
+    assert recipe_calibration.weights(torch.nn.Linear(1, 1)) != recipe_calibration.weights(torch.nn.Linear(1, 2))

@@ -37,8 +37,9 @@ import torch
 torch.set_num_threads(1)
 import transformers
 transformers.AutoTokenizer, transformers.LlamaForCausalLM
-from attnsteer.runner import load_recipe, run, runs, score, build, calibration
-from attnsteer.evals.metrics import choice
+from attnsteer.recipe import load_recipe
+from attnsteer.run import run, runs, score, build, recipe_calibration
+from attnsteer.evals.metrics import multiple_choice
 
 def child(out):
     pid = os.fork()
@@ -117,7 +118,7 @@ def stopped(base: Any, out: Path, after: int) -> None:
     """A run stopped by Ctrl-C after some batches."""
     from attnsteer.run.tasks import choice
 
-    real, count = choice.ask, [0]
+    real, count = choice.answer, [0]
 
     def ask(*args: Any) -> Any:
         count[0] += 1
@@ -125,12 +126,12 @@ def stopped(base: Any, out: Path, after: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    choice.ask = ask
+    choice.answer = ask
     try:
         with pytest.raises(KeyboardInterrupt):
             run(base, out, progress=False)
     finally:
-        choice.ask = real
+        choice.answer = real
 
 
 def test_ctrl_c_keeps_and_scores_what_is_complete(tmp_path: Path, whole: Path) -> None:
@@ -381,7 +382,7 @@ def test_a_failure_is_in_the_status(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def broken(*args: Any) -> Any:
         raise ValueError("no luck")
 
-    monkeypatch.setattr(choice, "ask", broken)
+    monkeypatch.setattr(choice, "answer", broken)
     with pytest.raises(ValueError, match="no luck"):
         run(recipe(tmp_path), tmp_path / "run", progress=False)
     status = load(tmp_path / "run" / "status.json")

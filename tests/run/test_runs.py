@@ -208,14 +208,14 @@ def test_a_prompt_beside_a_longer_one_is_scored_as_alone(tmp_path: Path) -> None
     }
     from attnsteer.run import models
     from attnsteer.run.data import load as load_data
-    from attnsteer.run.tasks import Ask, choice
+    from attnsteer.run.tasks import Request, choice
 
     asked = recipe(tmp_path, **changes)
     data = load_data(asked.data, "choice", folder=tmp_path)
     loaded = models.load(asked.model, tiny=data)
-    together, _ = choice.ask(loaded, Ask(data.samples, data, {}, 0))
+    together, _ = choice.answer(loaded, Request(data.samples, data, {}, 0))
     for sample, record in zip(data.samples, together, strict=True):
-        (alone,), _ = choice.ask(loaded, Ask([sample], data, {}, 0))
+        (alone,), _ = choice.answer(loaded, Request([sample], data, {}, 0))
         assert record["scores"] == pytest.approx(alone["scores"], abs=1e-5)
         assert alone["scores"][0] != alone["scores"][1]
 

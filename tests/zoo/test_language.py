@@ -25,7 +25,7 @@ from attnsteer.zoo.shapes.questions import (
     pope,
 )
 from attnsteer.zoo.shapes.world import PARTNER, USUAL, Object, rng
-from attnsteer.zoo.tokens import clip_tokenizer, encode, word_tokenizer
+from attnsteer.zoo.tokenizers import clip_tokenizer, encode, word_tokenizer
 
 
 def objects(*looks: str) -> tuple[Object, ...]:
@@ -246,7 +246,7 @@ def test_existence_of_one_class() -> None:
 def test_the_tokenizers_are_the_same_in_every_process() -> None:
     """A training that goes on in another process must read its captions in the same way."""
     code = (
-        "from attnsteer.zoo.tokens import clip_tokenizer, word_tokenizer as w\n"
+        "from attnsteer.zoo.tokenizers import clip_tokenizer, word_tokenizer as w\n"
         "print([sorted(t.get_vocab().items()) for t in (clip_tokenizer(), w())])"
     )
     seen = {

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from attnsteer.zoo.measure.images import mask_ratio, success
+from attnsteer import zoo
+from attnsteer.zoo.measure.card import words
+from attnsteer.zoo.measure.image_quality import mask_ratio, success
 from attnsteer.zoo.shapes.detect import detect
 from attnsteer.zoo.shapes.layouts import layout
 from attnsteer.zoo.shapes.render import render
 from attnsteer.zoo.shapes.world import Object, Scene
+from attnsteer.zoo.tokenizers import clip_tokenizer, word_tokenizer
 
 
 def test_mask_ratio() -> None:
@@ -23,6 +27,18 @@ def test_mask_ratio() -> None:
     mask = torch.zeros(64, 64)
     mask[:32, :16] = 1.0
     assert torch.isclose(mask_ratio(torch.tensor([[1.0, 1.0], [0.0, 0.0]]), mask), torch.tensor(0.25 / 0.125))
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_cards_have_the_words_that_their_tokenizers_know(name: str) -> None:
+    card = (zoo.MODELS / name / "README.md").read_text(encoding="utf-8")
+    assert f"\n\n{words(name)}\n\n## Measured" in card
+    known = words(name).split("`")[3 if name not in zoo.PIPELINES else 1].split()
+    tokenizer = clip_tokenizer() if name in zoo.PIPELINES else word_tokenizer()
+    assert len(known) > 60
+    for word in known:
+        (token,) = tokenizer(word, add_special_tokens=False).input_ids
+        assert token != tokenizer.unk_token_id
 
 
 def test_success_of_drawn_layouts() -> None:

@@ -60,7 +60,7 @@ def test_rate() -> None:
 
 
 def test_batches_draw_single_objects_and_empty_captions_as_often_as_asked() -> None:
-    from attnsteer.zoo.train.images import Batches
+    from attnsteer.zoo.train.diffusion import Batches
 
     z, steps = torch.arange(500.0).view(-1, 1), range(12)
     plain, more = Batches(z, 32, 5), Batches(z, 32, 5, (0.5, 0.0, 0.0, 0.0, 0.0), 1 / 3)

@@ -13,6 +13,8 @@ import torch
 from attnsteer import zoo
 from attnsteer.errors import UnknownName, ZooError
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -75,6 +77,28 @@ def test_plain_libraries_load_it(name: str) -> None:
     code = f"import sys\np = {str(zoo.MODELS / name)!r}\n{PLAIN[name]}\nassert 'attnsteer' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", zoo.available())
+def test_load_is_silent(name: str) -> None:
+    """No bars, no remarks, and no warning, which would be an error here."""
+    code = f"from attnsteer import zoo; zoo.load({name!r})"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_libraries_speak_as_before() -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    zoo.load("shapes-lm")
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_recipes_know_the_models() -> None:
+    from attnsteer.recipe.schema import ZOO_KINDS
+
+    assert tuple(ZOO_KINDS) == zoo.NAMES and {n for n, k in ZOO_KINDS.items() if k == "image"} == set(zoo.PIPELINES)
 
 
 @pytest.mark.parametrize("name", zoo.available())

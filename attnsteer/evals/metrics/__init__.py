@@ -21,7 +21,7 @@ METRICS: dict[str, str] = {
     "attention_iou": "attnsteer.evals.metrics.attention_iou",
     "binding": "attnsteer.evals.metrics.binding",
     "chair": "attnsteer.evals.metrics.chair",
-    "choice": "attnsteer.evals.metrics.choice",
+    "choice": "attnsteer.evals.metrics.multiple_choice",
     "clip_score": "attnsteer.evals.metrics.clip_score",
     "contains": "attnsteer.evals.metrics.contains",
     "fid": "attnsteer.evals.metrics.fid",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...errors import RecordError, listing
-from ..statistics import Interval, McNemar, bootstrap_p, mcnemar, percentiles, resampled_totals, wilson
+from ..significance import Interval, McNemar, bootstrap_p, mcnemar, percentiles, resampled_totals, wilson
 
 Sample = Mapping[str, float]
 # The column of ones that every sample has.

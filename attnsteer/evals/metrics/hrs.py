@@ -100,9 +100,9 @@ def _over_levels(category: str, statistic: Statistic, levels: bool) -> Statistic
 
 def _shapes(record: Mapping[str, Any], category: str) -> dict[str, float]:
     from ...zoo.shapes.layouts import satisfied
-    from ..detections import shapes, wanted
+    from ..detections import requested_layout, shapes
 
-    layout, objects = wanted(record), shapes(record["detected"] or ())
+    layout, objects = requested_layout(record), shapes(record["detected"] or ())
     found = [{(o.colour, o.shape)} for o in objects]
     if category == "count":
         return _count([((p.colour, p.shape), p.count) for p in layout.phrases], found)

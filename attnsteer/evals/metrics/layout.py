@@ -40,9 +40,9 @@ def metric() -> Metric:
 
 def _read(record: Mapping[str, Any]) -> dict[str, float]:
     from ...zoo.shapes.layouts import exact, in_boxes, satisfied
-    from ..detections import shapes, wanted
+    from ..detections import requested_layout, shapes
 
-    layout, objects = wanted(record), shapes(record["detected"])
+    layout, objects = requested_layout(record), shapes(record["detected"])
     if record["valid"] not in (True, False):
         raise RecordError(f"layout: valid is {record['valid']!r}; true or false is needed.")
     found = {

@@ -1,43 +1,48 @@
-"""The clock of a denoiser: steps, guidance rows, token grid."""
+"""The clock of a denoiser: what one call of it is about (rows of each branch, token grid, step), and what acts in it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ...account import plain
+from ...account import Track
 from ...call import AttnCall
 from ...engine import SiteRuntime
-from ...maps.words_to_image import Capture, Enough
+from ...maps.words_to_image import Capture, MapsComplete
 from ...site import Site
+from .declarations import Declarations
 from .latents import INPUTS, unet_scale
-from .pipelines import layout
 from .steps import TIMES, Sampling
-from .streams import order_of, segments
+from .streams import order_of
+
+if TYPE_CHECKING:
+    from ...steering import Steering
 
 
 class DenoiserClock:
     """What one denoiser is doing now; shared by all of its sites.
 
     Attributes:
+        declared: what the run asks of this denoiser.
         layout: names of the equal parts of the batch, e.g. ("uncond", "cond"); None when not known.
         batch: rows in all. image_tokens: rows of an image in its sequences, where the input tells.
         size: (height, width) of the latent, in units whose ratio is that of the token grid.
         capture: where the maps of the running pass go. cut: whether that pass ends as soon as all are there.
     """
 
-    def __init__(self, run: Any, name: str, model: nn.Module, sampling: Sampling):
-        self.run, self.name, self.model, self.sampling = run, name, model, sampling
+    def __init__(self, run: Steering, name: str, owner: nn.Module, model: nn.Module, sampling: Sampling):
+        self.run, self.name, self.owner, self.model, self.sampling = run, name, owner, model, sampling
         self.runtimes = {path: r for path, r in run.runtimes.items() if r.site.component == name}
+        self.declared = Declarations.of(run, self.runtimes.values(), owner, model)
         self._orders = {path: order_of(r.site) for path, r in self.runtimes.items()}
+        self._patch = getattr(getattr(model, "config", None), "patch_size", 1)
         # Compiled code is compiled anew for each value that it reads here, so it reads no more than is needed.
         self._acting: dict[str, tuple[int, ...]] = {}
-        self._stepwise = any("steps" in b.method.needs for b in run.bounds)
-        self._branched = any(b.where.branches is not None for b in run.bounds)
         self.layout: tuple[str, ...] | None = None
         self.batch = 0
         self.image_tokens: int | None = None
@@ -49,15 +54,14 @@ class DenoiserClock:
         """Read the arguments of one forward of the denoiser."""
         sample = next(values[n] for n in INPUTS if values.get(n) is not None)
         self.batch = len(sample)
-        patch = getattr(getattr(self.model, "config", None), "patch_size", 1)
-        self.image_tokens = _image_tokens(sample, patch)
+        self.image_tokens = _image_tokens(sample, self._patch)
         self.size = _grid_size(sample, values)
-        sampling = self.sampling
-        sampling.tick(next((values[n] for n in TIMES if values.get(n) is not None), None))
+        self.sampling.begin(next((values[n] for n in TIMES if values.get(n) is not None), None))
         self.layout = self.run.scope.layout
-        if self.layout is None and sampling.pipeline is not None:
-            self.layout = layout(sampling.pipeline, sampling.context, self.batch, sampling.latent_rows, sampling.turn)
-        sampling.turn += 1
+        if self.layout is None:
+            self.layout = self.sampling.layout(self.batch)
+        self.sampling.turn += 1
+        self.refresh()
 
     def refresh(self) -> None:
         """Find out which interventions act in the pass that starts now."""
@@ -70,9 +74,13 @@ class DenoiserClock:
         for runtime in self.runtimes.values():
             runtime.partition(self.active(runtime))
 
+    def stop(self) -> None:
+        """The run is over: nothing of the last pass stays."""
+        self._acting = {}
+
     @contextlib.contextmanager
-    def of(self, layout: tuple[str, ...] | None, batch: int) -> Iterator[None]:
-        """One pass of the model on rows with this layout."""
+    def on_rows(self, layout: tuple[str, ...] | None, batch: int) -> Iterator[None]:
+        """One pass of the model on `batch` rows with this layout."""
         before = self.layout, self.batch, self._acting
         self.layout, self.batch = layout, batch
         self.refresh()
@@ -86,13 +94,13 @@ class DenoiserClock:
         found = self._acting.get(runtime.site.path)
         return runtime.active(None, None, None) if found is None else found
 
-    def finished(self) -> None:
+    def end_if_captured(self) -> None:
         """A site's attention is done: end the pass if it was run for its maps, and all are there."""
         if self.cut and self.capture is not None and self.capture.complete:
-            raise Enough
+            raise MapsComplete
 
     def grid_at(self, site: Site) -> tuple[int, int] | None:
-        """(height, width) of the image rows of a site in this call, where it can be told before it runs."""
+        """(height, width) of the image rows of a site in this call, where it is known before the site runs."""
         if self.size is None:
             return None
         scale = unet_scale(self.model, site.name)
@@ -106,20 +114,21 @@ class DenoiserClock:
         Args:
             image: rows of the stream that the processor got apart from its text; None when it got one sequence.
         """
+        compiling = torch.compiler.is_compiling()
         roles = segments(self._orders[site.path], rows, self.image_tokens if image is None else image)
         facts: dict[str, Any] = {"capture": self.capture}
         found = roles.get("image")
         if found is not None and self.size is not None:
             facts["grid"] = _grid_of(found.stop - found.start, self.size)
         step, steps, branch_rows = None, None, None
-        if self._stepwise or not torch.compiler.is_compiling():
+        if self.declared.steps or not compiling:
             step, steps = self.sampling.step, self.sampling.steps
-        if self._branched and self.layout is not None and batch % max(self.batch, 1) == 0:
+        if self.declared.branches and self.layout is not None and batch % max(self.batch, 1) == 0:
             branch_rows = self._branch_rows(batch, site.module)
         return AttnCall(
             site,
-            plain(rows, device),
-            plain(keys, device),
+            _track(rows, device, compiling),
+            _track(keys, device, compiling),
             host="diffusers",
             step=step,
             steps=steps,
@@ -136,6 +145,27 @@ class DenoiserClock:
             name: torch.stack([part == i for i, n in enumerate(self.layout) if n == name]).any(dim=0)
             for name in set(self.layout)
         }
+
+
+def segments(order: tuple[str, ...], rows: int, image: int | None) -> dict[str, slice]:
+    """Roles of the rows of one call; empty where they are not known.
+
+    Args:
+        order: from `streams.order_of`. rows: of the call. image: image rows among them, where they are known.
+    """
+    if len(order) == 1:
+        return {order[0]: slice(0, rows)}
+    if not order or image is None or not 0 < image <= rows:
+        return {}
+    first = image if order[0] == "image" else rows - image
+    return {order[0]: slice(0, first), order[1]: slice(first, rows)}
+
+
+def _track(size: int, device: torch.device, compiling: bool) -> Callable[[], Track]:
+    """Rows or keys of a denoiser have no padding that it tells of; made on the first call, for few methods ask."""
+    make = functools.partial(Track.plain, size, device)
+    # torch.compile cannot trace the making of a cache.
+    return make if compiling else functools.cache(make)
 
 
 def _image_tokens(sample: Any, patch: Any) -> int | None:

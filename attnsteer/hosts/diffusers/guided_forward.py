@@ -1,115 +1,163 @@
-"""The clock of a denoiser: steps, guidance rows, token grid; and the middleware around its forward."""
+"""The layer around a denoiser's forward: it reads the arguments into the clock, and runs the `around` methods."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ...bound import Bound
 from ...branches import BranchInputs, Prediction
 from ...errors import UnsupportedHost
 from .clock import DenoiserClock
 from .latent_loop import Loop
-from .pipelines import NORMALISED, caller
-from .prefix import PrefixCache, way_to
+from .prefix import PrefixReuse, modules_down_to
+
+if TYPE_CHECKING:
+    from ...undo import Journal
+
+# From the arguments of one pass to what the denoiser predicts.
+Predict = Callable[[BranchInputs], Prediction]
 
 
-def wrap_denoiser(clock: DenoiserClock, owner: nn.Module, journal: Any) -> None:
-    """Put the clock and the `around` methods in front of a denoiser's forward, where anything needs them.
-
-    Args:
-        owner: the denoiser, or the module that `torch.compile` made of it.
-    """
-    run, model = clock.run, clock.model
-    around = [b for b in run.bounds if "around" in b.doors and _edited(clock, b)]
-    timed = any(getattr(b.where, f) is not None for b in run.bounds for f in ("steps", "branches", "rows"))
-    needed = any({"segments", "grid", "steps"} & set(b.method.needs) for b in run.bounds)
-    compiled = owner is not model or any(m._compiled_call_impl is not None for m in model.modules())
-    if compiled:
+def guide(clock: DenoiserClock, journal: Journal) -> None:
+    """Put a `GuidedForward` around the denoiser of `clock`, where a method of its run needs one."""
+    declared, model = clock.declared, clock.model
+    if declared.compiled:
         # A record that comes into being at the first call would compile the second anew.
         for path, runtime in clock.runtimes.items():
             for bound, _ in runtime.entries:
-                run.audit.record(bound.index, path)
+                clock.run.audit.record(bound.index, path)
         clock.prepare()
-    if not (around or timed or needed):
+    if not declared.watched:
         return
-    _refuse_cache(model, around)
-    latent = [b for b in around if "latent" in b.method.needs]
-    if latent and compiled:
+    if declared.latent and declared.compiled:
         raise UnsupportedHost(
-            f"{type(latent[0].method).__name__} takes gradients through {type(model).__name__} and cuts its forward short, which "
+            f"{declared.latent[0].name} takes gradients through {type(model).__name__} and cuts its forward short, which "
             "compiled code does not allow. Steer the model before it is compiled, or without torch.compile."
         )
-    clock.sampling.watch(model, journal, any("latent" in b.method.needs for b in run.bounds))
-    clock.sampling.prompts.listeners += [b.method.prepare for b in latent]
-    names = list(inspect.signature(type(model).forward).parameters)[1:]
-    place, original = _place(owner)
-    # A model that is compiled as a whole runs no block of its own: nothing is replayed there.
-    whole = owner is not model or model._compiled_call_impl is not None
-    # A pass for gradients shares nothing with the one that is stepped from.
-    ways = {b.index: None if whole or b in latent else way_to(model, _edited(clock, b)) for b in around}
-    had, live = place in vars(owner), [True]
+    guided = GuidedForward(clock)
+    guided.check_cache(declared.around)
+    clock.sampling.watch(model, journal, declared.latent_moves)
+    clock.sampling.prompts.listeners += [b.method.prepare for b in declared.latent]
+    # A whole model that is compiled is entered by this name.
+    compiled = vars(clock.owner).get("_compiled_call_impl") is not None
+    journal.add(clock.stop)
+    journal.wrap(clock.owner, "_compiled_call_impl" if compiled else "forward", torch.compiler.disable(guided.forward))
 
-    @torch.compiler.disable
-    @functools.wraps(original)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not live[0]:
-            return original(*args, **kwargs)
-        if run._open:
-            with clock.of(clock.layout, clock.batch):
-                return original(*args, **kwargs)
-        values = dict(zip(names, args, strict=False)) | kwargs
+
+class GuidedForward:
+    """What runs in place of one denoiser's forward.
+
+    One call of it may be several passes of the model:
+
+        forward                  reads the arguments
+          guided (first method)    the method's `around`, which asks for passes
+            guided (second method)
+              predict                the model, every block of it: the strong pass
+            predict                  the model with the inside edits on, from the first edited block on: a weak pass
+    """
+
+    def __init__(self, clock: DenoiserClock):
+        self.clock, self.run, self.model, self.declared = clock, clock.run, clock.model, clock.declared
+        self.sampling = clock.sampling
+        self._names = list(inspect.signature(type(clock.model).forward).parameters)[1:]
+        # Nothing is replayed inside a model that is compiled as a whole, nor is a pass for gradients shared.
+        self._ways: dict[int, list[nn.Module]] = {
+            b.index: modules_down_to(clock.model, self.declared.edits[b.index])
+            for b in self.declared.around
+            if not self.declared.whole and b not in self.declared.latent
+        }
+
+    def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """One call of the denoiser by its pipeline; `inner` is the forward that this one is around."""
+        clock, sampling = self.clock, self.sampling
+        if self.run.branch is not None:
+            with clock.on_rows(clock.layout, clock.batch):
+                return inner(*args, **kwargs)
+        values = dict(zip(self._names, args, strict=False)) | kwargs
         clock.begin(values)
-        clock.refresh()
-        sampling = clock.sampling
-        working = [b for b in around if b.where.active(None, sampling.step, sampling.steps)]
+        working = [
+            b for b in self.declared.around if not b.timed or b.where.active(None, sampling.step, sampling.steps)
+        ]
         if not working:
-            return original(*args, **kwargs)
-        _refuse_cache(model, working)
-        _check_rows(clock)
-        bare = call = functools.partial(_predict, clock, original)
+            return inner(*args, **kwargs)
+        self.check_cache(working)
+        self.check_rows()
+        predict = call = functools.partial(self.predict, inner)
         for bound in reversed(working):
-            call = _layer(clock, bound, call, bare, ways[bound.index])
-        inputs = BranchInputs(values, clock.layout, clock.batch, sampling.timestep, sampling.memory, Loop(clock))
+            call = functools.partial(self.guided, bound, call, predict)
+        loop = Loop(clock) if self.declared.latent else None
+        inputs = BranchInputs(values, clock.layout, clock.batch, sampling.timestep, sampling.memory, loop)
         prediction = call(inputs)
-        if prediction.shift is not None and len(clock.layout) > 1 and sampling.rescale.factor:
+        if prediction.shift is not None and len(clock.layout) > 1 and sampling.rescales:
             return sampling.rescale.hold(prediction, inputs).wrapped
         return prediction.wrapped
 
-    vars(owner)[place] = forward
+    def predict(self, inner: Callable[..., Any], inputs: BranchInputs) -> Prediction:
+        """One pass of the model itself; containers are copied, because some models empty the lists that they get."""
+        if self.declared.latent_moves:
+            inputs = self.sampling.latents.applied(inputs)
+        with self.clock.on_rows(inputs.layout, inputs.batch):
+            return Prediction(inner(**{name: _copied(value) for name, value in inputs.values.items()}))
 
-    def undo() -> None:
-        live[0] = False
-        # accelerate may have moved ours below its own, or back, meanwhile.
-        clock._acting = {}
-        for name in ("forward", "_old_forward", "_compiled_call_impl"):
-            if vars(owner).get(name) is forward:
-                if had or name != "forward":
-                    vars(owner)[name] = original
-                else:
-                    del vars(owner)[name]
+    def guided(self, bound: Bound, strong: Predict, weak: Predict, inputs: BranchInputs) -> Prediction:
+        """One `around` method's prediction.
 
-    journal.add(undo)
+        Args:
+            strong: its passes with inside edits off: with the methods after it. weak: its passes with inside edits on: of
+                the bare model, so that several weak branches add up; they reuse the unedited prefix of a strong one.
+        """
+        plain: list[Prediction] = []
+        prefix = PrefixReuse(self.run, self._ways.get(bound.index), inputs)
 
+        def forward(given: BranchInputs) -> Prediction:
+            if self.run.is_open(bound):
+                return prefix.replay(weak, given)
+            plain.append(prefix.record(strong, given))
+            return plain[-1]
 
-def _place(owner: nn.Module) -> tuple[str, Callable[..., Any]]:
-    """The attribute through which the denoiser is called, below accelerate's hooks and above `torch.compile`."""
-    if vars(owner).get("_compiled_call_impl") is not None:
-        return "_compiled_call_impl", owner._compiled_call_impl
-    place = "_old_forward" if "_old_forward" in vars(owner) else "forward"
-    return place, vars(owner).get(place) or owner.forward
+        self.run.audit.count(bound.index, "guided calls")
+        result = bound.method.around(forward, inputs, self.run)
+        if not any(result is p for p in plain):
+            # Of a prediction that a pass gave itself there is nothing to say: the latent may have been moved.
+            same = plain and plain[-1].sample.shape == result.sample.shape
+            moved = (result.sample != plain[-1].sample).any() if same else torch.ones((), dtype=torch.bool)
+            self.run.audit.moved(bound.index, moved)
+        return result
 
+    def check_cache(self, around: Sequence[Bound]) -> None:
+        """Refuse `around` methods where a feature cache would answer for the model."""
+        memory = self.sampling.memory
+        # There are thousands of modules: their hooks are looked at once a run.
+        hooked = "hooks seen" not in memory and _caching_hooks(self.model)
+        memory["hooks seen"] = True
+        if around and (hooked or getattr(self.model, "is_cache_enabled", False)):
+            raise UnsupportedHost(
+                f"{type(self.model).__name__} has a feature cache: the weak pass would be answered from it and guidance would "
+                "silently vanish. Call disable_cache(), or take the cache's hooks off, first."
+            )
 
-def _predict(clock: DenoiserClock, original: Callable[..., Any], inputs: BranchInputs) -> Prediction:
-    """One pass of the model itself; containers are copied, because some models empty the lists that they get."""
-    inputs = clock.sampling.latents.applied(inputs)
-    with clock.of(inputs.layout, inputs.batch):
-        return Prediction(original(**{name: _copied(value) for name, value in inputs.values.items()}))
+    def check_rows(self) -> None:
+        """Refuse a call whose rows are not known; warn where the combination is not a plain one."""
+        clock, sampling = self.clock, self.sampling
+        name = type(sampling.pipeline if sampling.pipeline is not None else self.model).__name__
+        if clock.layout is None:
+            raise UnsupportedHost(
+                f"which of the {clock.batch} rows of this call are conditional is not known for {name} (its latents have "
+                f"{sampling.latent_rows} rows): steer a pipeline with known rows rather than its model, and use no other "
+                'guidance that adds denoiser calls or rows; or enter run.branches("uncond", "cond") around the calls.'
+            )
+        if sampling.convention.normalised and not sampling.memory.get("warned"):
+            sampling.memory["warned"] = True
+            warnings.warn(
+                f"{name} may normalise the combined prediction; the guidance term is added before that.", stacklevel=5
+            )
 
 
 def _copied(value: Any) -> Any:
@@ -118,67 +166,7 @@ def _copied(value: Any) -> Any:
     return list(value) if type(value) is list else value
 
 
-def _layer(
-    clock: DenoiserClock,
-    bound: Any,
-    inner: Callable[[BranchInputs], Prediction],
-    bare: Callable[[BranchInputs], Prediction],
-    way: list[nn.Module] | None,
-) -> Callable[[BranchInputs], Prediction]:
-    """One `around` method as a middleware.
-
-    Its passes with inside edits on are passes of the bare model, so that several weak branches add up, and they reuse
-    the unedited prefix of its other pass.
-    """
-    run = clock.run
-
-    def outer(inputs: BranchInputs) -> Prediction:
-        with PrefixCache(run, way, inputs) as prefix:
-            plain: list[Prediction] = []
-
-            def forward(given: BranchInputs) -> Prediction:
-                if bound.index in run._open:
-                    return prefix.replay(bare, given)
-                plain.append(prefix.record(inner, given))
-                return plain[-1]
-
-            run.audit.count(bound.index, "guided calls")
-            result = bound.method.around(forward, inputs, run)
-            if not any(result is p for p in plain):
-                # Of a prediction that a pass gave itself there is nothing to say: the latent may have been moved.
-                same = plain and plain[-1].sample.shape == result.sample.shape
-                moved = (result.sample != plain[-1].sample).any() if same else torch.ones((), dtype=torch.bool)
-                run.audit.moved(bound.index, moved)
-            return result
-
-    return outer
-
-
-def _edited(clock: DenoiserClock, bound: Any) -> list[str]:
-    """Names of the sites of this denoiser that an intervention edits."""
-    return [r.site.name for r in clock.runtimes.values() if any(b.index == bound.index for b, _ in r.entries)]
-
-
-def _refuse_cache(model: nn.Module, around: list[Any]) -> None:
-    if around and getattr(model, "is_cache_enabled", False):
-        raise UnsupportedHost(
-            f"{type(model).__name__} has a feature cache enabled: the weak pass would be answered from it and guidance would "
-            "silently vanish. Call disable_cache() first."
-        )
-
-
-def _check_rows(clock: DenoiserClock) -> None:
-    """Refuse a call whose rows are not known; warn where the combination is not a plain one."""
-    pipe, memory = clock.sampling.pipeline, clock.sampling.memory
-    name = type(pipe if pipe is not None else clock.model).__name__
-    if clock.layout is None:
-        raise UnsupportedHost(
-            f"which of the {clock.batch} rows of this call are conditional is not known for {name} (its latents have "
-            f"{clock.sampling.latent_rows} rows): steer a pipeline with known rows rather than its model, and use no other "
-            'guidance that adds denoiser calls or rows; or enter run.branches("uncond", "cond") around the calls.'
-        )
-    if NORMALISED.match(caller(pipe)) and not memory.get("warned"):
-        memory["warned"] = True
-        warnings.warn(
-            f"{name} may normalise the combined prediction; the guidance term is added before that.", stacklevel=4
-        )
+def _caching_hooks(model: nn.Module) -> bool:
+    """Whether hooks of diffusers keep outputs from call to call; `apply_...` functions put them on without a flag."""
+    registries = (vars(m).get("_diffusers_hook") for m in model.modules())
+    return any(getattr(hook, "_is_stateful", False) for r in registries if r is not None for hook in r.hooks.values())

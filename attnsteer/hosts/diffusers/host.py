@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,10 +13,16 @@ from ...site import Site
 from ..base import Host, imported
 from ..sdpa.rebind import names_called
 from .clock import DenoiserClock
-from .guided_forward import wrap_denoiser
+from .guided_forward import guide
 from .processors import attach_linear, attach_processor, usable
-from .steps import Sampling
+from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ...steering import Steering
+    from ...undo import Journal
 
 # Pipeline components that predict noise or velocity; encoders, VAEs and ControlNets are not steered.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
@@ -27,7 +33,7 @@ class DiffusersHost(Host):
 
     provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent"})
 
-    def __init__(self, target: Any):
+    def __init__(self, target: nn.Module | DiffusionPipeline):
         super().__init__(target)
         self.main = ("image",)
         self.pipeline = target if _is_pipeline(target) else None
@@ -39,7 +45,7 @@ class DiffusersHost(Host):
         self._sites: list[Site] | None = None
 
     @classmethod
-    def takes(cls, target: Any) -> bool:
+    def takes(cls, target: object) -> bool:
         return bool(_denoisers(target))
 
     def sites(self) -> list[Site]:
@@ -58,27 +64,32 @@ class DiffusersHost(Host):
                 "Set another processor with set_attn_processor first."
             )
 
-    def attach(self, run: Any, journal: Any) -> None:
+    def attach(self, run: Steering, journal: Journal) -> None:
         sampling = Sampling(self.pipeline)
-        clocks = {name: DenoiserClock(run, name, model, sampling) for name, model in self.models.items()}
+        clocks = {
+            name: DenoiserClock(run, name, owner, self.models[name], sampling) for name, owner in self.owners.items()
+        }
         for runtime in run.runtimes.values():
             clock = clocks[runtime.site.component]
             (attach_linear if runtime.site.linear else attach_processor)(runtime, clock, journal)
-        for name, owner in self.owners.items():
-            wrap_denoiser(clocks[name], owner, journal)
+        for clock in clocks.values():
+            guide(clock, journal)
+        if self.pipeline is not None:
+            steered = {clock.name: clock.model for clock in clocks.values() if clock.runtimes}
+            watch_parts(self.pipeline, steered, sampling, journal)
 
 
-def _is_pipeline(target: Any) -> bool:
+def _is_pipeline(target: object) -> bool:
     kinds = imported("diffusers", "pipelines.pipeline_utils.DiffusionPipeline")
     return bool(kinds) and isinstance(target, kinds)
 
 
-def _plain(module: Any) -> Any:
+def _plain(module: object) -> Any:
     """The module below a `torch.compile` wrapper."""
     return getattr(module, "_orig_mod", module)
 
 
-def _denoisers(target: Any) -> dict[str, nn.Module]:
+def _denoisers(target: object) -> dict[str, nn.Module]:
     """Component name -> denoiser, as the pipeline holds it (perhaps compiled)."""
     if _is_pipeline(target):
         parts = {name: getattr(target, name, None) for name in DENOISERS}
@@ -88,7 +99,7 @@ def _denoisers(target: Any) -> dict[str, nn.Module]:
     return {"": target} if kinds and isinstance(model, kinds) and _attends(model) else {}
 
 
-def _attends(model: Any) -> bool:
+def _attends(model: object) -> bool:
     return isinstance(model, nn.Module) and any(_has_processor(m) for m in model.modules())
 
 

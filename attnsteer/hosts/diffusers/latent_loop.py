@@ -1,4 +1,4 @@
-"""What a method that moves the latent sees of the sampling loop."""
+"""`Loop`: what a method that moves the latent sees of the sampling loop, and how it takes gradients through the denoiser."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...bound import Bound
 from ...branches import BranchInputs
 from ...errors import UnsupportedHost
 from ...maps.phrases import Prompt
@@ -63,9 +64,7 @@ class Loop:
 
     def move(self, method: Any, z: Tensor) -> None:
         """From here on, this call of the loop is about z: further passes, and the scheduler's step."""
-        before = self._latents.moved if self._latents.moved is not None else self._latents._raw
-        moved = (z != before).any() if before is not None else torch.ones((), dtype=torch.bool)
-        self._clock.run.audit.moved(self._bound(method).index, moved)
+        self._clock.run.audit.moved(self._bound(method).index, self._latents.differs(z))
         self._latents.acted.add(id(method))
         self._latents.moved = z
 
@@ -73,7 +72,7 @@ class Loop:
         """Count in the audit."""
         self._clock.run.audit.count(self._bound(method).index, what, by)
 
-    def _bound(self, method: Any) -> Any:
+    def _bound(self, method: Any) -> Bound:
         return next(b for b in self._clock.run.bounds if b.method is method)
 
     def sites(self, method: Any) -> list[MapSite]:
@@ -98,7 +97,7 @@ class Loop:
             if method.checkpointing:
                 stack.enter_context(_checkpointed(clock.model))
             stack.enter_context(clock.run.inside(method))
-            stack.enter_context(clock.of(inputs.layout, inputs.batch))
+            stack.enter_context(clock.on_rows(inputs.layout, inputs.batch))
             before = clock.capture, clock.cut
             clock.capture, clock.cut = capture, method.early_stop and not _hooked(clock.model)
             try:

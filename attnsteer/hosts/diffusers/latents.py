@@ -6,7 +6,6 @@ into the denoiser, and into `scheduler.step`.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from ...branches import BranchInputs
 from ...errors import UnsupportedHost
 
 if TYPE_CHECKING:
-    pass
+    from diffusers import DiffusionPipeline
 
 # What the denoisers call their input.
 INPUTS = ("sample", "hidden_states", "x")
@@ -37,7 +36,7 @@ class Latents:
         index: calls of `scheduler.step` so far in this run. moved: the latent that takes the loop's place in this call.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: DiffusionPipeline | None):
         self.pipeline = pipeline
         self.index = 0
         self.moved: Tensor | None = None
@@ -46,10 +45,11 @@ class Latents:
         self._sample: Tensor | None = None
         self._scale: Callable[[Tensor], Tensor] | None = None
 
-    def restart(self) -> None:
-        """A new sampling run."""
+    def set_timesteps(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around `scheduler.set_timesteps`: a new sampling run."""
         self.index = 0
         self._next()
+        return inner(*args, **kwargs)
 
     def _next(self) -> None:
         self.moved, self._raw, self._sample, self._scale = None, None, None, None
@@ -72,27 +72,21 @@ class Latents:
             return scheduler.counter < len(scheduler.prk_timesteps) and scheduler.counter % 4 != 0
         return getattr(scheduler, "state_in_first_order", True) is False
 
-    def scaling(self, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def scale_model_input(self, inner: Callable[..., Tensor], sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Around `scheduler.scale_model_input`: remembers what is scaled, and how."""
+        self._sample = sample
+        self._scale = lambda z: inner(z, *args, **kwargs)
+        return inner(sample, *args, **kwargs)
 
-        @functools.wraps(original)
-        def scale_model_input(sample: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            self._sample = sample
-            self._scale = lambda z: original(z, *args, **kwargs)
-            return original(sample, *args, **kwargs)
-
-        return scale_model_input
-
-    def stepping(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Around `scheduler.step`: the moved latent takes the place of the loop's."""
-        names = list(inspect.signature(original).parameters)
+    def substitute(self, scheduler: Any) -> Callable[..., Any]:
+        """What goes around `scheduler.step`: the moved latent takes the place of the loop's."""
+        names = list(inspect.signature(scheduler.step).parameters)
         place = names.index("sample") if "sample" in names else None
 
-        @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def step(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if self.moved is not None:
                 args, kwargs = self._substituted(args, kwargs, place)
-            result = original(*args, **kwargs)
+            result = inner(*args, **kwargs)
             self.index += 1
             self._next()
             return result
@@ -140,6 +134,11 @@ class Latents:
                 "sample, so the latent cannot be moved exactly."
             )
         return self._raw
+
+    def differs(self, z: Tensor) -> Tensor:
+        """0-d bool: whether z is another latent than the one that this call is about."""
+        before = self.moved if self.moved is not None else self._raw
+        return torch.ones((), dtype=torch.bool) if before is None else (z != before).any()
 
     def put(self, inputs: BranchInputs, z: Tensor, scaled: bool = True) -> BranchInputs:
         """The same call of the model on the latent z [b, ...], scaled for each part of its rows."""

@@ -7,7 +7,11 @@ has no known rows: guidance and `Where(branches=...)` refuse it instead of guess
 from __future__ import annotations
 
 import re
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # One call on a doubled batch, unconditional rows first; a single batch while guidance is off.
 DOUBLED = re.compile(
@@ -35,37 +39,36 @@ NORMALISED = re.compile(r"QwenImage(?!21)|Lumina2|LongCatImage")
 UNCOND_COND = ("uncond", "cond")
 
 
-def layout(pipe: Any, context: str | None, rows: int, latent_rows: int | None, turn: int) -> tuple[str, ...] | None:
-    """Names of the equal parts of the batch of one denoiser call; None where they are not known.
+@dataclass(frozen=True)
+class Convention:
+    """How a pipeline calls its denoiser for classifier-free guidance.
 
-    Args:
-        context: name of the running cache context. rows: of the batch. latent_rows: of the pipeline's latents.
-        turn: how many calls of the denoiser came since the last step of the scheduler.
+    Attributes:
+        calls: "batch": one call, its batch in equal parts; "contexts": one call per branch, in a cache context of its name;
+            "turns": one call per branch, the conditional one first; None: not known.
+        parts: names of the parts of a guided batch, in order.
+        normalised: whether the combined prediction is rescaled by norms.
     """
+
+    calls: str | None
+    parts: tuple[str, ...] = ()
+    normalised: bool = False
+
+
+def convention_of(pipe: DiffusionPipeline | None) -> Convention:
+    """The convention of a pipeline, by the class of diffusers whose `__call__` runs."""
     name = caller(pipe)
-    if IN_CONTEXTS.match(name) and context is not None:
-        return (context,) if context in UNCOND_COND and _fits(rows, latent_rows, 1) else None
+    normalised = bool(NORMALISED.match(name))
+    if IN_CONTEXTS.match(name):
+        return Convention("contexts", normalised=normalised)
     if IN_TURN.match(name):
-        return (UNCOND_COND[1 - turn],) if turn < 2 and _fits(rows, latent_rows, 1) else None
-    guided = getattr(pipe, "do_classifier_free_guidance", None)
+        return Convention("turns", normalised=normalised)
     if TRIPLED.match(name):
-        parts: tuple[str, ...] = ("cond", "uncond", "uncond")
-    elif DOUBLED.match(name):
-        parts = UNCOND_COND
-    else:
-        return None
-    if guided is None:
-        guided = latent_rows is not None and rows != latent_rows
-    parts = parts if guided else ("cond",)
-    return parts if _fits(rows, latent_rows, len(parts)) else None
+        return Convention("batch", ("cond", "uncond", "uncond"), normalised)
+    return Convention("batch", UNCOND_COND, normalised) if DOUBLED.match(name) else Convention(None)
 
 
-def caller(pipe: Any) -> str:
+def caller(pipe: DiffusionPipeline | None) -> str:
     """Name of the pipeline class of diffusers whose `__call__` runs; empty for one that is not of diffusers."""
     owner = next((c for c in type(pipe).__mro__ if "__call__" in vars(c)), object)
     return owner.__name__ if owner.__module__.startswith("diffusers.pipelines.") else ""
-
-
-def _fits(rows: int, latent_rows: int | None, parts: int) -> bool:
-    """Whether the batch holds that many parts; a pipeline that makes other calls as well fails here."""
-    return latent_rows is not None and rows == parts * latent_rows

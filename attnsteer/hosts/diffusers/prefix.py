@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...branches import BranchInputs, Prediction
+from ...engine import Run
 
 
-def way_to(model: nn.Module, names: list[str]) -> list[nn.Module]:
+def modules_down_to(model: nn.Module, names: list[str]) -> list[nn.Module]:
     """The modules on the way to each edited site: these must run in the weak pass, all others may be replayed."""
     needed: dict[int, nn.Module] = {}
     for name in names:
@@ -23,8 +24,8 @@ def way_to(model: nn.Module, names: list[str]) -> list[nn.Module]:
     return list(needed.values())
 
 
-class Kept:
-    """One block's output in the strong pass, with what tells whether it still holds."""
+class BlockOutput:
+    """One block's output in the strong pass, with what shows whether it still holds."""
 
     def __init__(self, args: Any, kwargs: Any, output: Any):
         self.shapes = _shapes(args, kwargs)
@@ -40,7 +41,7 @@ class Kept:
         return self._now() == self._versions and _shapes(args, kwargs) == self.shapes
 
 
-class PrefixCache:
+class PrefixReuse:
     """Records block outputs of a strong pass and replays them in the weak pass, up to the first edited block.
 
     A block is an entry of a `ModuleList` beside the way to an edited site (or the UNet's mid block) whose output is a
@@ -48,74 +49,68 @@ class PrefixCache:
     conditional rows, so the replay is exact. Blocks may be compiled one by one (`compile_repeated_blocks`).
 
     Args:
-        way: as from `way_to`; None records and replays nothing. inputs: of the strong pass.
+        way: from `modules_down_to`; None: record and replay nothing. inputs: of the strong pass.
     """
 
-    def __init__(self, run: Any, way: list[nn.Module] | None, inputs: BranchInputs):
+    def __init__(self, run: Run, way: list[nn.Module] | None, inputs: BranchInputs):
         self.run, self.inputs = run, inputs
         self._blocks, self._stops = _blocks_and_stops(way or [])
-        self._outputs: dict[int, Kept | None] = {}
+        self._outputs: dict[int, BlockOutput | None] = {}
         self._recorded = False
-        self._open = True
-
-    def __enter__(self) -> PrefixCache:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._outputs.clear()
+        # Whether no edited block has run yet in the strong pass.
+        self._before_edit = True
 
     def record(self, call: Callable[[BranchInputs], Prediction], inputs: BranchInputs) -> Prediction:
-        """Run the strong pass and keep the outputs of the blocks before the first edited one."""
+        """Run the strong pass and remember the outputs of the blocks before the first edited one."""
         if inputs is not self.inputs or self._recorded:
             return call(inputs)
         self._recorded = True
-        changes = [(block, self._recorder(block)) for block in self._blocks]
-        with _exchanged([*changes, *((site, self._closer) for site in self._stops)]):
+        layers = [(block, functools.partial(self._record, block)) for block in self._blocks]
+        with _layered([*layers, *((site, self._reach_edit) for site in self._stops)]):
             return call(inputs)
 
     def replay(self, call: Callable[[BranchInputs], Prediction], inputs: BranchInputs) -> Prediction:
-        """Run the weak pass on the conditional rows, with the kept outputs in place of the blocks that gave them."""
+        """Run the weak pass on the conditional rows, with the remembered outputs in place of the blocks that gave them."""
         rows = slice(None) if inputs.layout == self.inputs.layout else self.inputs.part(inputs.layout[0])
-        kept = [(block, self._outputs.get(id(block))) for block in self._blocks]
-        with _exchanged([(block, _player(output, rows)) for block, output in kept if output is not None]):
+        found = [(block, self._outputs.get(id(block))) for block in self._blocks]
+        with _layered([(block, functools.partial(_replay, output, rows)) for block, output in found if output]):
             return call(inputs)
 
-    def _recorder(self, block: nn.Module) -> Callable[..., Any]:
-        def around(compute: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                output = compute(*args, **kwargs)
-                if self.run._open:
-                    # A weak pass of another method, inside this strong one.
-                    return output
-                if id(block) in self._outputs:
-                    # Called twice: it is computed again.
-                    self._outputs[id(block)] = None
-                elif self._open:
-                    known = _batched(output, self.inputs.batch)
-                    self._outputs[id(block)] = Kept(args, kwargs, output) if known else None
-                return output
+    def _record(self, block: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around a block in the strong pass."""
+        output = inner(*args, **kwargs)
+        if self.run.branch is not None:
+            # A weak pass of another method, inside this strong one.
+            return output
+        if id(block) in self._outputs:
+            # Called twice: it is computed again.
+            self._outputs[id(block)] = None
+        elif self._before_edit:
+            known = _batched(output, self.inputs.batch)
+            self._outputs[id(block)] = BlockOutput(args, kwargs, output) if known else None
+        return output
 
-            return forward
+    def _reach_edit(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Around a module in which the edited part of the strong pass begins."""
+        self._before_edit = self._before_edit and self.run.branch is not None
+        return inner(*args, **kwargs)
 
-        return around
 
-    def _closer(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self._open = self._open and bool(self.run._open)
-            return compute(*args, **kwargs)
-
-        return forward
+def _replay(output: BlockOutput, rows: slice, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Around a block in the weak pass."""
+    return _map(output.output, lambda t: t[rows]) if output.holds(args, kwargs) else inner(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def _exchanged(changes: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Each module runs `change(what it ran before)` in this block."""
+def _layered(layers: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """In this block each module runs `layer(what it ran before, ...)`."""
     undo: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for module, change in changes:
+        for module, layer in layers:
             name = "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
             undo.append((vars(module), name, vars(module).get(name)))
-            vars(module)[name] = functools.wraps(getattr(module, name))(change(getattr(module, name)))
+            inner = getattr(module, name)
+            vars(module)[name] = functools.update_wrapper(functools.partial(layer, inner), inner)
         yield
     finally:
         for own, name, old in reversed(undo):
@@ -123,16 +118,6 @@ def _exchanged(changes: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[
                 del own[name]
             else:
                 own[name] = old
-
-
-def _player(kept: Kept, rows: slice) -> Callable[..., Any]:
-    def around(compute: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return _map(kept.output, lambda t: t[rows]) if kept.holds(args, kwargs) else compute(*args, **kwargs)
-
-        return forward
-
-    return around
 
 
 def _blocks_and_stops(way: list[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -1,7 +1,8 @@
-"""Attention processors of diffusers: wrapped copies whose attention primitive is ours, and the twins of old forms."""
+"""Attention processors of diffusers: copies whose attention primitive asks our runtime, and SDPA forms of old processors."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import re
@@ -11,29 +12,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...call import AttnCall
 from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
+from ...kernels import Attention
 from ...site import Site
-from ..sdpa.host import problem, sdpa_primitive
+from ..sdpa.host import same_kernel
 from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
 
 if TYPE_CHECKING:
+    from ...undo import Journal
     from .clock import DenoiserClock
 
+# What comes after query, key and value in F.scaled_dot_product_attention and in diffusers' dispatch_attention_fn.
+OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "attention_kwargs")
 
-class Local:
-    """What one processor call was given and did: rows of its own stream, whether text came apart, primitive calls.
+
+class ProcessorCall:
+    """The running call of one processor.
 
     Attributes:
-        image: rows of `hidden_states` where the text came as a second argument, else None.
+        primitives: attention primitives called so far. image_rows: rows of `hidden_states` where the text came as a second
+            argument, else None.
     """
 
-    __slots__ = ("calls", "image")
+    __slots__ = ("image_rows", "primitives")
 
     def __init__(self) -> None:
-        self.calls: int = 0
-        self.image: int | None = None
+        self.primitives = 0
+        self.image_rows: int | None = None
 
 
 def usable(processor: Any) -> Any:
@@ -47,31 +53,18 @@ def usable(processor: Any) -> Any:
     return processor if twin is None else twin()
 
 
-def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Any) -> None:
+def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:
     """Exchange the processor of a site for a copy whose attention primitive asks `runtime`."""
     module, site = runtime.site.module, runtime.site
     processor = usable(module.processor)
     original = inspect.unwrap(type(processor).__call__)
-    local = Local()
+    running = ProcessorCall()
     main = _main_call(type(processor).__name__, original)
-
-    def make_call(batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
-        return clock.call(site, batch, rows, keys, device, local.image)
-
-    def gate(primitive: Callable[..., Tensor], base: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def chosen(*args: Any, **kwargs: Any) -> Tensor:
-            local.calls += 1
-            if main is None or main(local.calls, site, clock.active(runtime)):
-                return primitive(*args, **kwargs)
-            return base(*args, **kwargs)
-
-        return chosen
-
-    sdpa = torch.nn.functional.scaled_dot_product_attention
-    primitives = {SDPA: gate(sdpa_primitive(runtime, make_call, clock.active), sdpa)}
+    steered = functools.partial(_primitive, runtime, clock, running, main)
+    primitives = {SDPA: steered(torch.nn.functional.scaled_dot_product_attention)}
     dispatch = original.__globals__.get(DISPATCH)
     if dispatch is not None:
-        primitives[DISPATCH] = gate(_dispatch_primitive(runtime, make_call, clock.active, dispatch), dispatch)
+        primitives[DISPATCH] = steered(dispatch, rows_first=True)
     copied = rebind(original, primitives)
     names = list(inspect.signature(original).parameters)[2:]
 
@@ -80,20 +73,77 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Any) -
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden, text = given.get("hidden_states"), given.get("encoder_hidden_states")
         apart = isinstance(hidden, Tensor) and isinstance(text, Tensor)
-        local.calls, local.image = 0, hidden.shape[1] if apart else None
+        running.primitives, running.image_rows = 0, hidden.shape[1] if apart else None
         out = copied(self, attn, *args, **kwargs)
-        if not local.calls and clock.active(runtime):
+        if not running.primitives and clock.active(runtime):
             raise UnsupportedHost(
                 f"{site.path}: {type(self).__name__} computed its attention without the primitive that it names, so nothing "
                 "was edited. Leave this site out of Where, or set another processor or attention backend."
             )
-        clock.finished()
+        clock.end_if_captured()
         return out
 
-    _exchange(module, _twin(processor, __call__), journal)
+    _exchange(module, _steered_processor(processor, __call__, module.processor), journal)
 
 
-def attach_linear(runtime: SiteRuntime, clock: DenoiserClock, journal: Any) -> None:
+def _primitive(
+    runtime: SiteRuntime,
+    clock: DenoiserClock,
+    running: ProcessorCall,
+    main: Callable[[int, Site, Any], bool] | None,
+    base: Callable[..., Tensor],
+    rows_first: bool = False,
+) -> Callable[..., Tensor]:
+    """A stand-in for an attention primitive in one processor; the model's own stays the base kernel.
+
+    Args:
+        main: from `_main_call`. base: the primitive. rows_first: it takes [B, N, H, d], as `dispatch_attention_fn` does; else
+            [B, H, N, d].
+    """
+    site = runtime.site
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        running.primitives += 1
+        active = clock.active(runtime)
+        if not active or not (main is None or main(running.primitives, site, active)):
+            return base(query, key, value, *args, **kwargs)
+        if query.ndim != 4:
+            raise UnsupportedHost(f"{site.path} attends on {query.ndim}-D tensors; [B, H, N, d] is needed.")
+        options = dict(zip(OPTIONS, args, strict=False)) | kwargs
+        mask, scale = _plain_mask(site, query, key, options, rows_first), options.get("scale")
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value)) if rows_first else (query, key, value)
+        call = clock.call(site, q.shape[0], q.shape[2], k.shape[2], q.device, running.image_rows)
+        scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+        att = Attention(q, k, v, scale, mask=mask, causal=bool(options.get("is_causal")))
+        if rows_first:
+            run_base = lambda: base(query, key, value, *args, **kwargs).transpose(1, 2)  # noqa: E731
+            return runtime(att, run_base, call, active).transpose(1, 2)
+        # Without `enable_gqa` the broadcast of one kv head runs another kernel than ours.
+        plain = options.get("enable_gqa") or q.shape[1] == k.shape[1]
+        same = functools.partial(same_kernel, att) if plain else None
+        return runtime(att, lambda: base(query, key, value, *args, **kwargs), call, active, same)
+
+    return attend
+
+
+def _plain_mask(site: Site, query: Tensor, key: Tensor, options: dict[str, Any], rows_first: bool) -> Tensor | None:
+    """The mask of one call, broadcastable to [B, H, n, m]; raises where the call is not plain attention."""
+    mask = options.get("attn_mask")
+    if options.get("dropout_p"):
+        raise UnsupportedHost(f"{site.path} runs with dropout {options['dropout_p']}; call eval() on the model first.")
+    others = options.get("attention_kwargs") or options.get("parallel_config") is not None
+    if others or not (mask is None or isinstance(mask, Tensor)):
+        raise UnsupportedHost(
+            f"{site.path} uses backend-specific attention_kwargs, block masks or context parallelism, which an exact edit "
+            "cannot follow; turn them off."
+        )
+    if rows_first and mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
+        # One validity per key.
+        return mask[:, None, None]
+    return mask
+
+
+def attach_linear(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:
     """Linear attention: values are read at `to_v`, head outputs are edited on their way into `to_out`."""
     module, site = runtime.site.module, runtime.site
     processor = module.processor
@@ -106,14 +156,14 @@ def attach_linear(runtime: SiteRuntime, clock: DenoiserClock, journal: Any) -> N
         call = clock.call(site, out.shape[0], out.shape[1], out.shape[1], out.device, None)
         heads, v = (t.unflatten(-1, (site.heads, -1)).transpose(1, 2) for t in (out, values))
         # No map exists: q is there for its shape only, and methods that would need it are refused earlier.
-        att = problem(heads, v, v, None, False, 1.0)
+        att = Attention(heads, v, v, 1.0)
         return runtime(att, lambda: heads, call, active).transpose(1, 2).flatten(2, 3)
 
     @functools.wraps(original)
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, _Linear(attn, edit), *args, **kwargs)
 
-    _exchange(module, _twin(processor, __call__), journal)
+    _exchange(module, _steered_processor(processor, __call__, processor), journal)
 
 
 class _Linear:
@@ -134,16 +184,22 @@ class _Linear:
         return getattr(self._attn, name)
 
 
-def _twin(processor: Any, call: Callable[..., Any]) -> Any:
-    """An object of the processor's class, name and state with another `__call__`."""
-    cls = type(type(processor).__name__, (type(processor),), {"__call__": call})
-    wrapped = object.__new__(cls)
+def _steered_processor(processor: Any, call: Callable[..., Any], original: Any) -> Any:
+    """An object of the processor's class, name and state with another `__call__`; copies of it are copies of `original`."""
+
+    def reduce_ex(self: Any, protocol: int) -> Any:
+        # A pickle must not name a class that exists while something is steered.
+        return copy.copy, (original,)
+
+    cls = type(type(processor).__name__, (type(processor),), {"__call__": call, "__reduce_ex__": reduce_ex})
+    steered = object.__new__(cls)
     # The same dictionary, so that weights, scales and backends set on the original hold here too.
-    object.__setattr__(wrapped, "__dict__", vars(processor))
-    return wrapped
+    object.__setattr__(steered, "__dict__", vars(processor))
+    return steered
 
 
-def _exchange(module: nn.Module, processor: Any, journal: Any) -> None:
+def _exchange(module: nn.Module, processor: Any, journal: Journal) -> None:
+    """Put `processor` in the place of the module's own, and refuse others, until undone."""
     place = module._modules if "processor" in module._modules else vars(module)
     old = place["processor"]
     place["processor"] = processor
@@ -153,14 +209,14 @@ def _exchange(module: nn.Module, processor: Any, journal: Any) -> None:
 
     journal.add(undo)
     if hasattr(module, "set_processor"):
+        journal.wrap(module, "set_processor", _refuse_processor)
 
-        def refuse(*_: Any, **__: Any) -> None:
-            raise UnsupportedHost(
-                "the attention processors of a steered model cannot be exchanged: the edit would vanish. Detach first "
-                "(leave the `with` block or call remove()), change the processors, then steer again."
-            )
 
-        journal.set_attr(module, "set_processor", refuse)
+def _refuse_processor(*_: Any, **__: Any) -> None:
+    raise UnsupportedHost(
+        "the attention processors of a steered model cannot be exchanged: the edit would vanish. Detach first "
+        "(leave the `with` block or call remove()), change the processors, then steer again."
+    )
 
 
 def _main_call(name: str, call: Callable[..., Any]) -> Callable[[int, Site, Any], bool] | None:
@@ -185,38 +241,3 @@ def _main_call(name: str, call: Callable[..., Any]) -> Callable[[int, Site, Any]
         return number == 1
 
     return refuse
-
-
-def _dispatch_primitive(
-    runtime: SiteRuntime,
-    make_call: Callable[[int, int, int, torch.device], AttnCall],
-    acting: Callable[[SiteRuntime], tuple[int, ...]],
-    base: Callable[..., Tensor],
-) -> Callable[..., Tensor]:
-    """A stand-in for diffusers' `dispatch_attention_fn` ([B, N, H, d]); the chosen backend stays the base kernel."""
-
-    def primitive(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        active = acting(runtime)
-        if not active:
-            return base(query, key, value, *args, **kwargs)
-        names = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "attention_kwargs")
-        options = dict(zip(names, args, strict=False)) | kwargs
-        mask = options.get("attn_mask")
-        if options.get("dropout_p"):
-            raise UnsupportedHost(f"{runtime.site.path} runs with dropout; call eval() on the model first.")
-        others = options.get("attention_kwargs") or options.get("parallel_config") is not None
-        if others or not (mask is None or isinstance(mask, Tensor)):
-            raise UnsupportedHost(
-                f"{runtime.site.path} uses backend-specific attention_kwargs, block masks or context parallelism, which an "
-                "exact edit cannot follow; turn them off."
-            )
-        if mask is not None and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1]):
-            # One validity per key.
-            mask = mask[:, None, None]
-        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        call = make_call(q.shape[0], q.shape[2], k.shape[2], q.device)
-        att = problem(q, k, v, mask, bool(options.get("is_causal")), options.get("scale"))
-        run_base = lambda: base(query, key, value, *args, **kwargs).transpose(1, 2)  # noqa: E731
-        return runtime(att, run_base, call, active).transpose(1, 2)
-
-    return primitive

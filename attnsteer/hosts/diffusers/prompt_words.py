@@ -6,15 +6,17 @@ that look words up refuse it, and take ranges of token positions instead.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...maps.phrases import Prompt, Segment
 from ...tokens import char_offsets
 from .pipelines import caller
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # Pipeline class -> its text keys in order: (tokenizer; arguments that give its prompt, the first that is set counts; the
 # argument that gives its length, where it is not the tokenizer's own).
@@ -30,10 +32,11 @@ class Prompts:
     """Remembers what `encode_prompt` was asked for, once per call of the pipeline.
 
     Attributes:
-        current: the prompts of this call. listeners: told of them before the first step, and may refuse them.
+        current: the prompts of this call. listeners: called with them before the first step; they may refuse
+            them.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: DiffusionPipeline | None):
         self.pipeline = pipeline
         self.current = Prompt(unknown="encode_prompt was not called inside the steering context")
         self.listeners: list[Callable[[Prompt], None]] = []
@@ -43,35 +46,24 @@ class Prompts:
         """A new call of the pipeline begins: its first prompt is the one that counts (a second is the negative one)."""
         self._fresh = True
 
-    def checking(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def check_inputs(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `check_inputs`, which every call of a pipeline begins with."""
+        self.restart()
+        return inner(*args, **kwargs)
 
-        @functools.wraps(original)
-        def check_inputs(*args: Any, **kwargs: Any) -> Any:
-            self.restart()
-            return original(*args, **kwargs)
-
-        return check_inputs
-
-    def encoding(self, original: Callable[..., Any]) -> Callable[..., Any]:
+    def encode_prompt(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around `encode_prompt`."""
-        signature = inspect.signature(original)
-
-        @functools.wraps(original)
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            if self._fresh:
-                given = signature.bind(*args, **kwargs)
-                given.apply_defaults()
-                self.current = _prompt(self.pipeline, given.arguments)
-                for listen in self.listeners:
-                    listen(self.current)
-                self._fresh = False
-            return original(*args, **kwargs)
-
-        return encode_prompt
+        if self._fresh:
+            given = inspect.signature(inner).bind(*args, **kwargs)
+            given.apply_defaults()
+            self.current = _prompt(self.pipeline, given.arguments)
+            for listen in self.listeners:
+                listen(self.current)
+            self._fresh = False
+        return inner(*args, **kwargs)
 
 
-def _prompt(pipe: Any, given: dict[str, Any]) -> Prompt:
+def _prompt(pipe: DiffusionPipeline | None, given: dict[str, Any]) -> Prompt:
     name = caller(pipe)
     parts = next((parts for pattern, parts in PARTS if pattern.match(name)), None)
     if parts is None:
@@ -92,7 +84,7 @@ def _prompt(pipe: Any, given: dict[str, Any]) -> Prompt:
     return Prompt(tuple(zip(*segments, strict=True)))
 
 
-def _encode(pipe: Any, name: str, texts: list[str], length: int) -> list[tuple[Any, ...]]:
+def _encode(pipe: DiffusionPipeline | None, name: str, texts: list[str], length: int) -> list[tuple[Any, ...]]:
     """Per text (text, offsets, special)."""
     tokenizer, encoder = getattr(pipe, name, None), getattr(pipe, name.replace("tokenizer", "text_encoder"), None)
     if tokenizer is None or encoder is None:

@@ -8,35 +8,42 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ...branches import BranchInputs, Prediction
 from ...errors import UnsupportedHost
 
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 class Rescale:
-    """The guidance rescale of one pipeline, between a denoiser call and the scheduler's step."""
+    """The guidance rescale of one pipeline, between a denoiser call and the scheduler's step.
 
-    def __init__(self, pipeline: Any):
+    Attributes:
+        in_attribute: whether the pipeline has `guidance_rescale` as an attribute, rather than as an argument of its call.
+        held: (term, conditional prediction) between the two; None: nothing.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline | None):
         self.pipeline = pipeline
+        self.in_attribute = hasattr(type(pipeline), "guidance_rescale")
+        self.held: tuple[Tensor, Tensor] | None = None
         self._factor = 0.0
-        self._held: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def factor(self) -> float:
-        """The `guidance_rescale` of the running call; some pipelines keep it as an argument only, which is read there."""
-        if self._held is not None:
-            return self._factor
-        if self.pipeline is None or hasattr(type(self.pipeline), "guidance_rescale"):
-            return float(getattr(self.pipeline, "guidance_rescale", 0.0))
+    def argument(self) -> float:
+        """`guidance_rescale` of the running call of a pipeline that keeps it as an argument only."""
         frame = sys._getframe()
         while frame is not None:
             if "guidance_rescale" in frame.f_code.co_varnames and frame.f_locals.get("self") is self.pipeline:
                 return float(frame.f_locals.get("guidance_rescale", 0.0))
             frame = frame.f_back
         return 0.0
+
+    def _given(self) -> float:
+        return float(self.pipeline.guidance_rescale) if self.in_attribute else self.argument()
 
     def hold(self, prediction: Prediction, inputs: BranchInputs) -> Prediction:
         """Keep the term until the next `apply`, and return the prediction without it.
@@ -46,25 +53,25 @@ class Rescale:
         """
         pipe = self.pipeline
         names = inspect.unwrap(type(pipe).__call__).__code__.co_names
-        if self._held is not None:
+        if self.held is not None:
             raise UnsupportedHost(
                 "a guidance term was never used: the scheduler's step did not run, or the scheduler was exchanged while "
                 "steered. Attach again, or set guidance_rescale=0."
             )
         if "guidance_rescale" not in names or not hasattr(pipe, "_guidance_rescale"):
             raise UnsupportedHost(
-                f"{type(pipe).__name__} with guidance_rescale={self.factor}: it rescales by the conditional row's "
+                f"{type(pipe).__name__} with guidance_rescale={self._given()}: it rescales by the conditional row's "
                 "spread, which guidance on every row changes, and this cannot be taken over here. Set guidance_rescale=0."
             )
         self._factor, pipe._guidance_rescale = pipe._guidance_rescale, 0.0
-        self._held = prediction.shift, prediction.raw[inputs.part("cond")]
+        self.held = prediction.shift, prediction.raw[inputs.part("cond")]
         return prediction.with_sample(prediction.raw)
 
     def apply(self, output: Any) -> Any:
         """The model output of a scheduler's step, with the held term and rescaled; unchanged where none is held."""
-        if self._held is None:
+        if self.held is None:
             return output
-        term, cond = self._held
+        term, cond = self.held
         self.release()
         if not isinstance(output, Tensor) or output.shape != term.shape:
             raise UnsupportedHost(
@@ -78,6 +85,6 @@ class Rescale:
 
     def release(self) -> None:
         """Give the pipeline its rescale back."""
-        if self._held is not None:
-            self._held = None
+        if self.held is not None:
+            self.held = None
             self.pipeline._guidance_rescale = self._factor

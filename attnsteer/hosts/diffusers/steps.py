@@ -1,19 +1,24 @@
-"""What the sampling loop of a pipeline is doing: steps, turns, cache contexts, rows of the latents."""
+"""The sampling loop of a pipeline: which step it is at, whose rows a denoiser call holds, what the scheduler steps from."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedHost
 from .latents import Latents
+from .pipelines import UNCOND_COND, convention_of
 from .prompt_words import Prompts
 from .rescale import Rescale
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from ...undo import Journal
 
 # What the denoisers call their timestep.
 TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
@@ -27,11 +32,13 @@ class Sampling:
         timestep: the scheduler's for this step, where a pipeline is steered, else what the model was given.
         turn: calls of a denoiser since the last step of the scheduler. latent_rows: rows of the pipeline's latents.
         context: name of the running cache context. memory: a dictionary that lives through one run.
+        convention: how the pipeline calls its denoiser for guidance.
         latents: what the scheduler is about to step from. prompts: what the pipeline was asked for.
     """
 
-    def __init__(self, pipeline: Any):
+    def __init__(self, pipeline: DiffusionPipeline | None):
         self.pipeline = pipeline
+        self.convention = convention_of(pipeline)
         self.step: int | None = None
         self.steps: int | None = None
         self.timestep: float | None = None
@@ -42,11 +49,13 @@ class Sampling:
         self.rescale = Rescale(pipeline)
         self.latents = Latents(pipeline)
         self.prompts = Prompts(pipeline)
+        # The scheduler whose steps are watched; None: none is.
+        self.scheduler: Any = None
         self._times: list[float] = []
         self._plan: list[float] = []
         self._watched = False
 
-    def tick(self, timestep: Any) -> None:
+    def begin(self, timestep: Any) -> None:
         """Read the timestep of one denoiser call."""
         if timestep is None:
             raise UnsupportedHost(
@@ -62,89 +71,133 @@ class Sampling:
         if not self._times or turned or over or t == self._times[0]:
             self._times = []
             self.memory.clear()
-            self._plan = self._planned()
+            self._plan = self._planned(t)
             self.steps = len(self._plan) if self._plan else None
         self._times.append(t)
         self.step, self.turn = len(self._times) - 1, 0
         # Some models are given t / 1000, 1000 - t or the like: the scheduler's own number counts.
         self.timestep = self._plan[self.step] if self.step < len(self._plan) else t
 
-    def _planned(self) -> list[float]:
-        """Distinct timesteps of the run that starts now; image-to-image runs the last ones only."""
+    def _planned(self, start: float) -> list[float]:
+        """Distinct timesteps of the run that begins with the denoiser call at `start`.
+
+        A pipeline may run only some of the scheduler's: image-to-image the last ones, one of two experts the first ones.
+        """
         planned = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
         if not isinstance(planned, Tensor) or planned.ndim != 1 or not planned.numel():
             return []
         running = getattr(self.pipeline, "_num_timesteps", None)
         if isinstance(running, int) and 0 < running < planned.numel():
-            planned = planned[-running:]
+            times, first = planned.tolist(), planned.numel() - running
+            # A model that is given other numbers than the scheduler's does not tell: then it is the last ones, too.
+            if times[first] != start and start in times:
+                first = times.index(start)
+            planned = planned[first : first + running]
         return torch.unique_consecutive(planned).tolist()
 
-    def watch(self, model: nn.Module, journal: Any, latent: bool = False) -> None:
+    def layout(self, rows: int) -> tuple[str, ...] | None:
+        """Names of the equal parts of the `rows` of the running denoiser call; None where they are not known."""
+        calls, parts = self.convention.calls, None
+        if calls == "contexts":
+            parts = (self.context,) if self.context in UNCOND_COND else None
+        elif calls == "turns":
+            parts = (UNCOND_COND[1 - self.turn],) if self.turn < 2 else None
+        elif calls == "batch":
+            guided = getattr(self.pipeline, "do_classifier_free_guidance", None)
+            if guided is None:
+                guided = self.latent_rows is not None and rows != self.latent_rows
+            parts = self.convention.parts if guided else ("cond",)
+        # A pipeline that makes other calls as well fails here.
+        fits = parts is not None and self.latent_rows is not None and rows == len(parts) * self.latent_rows
+        return parts if fits else None
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the pipeline rescales the combined prediction in the running call, or a term is held for it already."""
+        if self.rescale.held is not None:
+            return True
+        if self.rescale.in_attribute:
+            return bool(getattr(self.pipeline, "guidance_rescale", 0.0))
+        return self.pipeline is not None and bool(self.rescale.argument())
+
+    def watch(self, model: nn.Module, journal: Journal, latent: bool) -> None:
         """Learn rows, cache contexts, runs and scheduler steps from the pipeline's own calls; with `latent`, its latent too."""
-        pipe = self.pipeline
         if hasattr(model, "cache_context"):
-            journal.set_attr(model, "cache_context", self._named(model.cache_context))
+            journal.wrap(model, "cache_context", self._enter_context)
         if self._watched:
             return
         self._watched = True
+        pipe = self.pipeline
+        self.scheduler = scheduler = getattr(pipe, "scheduler", None)
         journal.add(self.rescale.release)
-        scheduler = getattr(pipe, "scheduler", None)
-        seams = (
-            (pipe, "prepare_latents", self._prepared),
-            (scheduler, "set_timesteps", self._planning),
-            (scheduler, "step", self._stepped),
-            *(self._latent_seams(pipe, scheduler) if latent else ()),
-        )
-        for owner, name, wrap in seams:
+        seams: list[tuple[Any, str, Callable[..., Any]]] = [
+            (pipe, "prepare_latents", self._prepare_latents),
+            (scheduler, "set_timesteps", self._set_timesteps),
+            (scheduler, "step", self._step),
+        ]
+        if latent:
+            seams += [
+                (pipe, "check_inputs", self.prompts.check_inputs),
+                (pipe, "encode_prompt", self.prompts.encode_prompt),
+                (scheduler, "set_timesteps", self.latents.set_timesteps),
+                (scheduler, "scale_model_input", self.latents.scale_model_input),
+                # Around the step above: what is substituted is what the other one passes on.
+                (scheduler, "step", self.latents.substitute(scheduler)),
+            ]
+        for owner, name, around in seams:
             if callable(getattr(owner, name, None)):
-                journal.set_attr(owner, name, wrap(getattr(owner, name)))
+                journal.wrap(owner, name, around)
 
-    def _latent_seams(self, pipe: Any, scheduler: Any) -> tuple[tuple[Any, str, Callable[..., Any]], ...]:
-        return (
-            (pipe, "check_inputs", self.prompts.checking),
-            (pipe, "encode_prompt", self.prompts.encoding),
-            (scheduler, "scale_model_input", self.latents.scaling),
-            # Around the step above: what is substituted is what the other one passes on.
-            (scheduler, "step", self.latents.stepping),
+    def _prepare_latents(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = inner(*args, **kwargs)
+        latents = result[0] if isinstance(result, (tuple, list)) else result
+        self.latent_rows = latents.shape[0] if isinstance(latents, Tensor) else None
+        return result
+
+    def _set_timesteps(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # A new run, also where the last one was broken off.
+        self._times = []
+        return inner(*args, **kwargs)
+
+    def _step(self, inner: Callable[..., Any], model_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self.turn = 0
+        output = model_output if self.rescale.held is None else self.rescale.apply(model_output)
+        return inner(output, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _enter_context(self, inner: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        before, self.context = self.context, name
+        try:
+            with inner(name, *args, **kwargs) as value:
+                yield value
+        finally:
+            self.context = before
+
+
+def watch_parts(pipe: DiffusionPipeline, steered: dict[str, nn.Module], sampling: Sampling, journal: Journal) -> None:
+    """Refuse to run a pipeline whose denoiser or scheduler was exchanged since it was steered: the edit would vanish.
+
+    Args:
+        steered: component name -> denoiser with steered sites.
+    """
+
+    def check(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for name, model in steered.items():
+            now = getattr(pipe, name, None)
+            _same_part(pipe, name, getattr(now, "_orig_mod", now) is model)
+        if sampling.scheduler is not None:
+            _same_part(pipe, "scheduler", getattr(pipe, "scheduler", None) is sampling.scheduler)
+        return inner(*args, **kwargs)
+
+    # Every loop begins with a progress bar; most pipelines prepare latents before.
+    for name in ("prepare_latents", "progress_bar"):
+        if callable(getattr(pipe, name, None)):
+            journal.wrap(pipe, name, check)
+
+
+def _same_part(pipe: DiffusionPipeline, name: str, same: bool) -> None:
+    if not same:
+        raise UnsupportedHost(
+            f"{type(pipe).__name__}.{name} was exchanged while the pipeline is steered, so the edit would vanish. Detach first "
+            "(leave the `with` block or call remove()), exchange it, then steer again."
         )
-
-    def _prepared(self, prepare: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(prepare)
-        def prepare_latents(*args: Any, **kwargs: Any) -> Any:
-            result = prepare(*args, **kwargs)
-            latents = result[0] if isinstance(result, (tuple, list)) else result
-            self.latent_rows = latents.shape[0] if isinstance(latents, Tensor) else None
-            return result
-
-        return prepare_latents
-
-    def _planning(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-            # A new run, also where the last one was broken off.
-            self._times = []
-            self.latents.restart()
-            return original(*args, **kwargs)
-
-        return set_timesteps
-
-    def _stepped(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        def step(model_output: Any, *args: Any, **kwargs: Any) -> Any:
-            self.turn = 0
-            return original(self.rescale.apply(model_output), *args, **kwargs)
-
-        return step
-
-    def _named(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
-        @contextlib.contextmanager
-        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-            before, self.context = self.context, name
-            try:
-                with original(name, *args, **kwargs) as value:
-                    yield value
-            finally:
-                self.context = before
-
-        return cache_context

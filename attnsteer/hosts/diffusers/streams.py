@@ -1,6 +1,6 @@
 """What the rows of an attention call are: self, cross or joint, and where text and image lie in a joint sequence.
 
-The orders were found by experiment (tests/hosts/test_diffusers_streams.py); a processor that is in no table here has
+The orders were found by experiment (tests/hosts/diffusers/test_families.py); a processor that is in no table here has
 joint rows of unknown order, so that a method which needs the order raises.
 """
 
@@ -60,17 +60,3 @@ def order_of(site: Any) -> tuple[str, ...]:
     if IMAGE_FIRST.match(processor):
         return ("image", "text")
     return ("text", "image") if TEXT_FIRST.match(processor) else ()
-
-
-def segments(order: tuple[str, ...], rows: int, image: int | None) -> dict[str, slice]:
-    """Roles of the rows of one call; empty where they are not known.
-
-    Args:
-        order: from `order_of`. rows: of the call. image: image rows among them, where they are known.
-    """
-    if len(order) == 1:
-        return {order[0]: slice(0, rows)}
-    if not order or image is None or not 0 < image <= rows:
-        return {}
-    first = image if order[0] == "image" else rows - image
-    return {order[0]: slice(0, first), order[1]: slice(first, rows)}

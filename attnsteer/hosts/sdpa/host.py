@@ -6,7 +6,7 @@ import functools
 import re
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from ...kernels import Attention
 from ...site import Site
 from ..base import Host
 from .rebind import SDPA, names_called, rebind
+
+if TYPE_CHECKING:
+    from ...steering import Steering
+    from ...undo import Journal
 
 HEADS = ("num_heads", "n_heads", "heads", "n_head", "nhead")
 
@@ -76,7 +80,7 @@ class GenericHost(Host):
     def check(self, site: Site, bound: Bound) -> None:
         check_copyable(site)
 
-    def attach(self, run: Any, journal: Any) -> None:
+    def attach(self, run: Steering, journal: Journal) -> None:
         for runtime in run.runtimes.values():
             module = runtime.site.module
             primitive = sdpa_primitive(runtime, functools.partial(plain_call, runtime.site), always)
@@ -124,24 +128,10 @@ def counting(site: Site, primitive: Callable[..., Tensor], acting: Callable[[], 
     return forward
 
 
-def patch_forward(module: nn.Module, function: Callable[..., Any], journal: Any) -> None:
+def patch_forward(module: nn.Module, function: Callable[..., Any], journal: Journal) -> None:
     """Exchange a module's forward for `function(module, ...)`, below any accelerate hook, until undone."""
-    bound = functools.partial(function, module)
-    functools.update_wrapper(bound, type(module).forward)
-    # accelerate keeps the forward that it wraps here; a hook added later moves ours there as well.
-    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
-    old = vars(module).get(name)
-    vars(module)[name] = bound
-
-    def undo() -> None:
-        for place in ("forward", "_old_forward"):
-            if vars(module).get(place) is bound:
-                if old is None and place == "forward":
-                    del vars(module)["forward"]
-                else:
-                    vars(module)[place] = old if old is not None else type(module).forward.__get__(module)
-
-    journal.add(undo)
+    # `check_copyable` has seen that what is replaced is the class's own forward.
+    journal.wrap(module, "forward", lambda inner, *args, **kwargs: function(module, *args, **kwargs))
 
 
 def always(runtime: SiteRuntime) -> tuple[int, ...]:
@@ -188,7 +178,7 @@ def sdpa_primitive(
         call = make_call(query.shape[0], query.shape[2], key.shape[2], query.device)
         att = problem(query, key, value, attn_mask, is_causal, scale)
         # Without `enable_gqa` the broadcast of one kv head runs another kernel than ours.
-        same = (enable_gqa or att.groups == 1) and same_kernel(att)
+        same = functools.partial(same_kernel, att) if enable_gqa or query.shape[1] == key.shape[1] else None
         return runtime(att, run_base, call, active, same)
 
     return primitive

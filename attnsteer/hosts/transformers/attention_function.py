@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import sys
 import threading
 import weakref
@@ -18,10 +20,11 @@ from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
 from ..sdpa.host import same_kernel
-from .config_view import NAME, base_name, view
 from .forward import Forward, forward_of
 from .outer_calls import KEY
 
+# The name under which our attention function is registered.
+NAME = "attnsteer"
 BASES = ("sdpa", "eager", "flex_attention")
 # From this many rows on, the check of a site runs the model's own kernel on the rows that it looks at only.
 LONG = 256
@@ -36,7 +39,7 @@ def steered_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The base function, edited where a run asks for it."""
-    name = base_name(module.config)
+    name = module.config.__dict__.get("_attn_implementation_internal") or "eager"
     base = _base_function(module, name)
     runtime = _RUNTIMES.get(module)
     if runtime is None:
@@ -53,7 +56,7 @@ def steered_attention(
         # The prompt without its images, which passes beside the real one.
         out, weights = base(module, query, key, value, attention_mask, *args, **kwargs)
         return forward.attention(runtime.site.path, out.transpose(1, 2)).transpose(1, 2), weights
-    active = forward.active(runtime)
+    active = runtime.active(forward.phase, None, None, forward.mixed)
     if not active:
         return base(module, query, key, value, attention_mask, *args, **kwargs)
     return _steered(runtime, forward, name, base, active, module, query, key, value, attention_mask, args, kwargs)
@@ -75,7 +78,8 @@ def _steered(
 ) -> tuple[Tensor, Tensor | None]:
     # The library names its arguments; positional extras exist only in old third-party code.
     options = dict(zip(("dropout", "scaling"), args, strict=False)) | kwargs
-    check_base(runtime.site, name)
+    if name not in BASES:
+        check_base(runtime.site, name)
     if module.training and options.get("dropout"):
         raise UnsupportedHost(
             f"{runtime.site.path} runs with attention dropout {options['dropout']} in training mode; "
@@ -102,12 +106,12 @@ def _steered(
         check_exact(runtime.site, att, base_rows)
         forward.stack.exact.add(id(module))
     maps: list[Any] | None = [] if name == "eager" else None
-    same = name == "sdpa" and same_kernel(att, FEW_ROWS)
+    same = functools.partial(same_kernel, att) if name == "sdpa" and n > FEW_ROWS else None
     out = runtime(att, run_base, call, active, same, maps)
     if maps and weights[0] is None:
         # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.
         run_base()
-    return out.transpose(1, 2).contiguous(), _edited_weights(weights[0], maps)
+    return out.transpose(1, 2).contiguous(), _edited_weights(weights[0], maps) if maps else weights[0]
 
 
 def _edited_weights(weights: Tensor | None, maps: list[Any] | None) -> Tensor | None:
@@ -242,3 +246,32 @@ def _unregister() -> None:
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface._global_mapping.pop(NAME, None)
+
+
+def view(config: Any) -> Any:
+    """A live view of `config` with our implementation's name.
+
+    Only attention modules see it, so model code, library checks and mask functions read what they always read; a later change of
+    the config is seen through it. Copies and pickles of it are the config itself.
+    """
+    kind = type(config)
+    made = type(
+        kind.__name__,
+        (kind,),
+        {
+            "__module__": kind.__module__,
+            "_attn_implementation": property(lambda self: NAME, lambda self, value: None),
+            "__deepcopy__": lambda self, memo: copy.deepcopy(config, memo),
+            # A builtin, so that a pickle can be read where this library is not installed.
+            "__reduce_ex__": lambda self, protocol: (max, ([config],)),
+        },
+    )
+    seen = object.__new__(made)
+    object.__setattr__(seen, "__dict__", config.__dict__)
+    return seen
+
+
+def base_name(config: Any) -> str:
+    """The implementation that the model runs now."""
+    found = config.__dict__.get("_attn_implementation_internal")
+    return "eager" if found is None else found

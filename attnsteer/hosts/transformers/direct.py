@@ -50,7 +50,7 @@ def attach_direct(runtime: SiteRuntime, journal: Any) -> None:
 
     def acting() -> tuple[int, ...]:
         forward = running()
-        return forward.active(runtime) if isinstance(forward, Forward) else ()
+        return runtime.active(forward.phase, None, None, forward.mixed) if isinstance(forward, Forward) else ()
 
     # As for the registered function: what is traced must not bake in the state of a run.
     @torch.compiler.disable

@@ -14,15 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...account import Account, plain
+from ...account import Account, Track, plain
 from ...bound import Bound
 from ...call import AttnCall
 from ...engine import SiteRuntime
 from ...errors import CompositionError, UnsupportedHost
+from ...intervention import Intervention
+from ...scope import PLAIN, SCOPES, Scope
 from ...tokens import Tokens
 from .cache_state import Memory, Sequence
 from .masks import packed_requests, padding_mask, roles_of_mask, whole_mask
-from .outer_calls import CURRENT, KEY, OUTER, UNTRACED, Outer, OuterCalls, entry, refuse_tracing
+from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls, refuse_tracing
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,69 +32,75 @@ class Forward:
     """One forward of one stack under one steering. Immutable; it is handed on, never looked up.
 
     Attributes:
-        stack: what is the same for all forwards of the stack. account: whose token each row and key is.
-        tokens: roles of the tokens so far; None where the stack sees none (a vision tower).
-        sequence: the memory of the sequence. encoder: bool [B, S], validity of an encoder's tokens, or None.
+        stack: what is the same for all forwards of the stack. sequence: the memory of the sequence.
+        batch, past, new: batch rows, slots in the cache, rows of each; -1 where the stack sees no tokens (a vision tower).
+        valid, request, prompt, phase, mixed: see `Account`. tokens: roles of the tokens so far, or None.
+        encoder: bool [B, S], validity of an encoder's tokens, or None. frozen: statistics must not move.
         beside: the prompt without its images, where a method needs it. residual: hidden states that enter the layer.
     """
 
     stack: Stack
-    account: Account | None
-    tokens: Tokens | None
     sequence: Sequence
+    batch: int = -1
+    past: int = 0
+    new: int = -1
+    device: torch.device | None = None
+    valid: Tensor | None = None
+    request: Tensor | None = None
+    prompt: int | None = None
+    phase: str = "prefill"
+    mixed: bool = False
+    tokens: Tokens | None = None
     encoder: Tensor | None = None
+    frozen: bool = False
     beside: Any = None
     residual: Tensor | None = None
 
-    @property
-    def phase(self) -> str:
-        """ "prefill" or "decode"."""
-        return "prefill" if self.account is None else self.account.phase
-
-    @property
-    def mixed(self) -> bool:
-        """Whether rows of prompts and generated ones are in this forward."""
-        return self.account is not None and self.account.mixed
-
-    def active(self, runtime: SiteRuntime) -> tuple[int, ...]:
-        """Which interventions act at a site."""
-        return runtime.active(self.phase, None, None, self.mixed)
+    @functools.cached_property
+    def account(self) -> Account:
+        """Whose token each row and key is; drawn up when a method asks."""
+        return Account(
+            self.batch, self.past, self.new, self.device,
+            valid=self.valid, request=self.request, prompt=self.prompt, phase=self.phase, mixed=self.mixed,
+        )  # fmt: skip
 
     def call(
         self, runtime: SiteRuntime, batch: int, rows: int, keys: int, slots: int, device: torch.device
     ) -> AttnCall:
         """The call of one site with `keys` keys; `slots`: of the cache, `keys` or more."""
-        site, account = runtime.site, self.account
-        if account is None or account.batch != batch or account.new != rows:
+        site = runtime.site
+        if self.batch != batch or self.new != rows:
             # The stack folds other axes into the batch, or has no tokens.
             return AttnCall(site, plain(rows, device), plain(keys, device), host="transformers", phase=self.phase)
         facts: dict[str, Any] = {"tokens": self.tokens, "residual": self.residual}
         if self.beside is not None:
             facts["image_free"] = functools.partial(self.beside.at, site.path, self.tokens)
         states = self.sequence.states
-        if account.past == 0:
+        if self.past == 0 and states:
             # Layers that are computed again must find what they found the first time.
             for key in [k for k in states if k[1] == site.path]:
                 del states[key]
         if site.kind == "cross":
-            encoder = self.encoder
-            cross = Account(batch, 0, keys, device, valid=None if encoder is None else encoder[:, :keys])
-            make_keys = functools.partial(cross.keys, keys)
+            make_keys = functools.partial(self._encoder_keys, keys)
         else:
-            make_keys = functools.partial(account.keys, keys, slots)
+            make_keys = lambda: self.account.keys(keys, slots)  # noqa: E731
         return AttnCall(
             site,
-            lambda: account.rows,
+            lambda: self.account.rows,
             make_keys,
             host="transformers",
-            phase=account.phase,
-            mixed=account.mixed,
-            frozen=self.stack.run.scope.frozen,
-            past=account.past,
-            packed=account.request is not None,
+            phase=self.phase,
+            mixed=self.mixed,
+            frozen=self.frozen,
+            past=self.past,
+            packed=self.request is not None,
             states=states,
             facts=facts,
         )
+
+    def _encoder_keys(self, keys: int) -> Track:
+        valid = None if self.encoder is None else self.encoder[:, :keys]
+        return Account(self.batch, 0, keys, self.device, valid=valid).keys(keys)
 
 
 class Stack:
@@ -103,6 +111,8 @@ class Stack:
         self.names = list(inspect.signature(module.forward).parameters)
         bounds = {b.index: b for r in runtimes.values() for b, _ in r.entries}
         self.bounds: list[Bound] = [bounds[i] for i in sorted(bounds)]
+        # Those that refuse a batch without the tokens they speak of.
+        self.checking = [b for b in self.bounds if type(b.method).check_tokens is not Intervention.check_tokens]
         self.memory = Memory()
         # Sites whose attention was found to be what its arguments say.
         self.exact: set[int] = set()
@@ -113,20 +123,26 @@ class Stack:
         """The stack's forward, with the account of its rows."""
         refuse_tracing()
         key = id(self.run)
-        running = CURRENT.get().get(key)
-        if getattr(running, "passes", False):
+        running = CURRENT.get()
+        if getattr(running.get(key), "passes", False):
             # A pass of ours beside the real one.
-            kwargs[KEY] = {**kwargs.get(KEY, {}), key: running}
+            kwargs[KEY] = {**kwargs.get(KEY, {}), key: running[key]}
             return inner(*args, **kwargs)
-        prepared = self.outer.taken(kwargs)
+        told = OUTER.get().get(key)
+        if told is None and KEY not in kwargs and self.outer.family is None and key not in GENERATION.get():
+            told = UNTOLD
         # An outer stack hands its own account on to the towers inside.
-        prepared = None if isinstance(prepared, Forward) else prepared
+        prepared = self.outer.taken(kwargs) if KEY in kwargs else None
         values = dict(zip(self.names, args, strict=False)) | kwargs
-        told = OUTER.get().get(key) or self.outer.of_call(self.module, values, prepared)
+        if told is None:
+            told = self.outer.of_call(self.module, values, None if isinstance(prepared, Forward) else prepared)
         forward = self.begin(values, told)
         kwargs[KEY] = {**kwargs.get(KEY, {}), key: forward}
-        with entry(CURRENT, self.run, forward):
+        token = CURRENT.set({**running, key: forward})
+        try:
             output = inner(*args, **kwargs)
+        finally:
+            CURRENT.reset(token)
         if not self.run.attached:
             raise CompositionError(
                 f"{self.run} was removed while a forward ran, of which some layers are steered and others not. Remove it between "
@@ -137,12 +153,13 @@ class Stack:
 
     def begin(self, values: dict[str, Any], outer: Outer) -> Forward:
         """Draw up the account of one forward from its arguments."""
+        scope = SCOPES.get().get(id(self.run), PLAIN)
         data = next((values[k] for k in ("input_ids", "inputs_embeds") if isinstance(values.get(k), Tensor)), None)
         tokens_known = data is not None
         if data is None:
             data = next((v for v in values.values() if isinstance(v, Tensor)), None)
             if data is None or "hidden_states" not in values:
-                return Forward(self, None, None, Sequence())
+                return Forward(self, Sequence())
         batch, new = data.shape[:2]
         cache = values.get("past_key_values")
         cache = cache if hasattr(cache, "get_seq_length") else None
@@ -151,34 +168,33 @@ class Stack:
         sequence = self._continued(cache, past)
         valid, request = self._roles(values, outer, sequence, batch, past, new)
         sequence.request = request
-        border, total = self._border(outer, sequence, past, new)
+        border, total = self._border(scope, outer, sequence, past, new)
         length = past + new
         phase = "decode" if border is not None and past >= border else "prefill"
-        account = Account(
-            batch, past, new, data.device, valid=valid, request=request, prompt=border, phase=phase,
-            mixed=border is not None and past < border < length,
-        )  # fmt: skip
-        tokens = self._tokens(account, outer, values, sequence, total)
+        mixed = border is not None and past < border < length
         forward = Forward(
-            self, account, tokens, sequence,
-            encoder=_encoder_mask(values.get("encoder_attention_mask")),
+            self, sequence, batch, past, new, data.device, valid, request, border, phase, mixed,
+            frozen=scope.frozen,
+            encoder=_encoder_mask(values["encoder_attention_mask"]) if "encoder_attention_mask" in values else None,
             beside=None if self.beside is None or not tokens_known else self.beside(outer),
         )  # fmt: skip
-        for bound in self.bounds:
-            if self.run.is_open(bound) and bound.where.active(None if account.mixed else phase, None, None):
+        tokens = self._tokens(scope, forward, outer, values, total)
+        forward = replace(forward, tokens=tokens)
+        for bound in self.checking:
+            if self.run.is_open(bound) and bound.where.active(None if mixed else phase, None, None):
                 bound.method.check_tokens(tokens)
         return forward
 
     def finish(self, forward: Forward, values: dict[str, Any], output: Any) -> None:
         """After a forward that ran to its end: the sequence remembers it."""
-        if forward.account is None:
+        if forward.tokens is None:
             return
-        sequence, account = forward.sequence, forward.account
+        sequence = forward.sequence
         sequence.tokens = forward.tokens
         if forward.tokens.prompt is not None:
             sequence.prompt = forward.tokens.prompt
-        if account.phase == "prefill":
-            sequence.remember(account.past)
+        if forward.phase == "prefill":
+            sequence.remember(forward.past)
         given = values.get("past_key_values")
         if not hasattr(given, "get_seq_length"):
             parts = output if isinstance(output, (tuple, list)) else (getattr(output, "past_key_values", None),)
@@ -235,18 +251,20 @@ class Stack:
     ) -> tuple[Tensor | None, Tensor | None]:
         """(valid, request) of all slots so far, [B, T] each or None."""
         mask, length, before = values.get("attention_mask"), past + new, sequence.tokens
-        valid, packed = padding_mask(mask), sequence.request
-        if valid is None and outer.mask is not None and mask is not None and len(outer.mask) == batch:
+        valid, packed = None, sequence.request
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            valid = mask if mask.dtype == torch.bool else mask.to(torch.bool)
+        elif mask is not None and outer.mask is not None and len(outer.mask) == batch:
             # The stack was given what the library made of this one.
             valid = padding_mask(outer.mask)
-        if valid is None:
+        if valid is None and mask is not None:
             seen = whole_mask(mask)
             if seen is not None and seen.shape[2] >= length:
                 old = None if before is None else before.valid
                 return roles_of_mask(seen[:, :, :length].expand(batch, -1, -1), past, old, packed)
         if packed is not None:
             raise UnsupportedHost(
-                f"the cache holds several sequences packed into a row, and this call does not say which of them its tokens see. "
+                "the cache holds several sequences packed into a row, and this call does not say which of them its tokens see. "
                 f"Pass a mask [B, 1, {new}, {length}], or prefill each sequence in a batch row of its own."
             )
         if valid is not None:
@@ -255,8 +273,10 @@ class Stack:
                     f"attention_mask has {valid.shape[1]} columns for {length} tokens ({past} cached): the cached ones "
                     "need their validity too. Pass a mask over all tokens so far."
                 )
-            return valid[:, :length].expand(batch, -1), None
-        if mask is not None and past and before is not None and before.valid is not None:
+            return valid[:, :length] if len(valid) == batch else valid[:, :length].expand(batch, -1), None
+        if past:
+            if mask is None or before is None or before.valid is None:
+                return None, None
             # The mask of a window counts other slots; what is padding was learnt at the prefill.
             old = before.valid[:, :past]
             return torch.cat([old, old.new_ones(len(old), new)], dim=1), None
@@ -265,9 +285,10 @@ class Stack:
         cached = values.get("past_key_values") is not None or bool(uses)
         return None, packed_requests(values, batch, new, cached)
 
-    def _border(self, outer: Outer, sequence: Sequence, past: int, new: int) -> tuple[int | None, int | None]:
+    def _border(
+        self, scope: Scope, outer: Outer, sequence: Sequence, past: int, new: int
+    ) -> tuple[int | None, int | None]:
         """(slots of the prompt, None: all of them; slots of the whole prompt where they were announced)."""
-        scope = self.run.scope
         if scope.frozen and past:
             return past if sequence.prompt is None else min(sequence.prompt, past), None
         total = scope.chunk_total if scope.chunked else None
@@ -283,36 +304,39 @@ class Stack:
         return None, None
 
     def _tokens(
-        self, account: Account, outer: Outer, values: dict[str, Any], sequence: Sequence, total: int | None
+        self, scope: Scope, forward: Forward, outer: Outer, values: dict[str, Any], total: int | None
     ) -> Tokens:
-        past, length, before = account.past, account.length, sequence.tokens
-        ids, image = self.outer.tokens(outer, values, account.batch, account.new, past)
-        if past:
-            known = before is not None and before.ids is not None and len(before.ids) == account.batch
-            ids = torch.cat([before.ids[:, :past].to(ids.device), ids], dim=1) if known and ids is not None else None
-        tokens = Tokens(batch=account.batch, length=length, valid=account.valid, ids=ids)
-        tokens.more_to_come = length < total if total is not None else self.run.scope.chunked
-        if account.phase == "prefill":
-            tokens.prompt = length if account.prompt is None else min(length, account.prompt)
+        past, length, before = forward.past, forward.past + forward.new, forward.sequence.tokens
+        if outer is UNTOLD and scope.images is None:
+            ids, image = values.get("input_ids"), None
         else:
-            tokens.prompt = sequence.prompt
-        if before is not None and past:
+            ids, image = self.outer.tokens(scope.images, outer, values, forward.batch, forward.new, past)
+        if past:
+            known = before is not None and before.ids is not None and len(before.ids) == forward.batch
+            ids = torch.cat([before.ids[:, :past].to(ids.device), ids], dim=1) if known and ids is not None else None
+        tokens = Tokens(batch=forward.batch, length=length, valid=forward.valid, ids=ids)
+        tokens.more_to_come = length < total if total is not None else scope.chunked
+        if forward.phase == "prefill":
+            tokens.prompt = length if forward.prompt is None else min(length, forward.prompt)
+        else:
+            tokens.prompt = forward.sequence.prompt
+        if before is not None and past and before._resolved:
             tokens.keep_spans(before, past)
-        tokens.image = self._image(account, before, image)
+        tokens.image = self._image(scope.images, forward, before, image)
         return tokens
 
-    def _image(self, account: Account, before: Tokens | None, new: Tensor | None) -> Tensor | None:
+    def _image(self, told: Any, forward: Forward, before: Tokens | None, new: Tensor | None) -> Tensor | None:
         """bool [B, T] over all tokens so far; `new` [B, n] are those of this call."""
-        told, past = self.run.scope.images, account.past
-        if isinstance(told, tuple) and account.phase == "prefill":
-            return account.ranges(told)
+        past = forward.past
+        if isinstance(told, tuple) and forward.phase == "prefill":
+            return forward.account.ranges(told)
         if not past:
             return new
-        if before is None or before.image is None or len(before.image) != account.batch:
+        if before is None or before.image is None or len(before.image) != forward.batch:
             return None
         old = before.image[:, :past]
         if new is None:
-            return torch.cat([old, old.new_zeros(account.batch, account.new)], dim=1)
+            return torch.cat([old, old.new_zeros(forward.batch, forward.new)], dim=1)
         return torch.cat([old, new.to(old.device)], dim=1)
 
 

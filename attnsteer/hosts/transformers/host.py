@@ -18,8 +18,7 @@ from ...errors import UnsupportedHost, listing
 from ...site import Site
 from ..base import Host, imported
 from ..sdpa.host import reaches
-from .attention_function import attach_module, check_base
-from .config_view import base_name
+from .attention_function import attach_module, base_name, check_base
 from .direct import attach_direct, check_direct
 from .forward import Stack, block_forward
 from .image_tokens import family_of, takes_images

@@ -42,6 +42,8 @@ class Generation:
     mask: Tensor | None = None
     # Prompts of other streams in it (the unconditional one of `guidance_scale`) that have no cache: slots, and ids or None.
     beside: list[tuple[int, Tensor | None]] = field(default_factory=list)
+    # The call that was prepared last and has not reached a stack yet.
+    pending: list[Generation] = field(default_factory=list)
 
     def prompt_beside(self, ids: Tensor | None, new: int) -> int:
         """Slots of the prompt of the other stream that a call over all of its tokens so far belongs to."""
@@ -70,6 +72,8 @@ class Outer:
     beside: Generation | None = None
 
 
+# What a stack is told that nothing was put around.
+UNTOLD = Outer()
 # By steering, of the running call; each thread and task has its own.
 OUTER: ContextVar[Mapping[int, Outer]] = ContextVar("attnsteer_outer", default={})  # noqa: B039  never mutated
 GENERATION: ContextVar[Mapping[int, Generation]] = ContextVar("attnsteer_generation", default={})  # noqa: B039
@@ -107,7 +111,8 @@ class OuterCalls:
     def watch(self, outer: list[nn.Module], journal: Any) -> None:
         """Put layers around the forwards of the outer modules, and around `generate`; undone by the journal."""
         for module in outer:
-            journal.wrap(module, "forward", _Forwards(self, module))
+            if self.family is not None or not _takes_keywords(module):
+                journal.wrap(module, "forward", _Forwards(self, module))
             if callable(getattr(type(module), "generate", None)):
                 journal.wrap(module, "generate", _Generates(self, module))
             if callable(getattr(type(module), "prepare_inputs_for_generation", None)):
@@ -121,6 +126,7 @@ class OuterCalls:
             mask = kwargs.get("attention_mask")
             if self._lengths and isinstance(mask, Tensor) and mask.ndim == 2:
                 generation = replace(generation, mask=mask)
+            generation.pending[:] = [generation]
             inputs[KEY] = {**inputs.get(KEY, {}), id(self.run): generation}
         return inputs
 
@@ -140,10 +146,14 @@ class OuterCalls:
         """What one outer forward says, the calls around it included."""
         around = OUTER.get().get(id(self.run))
         if around is None:
+            running = GENERATION.get().get(id(self.run))
+            if prepared is None and running is not None and running.pending:
+                # A model that drops keywords on the way: what was prepared last is this call.
+                prepared = running.pending[-1]
+            if prepared is not None:
+                prepared.pending.clear()
             mask = None if prepared is None else prepared.mask
-            around = Outer(
-                mask=mask, generation=prepared, beside=None if prepared else GENERATION.get().get(id(self.run))
-            )
+            around = Outer(mask=mask, generation=prepared, beside=None if prepared is not None else running)
         ids, image, roles, mask = around.ids, around.image, around.roles, around.mask
         given = values.get("attention_mask")
         if self._lengths and isinstance(given, Tensor):
@@ -169,7 +179,7 @@ class OuterCalls:
         ahead = [b.name for b in self.run.bounds if b.method.looks_ahead]
         if given and ahead:
             raise UnsupportedHost(
-                f"assistant_early_exit={given} cuts its cache back into the prompt, where the statistics of {ahead[0]} are not known. "
+                f"assistant_early_exit={given} cuts a cache back into its prompt, where the statistics of {ahead[0]} are unknown. "
                 "Use prompt_lookup_num_tokens or another model as the assistant."
             )
 
@@ -189,11 +199,10 @@ class OuterCalls:
         return Generation(ids, image, data.shape[1] if data is not None and self._lengths else None)
 
     def tokens(
-        self, outer: Outer, values: Mapping[str, Any], batch: int, new: int, past: int
+        self, told: Any, outer: Outer, values: Mapping[str, Any], batch: int, new: int, past: int
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(token ids, image tokens) [B, n] of a stack's call, each None where not known."""
+        """(token ids, image tokens) [B, n] of a stack's call, each None where not known; `told`: by `run.images`."""
         fits = lambda t: t if isinstance(t, Tensor) and t.shape == (batch, new) else None  # noqa: E731
-        told = self.run.scope.images
         if isinstance(told, Mapping):
             return self._given(told, batch, new, past)
         ids, image = fits(values.get("input_ids")), fits(outer.image)
@@ -273,6 +282,12 @@ def _ids(values: Mapping[str, Any]) -> Tensor | None:
 def _begins(ids: Tensor, prompt: Tensor) -> bool:
     """Whether the rows of `ids` begin with those of `prompt`."""
     return len(ids) == len(prompt) and torch.equal(ids[:, : prompt.shape[1]], prompt.to(ids.device))
+
+
+def _takes_keywords(module: nn.Module) -> bool:
+    """Whether a forward hands keywords on that it does not know, so that it needs no layer around it."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def _part(whole: Tensor | None, batch: int, past: int, new: int) -> Tensor | None:

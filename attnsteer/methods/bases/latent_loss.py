@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +20,13 @@ from ...call import AttnCall
 from ...errors import NotFinite, SelectionError, UnsupportedHost
 from ...intervention import Intervention
 from ...maps.phrases import INCLUDE, Prompt
-from ...maps.words_to_image import Capture, Enough, Maps, MapSite
+from ...maps.words_to_image import Capture, Maps, MapsComplete, MapSite
 from ...parameters import Number, Refused, choice, flag, integer, number, parsed, plain
 from ...site import Site
 from ...where import Where
+
+if TYPE_CHECKING:
+    from ...engine import Run
 
 # Of the 60 cross-attentions of SDXL with 32 x 32 maps, those of the blocks that Bounded Attention reads.
 SDXL = re.compile(r"up_blocks\.0\.attentions\.0\.transformer_blocks\.[1-6]\.attn[12]")
@@ -126,7 +129,7 @@ class LatentLoss(Intervention):
         """bool [B]: samples that are left alone at this call, also before their first update; None: no such rule."""
         return None if self.stop_loss is None else loss <= self.stop_loss
 
-    def met(self, maps: Maps, loss: Tensor, target: float) -> Tensor:
+    def reached(self, maps: Maps, loss: Tensor, target: float) -> Tensor:
         """bool [B]: samples that need no more refinement after this update."""
         return loss <= target
 
@@ -180,7 +183,7 @@ class LatentLoss(Intervention):
         call.capture.add(call)
         return out
 
-    def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Any) -> Prediction:
+    def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Run) -> Prediction:
         """The updates of this call, then the prediction at the moved latent."""
         loop = inputs.loop
         if self.step_size == 0.0 or loop.acted(self) or (loop.blind and not self.blind_calls):
@@ -218,10 +221,10 @@ class _Optimiser:
                 z = self.z.detach().requires_grad_(True)
                 maps = self._maps(z)
                 loss = self._checked(method.loss(maps), maps)
-                enough = method.satisfied(maps, loss.detach())
-                if enough is not None:
-                    refining, left = refining & ~enough, left * ~enough
-                done = method.met(maps, loss.detach(), plan.target)
+                left_alone = method.satisfied(maps, loss.detach())
+                if left_alone is not None:
+                    refining, left = refining & ~left_alone, left * ~left_alone
+                done = method.reached(maps, loss.detach(), plan.target)
                 if first and not plan.at_once:
                     refining = refining & ~done
                 moving = refining | (left > 0)
@@ -239,7 +242,7 @@ class _Optimiser:
         self.capture.begin()
         try:
             self.forward(loop.put(self.inputs, z, scaled=method.scaled))
-        except Enough:
+        except MapsComplete:
             pass
         loop.count(method, "gradient passes")
         sites = self.capture.end()

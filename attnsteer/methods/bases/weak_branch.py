@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ...branches import BranchInputs, Prediction, add_to_rows
 from ...errors import SelectionError, UnsupportedHost
@@ -13,6 +13,9 @@ from ...intervention import Intervention
 from ...parameters import number
 from ...site import Site
 from ...where import Where
+
+if TYPE_CHECKING:
+    from ...engine import Run
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class WeakBranch(Intervention):
             return self.scale
         return max(0.0, self.scale - self.adaptive * (1000.0 - timestep))
 
-    def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Any) -> Prediction:
+    def around(self, forward: Callable[[BranchInputs], Prediction], inputs: BranchInputs, run: Run) -> Prediction:
         """One strong pass, one weak pass on the conditional rows, and the combination."""
         strong = forward(inputs)
         scale = self.scale_at(inputs.timestep)

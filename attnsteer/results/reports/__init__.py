@@ -37,7 +37,7 @@ def page(found: dict) -> str:
 
     from ..._version import __version__
     from .headline import p_text
-    from .samples import script_json
+    from .sample_browser import script_json
 
     script = (HERE / "page.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -9,10 +9,12 @@ from typing import Any
 
 from ...errors import RunError
 from ...run.folder import RunFolder
+from ..summary import UNCHANGED
 from . import plots
 from .album import Album
 from .head_grids import grids, heads_of
 from .headline import (
+    VERDICTS,
     Figure,
     Headline,
     difference,
@@ -23,7 +25,7 @@ from .headline import (
     verdict,
 )
 from .overlays import overlays
-from .samples import browser
+from .sample_browser import browser
 
 # Pairs below which an interval says little; rows of the first picture, and blocks of the differences.
 FEW = 30
@@ -53,7 +55,7 @@ def content(run: RunFolder) -> dict[str, Any]:
         "title": run.name,
         "summary": run.recipe.get("summary", ""),
         "head": head,
-        "alerts": _alerts(run),
+        "alerts": _alerts(run, head),
         "tiny": run.tiny,
         "cautions": _cautions(run, head),
         "sentence": _sentence(run, head),
@@ -80,9 +82,19 @@ def content(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _alerts(run: RunFolder) -> list[tuple[str, str]]:
+def _alerts(run: RunFolder, head: Headline) -> list[tuple[str, str]]:
     """(loud word, sentence) of what makes the whole run unfit for conclusions."""
     found = []
+    if head.verdict == "unchanged":
+        found.append((VERDICTS["unchanged"], UNCHANGED))
+    for arm, calls in (run.metrics.get("changed_calls") or {}).items():
+        if calls and run.arms.get(arm, {}).get("kind") == "zero" and _counts_changes(run, arm):
+            found.append(
+                (
+                    "The zero control acts",
+                    f"At zero strength the method changed something in {calls:,} calls; it must not.",
+                )
+            )
     if run.tiny:
         found.append(
             ("Tiny stand-in model", "A random model took the place of the recipe's. No figure here says anything.")
@@ -115,6 +127,8 @@ def _cautions(run: RunFolder, head: Headline) -> list[str]:
 def _sentence(run: RunFolder, head: Headline) -> str:
     name = head.estimate.replace("_", " ")
     change = head.difference
+    if head.verdict == "unchanged":
+        return UNCHANGED
     if head.verdict == "none":
         said = f"{name} changes by {change}: the interval includes zero."
         if change.low is not None and not change.low <= 0 <= change.high:
@@ -125,6 +139,12 @@ def _sentence(run: RunFolder, head: Headline) -> str:
         unit = " points" if change.percent else ""
         said = f"{name} {way} by {size}{unit} (95 % interval {change.span})."
     return said[0].upper() + said[1:]
+
+
+def _counts_changes(run: RunFolder, arm: str) -> bool:
+    """Whether the audit of an arm tells changes from edits that left everything as it was."""
+    entries = ((run.audit or {}).get("arms") or {}).get(arm) or ()
+    return any("changed" in site for entry in entries for site in entry.get("sites", {}).values())
 
 
 def _method(run: RunFolder, head: Headline) -> str:
@@ -267,7 +287,7 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
                         for column in columns
                     ],
                     "change": change,
-                    "verdict": verdict(change, better, p),
+                    "verdict": verdict(change, better, p, head.arm in run.unchanged),
                     "note": metric.note,
                     "claim": claims.get(key),
                 }
@@ -314,7 +334,7 @@ def _difference_row(
     if name == "method":
         name = _method(run, head)
     about = run.measures[head.metric].tested(head.estimate)
-    said = verdict(change, head.better, d.get("p_holm") if len(run.points) > 1 else None)
+    said = verdict(change, head.better, d.get("p_holm") if len(run.points) > 1 else None, arm in run.unchanged)
     test = (d.get("mcnemar") or {}) if about else {}
     return {
         "name": name,

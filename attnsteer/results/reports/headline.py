@@ -16,6 +16,14 @@ from ...run.folder import Key, RunFolder
 # A difference counts as seen where its 95 % interval leaves out zero; of several settings, the p-value adjusted for all
 # must be at most this too. A single setting was chosen before the run, so that nothing needs an adjustment.
 LEVEL = 0.05
+# Verdict -> how a page says it. "unchanged": the method changed nothing, so that a difference says nothing about it.
+VERDICTS = {
+    "better": "Better",
+    "worse": "Worse",
+    "none": "No difference seen",
+    "changed": "Changed",
+    "unchanged": "The method changed nothing",
+}
 MINUS, DASH = "−", "–"
 
 
@@ -80,7 +88,7 @@ class Headline:
         point: of the sweep; its values. arm: the method's; base: its baseline's. chosen: why this point, or "".
         baseline, method, difference: of the figure. gained, lost: of McNemar's test, or None where it is not about this figure.
         test, p, p_holm: "McNemar" or "Resampling", its p-value, and the one adjusted for all settings, or None.
-        verdict: "better", "worse", "none" or "changed". records: pairs.
+        verdict: of `VERDICTS`. records: pairs.
         grouped: gained and lost count groups of answers (about one picture, of one sample under several seeds).
     """
 
@@ -106,8 +114,7 @@ class Headline:
     @property
     def words(self) -> str:
         """The verdict."""
-        said = {"better": "Better", "worse": "Worse", "none": "No difference seen", "changed": "Changed"}
-        return said[self.verdict]
+        return VERDICTS[self.verdict]
 
 
 def headline(run: RunFolder, percent: set[str]) -> Headline:
@@ -152,14 +159,20 @@ def headline(run: RunFolder, percent: set[str]) -> Headline:
         "McNemar" if test else "Resampling",
         found.get("p"),
         p_holm,
-        verdict(change, better, p_holm if len(run.points) > 1 else None),
+        verdict(change, better, p_holm if len(run.points) > 1 else None, arm in run.unchanged),
         len(paired),
         run.groups(paired) is not None,
     )
 
 
-def verdict(change: Figure, better: int, p: float | None) -> str:
-    """ "better", "worse", "changed" (no direction is good), or "none" where chance explains it."""
+def verdict(change: Figure, better: int, p: float | None, unchanged: bool = False) -> str:
+    """One of `VERDICTS`: "changed" where no direction is good, "none" where chance explains the difference.
+
+    Args:
+        unchanged: the arm's interventions changed nothing.
+    """
+    if unchanged:
+        return "unchanged"
     if change.low is None or change.high is None or change.low <= 0 <= change.high or (p is not None and p > LEVEL):
         return "none"
     if better == 0:

@@ -146,10 +146,10 @@ def filled(template: str, row: Row, values: Mapping[str, Any]) -> str:
             raise RecipeError(
                 f"{row.place}: the prompt asks for {{{name}}}; there are {listing(every)}.{did_you_mean(name, every)}"
             )
-    return template.format(**{name: _said(every[name]) for name in fields})
+    return template.format(**{name: _as_text(every[name]) for name in fields})
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 

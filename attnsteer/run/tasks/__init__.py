@@ -16,12 +16,12 @@ TASKS = ("choice", "answer", "caption", "image")
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One batch for one arm.
 
     Attributes:
         samples: of the batch. data: where their images are. decoding: arguments of the model's call. seed: of the recipe.
-        run: the steering, or None for the baseline. judge: of pictures, see `attnsteer.run.scorers`.
+        run: the steering, or None for the baseline. score_pictures: of pictures, see `attnsteer.run.scorers`.
         folder: of the run. images: the folder in it for this arm's pictures.
     """
 
@@ -30,7 +30,7 @@ class Ask:
     decoding: Mapping[str, Any]
     seed: int
     run: Any = None
-    judge: Any = None
+    score_pictures: Any = None
     folder: Path = field(default=Path())
     images: str = ""
 
@@ -39,18 +39,17 @@ class Task(Protocol):
     """A module of this package.
 
     Attributes:
-        WRITES: the keys of a record that come from the model. KEEPS: keys of a sample that a record repeats for metrics.
+        RECORD_KEYS: the keys of a record that come from the model. SAMPLE_KEYS: keys of a sample that a record repeats for metrics.
         UNIT: what the throughput counts.
-        DECODING: arguments of the model's call that the recipe may leave out. RESERVED: those that it may not give.
+        DECODING: arguments of the model's call that the recipe may leave out.
     """
 
-    WRITES: tuple[str, ...]
-    KEEPS: tuple[str, ...]
+    RECORD_KEYS: tuple[str, ...]
+    SAMPLE_KEYS: tuple[str, ...]
     UNIT: str
     DECODING: dict[str, Any]
-    RESERVED: tuple[str, ...]
 
-    def ask(self, loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
+    def answer(self, loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]:
         """The records of a batch (without arm, seed and id), and how many units were made."""
 
 
@@ -59,6 +58,6 @@ def get_task(name: str) -> Task:
     return importlib.import_module(f".{name}", __name__)  # type: ignore[return-value]
 
 
-def kept(sample: Sample, keys: Sequence[str]) -> dict[str, Any]:
+def sample_fields(sample: Sample, keys: Sequence[str]) -> dict[str, Any]:
     """What a record repeats of its sample."""
     return {k: sample[k] for k in keys if k in sample}

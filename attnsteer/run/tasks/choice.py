@@ -13,54 +13,53 @@ from typing import Any
 
 from ...errors import RunError
 from ..loaded import Loaded
-from . import Ask, kept
+from . import Request, sample_fields
 from .prompts import continuations, encode, positions
 
-WRITES = ("scores",)
-KEEPS = ("choices", "answer", "level", "category")
+RECORD_KEYS = ("scores",)
+SAMPLE_KEYS = ("choices", "answer", "level", "category")
 UNIT = "samples"
 DECODING: dict[str, Any] = {}
-RESERVED: tuple[str, ...] = ()
 # Where the model gives a choice no probability at all; JSON has no infinity.
 LEAST = -1e9
 
 
-def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
+def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]:
     """Records with `choices`, `scores`, `answer`."""
     import torch
 
-    every = [continuations(loaded.tokenizer, s["prompt"], s["choices"])[1] for s in ask.samples]
+    every = [continuations(loaded.tokenizer, s["prompt"], s["choices"])[1] for s in request.samples]
     with torch.inference_mode():
         if all(len(c) == 1 for own in every for c in own):
-            scores = _at_once(loaded, ask, every)
+            scores = _at_once(loaded, request, every)
         else:
-            scores = [_one_by_one(loaded, ask, i, own) for i, own in enumerate(every)]
-    bad = [s["id"] for s, own in zip(ask.samples, scores, strict=True) if any(map(math.isnan, own))]
+            scores = [_one_by_one(loaded, request, i, own) for i, own in enumerate(every)]
+    bad = [s["id"] for s, own in zip(request.samples, scores, strict=True) if any(map(math.isnan, own))]
     if bad:
         raise RunError(
             f"the log-likelihoods of {', '.join(bad[:3])} are not finite; use model.dtype float32, or a smaller strength."
         )
     records = [
-        {**kept(s, KEEPS), "scores": [max(float(v), LEAST) for v in own]}
-        for s, own in zip(ask.samples, scores, strict=True)
+        {**sample_fields(s, SAMPLE_KEYS), "scores": [max(float(v), LEAST) for v in own]}
+        for s, own in zip(request.samples, scores, strict=True)
     ]
     return records, len(records)
 
 
-def _at_once(loaded: Loaded, ask: Ask, every: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-    batch = encode(loaded, ask, strip=True)
+def _at_once(loaded: Loaded, request: Request, every: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+    batch = encode(loaded, request, strip=True)
     if loaded.kind == "lm":
         batch = {**batch, **positions(loaded.target, batch["attention_mask"])}
     logits = loaded.target(**batch, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
     return [logits[i, [c[0] for c in own]].tolist() for i, own in enumerate(every)]
 
 
-def _one_by_one(loaded: Loaded, ask: Ask, index: int, own: Sequence[Sequence[int]]) -> list[float]:
+def _one_by_one(loaded: Loaded, request: Request, index: int, own: Sequence[Sequence[int]]) -> list[float]:
     from dataclasses import replace
 
     from ...search.samples import Choice, candidate_log_likelihoods
 
-    inputs = dict(encode(loaded, replace(ask, samples=[ask.samples[index]]), strip=True))
+    inputs = dict(encode(loaded, replace(request, samples=[request.samples[index]]), strip=True))
     prompt = tuple(inputs.pop("input_ids")[0].tolist())
     inputs.pop("attention_mask", None)
-    return candidate_log_likelihoods(loaded.target, Choice(prompt, tuple(own), 0), ask.run, inputs)
+    return candidate_log_likelihoods(loaded.target, Choice(prompt, tuple(own), 0), request.run, inputs)

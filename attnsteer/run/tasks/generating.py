@@ -6,21 +6,18 @@ import zlib
 from typing import Any
 
 from ..loaded import Loaded
-from . import Ask
+from . import Request
 from .prompts import encode
 
-# Arguments of `generate` that are the run's own: one text for each sample, and nothing beside it.
-RESERVED = ("num_return_sequences", "return_dict_in_generate")
 
-
-def generate(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
+def generate(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]:
     """`generated` and `finished` (whether the model ended by itself) of each sample, and the tokens written."""
     import torch
 
-    batch = encode(loaded, ask)
-    options = {"do_sample": False, **ask.decoding}
+    batch = encode(loaded, request)
+    options = {"do_sample": False, **request.decoding}
     # Fixed by seed and batch, whatever was drawn before.
-    seed = zlib.crc32(f"{ask.seed} {ask.samples[0]['id']}".encode())
+    seed = zlib.crc32(f"{request.seed} {request.samples[0]['id']}".encode())
     devices = [loaded.device] if torch.device(loaded.device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
         torch.manual_seed(seed)

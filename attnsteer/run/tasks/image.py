@@ -11,47 +11,48 @@ from typing import Any
 from ...errors import RunError
 from .. import store
 from ..loaded import Loaded
-from . import Ask, kept
+from . import Request, sample_fields
 
 # pixels: a hash of the picture's values, by which two of them are the same.
-WRITES = ("image", "pixels")
+RECORD_KEYS = ("image", "pixels")
 # Of models whose pictures have an exact detector.
 DETECTED = ("detected", "valid")
-KEEPS = ("prompt", "phrases", "boxes", "category", "side", "level", "relations")
+SAMPLE_KEYS = ("prompt", "phrases", "boxes", "category", "side", "level", "relations")
 UNIT = "images"
 DECODING: dict[str, Any] = {}
-RESERVED = ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt")
 # Generators of one seed are this far from those of the next.
 STRIDE = 1_000_003
 
 
-def ask(loaded: Loaded, ask: Ask) -> tuple[list[dict[str, Any]], int]:
+def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]:
     """Records with `image`, the path of the PNG in the run folder, `detected` and `valid`."""
     import torch
 
-    generators = [torch.Generator().manual_seed(seed_of(ask.seed, s["index"])) for s in ask.samples]
+    generators = [torch.Generator().manual_seed(seed_of(request.seed, s["index"])) for s in request.samples]
     pictures = loaded.target(
-        prompt=[s["prompt"] for s in ask.samples], generator=generators, output_type="pt", **ask.decoding
+        prompt=[s["prompt"] for s in request.samples], generator=generators, output_type="pt", **request.decoding
     ).images
     pictures = pictures.detach().float().cpu()
     if not bool(pictures.isfinite().all()):
-        bad = [s["id"] for s, p in zip(ask.samples, pictures, strict=True) if not bool(p.isfinite().all())]
+        bad = [s["id"] for s, p in zip(request.samples, pictures, strict=True) if not bool(p.isfinite().all())]
         raise RunError(
             f"the pictures of {', '.join(bad[:3])} have values that are not finite; use model.dtype float32, or a smaller "
             "strength."
         )
     read = loaded.detector(pictures) if loaded.detector is not None else [None] * len(pictures)
-    judged = ask.judge(pictures, [s["prompt"] for s in ask.samples]) if ask.judge is not None else [{}] * len(pictures)
+    scores: Any = [{}] * len(pictures)
+    if request.score_pictures is not None:
+        scores = request.score_pictures(pictures, [s["prompt"] for s in request.samples])
     records = []
-    for sample, picture, found, verdict in zip(ask.samples, pictures, read, judged, strict=True):
+    for sample, picture, found, scored in zip(request.samples, pictures, read, scores, strict=True):
         values = (picture.clamp(0, 1) * 255).round().byte()
-        path = f"{ask.images}/{file_name(sample['id'])}.png"
-        store.write_atomic(ask.folder / path, png(values))
-        record = {**kept(sample, KEEPS), "image": path}
+        path = f"{request.images}/{file_name(sample['id'])}.png"
+        store.write_atomic(request.folder / path, png(values))
+        record = {**sample_fields(sample, SAMPLE_KEYS), "image": path}
         record["pixels"] = hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
         if found is not None:
             record |= {"detected": [asdict(o) for o in found.objects], "valid": found.valid}
-        records.append({**record, **verdict})
+        records.append({**record, **scored})
     return records, len(records)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..loaded import Loaded
-from . import Ask
+from . import Request
 
 
 def continuations(tokenizer: Any, prompt: str, choices: Sequence[str]) -> tuple[list[int], list[list[int]]]:
@@ -33,17 +33,17 @@ def continuations(tokenizer: Any, prompt: str, choices: Sequence[str]) -> tuple[
     return start, found
 
 
-def encode(loaded: Loaded, ask: Ask, strip: bool = False) -> Any:
+def encode(loaded: Loaded, request: Request, strip: bool = False) -> Any:
     """The inputs of a batch, padded on the left, on the model's device.
 
     Args:
         strip: leave out white space at the end of the prompts, which then belongs to what follows.
     """
-    texts = [s["prompt"].rstrip() if strip else s["prompt"] for s in ask.samples]
+    texts = [s["prompt"].rstrip() if strip else s["prompt"] for s in request.samples]
     if loaded.kind == "lm":
         batch = loaded.tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
     else:
-        images = [ask.data.image(s) for s in ask.samples]
+        images = [request.data.image(s) for s in request.samples]
         written = [with_image(loaded, t) for t in texts]
         special = not all(loaded.tokenizer.bos_token and t.startswith(loaded.tokenizer.bos_token) for t in written)
         batch = loaded.processor(

@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...evals.statistics import Interval
-from .images import FILLERS, STEPS, middle
+from ...evals.significance import Interval
+from .. import PIPELINES
+from ..shapes.language import WORDS
+from .image_quality import FILLERS, STEPS, middle
 
 TITLES = {
     "shapes-lm": ("LlamaForCausalLM", "reads passages about coloured shapes and chooses answers"),
@@ -20,7 +22,7 @@ DATA = {
     "(`attnsteer.zoo.shapes.reading.lesson`). A text belongs to one split by its hash.",
     "shapes-lvlm": "Scenes of 1 to 5 objects whose attributes come together (`world.BIASED`), with questions, seven in ten "
     "existence questions about what is there, and captions from left to right (`questions.lesson`).",
-    "shapes-sd": "Scenes of 1 to 5 objects on plain ground (`train.images.scene`), captions in random order with a size "
+    "shapes-sd": "Scenes of 1 to 5 objects on plain ground (`train.diffusion.scene`), captions in random order with a size "
     "now and then (`language.describe`), one in ten empty.",
 }
 DATA["shapes-mmdit"] = (
@@ -33,6 +35,27 @@ LOADING = {
     "shapes-mmdit": " It has no T5, which diffusers wants to hear: "
     "`StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`."
 }
+
+
+# What a text has to look like; words stand apart, punctuation too.
+PROMPTS = {
+    "shapes-lm": "A passage, a question, `answer`: `a small red star . question what colour is the star ? answer` is "
+    "followed by `red`. "
+    "With choices (`options A red B green answer`) a letter follows; a labelled example may come first. In lists, "
+    "`input small purple star output A . input large yellow cross output` is followed by a label.",
+    "shapes-lvlm": "`<image>`, then a question and `answer`, as in `<image> question is there a red circle ? answer`, followed by "
+    "`yes` or `no`; or `<image> caption`, followed by phrases from left to right. One picture of 64x64 pixels.",
+    "shapes-sd": "Phrases, joined by `,` and `and`: `a red circle , a small blue square and two green stars`. Up to 30 tokens.",
+}
+PROMPTS["shapes-mmdit"] = PROMPTS["shapes-sd"]
+
+
+def words(name: str) -> str:
+    """What a model can read: its vocabulary, and the form of a prompt."""
+    draws = name in PIPELINES
+    known = [w for w in WORDS if not draws or w.islower() or not w.isalpha()]
+    rest = "others are spelled letter by letter and mean nothing to it" if draws else "others are `<unk>`"
+    return f"**Words.** One token each, {rest}: `{' '.join(known)}`. {PROMPTS[name]}"
 
 
 def write_card(folder: Path, metrics: dict[str, Any]) -> Path:
@@ -54,6 +77,8 @@ def write_card(folder: Path, metrics: dict[str, Any]) -> Path:
         "intervals below: those hold the choice of the test samples alone.",
         "",
         "**Use.** To try and test attention interventions. It knows shapes and nothing else." + LOADING.get(name, ""),
+        "",
+        words(name),
         "",
         "## Measured",
         "",

@@ -9,7 +9,7 @@ import torch
 from ...steering import steer
 from ...viz import contact_sheet
 from ...viz.record import PhraseRecorder
-from .images import STEPS, generate, middle, shorter
+from .image_quality import STEPS, generate, middle, shorter
 
 PROMPT = "a red circle and a blue square"
 TOKENS = {"red": 2, "circle": 3, "and": 4, "blue": 6, "square": 7, "end": 8}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...call import AttnCall
-from ...evals.statistics import Interval, ratio_bootstrap, wilson
+from ...evals.significance import Interval, ratio_bootstrap, wilson
 from ...intervention import Intervention
 from ...steering import steer
 from ..shapes.layouts import chair

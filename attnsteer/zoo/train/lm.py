@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..shapes.reading import lesson
 from ..shapes.world import rng
-from ..tokens import encode, word_tokenizer
+from ..tokenizers import encode, word_tokenizer
 from .loop import Plan, fit, shorten
 
 LENGTH, BATCH, QUESTIONS = 128, 32, 6

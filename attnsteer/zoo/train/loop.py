@@ -81,7 +81,7 @@ def fit(
     out: Path,
     *,
     device: str = "auto",
-    look: Callable[[nn.Module, int], None] | None = None,
+    preview: Callable[[nn.Module, int], None] | None = None,
     log_every: int = 25,
     compiled: Sequence[nn.Module] = (),
 ) -> Curve:
@@ -90,7 +90,7 @@ def fit(
     Args:
         name: of the stage, for the progress bar and its folder in `out`.
         loss: (model, step) -> (loss, values to log). Draws its batch from the step.
-        look: called with the averaged model at each checkpoint, to write a picture or a measure.
+        preview: called with the averaged model at each checkpoint, to write a picture or a measure.
         compiled: modules whose forward is compiled. Pays where elementwise work dominates.
 
     Raises:
@@ -130,10 +130,10 @@ def fit(
     def checkpoint(step: int) -> None:
         curve.seconds = spent + time.monotonic() - begun
         _save(folder, step, tracked, ema, optimizer, named, curve, plan)
-        if look is not None:
+        if preview is not None:
             with _averaged(tracked, ema), torch.no_grad():
                 model.eval()
-                look(model, step)
+                preview(model, step)
                 model.train()
 
     for step in range(first, plan.steps):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..shapes.questions import lesson, picture
 from ..shapes.render import coverage, render
 from ..shapes.world import COLOUR_NAMES, SHAPES, rng
-from ..tokens import encode, word_tokenizer
+from ..tokenizers import encode, word_tokenizer
 from .loop import Plan, fit, shorten
 
 SIDE, PATCH = 64, 8

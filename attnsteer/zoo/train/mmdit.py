@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from attnsteer.hosts.sdpa.rebind import SDPA
 
 from ..shapes.world import COLOUR_NAMES, SHAPES
-from ..tokens import clip_tokenizer
-from .images import Batches, latents, sheet, text_encoder, train_autoencoder
+from ..tokenizers import clip_tokenizer
+from .diffusion import Batches, latents, sheet, text_encoder, train_autoencoder
 from .loop import Plan, fit, shorten
 from .lvlm import labels
 from .precision import exchange, sdpa_in_fp32
@@ -133,7 +133,7 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
         named = reading(model.read(), labels(batches.scenes(step)).to(place), (1 - sigma).to(place))
         return flow + READING * named, {"flow": flow.item(), "reading": named.item()}
 
-    def look(model: nn.Module, step: int) -> None:
+    def preview(model: nn.Module, step: int) -> None:
         raised.fill_(math.log(FILLERS[-1]))
         images = sample(vae, model, batches.tokens([p for p in PROMPTS for _ in range(4)]), batches.tokens([""]))
         sheet(images, out / "mmdit" / "look.png", 8)
@@ -145,12 +145,12 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     compiled = () if steps else tuple(model.transformer.transformer_blocks)
     curves = {"vae": vae_curve}
     curves["mmdit"] = fit(
-        "mmdit", model, partial(loss, batches), plan, out, device=device, look=look, compiled=compiled
+        "mmdit", model, partial(loss, batches), plan, out, device=device, preview=preview, compiled=compiled
     )
     first = [p.detach().clone() for p in model.parameters()]
     batches, plan = Batches(z, BATCH, 5, EMPTY, SINGLE), shorten(EMPTY_PLAN, steps)
     curves["mmdit-empty"] = fit(
-        "mmdit-empty", model, partial(loss, batches), plan, out, device=device, look=look, compiled=compiled
+        "mmdit-empty", model, partial(loss, batches), plan, out, device=device, preview=preview, compiled=compiled
     )
     with torch.no_grad():
         for one, p in zip(first, model.parameters(), strict=True):

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tokens import clip_tokenizer
-from .images import Batches, latents, sheet, text_encoder, train_autoencoder
+from ..tokenizers import clip_tokenizer
+from .diffusion import Batches, latents, sheet, text_encoder, train_autoencoder
 from .loop import Plan, fit, shorten
 
 BATCH = 32
@@ -89,14 +89,14 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
         found = model(noisy.to(place), t.to(place), tokens.to(place)).float()
         return (found - noise.to(place)).square().mean(), {}
 
-    def look(model: nn.Module, step: int) -> None:
+    def preview(model: nn.Module, step: int) -> None:
         images = sample(vae, model, batches.tokens([p for p in PROMPTS for _ in range(4)]), batches.tokens([""]))
         sheet(images, out / "sd" / "look.png", 8)
 
     plan = shorten(PLAN, steps)
     torch.manual_seed(plan.seed)
     model = Model()
-    curve = fit("sd", model, loss, plan, out, device=device, look=look)
+    curve = fit("sd", model, loss, plan, out, device=device, preview=preview)
     return publish(
         "shapes-sd",
         {"": pipeline(vae, model)},

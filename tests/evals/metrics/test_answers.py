@@ -8,7 +8,7 @@ from attnsteer.errors import RecordError
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.metrics.contains import variants, without_negations
 from attnsteer.evals.metrics.vqa import normalise
-from attnsteer.evals.statistics import wilson
+from attnsteer.evals.significance import wilson
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from attnsteer.errors import RecordError, UnknownName
 from attnsteer.evals.metrics import METRICS, Metric, get_metric, metrics
 from attnsteer.evals.metrics.base import Mean, Ratio, UndefinedMetric, f1
-from attnsteer.evals.statistics import Interval, McNemar, paired_bootstrap, ratio_bootstrap, wilson
+from attnsteer.evals.significance import Interval, McNemar, paired_bootstrap, ratio_bootstrap, wilson
 
 ROOT = Path(__file__).parents[3]
 

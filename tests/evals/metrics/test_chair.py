@@ -11,7 +11,7 @@ from attnsteer.errors import RecordError
 from attnsteer.evals.coco import Vocabulary, present
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.metrics.base import UndefinedMetric
-from attnsteer.evals.statistics import ratio_bootstrap, wilson
+from attnsteer.evals.significance import ratio_bootstrap, wilson
 
 # Own lines in the official format, with its quirks: a leading blank, a capital, three words.
 TABLE = """person, girl, boy, man, woman, child, passenger, baby, adult

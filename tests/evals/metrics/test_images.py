@@ -9,7 +9,7 @@ import pytest
 from attnsteer.errors import RecordError
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.metrics.hrs import hue_name, mean_hue, merge, related
-from attnsteer.evals.statistics import ratio_bootstrap, wilson
+from attnsteer.evals.significance import ratio_bootstrap, wilson
 from attnsteer.zoo.shapes.detect import detect
 from attnsteer.zoo.shapes.layouts import CATEGORIES, layout
 from attnsteer.zoo.shapes.render import render

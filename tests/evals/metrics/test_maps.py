@@ -9,7 +9,7 @@ from attnsteer.errors import RecordError
 from attnsteer.evals.maps import inside
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.metrics.attention_iou import attention_iou
-from attnsteer.evals.statistics import ratio_bootstrap, wilson
+from attnsteer.evals.significance import ratio_bootstrap, wilson
 
 
 @pytest.mark.parametrize(

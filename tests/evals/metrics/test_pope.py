@@ -8,7 +8,7 @@ from attnsteer.errors import RecordError
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.metrics.base import UndefinedMetric
 from attnsteer.evals.metrics.pope import PARSERS
-from attnsteer.evals.statistics import wilson
+from attnsteer.evals.significance import wilson
 
 LABELS = ["yes", "yes", "no", "no"]
 ANSWERS = ["Yes, there is.", "No.", "no", "It seems so"]

@@ -12,7 +12,7 @@ from attnsteer.errors import MissingExtra, RecordError
 from attnsteer.evals.clip import Similarity, parts
 from attnsteer.evals.features import extract, inception, save_reference
 from attnsteer.evals.metrics import get_metric
-from attnsteer.evals.statistics import Interval
+from attnsteer.evals.significance import Interval
 
 SQUARE = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
 

@@ -9,7 +9,7 @@ import pytest
 from attnsteer.errors import RecordError
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.metrics.fluency import distinct, guard
-from attnsteer.evals.statistics import Interval, wilson
+from attnsteer.evals.significance import Interval, wilson
 
 
 def test_perplexity_is_over_tokens_not_texts() -> None:

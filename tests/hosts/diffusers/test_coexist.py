@@ -11,7 +11,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
 from attnsteer import PAG, SEG, HeadGate, SoftPAG, Where, sites, steer
-from attnsteer.errors import NeverFired, SelectionError, UnsupportedHost
+from attnsteer.errors import NeverFired, NothingChanged, SelectionError, UnsupportedHost
 from attnsteer.testing import tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
 from tests.hosts.diffusers.common import at, denoiser, paths, relative
 from tests.hosts.families import forward, randn
@@ -203,7 +203,8 @@ def test_feature_caches_are_refused() -> None:
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(UnsupportedHost, match="disable_cache"):
         pipe(**call)
-    handle.remove()
+    with pytest.warns(NothingChanged, match="never acted"):
+        handle.remove()
     pipe.transformer.disable_cache()
     pipe(**call)
 

@@ -71,7 +71,7 @@ def test_skipped_blocks_and_the_same_result(
     with steer(pipe, method):
         reused, calls = counted(model, lambda: pipe(**call)[0])
     with monkeypatch.context() as patch:
-        patch.setattr(host, "way_to", lambda *_: None)
+        patch.setattr(host, "modules_down_to", lambda *_: [])
         with steer(pipe, method):
             computed, every = counted(model, lambda: pipe(**call)[0])
     for block in skipped:
@@ -92,8 +92,8 @@ def test_the_same_to_the_last_digits_in_double_precision(part: str, monkeypatch:
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in tiny_denoiser_inputs("sd", model).items()}
     method = PAG(3.0, where=Where(modules=f"{part}.*attn1"))
     results = []
-    for way in (host.way_to, lambda *_: None):
-        monkeypatch.setattr(host, "way_to", way)
+    for way in (host.modules_down_to, lambda *_: []):
+        monkeypatch.setattr(host, "modules_down_to", way)
         with steer(model, method) as run, run.branches("uncond", "cond"):
             results.append(forward(model, inputs))
     # the embedding of the time step is single precision in every model
@@ -141,7 +141,7 @@ def test_what_changed_in_place_is_computed_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(type(model.mid_block), "forward", spoiling)
     ours, calls = counted(model, guided)
     assert calls["down_blocks.0"] == 1 and calls["down_blocks.1"] == 2
-    monkeypatch.setattr(host, "way_to", lambda *_: None)
+    monkeypatch.setattr(host, "modules_down_to", lambda *_: [])
     assert relative(ours, guided()) < BOUND
 
 
@@ -163,7 +163,7 @@ def test_a_block_that_runs_twice_is_computed_again(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(type(model.mid_block), "forward", again)
     ours = guided()
-    monkeypatch.setattr(host, "way_to", lambda *_: None)
+    monkeypatch.setattr(host, "modules_down_to", lambda *_: [])
     assert relative(ours, guided()) < BOUND
 
 
@@ -182,7 +182,7 @@ def test_inference_mode_and_gradients(mode: Any, monkeypatch: pytest.MonkeyPatch
 
     (ours, grad), calls = counted(model, guided)
     assert calls["down_blocks.0"] == 1
-    monkeypatch.setattr(host, "way_to", lambda *_: None)
+    monkeypatch.setattr(host, "modules_down_to", lambda *_: [])
     expected, wanted = guided()
     assert relative(ours, expected) < BOUND
     if grad is not None:
@@ -196,7 +196,7 @@ def test_a_gate_before_the_weak_edit_is_part_of_the_prefix(monkeypatch: pytest.M
     methods = HeadGate({(0, 0): -1.0}, where=Where(kinds="self", branches="cond")), PAG(3.0)
     with steer(pipe, *methods):
         ours = pipe(**call)[0]
-    monkeypatch.setattr(host, "way_to", lambda *_: None)
+    monkeypatch.setattr(host, "modules_down_to", lambda *_: [])
     with steer(pipe, *methods):
         assert relative(ours, pipe(**call)[0]) < BOUND
     with steer(pipe, PAG(3.0)):
@@ -221,5 +221,5 @@ def test_other_families_give_the_same_with_and_without(name: str, monkeypatch: p
 
     ours = guided()
     assert relative(ours, forward(model, inputs)) > 1e-4
-    monkeypatch.setattr(host, "way_to", lambda *_: None)
+    monkeypatch.setattr(host, "modules_down_to", lambda *_: [])
     assert relative(ours, guided()) < BOUND

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnsteer import PAG, HeadGate, SoftPAG, Where, steer
-from attnsteer.errors import SelectionError, UnsupportedHost
+from attnsteer.errors import NothingChanged, SelectionError, UnsupportedHost
 from attnsteer.testing import official_pag, tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
 from tests.hosts.diffusers.common import BOUND, EFFECT, against_a_wrapper, at, call_of, paths, pipeline, relative
 from tests.reference.guidance_loops import Edit, combine, edited, guided_latents
@@ -127,12 +127,28 @@ def test_a_run_that_was_broken_off_does_not_count() -> None:
     assert [r.calls for r in run.audit.records.values()] == [2]
 
 
+@pytest.mark.parametrize("part", [{}, {"denoising_end": 0.5}])
+def test_timesteps_of_a_run_that_ends_early(part: dict[str, float]) -> None:
+    """A base model that leaves the last steps to a refiner: the timesteps are the scheduler's first ones."""
+    pipe, scale = tiny_pipeline("sdxl"), {"pag_scale": 3.0, "pag_adaptive_scale": 0.004}
+    expected = official_pag("sdxl", pipe, "mid")(**tiny_call("sdxl", steps=8, **part), **scale)[0]
+    with steer(pipe, PAG(3.0, adaptive=0.004)):
+        assert relative(pipe(**tiny_call("sdxl", steps=8, **part))[0], expected) < BOUND
+    with steer(pipe, PAG(3.0)):
+        assert relative(pipe(**tiny_call("sdxl", steps=8, **part))[0], expected) > 1e-3
+    # A window of fractions is one of the steps that run.
+    with steer(pipe, PAG(3.0, where=Where(modules=r"mid_block.*attn1", steps=(0.5, 1.0)))) as run:
+        pipe(**tiny_call("sdxl", steps=8, **part))
+    assert run.audit.to_dict()["interventions"][0]["inside passes"] == (2 if part else 4)
+
+
 def test_fractions_need_a_schedule() -> None:
     model = tiny_denoiser("sd")
     run = steer(model, PAG(3.0, where=Where(modules="mid_block.*attn1", steps=(0.0, 0.5))))
     with pytest.raises(SelectionError, match="fractions"), run.branches("cond"):
         model(**tiny_denoiser_inputs("sd", model))
-    run.remove()
+    with pytest.warns(NothingChanged, match="never acted"):
+        run.remove()
 
 
 def test_two_experts_share_one_clock() -> None:

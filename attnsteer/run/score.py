@@ -10,9 +10,10 @@ from typing import Any
 from ..errors import RecipeError, RecordError, listing
 from ..evals.metrics import get_metric
 from ..evals.metrics.base import Metric
-from ..evals.statistics import Interval, holm, over_seeds
+from ..evals.significance import Interval, holm, over_seeds
 from ..recipe.schema import Recipe
 from ..recipe.sweep import own_point
+from .changes import changed_calls
 
 # (seed, id) of a record.
 Key = tuple[int, str]
@@ -49,7 +50,7 @@ class Scores:
 
     Args:
         recipe: resolved. plan: what arms.json holds. samples: by id. records: of each arm, by (seed, id).
-        timings: lines of timings.jsonl.
+        timings: lines of timings.jsonl. audits: of each arm, as audit.json has them.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class Scores:
         samples: Sequence[Mapping[str, Any]],
         records: Records,
         timings: Sequence[Mapping[str, Any]],
+        audits: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     ):
         self.recipe, self.plan, self.records, self.timings = recipe, plan, records, timings
+        self.audits = audits or {}
         self.arms = [a["id"] for a in plan["arms"]]
         self.measures = measures(recipe)
         self.warnings: list[str] = []
@@ -88,6 +91,8 @@ class Scores:
                 "differences": [],
                 "points": self.plan["points"],
                 "zero_equals_baseline": None,
+                "changed_calls": {},
+                "unchanged": [],
                 "cost": self.cost(),
                 "claims": [],
                 "warnings": ["no sample has an answer in every arm yet"],
@@ -107,6 +112,8 @@ class Scores:
             out["differences"] = self._differences(arms)
         out["points"] = self.plan["points"]
         out["zero_equals_baseline"] = self._zero()
+        out["changed_calls"] = {arm: changed_calls(audit) for arm, audit in self.audits.items() if audit}
+        out["unchanged"] = self._unchanged(out["changed_calls"])
         out["cost"] = self.cost()
         out["claims"] = self._claims(arms)
         told = [str(w.message) for w in caught]
@@ -220,16 +227,43 @@ class Scores:
         pairs = {(z, b) for z, b in pairs if decoding[z] == decoding[b]}
         if not pairs:
             return None
-        differ = 0
-        for zero, base in pairs:
-            for key in self.keys:
-                a, b = ({k: v for k, v in self.records[arm][key].items() if k not in OWN} for arm in (zero, base))
-                differ += a != b
+        differ = sum(self._differing(zero, base) for zero, base in pairs)
         if differ:
             self.warnings.append(
                 f"the method at zero strength differs from the baseline in {differ} of {len(self.keys) * len(pairs)} records"
             )
         return differ == 0
+
+    def _differing(self, arm: str, other: str) -> int:
+        """In how many records two arms differ."""
+        answer = lambda a, key: {k: v for k, v in self.records[a][key].items() if k not in OWN}  # noqa: E731
+        return sum(answer(arm, key) != answer(other, key) for key in self.keys)
+
+    def _unchanged(self, changed: Mapping[str, int | None]) -> list[str]:
+        """The arms whose interventions changed nothing, although they should have; a control at zero strength should not.
+
+        Where an audit cannot tell, an arm changed nothing if it answered as its baseline does, record for record.
+        """
+        kinds = {a["id"]: a["kind"] for a in self.plan["arms"]}
+        bases = {arm: p["arms"].get("baseline") for p in self.plan["points"] for arm in p["arms"].values()}
+        found = []
+        for arm, calls in changed.items():
+            if kinds[arm] == "zero":
+                if calls and any("changed" in s for entry in self.audits[arm] for s in entry["sites"].values()):
+                    self.warnings.append(
+                        f"the control at zero strength changed something in {calls} calls; it should change nothing"
+                    )
+            elif calls == 0 or (calls is None and bases[arm] in self.records and not self._differing(arm, bases[arm])):
+                found.append(arm)
+            else:
+                self.warnings += [
+                    f"{entry['intervention']} of the arm {arm} changed nothing"
+                    for entry in self.audits[arm]
+                    if len(self.audits[arm]) > 1 and changed_calls([entry]) == 0
+                ]
+        if found:
+            self.warnings.append(f"{listing(found)} changed nothing: the figures say nothing about the method")
+        return found
 
     def cost(self) -> dict[str, Any]:
         """Per arm: seconds per sample, units per second, peak memory, and time relative to the baseline.

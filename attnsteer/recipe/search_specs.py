@@ -1,9 +1,10 @@
-"""Which searches a recipe asks for, and under which key their results are kept."""
+"""The searches that a recipe's calibration section can name, which of them it asks for, and the key of a result."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..errors import RecipeError, did_you_mean
-from ..run.searches import SEARCHES, Search
 from .parameters import Method, method
 from .schema import CALIBRATED, Recipe, digest
 from .sweep import points
@@ -12,7 +13,31 @@ from .sweep import points
 NAMES = ("id", "group", "index")
 
 
-def needed(recipe: Recipe) -> list[tuple[str, Recipe]]:
+@dataclass(frozen=True)
+class SearchSpec:
+    """What a recipe can say of a search; `attnsteer.run.searches` runs it.
+
+    Attributes:
+        kinds: of model. options: names that `calibration.options` may have. heads: whether it finds heads.
+        for_method: whether the result depends on the method.
+    """
+
+    kinds: tuple[str, ...]
+    options: tuple[str, ...]
+    heads: bool = True
+    for_method: bool = True
+
+
+SEARCHES = {
+    "calibrate_act": SearchSpec(("lm",), ("metric", "keep", "batch")),
+    "calibrate_heads": SearchSpec(("lm",), ("metric", "keep", "batch")),
+    "headhunter": SearchSpec(("image",), ("rounds", "steps", "rungs", "score", "batch")),
+    "vhd": SearchSpec(("vlm",), ("outliers", "layers", "batch"), for_method=False),
+    "find_sink_dims": SearchSpec(("lm", "vlm"), ("tau", "layers", "drop", "batch"), heads=False, for_method=False),
+}
+
+
+def searches_of(recipe: Recipe) -> list[tuple[str, Recipe]]:
     """The different searches of a recipe and its sweep: (key, the point's recipe); empty without a calibration."""
     if recipe.calibration is None:
         return []
@@ -32,7 +57,7 @@ def calibration_key(recipe: Recipe) -> str:
     return digest({"methods": searched, **{k: parts[k] for k in kept}})
 
 
-def search_of(recipe: Recipe) -> Search:
+def search_of(recipe: Recipe) -> SearchSpec:
     """The search that a recipe names, its options checked by name.
 
     Raises:

@@ -9,7 +9,7 @@ import pytest
 from attnsteer.errors import RecordError
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.metrics.letter import first_token, labels_of, parse
-from attnsteer.evals.statistics import wilson
+from attnsteer.evals.significance import wilson
 
 
 def record(scores, answer, choices=("ab", "abcd")) -> dict:

@@ -42,7 +42,7 @@ def browser(run: RunFolder, head: Headline, album: Album) -> dict[str, Any]:
         {
             "id": key[1],
             "seed": key[0],
-            **_asked(run.samples[key[1]]),
+            **_prompt_of(run.samples[key[1]]),
             "image": scenes[key],
             "outs": {
                 arm: {
@@ -99,10 +99,10 @@ def _state(run: RunFolder, head: Headline, values: Mapping[str, Any], arm: str, 
     if before is not None and after is not None and abs(after - before) > 1e-12 and head.better:
         return "gained" if head.better * (after - before) > 0 else "lost"
     one, two = (run.records.get(a, {}).get(key) for a in (base, arm))
-    return "same" if one is None or two is None or _said(one) == _said(two) else "changed"
+    return "same" if one is None or two is None or _answer_of(one) == _answer_of(two) else "changed"
 
 
-def _said(record: Mapping[str, Any]) -> Any:
+def _answer_of(record: Mapping[str, Any]) -> Any:
     """What must be equal for two records to count as the same."""
     if "scores" in record:
         return _pick(record["scores"])
@@ -113,7 +113,7 @@ def _pick(scores: Sequence[float]) -> int:
     return scores.index(max(scores))
 
 
-def _asked(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _prompt_of(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The question, and the right answer in words."""
     found: dict[str, Any] = {"prompt": str(sample.get("prompt") or sample.get("question") or "")}
     answer = sample.get("answer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attnsteer.evals.statistics import (
+from attnsteer.evals.significance import (
     Interval,
     McNemar,
     bootstrap_p,

@@ -8,7 +8,7 @@ from typing import Any
 
 from .parameters import ZOO
 from .schema import CALIBRATED, Recipe
-from .sweep import with_values
+from .validate import validate, with_values
 
 # Options of metrics that are files, relative to the recipe.
 METRIC_FILES = {
@@ -28,15 +28,14 @@ def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
     Raises:
         RecipeError: a value does not fit.
     """
-    from .validate import validate
-
     folder = recipe.folder
-    told = with_values(recipe, recipe.tiny) if tiny else recipe
-    data = told.dump() | {"tiny": {}}
+    changed = with_values(recipe, recipe.tiny) if tiny else recipe
+    data = changed.dump() | {"tiny": {}}
     put: Callable[[dict[str, Any], str], None] = lambda part, key: part.update(  # noqa: E731
         {key: str((folder / part[key]).absolute())} if part.get(key) is not None else {}
     )
     put(data["model"], "path")
+    data["imports"] = [str(path.absolute()) for path in recipe.import_paths()]
     sections = [data["data"], *([data["calibration"]["data"]] if data["calibration"] else [])]
     for section in sections:
         put(section, "file")
@@ -44,7 +43,7 @@ def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
     for spec in data["interventions"]:
         if names_file(spec["heads"]):
             put(spec, "heads")
-    data["metrics"] = [{"name": m.name, **absolute_options(m.name, m.options, folder)} for m in told.metrics]
+    data["metrics"] = [{"name": m.name, **absolute_options(m.name, m.options, folder)} for m in changed.metrics]
     if tiny:
         for section in sections:
             section["limit"] = min(section["limit"] or TINY_SAMPLES, TINY_SAMPLES)

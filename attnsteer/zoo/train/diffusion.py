@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..shapes.language import describe
 from ..shapes.render import render
 from ..shapes.world import Prior, Scene, rng, sample_scene
-from ..tokens import TEXT_LENGTH, clip_tokenizer
+from ..tokenizers import TEXT_LENGTH, clip_tokenizer
 from .loop import Curve, Plan, fit
 
 # Attributes come together a little, so that an unguided model has something to fall back on.
@@ -77,7 +77,7 @@ def train_autoencoder(out: Path, device: str, steps: int | None = None) -> tuple
     plan = shorten(VAE_PLAN, steps)
     torch.manual_seed(plan.seed)
     model = autoencoder()
-    curve = fit("vae", model, vae_loss, plan, out, device=device, look=lambda m, s: _compare(m, out / "vae"))
+    curve = fit("vae", model, vae_loss, plan, out, device=device, preview=lambda m, s: _compare(m, out / "vae"))
     z = encode(model, [scene(i) for i in range(256)])
     model.register_to_config(scaling_factor=round(1 / float(z.float().std()), 4))
     return model, curve

@@ -12,11 +12,14 @@ from typing import Any
 from .._version import __version__
 from ..errors import AttnSteerError, RecipeError, RunError, SerializationError
 from ..heads import HeadSet
+from ..method_files import imported, require
+from ..recipe.loading import load_recipe
 from ..recipe.parameters import Sample
+from ..recipe.resolved import resolve
 from ..recipe.schema import DataSpec, Recipe, digest
-from ..recipe.searched import NAMES, needed, search_of, searched_method
+from ..recipe.search_specs import NAMES, search_of, searched_method, searches_of
 from . import store
-from .searches import Search, Subject, Task
+from .searches import RUNNERS, Subject, Task
 
 
 def calibrate(
@@ -42,7 +45,7 @@ def calibrate(
             be written.
     """
     found = {}
-    for key, one in needed(recipe):
+    for key, one in searches_of(recipe):
         split = list(samples(one.calibration.data))
         _refuse_overlap(split, samples(one.data))
         found[key] = _cached(key, Task(one, subject, split, progress), cache)
@@ -64,9 +67,17 @@ def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
     """The result of one search, from the cache where it is there whole."""
     search = search_of(task.recipe)
     if cache is None:
-        return _run(search, task)
-    facts = {"key": key, "samples": task.samples, "weights": weights(task.subject.target), "version": __version__}
-    name = digest(facts)
+        return _run(task)
+    facts: dict[str, Any] = {
+        "key": key,
+        "samples": task.samples,
+        "weights": weights(task.subject.target),
+        "version": __version__,
+    }
+    # The code of a method from a file is no part of the recipe.
+    used = {spec.method for spec in task.recipe.interventions}
+    files = [f.sha256 for f in imported() if used & set(f.methods)]
+    name = digest({**facts, **({"imports": files} if files else {})})
     folder = Path(cache)
     path = folder / f"{name}.{'safetensors' if search.heads else 'json'}"
     try:
@@ -80,19 +91,19 @@ def _cached(key: str, task: Task, cache: str | Path | None) -> Any:
     except OSError as error:
         raise RunError(f"the cache {folder} cannot be made ({error.strerror}); give another folder.") from error
     state = folder / f"{name}.state.safetensors"
-    found = _run(search, replace(task, state=state))
+    found = _run(replace(task, state=state))
     _write(found, path)
     state.unlink(missing_ok=True)
     return found
 
 
-def _run(search: Search, task: Task) -> Any:
+def _run(task: Task) -> Any:
     """The result of one search; what it has to say about its samples or options comes as a RecipeError."""
-    spec = task.recipe.calibration
+    spec, search = task.recipe.calibration, search_of(task.recipe)
     if search.for_method:
         task = replace(task, method=searched_method(task.recipe).make((), None))
     try:
-        found = search.run(task)
+        found = RUNNERS[spec.search](task)
         if search.heads and spec.top is not None and len(found) > spec.top:
             found = found.top(spec.top)
     except RecipeError:
@@ -114,27 +125,26 @@ def save_found(given: str | Path, out: str | Path, cache: str | Path | None, *, 
     Raises:
         RecipeError: see `calibrate`; the recipe has no search, or its sweep has several. RunError: the file cannot be written.
     """
-    from ..recipe.loading import load_recipe
-    from ..recipe.resolve import resolve
-
-    recipe = resolve(load_recipe(given), tiny=tiny)
+    source = load_recipe(given)
+    require(source.import_paths())
+    recipe = resolve(source, tiny=tiny)
     if recipe.calibration is None:
         raise RecipeError(f"{recipe.name} has no calibration section, so there is nothing to search.")
-    if len(needed(recipe)) > 1:
+    if len(searches_of(recipe)) > 1:
         raise RecipeError(
-            f"{recipe.name} has {len(needed(recipe))} searches, one for each value of its sweep, and one is saved; copy the "
+            f"{recipe.name} has {len(searches_of(recipe))} searches, one for each value of its sweep, and one is saved; copy the "
             "recipe and take the sweep out."
         )
     search = search_of(recipe)
     from . import models
     from .data import load
-    from .tasks import Ask
+    from .tasks import Request
     from .tasks.prompts import encode
 
     get = lambda spec: load(spec, recipe.task, prompt=recipe.prompt, folder=recipe.folder)  # noqa: E731
     loaded = models.load(recipe.model, tiny=get(recipe.data) if tiny else None, folder=recipe.folder)
     own = get(recipe.calibration.data)
-    inputs = (lambda part: encode(loaded, Ask(part, own, {}, 0))) if loaded.kind == "vlm" else None
+    inputs = (lambda part: encode(loaded, Request(part, own, {}, 0))) if loaded.kind == "vlm" else None
     (found,) = calibrate(
         recipe, Subject(loaded.target, loaded.tokenizer, inputs), lambda spec: get(spec).samples, cache
     ).values()

@@ -13,7 +13,7 @@ import torch
 
 from attnsteer import ACT, HeadGate, HeadSet, SoftPAG, zoo
 from attnsteer.errors import RunError
-from attnsteer.results import attention_maps as attention
+from attnsteer.results import attention_maps
 from attnsteer.results.reports import report
 from attnsteer.zoo.measure.text import inputs
 from attnsteer.zoo.shapes.layouts import layout
@@ -60,7 +60,7 @@ def text(i: int) -> dict[str, Any]:
 
 def test_the_last_row_of_a_language_model(lm: Any) -> None:
     sample = text(0)
-    found = attention.collect(lm, [Arm("baseline"), Arm("method", [HeadGate({(0, 0): 0.0})])], [sample])
+    found = attention_maps.collect(lm, [Arm("baseline"), Arm("method", [HeadGate({(0, 0): 0.0})])], [sample])
     (entry,) = found["samples"]
     part = entry["arms"]["baseline"]
     # Against the model's own maps.
@@ -78,7 +78,7 @@ def test_the_last_row_of_a_language_model(lm: Any) -> None:
 def test_only_the_steered_heads_count_in_every_arm(lm: Any) -> None:
     sample = text(1)
     arms = [Arm("baseline"), Arm("method", [ACT(heads=HEADS, beta=0.4)])]
-    found = attention.collect(lm, arms, [sample])
+    found = attention_maps.collect(lm, arms, [sample])
     assert "the 3 steered heads" in found["note"]
     batch = lm.tokenizer(sample["prompt"], return_tensors="pt")
     lm.target.set_attn_implementation("eager")
@@ -98,13 +98,13 @@ def test_maps_over_an_image_for_the_same_words(vlm: Any) -> None:
         return inputs(vlm.processor, [picture("test", s["image"]) for s in samples], [s["prompt"] for s in samples])
 
     arms = [Arm("baseline", decoding={"max_new_tokens": 6}), Arm("method", [HeadGate({(0, 0): 0.0, (1, 1): 0.0})])]
-    found = attention.collect(vlm, arms, [sample], inputs=make)
+    found = attention_maps.collect(vlm, arms, [sample], inputs=make)
     one, two = found["samples"][0]["arms"].values()
     # The second arm says what the first one said, however long it may go on.
     assert one["labels"] == two["labels"] and 1 <= len(one["labels"]) <= 6
     assert one["maps"] != two["maps"] and all(0 < sum(map(sum, m)) < 1 for m in one["maps"])
     with pytest.raises(RunError, match="needs inputs="):
-        attention.collect(vlm, arms, [sample])
+        attention_maps.collect(vlm, arms, [sample])
 
 
 def test_maps_of_the_words_of_a_prompt(pipe: Any) -> None:
@@ -112,7 +112,7 @@ def test_maps_of_the_words_of_a_prompt(pipe: Any) -> None:
     sample = {"id": "l0", "prompt": item.prompt, "words": [p.shape for p in item.phrases]}
     decoding = {"num_inference_steps": 2, "guidance_scale": 3.0}
     arms = [Arm("baseline", [], decoding), Arm("method", [SoftPAG(scale=1.0)], decoding)]
-    found = attention.collect(
+    found = attention_maps.collect(
         pipe,
         arms,
         [sample],
@@ -123,21 +123,21 @@ def test_maps_of_the_words_of_a_prompt(pipe: Any) -> None:
     assert one["labels"] == sample["words"] and len(one["maps"]) == 2
     assert one["image"] == "images/baseline/0/l0.png" and one["maps"] != two["maps"]
     with pytest.raises(RunError, match="names no words"):
-        attention.collect(pipe, arms, [{"id": "x", "prompt": "a"}])
+        attention_maps.collect(pipe, arms, [{"id": "x", "prompt": "a"}])
 
 
 def test_large_maps_keep_their_sum() -> None:
     maps = torch.rand(2, 64, 96)
-    small = attention._smaller(maps)
+    small = attention_maps._smaller(maps)
     assert small.shape == (2, 21, 32) and torch.allclose(small.sum(), maps.sum(), rtol=0.02)
-    assert attention._smaller(maps[:, :32, :32]).shape == (2, 32, 32)
+    assert attention_maps._smaller(maps[:, :32, :32]).shape == (2, 32, 32)
 
 
 def test_the_report_shows_it(lm: Any, tmp_path: Path) -> None:
     run = folders.text_run(tmp_path / "run")
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()][:2]
-    found = attention.collect(lm, [Arm("baseline"), Arm("method", [ACT(heads=HEADS, beta=0.4)])], samples)
-    assert attention.save(run, found).name == "attention.json" and not list(run.glob(".attention*"))
+    found = attention_maps.collect(lm, [Arm("baseline"), Arm("method", [ACT(heads=HEADS, beta=0.4)])], samples)
+    assert attention_maps.save(run, found).name == "attention.json" and not list(run.glob(".attention*"))
     page = report(run).read_text()
     assert "The last token&#39;s attention over the prompt; mean over the 3 steered heads" in page
     assert page.count('<p class="heat">') == 4

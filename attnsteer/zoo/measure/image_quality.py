@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...evals.statistics import Interval, wilson
+from ...evals.significance import Interval, wilson
 from ...steering import steer
 from ...viz.record import PhraseRecorder
 from ..shapes.detect import Detection, detect

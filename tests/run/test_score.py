@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from attnsteer.evals.metrics import get_metric
-from attnsteer.evals.statistics import McNemar, holm
+from attnsteer.evals.significance import McNemar, holm
 from attnsteer.results import summary
-from attnsteer.results.score import Scores
+from attnsteer.run.score import Scores
 from tests.run.running import recipe
 
 ROLES = {"baseline": "baseline", "method": "method"}

@@ -1,0 +1,140 @@
+"""The Python of README.md, CONTRIBUTING.md and docs/ runs as it is printed, on the embedded models."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import attnsteer
+from attnsteer import registry, zoo
+from attnsteer.search import Choice
+from attnsteer.zoo.shapes.reading import reading
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").glob("*.md"))]
+# Pages whose code needs what a user brings: tests/evals/test_lm_eval.py runs the same lines on a task of its own.
+ELSEWHERE = {"docs/lm_eval.md"}
+PASSAGE = "a small red star . a large blue ring . question what colour is the star ? answer"
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+
+
+CASES = [(page, i) for page in PAGES if page not in ELSEWHERE for i in range(len(blocks(page)))]
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    before = dict(registry._METHODS)
+    yield
+    registry._METHODS.clear()
+    registry._METHODS.update(before)
+
+
+def language() -> dict[str, Any]:
+    """What the blocks about texts take for granted."""
+    model, tokenizer = zoo.load("shapes-lm")
+    inputs = tokenizer(PASSAGE, return_tensors="pt", return_token_type_ids=False)
+    ids = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+    continuation = torch.tensor([ids("red .")])
+    total = inputs.input_ids.shape[1] + continuation.shape[1]
+    readings = [reading("calibration", i, "one-shot") for i in range(60)]
+    questions = [(tokenizer(r.prompt).input_ids, [ids(c) for c in r.choices], r.answer) for r in readings]
+    return {
+        "model": model,
+        "tokenizer": tokenizer,
+        "inputs": dict(inputs),
+        "prompt": dict(inputs),
+        "continuation": continuation,
+        "mask": torch.ones(1, total, dtype=torch.long),
+        "heads": attnsteer.HeadSet.load(zoo.folder("shapes-lm") / "act" / "heads.safetensors"),
+        "questions": questions[:-5],
+        "test_samples": [Choice(*q) for q in questions[-5:]],
+    }
+
+
+def vision() -> dict[str, Any]:
+    """And those about pictures."""
+    model, processor = zoo.load("shapes-lvlm")
+    image = torch.full((3, 64, 64), 128, dtype=torch.uint8)
+    inputs = dict(processor(images=image, text="<image> caption", return_tensors="pt"))
+    return {
+        "model": model,
+        "processor": processor,
+        "tokenizer": processor.tokenizer,
+        "inputs": inputs,
+        "batches": [inputs],
+        "image": image.float() / 255,
+        "method": attnsteer.VHR(alpha=1.3),
+    }
+
+
+def drawing() -> dict[str, Any]:
+    """And those about pipelines."""
+    pipe = zoo.load("shapes-sd")
+    return {
+        "pipe": pipe,
+        "captions": ["a red circle", "a blue star"],
+        "score": lambda images, prompts: [0.5] * len(images),
+    }
+
+
+def names(code: str) -> dict[str, Any]:
+    """The names that a block takes for granted, by what it speaks of."""
+    found: dict[str, Any] = {}
+    if "pipe" in code:
+        found |= drawing()
+    if re.search(r"VAR|VHR|word_maps", code):
+        found |= vision()
+    elif re.search(r"\bmodel\b", code):
+        found |= language()
+    if "calibrate_act" in code or "head_grid" in code:
+        extra = language()
+        found |= {k: v for k, v in extra.items() if k not in found}
+        found["ACT"], found["SoftPAG"], found["Where"] = attnsteer.ACT, attnsteer.SoftPAG, attnsteer.Where
+    return found | {"ACT": attnsteer.ACT, "steer": attnsteer.steer}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "index"), CASES)
+def test_the_code_runs(page: str, index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(zoo.folder("shapes-lm") / "act" / "heads.safetensors", tmp_path)
+    code = blocks(page)[index]
+    given = names(code)
+    if "LatentLoss" in code:
+        from dataclasses import dataclass
+
+        from attnsteer.maps.words_to_image import Maps
+
+        given |= {"dataclass": dataclass, "LatentLoss": attnsteer.LatentLoss, "Tensor": torch.Tensor, "Maps": Maps}
+    # A dataclass looks for the module of its class.
+    module = types.ModuleType(f"printed_{index}")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vars(module).update(given)
+    compiled = compile(code, f"{page}, block {index + 1}", "exec")
+    if "find_sink_dims" in code:
+        # The embedded model has no massive activations, as its card says, and the search says so in place of a result.
+        with pytest.raises(attnsteer.errors.SelectionError, match="VAR"):
+            exec(compiled, vars(module))
+        assert not vars(module)["sinks"].dims and vars(module)["sinks"].reason
+    else:
+        exec(compiled, vars(module))
+    # A gap for the reader to fill is no code that runs.
+    assert not re.search(r"^\s*\.\.\.$|, \.\.\.\]", code, re.M)
+
+
+def test_pages_with_code_are_found() -> None:
+    assert len(blocks("README.md")) >= 8 and {"README.md", "CONTRIBUTING.md", "docs/metrics.md"} <= {
+        p for p, _ in CASES
+    }
+    assert all(blocks(page) for page in ELSEWHERE)
