@@ -240,13 +240,15 @@ class _HeadGroup:
         touched = any(_altered(t, b) for t, b in zip(watched, before, strict=True))
         if not touched and (edit is None or not first):
             return edit
-        check = Check(bound.name, door, site, self.map.att)
-        if door == "output":
-            check.output(edit, args[0], touched)
-        elif touched:
-            raise check.refuse("changed q, k or v in place; return new tensors.")
-        else:
-            getattr(check, door)(edit)
+        # Looking at values must save nothing for a backward, or a checkpoint's second run, which looks no more, saves other tensors.
+        with torch.no_grad():
+            check = Check(bound.name, door, site, self.map.att)
+            if door == "output":
+                check.output(edit, args[0], touched)
+            elif touched:
+                raise check.refuse("changed q, k or v in place; return new tensors.")
+            else:
+                getattr(check, door)(edit)
         self.runtime.checked.add(key)
         return edit
 
