@@ -1,4 +1,4 @@
-"""Dense attention with the methods' equations, from q, k, v, the mask and the layout: nothing of the library's kernels or accounts."""
+"""Dense attention with the methods' equations, from q, k, v, mask and layout: none of the library's kernels or accounts."""
 
 from __future__ import annotations
 
