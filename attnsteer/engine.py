@@ -240,9 +240,9 @@ class _HeadGroup:
         touched = any(_altered(t, b) for t, b in zip(watched, before, strict=True))
         if not touched and (edit is None or not first):
             return edit
-        check = Check(bound.name, door, site, self.map.att)
         # What the check saved for a backward would be missing when a checkpoint runs the layer again, unchecked.
         with torch.no_grad():
+            check = Check(bound.name, door, site, self.whole.att.select(self.local))
             if door == "output":
                 check.output(edit, args[0], touched)
             elif touched:

@@ -1,4 +1,4 @@
-"""Many generations at once on one steered model, and forwards that are broken off at random places: nothing wrong, nothing raised."""
+"""Many generations at once on one steered model, forwards broken off at random places: nothing wrong, nothing raised."""
 
 from __future__ import annotations
 
