@@ -64,6 +64,8 @@ class AttnCall:
     state: dict[str, Any] = field(default_factory=dict)
     method: str = "the method"
     past: int = 0
+    # Whether batch rows hold several requests, which do not see each other.
+    packed: bool = False
     # State of all methods for this sequence, by (number of the intervention, site, heads).
     states: dict[Any, dict[str, Any]] = field(default_factory=dict, repr=False)
     facts: dict[str, Any] = field(default_factory=dict, repr=False)

@@ -118,6 +118,8 @@ class SiteRuntime:
                 needs the lse. None: it never would.
             maps: filled with (heads of this process or None, edited map), where the host hands out attention weights.
         """
+        if call.packed:
+            _check_apart(self.site, att, call)
         whole = SiteAttention(att, base, same_kernel)
         offset = self._offset(att.q.shape[1])
         marks = self._seen(active, offset, att.q.shape, call.phase)
@@ -392,6 +394,22 @@ class _HeadGroup:
         edited = edited if mask is None else torch.where(mask[..., None], edited, before)
         self.mark(bound, "output", None if torch.compiler.is_compiling() else (edited != before).any())
         return edited
+
+
+def _check_apart(site: Site, att: Attention, call: AttnCall) -> None:
+    """Raise where rows see keys of another request of their batch row: each would be counted from the wrong token."""
+    rows, keys = call.rows, call.keys
+    n, m = att.shape[2:]
+    other = (rows.request[:, :, None] != keys.request[:, None]) & rows.valid[:, :, None] & keys.valid[:, None]
+    if att.causal:
+        other = other & torch.ones(n, m, dtype=torch.bool, device=other.device).tril()
+    mask = att.additive(att.stat_dtype)
+    seen = other[:, None] if mask is None else other[:, None] & ~mask.isneginf()
+    if bool(seen.any()):
+        raise UnsupportedHost(
+            f"{site.path}: the call packs several sequences into a row, but this model lets them see each other. Pass a mask "
+            "[B, 1, n, n] that keeps them apart, or put each in a batch row of its own."
+        )
 
 
 def _mark(tensor: Tensor, values: bool) -> Any:

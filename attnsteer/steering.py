@@ -40,6 +40,7 @@ class Steering:
         measure: whether reweightings also record the total-variation distance that they cause.
         opened: numbers of the `around` methods whose passes run now.
         control: whether it is meant to change nothing (a zero-strength control), so that this is no error.
+        attached: False from the moment on at which it is removed.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Steering:
         self.opened: list[int] = []
         self._journal = Journal()
         self._lock = threading.RLock()
+        self.attached = True
         self.host = find_host(target)
         every = self.host.sites()
         self.bounds, plan = bind(interventions, every, self.host)
@@ -142,7 +144,7 @@ class Steering:
 
         Warns with `NothingChanged` where an intervention changed nothing while it was attached.
         """
-        attached = self in _LIVE
+        attached = self.attached
         self._detach()
         if attached and not self.control:
             silent = " ".join(filter(None, (self._unseen(), self._idle(resting=False), self._idle(resting=True))))
@@ -151,6 +153,7 @@ class Steering:
 
     def _detach(self) -> None:
         with self._lock:
+            self.attached = False
             _LIVE.discard(self)
             self._journal.undo()
 

@@ -127,6 +127,10 @@ def _edited_weights(weights: Tensor | None, maps: list[Any] | None) -> Tensor | 
 def _problem(
     module: nn.Module, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
 ) -> Attention:
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        # As SDPA and products do: rotary tables leave q and k in fp32 beside a v in half precision.
+        q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
     n = q.shape[2]
     scale = options.get("scaling")
     scale = q.shape[-1] ** -0.5 if scale is None else scale

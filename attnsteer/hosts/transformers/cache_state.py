@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import types
+import uuid
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,89 +15,112 @@ from ...tokens import Tokens
 
 STATE = "_attnsteer_states"
 FOLLOWED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "reset")
-# States at the ends of the last prompt calls are kept, so that a cache may be cut back to one of them.
+# The states at the ends of the last prompt calls are kept, so that a cache may be cut back to one of them.
 KEPT = 8
 
 States = dict[Any, dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One call over a part of a prompt: slots `start` to `stop`, and the states at its end (None: no longer kept)."""
+
+    start: int
+    stop: int
+    states: States | None
+
+
 @dataclass
 class Sequence:
-    """The memory of one cache under one steering.
+    """The memory of one cache under one steering. A forward works on a draft, which takes its place when it has run to its end.
 
     Attributes:
         tokens: roles of the tokens so far. prompt: slots of the prompt so far.
-        states: of each method at each site. ends: length -> states, at the end of each of the last prompt calls.
+        request: int [B, T] of the requests packed into its rows, or None. states: of each method at each site.
+        turns: the calls over parts of the prompt, in order.
     """
 
     tokens: Tokens | None = None
     prompt: int | None = None
+    request: Tensor | None = None
     states: States = field(default_factory=dict)
-    ends: dict[int, States] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
 
     @property
     def length(self) -> int:
         """Slots so far."""
         return 0 if self.tokens is None else self.tokens.length
 
-    def remember(self) -> None:
-        """The states as they are at the end of a prompt call."""
-        self.ends[self.length] = {key: dict(state) for key, state in self.states.items()}
-        while len(self.ends) > KEPT:
-            del self.ends[min(self.ends)]
+    def draft(self) -> Sequence:
+        """A copy for a forward to fill."""
+        return replace(self, states=_copied(self.states), turns=list(self.turns))
+
+    def remember(self, start: int) -> None:
+        """A call over the prompt from slot `start` on has ended."""
+        self.turns.append(Turn(start, self.length if self.prompt is None else self.prompt, _copied(self.states)))
+        for i, turn in enumerate(self.turns[:-KEPT]):
+            self.turns[i] = replace(turn, states=None)
 
     def cut(self, length: int) -> bool:
         """The cache was cut back to `length` slots; False where the states cannot be those of that prefix."""
-        within = self.prompt is not None and length < self.prompt
-        known = self.ends.get(length)
-        self.ends = {end: states for end, states in self.ends.items() if end <= length}
-        if not within:
-            return True
-        self.prompt = length
-        if known is None:
+        kept = [turn for turn in self.turns if turn.start < length]
+        gone, self.turns = len(self.turns) > len(kept), kept
+        if not kept:
+            self.prompt = None
             return False
-        self.states = {key: dict(state) for key, state in known.items()}
+        last = kept[-1]
+        if length < last.stop:
+            self.prompt, kept[-1] = length, Turn(last.start, length, None)
+            return False
+        self.prompt = last.stop
+        if not gone:
+            return True
+        if last.states is None:
+            return False
+        self.states = _copied(last.states)
         return True
 
     def batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Batch rows were reordered, repeated or dropped; `change` does so to a tensor with the batch first."""
         if self.tokens is not None:
             self.tokens.take(change(torch.arange(self.tokens.batch)))
-        for states in (self.states, *self.ends.values()):
+        if self.request is not None:
+            self.request = change(self.request)
+        for states in (self.states, *(turn.states or {} for turn in self.turns)):
             for state in states.values():
                 for name, value in state.items():
                     if isinstance(value, Tensor) and value.ndim:
                         state[name] = change(value)
 
 
+def _copied(states: States) -> States:
+    """Dicts of their own; tensors are shared, since a state is changed by putting another tensor in its place."""
+    return {key: dict(state) for key, state in states.items()}
+
+
 class Memory:
     """Finds the `Sequence` of a cache for one steering."""
 
-    def __init__(self, run: Any):
-        self._key = id(run)
+    def __init__(self) -> None:
+        # A copy of a cache may outlive this steering, or be loaded into another process: no number comes twice.
+        self._key = uuid.uuid4().hex
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def of(self, cache: Any, fresh: bool) -> Sequence:
-        """The memory of a cache; `fresh`: the cache is empty, so what was there is of another sequence."""
-        if cache is None:
-            return Sequence()
+    def of(self, cache: Any) -> Sequence | None:
+        """The memory of a cache; None: it was never seen."""
+        return None if cache is None else vars(cache).get(STATE, {}).get(self._key)
+
+    def put(self, cache: Any, sequence: Sequence) -> None:
+        """From here on this is the memory of the cache."""
         store = vars(cache).get(STATE)
         if store is None:
             store = {}
             setattr(cache, STATE, store)
             for name in FOLLOWED:
                 if hasattr(type(cache), name):
-                    # A bound method, because deepcopy rebinds those to the copied cache.
-                    setattr(cache, name, types.MethodType(_FOLLOWERS[name], cache))
-            self._seen.add(cache)
-        if fresh or self._key not in store:
-            store[self._key] = Sequence()
-        return store[self._key]
-
-    def put(self, cache: Any, sequence: Sequence) -> None:
-        """A forward made its own cache: the memory of this sequence moves onto it."""
-        self.of(cache, fresh=True)
-        vars(cache)[STATE][self._key] = sequence
+                    setattr(cache, name, _Follower(cache, name))
+        self._seen.add(cache)
+        store[self._key] = sequence
 
     def forget(self) -> None:
         """Take what is ours off the caches that were seen."""
@@ -110,37 +133,26 @@ class Memory:
                         vars(cache).pop(name, None)
 
 
-def _each(cache: Any, change: Callable[[Tensor], Tensor]) -> None:
-    for sequence in vars(cache).get(STATE, {}).values():
-        sequence.batch(change)
+class _Follower:
+    """A method of a cache that does to our memory what it does to the keys; a copy of the cache has its own."""
+
+    def __init__(self, cache: Any, name: str):
+        self.cache, self.name = cache, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(type(self.cache), self.name)(self.cache, *args, **kwargs)
+        store = vars(self.cache).get(STATE, {})
+        if self.name == "reset":
+            store.clear()
+            return result
+        change = _CHANGES[self.name](*args, **kwargs)
+        for sequence in store.values():
+            sequence.batch(change)
+        return result
 
 
-def _reorder(self: Any, beam_idx: Tensor) -> Any:
-    result = type(self).reorder_cache(self, beam_idx)
-    _each(self, lambda t: t.index_select(0, beam_idx.to(t.device)))
-    return result
-
-
-def _repeat(self: Any, repeats: int) -> Any:
-    result = type(self).batch_repeat_interleave(self, repeats)
-    _each(self, lambda t: t.repeat_interleave(repeats, dim=0))
-    return result
-
-
-def _select(self: Any, indices: Tensor) -> Any:
-    result = type(self).batch_select_indices(self, indices)
-    _each(self, lambda t: t[indices.to(t.device)])
-    return result
-
-
-def _reset(self: Any) -> Any:
-    vars(self).get(STATE, {}).clear()
-    return type(self).reset(self)
-
-
-_FOLLOWERS = {
-    "reorder_cache": _reorder,
-    "batch_repeat_interleave": _repeat,
-    "batch_select_indices": _select,
-    "reset": _reset,
+_CHANGES: dict[str, Callable[..., Callable[[Tensor], Tensor]]] = {
+    "reorder_cache": lambda beam_idx: lambda t: t.index_select(0, beam_idx.to(t.device)),
+    "batch_repeat_interleave": lambda repeats: lambda t: t.repeat_interleave(repeats, dim=0),
+    "batch_select_indices": lambda indices: lambda t: t[indices.to(t.device)],
 }

@@ -18,13 +18,13 @@ from ...account import Account, Samples, Track, plain
 from ...bound import Bound
 from ...call import AttnCall
 from ...engine import SiteRuntime
-from ...errors import UnsupportedHost
+from ...errors import CompositionError, UnsupportedHost
 from ...intervention import Intervention
 from ...scope import PLAIN, SCOPES, Scope
 from ...tokens import Tokens
-from .cache_state import STATE, Memory, Sequence
+from .cache_state import Memory, Sequence
 from .masks import packed_requests, padding_mask, roles_of_mask, whole_mask
-from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, Outer, OuterCalls
+from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls, refuse_tracing
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +95,7 @@ class Forward:
             frozen=self.frozen,
             past=self.past,
             samples=self.tokens.repeats,
+            packed=self.request is not None,
             states=states,
             facts=facts,
         )
@@ -117,14 +118,15 @@ class Stack:
         self.sampled = [b for b in self.bounds if b.method.sample_values]
         # An image tower of a vision-language model: its batch is one of images or tiles.
         self.tower = outer.family is not None and any(r.site.modality != "text" for r in runtimes.values())
-        self.memory = Memory(run)
+        self.memory = Memory()
         # Sites whose attention was found to be what its arguments say.
         self.exact: set[int] = set()
         self.beside: Any = None
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=UNTRACED)
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The stack's forward, with the account of its rows."""
+        refuse_tracing()
         key = id(self.run)
         running = CURRENT.get()
         if getattr(running.get(key), "passes", False):
@@ -146,6 +148,11 @@ class Stack:
             output = inner(*args, **kwargs)
         finally:
             CURRENT.reset(token)
+        if not self.run.attached:
+            raise CompositionError(
+                f"{self.run} was removed while a forward ran, of which some layers are steered and others not. Remove it between "
+                "the calls of the model."
+            )
         self.finish(forward, values, output)
         return output
 
@@ -163,8 +170,9 @@ class Stack:
         cache = cache if hasattr(cache, "get_seq_length") else None
         past = int(cache.get_seq_length()) if cache is not None else 0
         self._check_checkpointing(past)
-        sequence = self._sequence(cache, past)
-        valid, request = self._roles(values, sequence, batch, past, new)
+        sequence = self._continued(cache, past)
+        valid, request = self._roles(values, outer, sequence, batch, past, new)
+        sequence.request = request
         border, total = self._border(scope, outer, sequence, past, new)
         length = past + new
         phase = "decode" if border is not None and past >= border else "prefill"
@@ -172,7 +180,7 @@ class Stack:
         forward = Forward(
             self, sequence, batch, past, new, data.device, valid, request, border, phase, mixed,
             frozen=scope.frozen,
-            encoder=padding_mask(values["encoder_attention_mask"]) if "encoder_attention_mask" in values else None,
+            encoder=_encoder_mask(values["encoder_attention_mask"]) if "encoder_attention_mask" in values else None,
             beside=None if self.beside is None or not tokens_known else self.beside(outer),
         )  # fmt: skip
         tokens = self._tokens(scope, forward, outer, values, total)
@@ -188,15 +196,6 @@ class Stack:
                 bound.method.check_tokens(tokens)
         return forward
 
-    def _sequence(self, cache: Any, past: int) -> Sequence:
-        """The memory of a cache, cut back with it."""
-        sequence = vars(cache).get(STATE, {}).get(id(self.run)) if past else None
-        if sequence is None:
-            sequence = self.memory.of(cache, fresh=past == 0)
-        if sequence.tokens is not None and past < sequence.tokens.length:
-            self._follow_cut(sequence, past)
-        return sequence
-
     def finish(self, forward: Forward, values: dict[str, Any], output: Any) -> None:
         """After a forward that ran to its end: the sequence remembers it."""
         if forward.tokens is None:
@@ -206,13 +205,13 @@ class Stack:
         if forward.tokens.prompt is not None:
             sequence.prompt = forward.tokens.prompt
         if forward.phase == "prefill":
-            sequence.remember()
+            sequence.remember(forward.past)
         given = values.get("past_key_values")
         if not hasattr(given, "get_seq_length"):
             parts = output if isinstance(output, (tuple, list)) else (getattr(output, "past_key_values", None),)
-            made = next((p for p in parts if hasattr(p, "get_seq_length")), None)
-            if made is not None:
-                self.memory.put(made, sequence)
+            given = next((p for p in parts if hasattr(p, "get_seq_length")), None)
+        if given is not None:
+            self.memory.put(given, sequence)
 
     def _check_checkpointing(self, past: int) -> None:
         if past and self.module.training and getattr(self.module, "is_gradient_checkpointing", False):
@@ -221,17 +220,37 @@ class Stack:
                 "call brings, so its rows would not be what they seem. Call it without past_key_values, or without checkpointing."
             )
 
+    def _continued(self, cache: Any, past: int) -> Sequence:
+        """A draft of the memory of the sequence that this forward goes on with; what is stored stays as it is until its end."""
+        if past == 0:
+            if cache is not None:
+                # So that a cache whose first forward is interrupted is known to be incomplete.
+                self.memory.put(cache, Sequence())
+            return Sequence()
+        known = self.memory.of(cache)
+        if known is None:
+            return Sequence()
+        if past > known.length:
+            raise UnsupportedHost(
+                f"the cache holds {past} tokens, of which {known.length} came in by forwards of the steered model that ran to "
+                "their end: one was interrupted, or something else has written to it. Start a new cache, or a copy made before."
+            )
+        sequence = known.draft()
+        if past < known.length:
+            self._follow_cut(sequence, past)
+        return sequence
+
     def _follow_cut(self, sequence: Sequence, past: int) -> None:
         """The cache was cut back since the last forward."""
         seen, moving = sequence.length, [b.name for b in self.bounds if not b.method.follows_crop]
         whole = sequence.cut(past)
-        if past and moving:
+        if moving:
             raise UnsupportedHost(
                 f"the cache was cut back from {seen} to {past} tokens, and {moving[0]} keeps sums over the rows that were cut. "
                 "Start a new cache, or use a decode mode that does not move its statistics."
             )
         ahead = [b.name for b in self.bounds if b.method.looks_ahead]
-        if past and not whole and ahead:
+        if not whole and ahead:
             raise UnsupportedHost(
                 f"the cache was cut back from {seen} to {past} tokens, inside its prompt, where no call of the prompt ended: the "
                 f"statistics of {ahead[0]} would be those of tokens that are gone. Cut it to the end of a call (prefill the shared "
@@ -239,30 +258,39 @@ class Stack:
             )
 
     def _roles(
-        self, values: dict[str, Any], sequence: Sequence, batch: int, past: int, new: int
+        self, values: dict[str, Any], outer: Outer, sequence: Sequence, batch: int, past: int, new: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """(valid, request) of all slots so far, [B, T] each or None."""
         mask, length, before = values.get("attention_mask"), past + new, sequence.tokens
+        valid, packed = None, sequence.request
         if isinstance(mask, Tensor) and mask.ndim == 2:
             valid = mask if mask.dtype == torch.bool else mask.to(torch.bool)
+        elif mask is not None and outer.mask is not None and len(outer.mask) == batch:
+            # The stack was given what the library made of this one.
+            valid = padding_mask(outer.mask)
+        if valid is None and mask is not None:
+            seen = whole_mask(mask)
+            if seen is not None and seen.shape[2] >= length:
+                old = None if before is None else before.valid
+                return roles_of_mask(seen[:, :, :length].expand(batch, -1, -1), past, old, packed)
+        if packed is not None:
+            raise UnsupportedHost(
+                "the cache holds several sequences packed into a row, and this call does not say which of them its tokens see. "
+                f"Pass a mask [B, 1, {new}, {length}], or prefill each sequence in a batch row of its own."
+            )
+        if valid is not None:
             if valid.shape[1] < length:
                 raise UnsupportedHost(
                     f"attention_mask has {valid.shape[1]} columns for {length} tokens ({past} cached): the cached ones "
                     "need their validity too. Pass a mask over all tokens so far."
                 )
-            return valid[:, :length], None
-        seen = whole_mask(mask) if mask is not None else None
-        if seen is not None:
-            if past:
-                # Such a mask counts slots of the cache; what is padding was learnt at the prefill.
-                if before is None or before.valid is None:
-                    return None, None
-                old = before.valid[:, :past]
-                return torch.cat([old, old.new_ones(batch, new)], dim=1), None
-            valid, request = roles_of_mask(seen[:, :, :new])
-            return tuple(None if t is None else t.expand(batch, -1) for t in (valid, request))
+            return valid[:, :length] if len(valid) == batch else valid[:, :length].expand(batch, -1), None
         if past:
-            return None, None
+            if mask is None or before is None or before.valid is None:
+                return None, None
+            # The mask of a window counts other slots; what is padding was learnt at the prefill.
+            old = before.valid[:, :past]
+            return torch.cat([old, old.new_ones(len(old), new)], dim=1), None
         uses = values.get("use_cache")
         uses = getattr(self.module.config, "use_cache", False) if uses is None else uses
         cached = values.get("past_key_values") is not None or bool(uses)
@@ -279,9 +307,7 @@ class Stack:
             total = outer.generation.total
         elif outer.beside is not None and outer.generation is None:
             # The unconditional stream of `guidance_scale`: its first call is its prompt, also where no cache remembers it.
-            if past == 0 and not outer.beside.beside:
-                outer.beside.beside.append(new)
-            total = outer.beside.beside[0] if outer.beside.beside else None
+            total = sequence.prompt if past else outer.beside.prompt_beside(outer.ids, new)
         if total is not None:
             return total, total
         if past and new == 1 and not scope.chunked:
@@ -345,6 +371,13 @@ def check_no_samples(runtime: SiteRuntime) -> None:
                 f"{runtime.site.path}: its batch is not one of samples (parts of images, or packed images), so "
                 f"{bound.name}({name}=...) cannot have one value per sample there. Give one value for all."
             )
+
+
+def _encoder_mask(mask: Any) -> Tensor | None:
+    """bool [B, S]: the tokens of an encoder that some row sees."""
+    if not isinstance(mask, Tensor) or mask.ndim == 2:
+        return padding_mask(mask)
+    return whole_mask(mask).any(dim=1)
 
 
 def block_forward(run: Any, residual: bool, inner: Any, *args: Any, **kwargs: Any) -> Any:

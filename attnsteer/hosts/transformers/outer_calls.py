@@ -22,6 +22,15 @@ from .image_tokens import Family, brings_images, check_whole, family_of, image_t
 KEY = "attnsteer_call"
 # Arguments of `generate` that have one entry per prompt.
 PROMPTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values")
+UNTRACED = (
+    "attnsteer: a steered model is neither exported nor traced, which would keep the account of one call for all calls"
+)
+
+
+def refuse_tracing() -> None:
+    """Raise where `torch.export` or `torch.jit.trace` runs: what a row is would be baked in."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        raise UnsupportedHost(f"{UNTRACED}. Detach first, or use torch.compile.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +42,20 @@ class Generation:
     image: Tensor | None = None
     total: int | None = None
     prompts: int | None = None
-    # Slots of the prompt of a second stream (the unconditional one of `guidance_scale`), once it has been seen.
-    beside: list[int] = field(default_factory=list)
-    # Calls that were prepared and have not reached a stack yet.
-    pending: list[bool] = field(default_factory=list)
+    # The padding mask [B, T] of the call that was prepared.
+    mask: Tensor | None = None
+    # Prompts of other streams in it (the unconditional one of `guidance_scale`) that have no cache: slots, and ids or None.
+    beside: list[tuple[int, Tensor | None]] = field(default_factory=list)
+    # The call that was prepared last and has not reached a stack yet.
+    pending: list[Generation] = field(default_factory=list)
+
+    def prompt_beside(self, ids: Tensor | None, new: int) -> int:
+        """Slots of the prompt of the other stream that a call over all of its tokens so far belongs to."""
+        for length, known in self.beside:
+            if ids is None or known is None or _begins(ids, known):
+                return min(length, new)
+        self.beside.append((new, ids))
+        return new
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +64,14 @@ class Outer:
 
     Attributes:
         ids, image: token ids and image tokens [B, n] of the call, or None. roles: arguments that shape its attention by token.
+        mask: its padding mask [B, T], or None; stacks may be given another form of it.
         generation: the `generate` that prepared this call, or None. beside: the `generate` in which another stream runs.
     """
 
     ids: Tensor | None = None
     image: Tensor | None = None
     roles: Mapping[str, Tensor] = field(default_factory=dict)
+    mask: Tensor | None = None
     generation: Generation | None = None
     beside: Generation | None = None
 
@@ -106,7 +127,10 @@ class OuterCalls:
         inputs = inner(*args, **kwargs)
         generation = GENERATION.get().get(id(self.run))
         if generation is not None and isinstance(inputs, dict):
-            generation.pending[:] = [True]
+            mask = kwargs.get("attention_mask")
+            if self._lengths and isinstance(mask, Tensor) and mask.ndim == 2:
+                generation = replace(generation, mask=mask)
+            generation.pending[:] = [generation]
             inputs[KEY] = {**inputs.get(KEY, {}), id(self.run): generation}
         return inputs
 
@@ -129,11 +153,16 @@ class OuterCalls:
             running = GENERATION.get().get(id(self.run))
             if prepared is None and running is not None and running.pending:
                 # A model that drops keywords on the way: what was prepared last is this call.
-                prepared = running
+                prepared = running.pending[-1]
             if prepared is not None:
                 prepared.pending.clear()
-            around = Outer(generation=prepared, beside=None if prepared is not None else running)
-        ids, image, roles = around.ids, around.image, around.roles
+            mask = None if prepared is None else prepared.mask
+            around = Outer(mask=mask, generation=prepared, beside=None if prepared is not None else running)
+        ids, image, roles, mask = around.ids, around.image, around.roles, around.mask
+        given = values.get("attention_mask")
+        if self._lengths and isinstance(given, Tensor):
+            # A mask of another form says all by itself; that of a prepared call was made of the one that is known.
+            mask = given if given.ndim == 2 else mask if prepared is not None else None
         if self._ours(module):
             roles = {**roles, **{n: values[n] for n in self.family.roles if isinstance(values.get(n), Tensor)}}
         if isinstance(values.get("input_ids"), Tensor):
@@ -144,12 +173,23 @@ class OuterCalls:
                 image = self._images(values, data.shape[1])
                 if image is not None and around.generation is None:
                     check_whole(self.family, self.model.config, values, image)
-        return replace(around, ids=ids, image=image, roles=roles)
+        return replace(around, ids=ids, image=image, roles=roles, mask=mask)
+
+    def check_generate(self, values: Mapping[str, Any]) -> None:
+        """Raise where a way of decoding is known to be refused later, after the library has changed the model's config for it."""
+        given = values.get("assistant_early_exit") or getattr(
+            values.get("generation_config"), "assistant_early_exit", None
+        )
+        ahead = [b.name for b in self.run.bounds if b.method.looks_ahead]
+        if given and ahead:
+            raise UnsupportedHost(
+                f"assistant_early_exit={given} cuts a cache back into its prompt, where the statistics of {ahead[0]} are unknown. "
+                "Use prompt_lookup_num_tokens or another model as the assistant."
+            )
 
     def of_generate(self, values: Mapping[str, Any]) -> Generation:
         """What the arguments of a `generate` say."""
-        ids = values.get("input_ids", values.get("inputs"))
-        ids = ids if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim == 2 else None
+        ids = _ids(values)
         data = next((v for v in (ids, values.get("inputs_embeds")) if isinstance(v, Tensor)), None)
         image = None
         if data is not None and self.family is not None and self.family.refused is None:
@@ -213,8 +253,9 @@ class _Forwards:
         self.calls, self.module = calls, module
         self.names = list(inspect.signature(module.forward).parameters)
 
-    @torch.compiler.disable
+    @torch.compiler.disable(reason=UNTRACED)
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_tracing()
         calls = self.calls
         if calls.silent():
             return inner(*args, **kwargs)
@@ -225,7 +266,7 @@ class _Forwards:
 
 
 class _Generates:
-    """Around `generate` of an outer module; a nested one adds nothing."""
+    """Around `generate` of an outer module; a nested one that goes on with the same prompt (an assistant's) adds nothing."""
 
     def __init__(self, calls: OuterCalls, module: nn.Module):
         self.calls = calls
@@ -233,11 +274,24 @@ class _Generates:
 
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         run = self.calls.run
-        if id(run) in GENERATION.get():
-            return inner(*args, **kwargs)
         values = dict(zip(self.names, args, strict=False)) | kwargs
+        around, ids = GENERATION.get().get(id(run)), _ids(values)
+        if around is not None and (around.ids is None or ids is None or _begins(ids, around.ids)):
+            return inner(*args, **kwargs)
+        self.calls.check_generate(values)
         with entry(GENERATION, run, self.calls.of_generate(values)):
             return inner(*args, **kwargs)
+
+
+def _ids(values: Mapping[str, Any]) -> Tensor | None:
+    """The token ids [B, n] of the arguments of a `generate`, or None."""
+    ids = values.get("input_ids", values.get("inputs"))
+    return ids if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.ndim == 2 else None
+
+
+def _begins(ids: Tensor, prompt: Tensor) -> bool:
+    """Whether the rows of `ids` begin with those of `prompt`."""
+    return len(ids) == len(prompt) and torch.equal(ids[:, : prompt.shape[1]], prompt.to(ids.device))
 
 
 def _takes_keywords(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import acting, around_the_model, batches, exactness, selection, sequences
+from . import acting, around_the_model, batches, exactness, requests, selection, sequences, together
 from .bench import Bench
 
 
@@ -157,6 +157,66 @@ LAWS: dict[str, Law] = {
             "two threads with two models do not see each other",
             "something is kept on the method, its class or its module; keep it in `call.state`",
             around_the_model.threads,
+        ),
+        Law(
+            "packed",
+            "two sequences packed into one row are each the sequence alone, and a model that cannot keep them apart is refused",
+            "a token was counted from the start of its batch row; use call.key_index(), call.rows.index and call.rows.request",
+            requests.packed,
+        ),
+        Law(
+            "ways",
+            "greedy decoding, prompt lookup, an assistant, a static cache and no cache make the same tokens with the same logits",
+            "what is prompt was taken from call.phase, which speaks of the call; ask call.rows.generated of each row",
+            requests.ways,
+        ),
+        Law(
+            "guided",
+            "generate(guidance_scale=...) is two loops by hand, each with its own prompt",
+            "the state of one stream is used for the other; keep it in `call.state`",
+            requests.guided,
+        ),
+        Law(
+            "crop",
+            "a cache that is cut back is a copy made there, or it is refused",
+            "a state tensor is longer than the cache and still used; cut it to call.past, or declare `follows_crop = False`",
+            requests.crop,
+        ),
+        Law(
+            "moved_caches",
+            "copied, saved and reordered caches go on as the samples they hold",
+            "state is not a tensor in `call.state` with the batch first, or cannot be pickled",
+            requests.moved_caches,
+        ),
+        Law(
+            "shared_model",
+            "eight threads, and tasks with a pool of threads, on one steered model get what each gets alone",
+            "something is kept on the method, its class or its module; keep it in `call.state`",
+            together.shared_model,
+        ),
+        Law(
+            "interrupted",
+            "a call that is broken off anywhere never happened",
+            "a tensor in `call.state` was changed in place; put a new one there",
+            together.interrupted,
+        ),
+        Law(
+            "checkpointed",
+            "gradients with checkpointing are those without, re-entrant or not",
+            "a door computes something else when it is run again, because it keeps what it saw the first time",
+            together.checkpointed,
+        ),
+        Law(
+            "inner",
+            "the model below the head, and its forward called directly, compute what they compute inside the whole model",
+            "the method reads what only the outer model is given",
+            together.inner,
+        ),
+        Law(
+            "beside",
+            "two steerings on different sites of one model act as one of both, and leave in any order",
+            "the method changed the model or one of its modules; a method edits the tensors of its call only",
+            together.beside,
         ),
         Law(
             "compile",

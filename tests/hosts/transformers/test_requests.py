@@ -1,0 +1,382 @@
+"""Every row knows its request: what laws do not vary, one test for each way in which rows were once taken for others."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import StoppingCriteria
+
+from attnsteer import ACT, PASTA, SpotLight, Where, ZeroTuning, detach, steer
+from attnsteer.errors import CompositionError, UnsupportedHost
+from attnsteer.hosts.transformers.masks import roles_of_mask, whole_mask
+from attnsteer.testing import tiny_transformers
+from attnsteer.testing.fingerprint import fingerprint
+
+HEADS = {1: [0, 2]}
+METHODS = {
+    "zerotuning": ZeroTuning(HEADS, 4.0),
+    "act": ACT(HEADS, 0.4, 0.1),
+    "pasta": PASTA([[(1, 3)]], HEADS, 0.05),
+    "spotlight": SpotLight([[(1, 3)]], 0.6, where=Where(heads=HEADS)),
+}
+OPTIONS = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return tiny_transformers("llama")
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Any:
+    with torch.no_grad():
+        yield
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(8, 90, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def controlled(model: nn.Module, *methods: Any) -> Any:
+    return steer(model, *methods, control=True)
+
+
+# Masks.
+
+
+@pytest.mark.parametrize("host", ["llama", "mistral"])
+@each_method
+def test_padding_beyond_the_first_chunk_of_a_static_cache(host: str, method: Any) -> None:
+    """`generate` makes 4-D masks for static caches; those of later chunks say nothing of padding in the rows themselves."""
+    model, x = tiny_transformers(host), tokens(1, 9)
+    padded = torch.cat([torch.zeros(1, 7, dtype=torch.long), x], dim=1)
+    more: dict[str, Any] = {"cache_implementation": "static", "prefill_chunk_size": 5}
+    if isinstance(method, ACT):
+        # Each chunk uses the rows seen so far, by definition.
+        more.pop("prefill_chunk_size")
+    with controlled(model, method):
+        alone = model.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=3, **OPTIONS)
+        beside = model.generate(
+            input_ids=padded, attention_mask=(padded != 0).long(), max_new_tokens=3, **OPTIONS, **more
+        )
+    assert max(far(a, b) for a, b in zip(alone.logits, beside.logits, strict=True)) <= 1e-5
+
+
+def test_a_block_mask_of_flex_attention_says_what_is_padding() -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    model, x = tiny_transformers("llama", attn_implementation="flex_attention"), tokens(1, 9)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), x], dim=1)
+    valid = padded != 0
+    mask = create_block_mask(lambda b, h, i, j: (j <= i) & valid[b, j], 1, None, 12, 12, device="cpu")
+    position = (valid.long().cumsum(dim=1) - 1).clamp_min(0)
+    with controlled(model, METHODS["zerotuning"]):
+        beside = model(input_ids=padded, attention_mask=mask, position_ids=position).logits[:, 3:]
+        assert far(beside, model(input_ids=x).logits) <= 1e-5
+
+
+def test_a_padding_mask_of_one_row_serves_the_batch(llama: nn.Module) -> None:
+    x = tokens(3, 7)
+    with controlled(llama, PASTA([[(1, 3)]] * 3, HEADS, 0.05)):
+        assert far(llama(input_ids=x, attention_mask=torch.ones(1, 7)).logits, llama(input_ids=x).logits) <= 1e-5
+
+
+TRIANGLE = torch.ones(7, 7).tril().bool()[None, None]
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"),
+    [
+        (torch.where(TRIANGLE, 0.0, -1e9), "-1e.09.*bool mask"),
+        (torch.where(TRIANGLE, 0.0, -1e4), "-1e.04.*bool mask"),
+        (torch.cat([TRIANGLE, TRIANGLE, TRIANGLE, TRIANGLE & (torch.arange(7) > 2)], dim=1), "one mask for all heads"),
+        (TRIANGLE[0], "has 3 axes"),
+    ],
+    ids=["-1e9", "-1e4", "heads", "3-D"],
+)
+def test_masks_that_do_not_say_what_is_seen_are_refused(llama: nn.Module, mask: Tensor, says: str) -> None:
+    with controlled(llama, METHODS["zerotuning"]), pytest.raises(UnsupportedHost, match=says):
+        llama(input_ids=tokens(1, 7), attention_mask=mask)
+
+
+def packed_mask(request: list[int]) -> Tensor:
+    r, slot = torch.tensor(request), torch.arange(len(request))
+    return (r[:, None] == r) & (slot <= slot[:, None])
+
+
+def test_interleaved_sequences_are_refused() -> None:
+    with pytest.raises(UnsupportedHost, match="interleaves"):
+        roles_of_mask(packed_mask([0, 1, 0, 1, 0, 1])[None])
+
+
+def test_a_row_that_sees_two_sequences_is_refused() -> None:
+    mask = packed_mask([0, 0, 0, 1, 1, 1])
+    mask[5, 0] = True
+    with pytest.raises(UnsupportedHost, match="see several"):
+        roles_of_mask(mask[None])
+
+
+def test_a_tree_is_one_sequence() -> None:
+    mask = torch.eye(6, dtype=torch.bool)
+    for child, parent in ((1, 0), (2, 0), (3, 1), (4, 1), (5, 2)):
+        mask[child] |= mask[parent]
+    assert roles_of_mask(mask[None]) == (None, None)
+
+
+def test_padding_that_sees_everything() -> None:
+    mask = torch.ones(5, 5).tril().bool() & (torch.arange(5) >= 2)
+    mask[:2] = True
+    valid, request = roles_of_mask(mask[None])
+    assert valid.tolist() == [[False, False, True, True, True]] and request is None
+
+
+def test_of_several_masks_that_of_full_attention_counts() -> None:
+    whole, window = TRIANGLE, TRIANGLE & (torch.arange(7) > 3)
+    assert torch.equal(whole_mask({"sliding_attention": window, "full_attention": whole}), whole[:, 0])
+    assert whole_mask({"sliding_attention": None, "full_attention": None}) is None
+
+
+@each_method
+def test_packed_sequences_go_on_over_their_cache(llama: nn.Module, method: Any) -> None:
+    """The mask of the next call says which of the sequences it continues; where it cannot, that is refused."""
+    a, b, more = tokens(1, 6), tokens(1, 7, seed=1), tokens(1, 3, seed=2)
+    request = [0] * 6 + [1] * 7
+    position = torch.cat([torch.arange(6), torch.arange(7)])[None]
+    seen = torch.cat([(torch.tensor(request) == 1).expand(3, -1), torch.ones(3, 3).tril().bool()], dim=1)
+    with controlled(llama, method):
+        first = {
+            "input_ids": torch.cat([a, b], dim=1),
+            "attention_mask": packed_mask(request)[None, None],
+            "position_ids": position,
+        }
+        cache = llama(**first, use_cache=True).past_key_values
+        left = copy.deepcopy(cache)
+        found = llama(
+            input_ids=more,
+            attention_mask=seen[None, None],
+            position_ids=torch.arange(7, 10)[None],
+            past_key_values=cache,
+        )
+        alone = llama(input_ids=b, use_cache=True).past_key_values
+        assert far(found.logits, llama(input_ids=more, past_key_values=alone).logits) <= 1e-5
+        with pytest.raises(UnsupportedHost, match="several sequences packed"):
+            llama(input_ids=more, past_key_values=left)
+
+
+# Caches.
+
+
+def test_a_refused_cut_is_refused_again(llama: nn.Module) -> None:
+    with controlled(llama, METHODS["act"]):
+        cache = llama(input_ids=tokens(1, 8), use_cache=True).past_key_values
+        cache.crop(-3)
+        for _ in range(2):
+            with pytest.raises(UnsupportedHost, match="cut back from 8 to 5 tokens"):
+                llama(input_ids=tokens(1, 4), past_key_values=cache)
+
+
+def test_many_turns_forget_states_but_not_where_prompts_ended(llama: nn.Module) -> None:
+    """Beyond the turns whose states are kept, a cut is refused for methods with statistics; others know what was generated."""
+    for method in METHODS.values():
+        with controlled(llama, method):
+            cache = llama(input_ids=tokens(1, 4), use_cache=True).past_key_values
+            llama(input_ids=tokens(1, 1), past_key_values=cache)
+            kept = copy.deepcopy(cache)
+            for turn in range(10):
+                llama(input_ids=tokens(1, 2, seed=turn), past_key_values=cache)
+            cache.crop(-20)
+            if method.looks_ahead:
+                with pytest.raises(UnsupportedHost, match="cut back"):
+                    llama(input_ids=tokens(1, 1), past_key_values=cache)
+            else:
+                found = llama(input_ids=tokens(1, 1), past_key_values=cache).logits
+                assert far(found, llama(input_ids=tokens(1, 1), past_key_values=kept).logits) <= 1e-5
+
+
+def test_a_cache_that_another_hand_wrote_to_is_refused(llama: nn.Module) -> None:
+    with controlled(llama, METHODS["zerotuning"]):
+        cache = llama(input_ids=tokens(1, 6), use_cache=True).past_key_values
+        for layer in cache.layers:
+            layer.keys, layer.values = (torch.cat([t, t[:, :, :2]], dim=2) for t in (layer.keys, layer.values))
+        with pytest.raises(UnsupportedHost, match="holds 8 tokens, of which 6"):
+            llama(input_ids=tokens(1, 2), past_key_values=cache)
+
+
+def test_a_copy_of_a_cache_says_nothing_to_a_later_steering(llama: nn.Module) -> None:
+    """Also where the later steering happens to lie at the address of the one before."""
+    with controlled(llama, METHODS["act"]):
+        kept = copy.deepcopy(llama(input_ids=tokens(1, 8), use_cache=True).past_key_values)
+    for _ in range(20):
+        gc.collect()
+        with controlled(llama, METHODS["act"]), pytest.raises(UnsupportedHost, match="filled before steering"):
+            llama(input_ids=tokens(1, 1), past_key_values=copy.deepcopy(kept))
+
+
+# Generation.
+
+
+def test_a_generation_inside_another_has_its_own_prompt(llama: nn.Module) -> None:
+    x, other, found = tokens(1, 9), tokens(1, 5, seed=1), []
+    inner = {"input_ids": other, "attention_mask": torch.ones_like(other), "max_new_tokens": 6, **OPTIONS}
+
+    class Beside(StoppingCriteria):
+        def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            found.append(llama.generate(**inner))
+            return torch.zeros(1, dtype=torch.bool)
+
+    with controlled(llama, ZeroTuning(HEADS, 4.0, where=Where(phases="prefill"))):
+        llama.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=2, stopping_criteria=[Beside()])
+        alone = llama.generate(**inner)
+    assert len(found) == 2
+    for out in found:
+        assert max(far(a, b) for a, b in zip(out.logits, alone.logits, strict=True)) <= 1e-5
+
+
+def test_early_exit_with_statistics_is_refused_before_it_starts(llama: nn.Module) -> None:
+    x = tokens(1, 9)
+    given = {"input_ids": x, "attention_mask": torch.ones_like(x), "max_new_tokens": 6, "assistant_early_exit": 1}
+    for name, method in METHODS.items():
+        with controlled(llama, method):
+            if name == "act":
+                with pytest.raises(UnsupportedHost, match="assistant_early_exit"):
+                    llama.generate(**given, **OPTIONS)
+                assert llama.config.num_hidden_layers == 3
+                continue
+            greedy = llama.generate(**{**given, "assistant_early_exit": None}, **OPTIONS)
+            early = llama.generate(**given, assistant_model=llama, **OPTIONS)
+        assert torch.equal(greedy.sequences, early.sequences)
+        assert max(far(a, b) for a, b in zip(greedy.logits, early.logits, strict=True)) <= 1e-5
+
+
+# The model around.
+
+
+def test_a_steering_that_leaves_inside_a_forward_is_an_error(llama: nn.Module) -> None:
+    run = controlled(llama, METHODS["zerotuning"])
+    hook = llama.model.layers[0].register_forward_hook(lambda *_: run.remove())
+    try:
+        with pytest.raises(CompositionError, match="removed while a forward ran"):
+            llama(input_ids=tokens(1, 6))
+    finally:
+        hook.remove()
+        run.remove()
+
+
+def test_export_and_trace_are_refused_by_name(llama: nn.Module) -> None:
+    x = tokens(1, 6)
+    with controlled(llama, METHODS["zerotuning"]):
+        with pytest.raises(UnsupportedHost, match="neither exported nor traced"):
+            torch.export.export(llama, (x,), strict=False)
+        with pytest.raises(UnsupportedHost, match="neither exported nor traced"):
+            torch.jit.trace(lambda ids: llama(ids, use_cache=False).logits, x)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_of_a_steered_model_are_plain_and_can_be_steered(how: str) -> None:
+    model, x = tiny_transformers("llama"), tokens(1, 8)
+    plain = model(input_ids=x).logits
+    with controlled(model, METHODS["zerotuning"]):
+        steered = model(input_ids=x).logits
+        if how == "deepcopy":
+            made = copy.deepcopy(model)
+        elif how == "pickle":
+            made = pickle.loads(pickle.dumps(model))
+        else:
+            held = io.BytesIO()
+            torch.save(model, held)
+            held.seek(0)
+            made = torch.load(held, weights_only=False)
+        assert torch.equal(made(input_ids=x).logits, plain)
+        config = copy.deepcopy(model.model.layers[1].self_attn.config)
+        assert type(config) is type(model.config) and config._attn_implementation == "sdpa"
+    del model
+    gc.collect()
+    assert torch.equal(made(input_ids=x).logits, plain)
+    made.set_attn_implementation("eager")
+    mark = fingerprint(made)
+    with controlled(made, METHODS["zerotuning"]):
+        assert far(made(input_ids=x).logits, steered) <= 1e-5
+    assert fingerprint(made) == mark
+
+
+def test_another_attention_while_steered_is_followed_and_kept() -> None:
+    model, x = tiny_transformers("llama"), tokens(1, 8)
+    with controlled(model, METHODS["zerotuning"]):
+        steered = model(input_ids=x).logits
+        model.set_attn_implementation("eager")
+        again = model(input_ids=x, output_attentions=True)
+        assert far(again.logits, steered) <= 1e-5 and again.attentions[1] is not None
+        model.config.output_attentions = True
+        assert len(model(input_ids=x).attentions) == 3
+        with pytest.raises((UnsupportedHost, ValueError, ImportError)):
+            model.set_attn_implementation("flash_attention_2")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_lost_handle_is_found_by_its_model() -> None:
+    model, x = tiny_transformers("llama"), tokens(1, 8)
+    mark, plain = fingerprint(model), model(input_ids=x).logits
+    steer(model, METHODS["zerotuning"], control=True)
+    gc.collect()
+    assert detach(model) in (0, 1)
+    assert fingerprint(model) == mark and torch.equal(model(input_ids=x).logits, plain)
+
+
+# Numbers.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_method
+def test_half_precision_models_and_autocast(dtype: torch.dtype, method: Any) -> None:
+    """The check of the kernel takes the dtype in which it runs; the edit is near that in float32."""
+    model, x = tiny_transformers("llama"), tokens(1, 9)
+    with controlled(model, method):
+        exact = model(input_ids=x).logits
+    size = float(exact.abs().max())
+    with controlled(model, method), torch.autocast("cpu", dtype):
+        cast = model(input_ids=x).logits.float()
+    half = copy.deepcopy(model).to(dtype)
+    with controlled(half, method):
+        low = half(input_ids=x).logits.float()
+    assert far(cast, exact) <= 0.15 * size and far(low, exact) <= 0.15 * size
+
+
+def test_mixed_precision_training_has_gradients_near_those_of_float32() -> None:
+    model, x = tiny_transformers("llama"), tokens(2, 9)
+    weight, found = model.model.layers[1].self_attn.v_proj.weight, []
+    with torch.enable_grad():
+        # Strength one is what bf16 alone does to these gradients.
+        for strength in (1.0, 4.0):
+            for cast in (False, True):
+                model.zero_grad()
+                with (
+                    controlled(model, ZeroTuning(HEADS, strength)),
+                    torch.autocast("cpu", torch.bfloat16, enabled=cast),
+                ):
+                    model(input_ids=x, labels=x, use_cache=False).loss.backward()
+                found.append(weight.grad.clone())
+    error = [float((a - b).norm() / a.norm()) for a, b in (found[:2], found[2:])]
+    assert error[1] <= max(2 * error[0], 0.05) and far(found[0], found[2]) > 0.05 * float(found[0].abs().max())
+
+
+def test_overflow_and_meta_tensors_are_called_what_they_are() -> None:
+    model, x = tiny_transformers("llama"), tokens(1, 6)
+    model.model.layers[0].mlp.down_proj.weight.fill_(float("nan"))
+    with controlled(model, METHODS["zerotuning"]), pytest.raises(UnsupportedHost, match="NaN or infinite"):
+        model(input_ids=x)
+    model = tiny_transformers("llama").to("meta")
+    with controlled(model, METHODS["zerotuning"]), pytest.raises(UnsupportedHost, match="meta device"):
+        model(input_ids=x.to("meta"))
