@@ -18,7 +18,7 @@ from ..call import AttnCall, Reweight
 from ..errors import SelectionError, UnsupportedHost
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
-from ..parameters import PerSample, choice, integer, is_all, number
+from ..parameters import PerSample, choice, integer, number
 from ..registry import register_method
 from ..site import Site
 from ..where import Where
@@ -106,7 +106,8 @@ class ACT(Intervention):
         return self.decode != "running"
 
     def weights(self, call: AttnCall) -> Reweight | None:
-        if is_all(self.beta, 1.0) or (call.phase == "decode" and self.decode == "prefill_only"):
+        # With values per sample, neutral ones come out as weights of exactly one.
+        if self.beta == 1.0 or (call.phase == "decode" and self.decode == "prefill_only"):
             return None
         sinks = self._sinks(call)
         if not bool(sinks.any()):

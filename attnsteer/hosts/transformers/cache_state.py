@@ -51,10 +51,6 @@ class Sequence:
         """Slots so far."""
         return 0 if self.tokens is None else self.tokens.length
 
-    def draft(self) -> Sequence:
-        """A copy for a forward to fill."""
-        return replace(self, states=_copied(self.states), turns=list(self.turns))
-
     def remember(self, start: int) -> None:
         """A call over the prompt from slot `start` on has ended."""
         self.turns.append(Turn(start, self.length if self.prompt is None else self.prompt, _copied(self.states)))
@@ -99,16 +95,12 @@ def _copied(states: States) -> States:
 
 
 class Memory:
-    """Finds the `Sequence` of a cache for one steering."""
+    """The `Sequence` of each cache for one steering: `vars(cache)[STATE][memory.key]`."""
 
     def __init__(self) -> None:
         # A copy of a cache may outlive this steering, or be loaded into another process: no number comes twice.
-        self._key = uuid.uuid4().hex
+        self.key = uuid.uuid4().hex
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def of(self, cache: Any) -> Sequence | None:
-        """The memory of a cache; None: it was never seen."""
-        return None if cache is None else vars(cache).get(STATE, {}).get(self._key)
 
     def put(self, cache: Any, sequence: Sequence) -> None:
         """From here on this is the memory of the cache."""
@@ -120,14 +112,14 @@ class Memory:
                 if hasattr(type(cache), name):
                     setattr(cache, name, _Follower(cache, name))
         self._seen.add(cache)
-        store[self._key] = sequence
+        store[self.key] = sequence
 
     def forget(self) -> None:
         """Take what is ours off the caches that were seen."""
         for cache in list(self._seen):
             store = vars(cache).get(STATE)
             if store is not None:
-                store.pop(self._key, None)
+                store.pop(self.key, None)
                 if not store:
                     for name in (STATE, *FOLLOWED):
                         vars(cache).pop(name, None)

@@ -22,9 +22,9 @@ from ...errors import CompositionError, UnsupportedHost
 from ...intervention import Intervention
 from ...scope import PLAIN, SCOPES, Scope
 from ...tokens import Tokens
-from .cache_state import Memory, Sequence
+from .cache_state import STATE, Memory, Sequence
 from .masks import packed_requests, padding_mask, roles_of_mask, whole_mask
-from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls, refuse_tracing
+from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +126,8 @@ class Stack:
     @torch.compiler.disable(reason=UNTRACED)
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The stack's forward, with the account of its rows."""
-        refuse_tracing()
+        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+            raise UnsupportedHost(f"{UNTRACED}. Detach first, or use torch.compile.")
         key = id(self.run)
         running = CURRENT.get()
         if getattr(running.get(key), "passes", False):
@@ -211,7 +212,11 @@ class Stack:
             parts = output if isinstance(output, (tuple, list)) else (getattr(output, "past_key_values", None),)
             given = next((p for p in parts if hasattr(p, "get_seq_length")), None)
         if given is not None:
-            self.memory.put(given, sequence)
+            store = vars(given).get(STATE, {})
+            if self.memory.key in store:
+                store[self.memory.key] = sequence
+            else:
+                self.memory.put(given, sequence)
 
     def _check_checkpointing(self, past: int) -> None:
         if past and self.module.training and getattr(self.module, "is_gradient_checkpointing", False):
@@ -227,16 +232,19 @@ class Stack:
                 # So that a cache whose first forward is interrupted is known to be incomplete.
                 self.memory.put(cache, Sequence())
             return Sequence()
-        known = self.memory.of(cache)
+        known = vars(cache).get(STATE, {}).get(self.memory.key)
         if known is None:
             return Sequence()
-        if past > known.length:
+        length = 0 if known.tokens is None else known.tokens.length
+        if past > length:
             raise UnsupportedHost(
-                f"the cache holds {past} tokens, of which {known.length} came in by forwards of the steered model that ran to "
+                f"the cache holds {past} tokens, of which {length} came in by forwards of the steered model that ran to "
                 "their end: one was interrupted, or something else has written to it. Start a new cache, or a copy made before."
             )
-        sequence = known.draft()
-        if past < known.length:
+        # Dicts of their own; tensors are shared, since a state is changed by putting another tensor in its place.
+        states = {key: dict(state) for key, state in known.states.items()}
+        sequence = replace(known, states=states, turns=list(known.turns))
+        if past < length:
             self._follow_cut(sequence, past)
         return sequence
 
@@ -334,7 +342,7 @@ class Stack:
             tokens.prompt = forward.sequence.prompt
         if before is not None and past and before._resolved:
             tokens.keep_spans(before, past)
-        tokens.image = self._image(scope.images, forward, tokens.samples, before, image)
+        tokens.image = self._image(scope.images, forward, tokens, before, image)
         return tokens
 
     @staticmethod
@@ -347,12 +355,12 @@ class Stack:
         return None if prompts in (None, batch) else Samples.repeated(prompts, batch)
 
     def _image(
-        self, told: Any, forward: Forward, samples: Samples, before: Tokens | None, new: Tensor | None
+        self, told: Any, forward: Forward, tokens: Tokens, before: Tokens | None, new: Tensor | None
     ) -> Tensor | None:
         """bool [B, T] over all tokens so far; `new` [B, n] are those of this call."""
         past = forward.past
         if isinstance(told, tuple) and forward.phase == "prefill":
-            return forward.account.ranges(told, samples)
+            return forward.account.ranges(told, tokens.samples)
         if not past:
             return new
         if before is None or before.image is None or len(before.image) != forward.batch:
