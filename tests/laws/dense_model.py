@@ -33,6 +33,8 @@ class Sequence:
     prompt: int = 0
     decoding: bool = False
     spans: list[list[tuple[int, int]]] = field(default_factory=list)
+    # Whether each row of the running call sees each slot, [B, n, T].
+    visible: Tensor | None = None
 
     def first(self) -> Tensor:
         return self.valid.int().argmax(dim=-1)
@@ -73,7 +75,7 @@ class Dense:
         if name in self.edits:
             heads, edit = self.edits[name]
             A = A.clone()
-            A[:, heads] = self._absolute(edit, A[:, heads], name)
+            A[:, heads] = self._absolute(edit, A[:, heads], torch.isfinite(z[:, 0]), name)
             self.applied += 1
         out = dense_out(A, v)
         for head, gate in self.gates.get(name, {}).items():
@@ -96,12 +98,14 @@ class Dense:
             attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         return self.attention(self.running, q, k, v, attn_mask, scaling=scale)[0].transpose(1, 2)
 
-    def _absolute(self, edit: Edit, A: Tensor, name: str) -> Tensor:
+    def _absolute(self, edit: Edit, A: Tensor, visible: Tensor, name: str) -> Tensor:
         """Run an edit in absolute key slots: a window cache hands out only its last ones."""
         sequence = self.sequence
         length = sequence.past + A.shape[2]
         full = A.new_zeros(*A.shape[:3], length)
         full[..., length - A.shape[3] :] = A
+        sequence.visible = visible.new_zeros(len(A), A.shape[2], length)
+        sequence.visible[..., length - A.shape[3] :] = visible
         return edit(full, sequence, self.memory.setdefault(name, {}))[..., length - A.shape[3] :]
 
 
@@ -149,12 +153,21 @@ def act_edit(mode: str = "frozen", **options: Any) -> Edit:
                 first=seq.first(),
                 q_start=seq.past,
                 stats=memory.get("stats"),
+                visible=seq.visible,
                 **options,
             )
             return new
         state = memory["S"] if mode == "frozen" else memory["stats"]
         new, _, stats = llm_methods.act_decode(
-            A, state, mode, row_valid=rows, key_valid=keys, first=seq.first(), q_start=seq.past, **options
+            A,
+            state,
+            mode,
+            row_valid=rows,
+            key_valid=keys,
+            first=seq.first(),
+            q_start=seq.past,
+            visible=seq.visible,
+            **options,
         )
         memory["stats"] = stats
         return new

@@ -115,6 +115,7 @@ def act(
     q_start: int = 0,
     min_rows: int = 1,
     stats: Stats | None = None,
+    visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Stats]:
     """ACT on a prefill or on one chunk of it.
 
@@ -130,7 +131,7 @@ def act(
 
     so the mass on S becomes exactly ``beta s_i`` and the sum of the row does not change, with learned sinks
     (T_i < 1) as without. Rows with r_i = 0 and invalid (padding) rows are unchanged.
-    A sliding window shortens no divisor here: "can see" is decided by position alone.
+    With ``visible`` [B, n, m] bool those are the rows that see key j (sliding windows, packed rows); without it, by position alone.
 
     A [B, H, n, m]; row_valid [B, n] bool; key_valid [B, m] bool; first [B] index of the first valid key
     (default: from key_valid). Chunked prefill: pass the ``stats`` that the previous chunk returned, q_start =
@@ -159,8 +160,9 @@ def act(
                 continue
             position = q_start + i
             for j in range(position + 1):
-                total[b, :, j] += a[b, :, i, j]
-                count[b, j] += 1
+                if visible is None or bool(visible[b, i, j]):
+                    total[b, :, j] += a[b, :, i, j]
+                    count[b, j] += 1
 
     sinks = torch.zeros(batch, heads, m, dtype=torch.bool)
     edited = a.clone()
@@ -191,6 +193,7 @@ def act_decode(
     first: Tensor | None = None,
     q_start: int | None = None,
     min_rows: int = 1,
+    visible: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Stats | None]:
     """ACT on decode rows, n >= 1 of them over m slots.
 
@@ -251,6 +254,7 @@ def act_decode(
                 q_start=seen - 1,
                 min_rows=min_rows,
                 stats=stats,
+                visible=None if visible is None else visible[:, i : i + 1, :seen],
             )
             edited[:, :, i : i + 1, :seen] = row
             sinks[:, :, :] = False
