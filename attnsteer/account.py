@@ -92,12 +92,13 @@ class Track:
     Attributes:
         slot: int [size], the slot of each among those of its batch row.
         index: int [B or 1, size], its number in its request, from 0; padding has that of the token before it,
-            negative before the first.
+            negative before the first. Virtual tokens of an adapter are negative too.
         request: int [B or 1, size], which of the requests in its batch row; 0 where there is one.
         valid: bool [B or 1, size], False for padding and for slots that hold nothing yet.
         generated: bool [B or 1, size], behind the prompt of its request.
         padded: whether any may be padding; False is a promise.
         packed: whether batch rows may hold several requests; False is a promise.
+        start: the index of a request's first token: 0, less the virtual tokens before it.
     """
 
     slot: Tensor
@@ -107,6 +108,7 @@ class Track:
     generated: Tensor
     padded: bool = False
     packed: bool = False
+    start: int = 0
 
     @property
     def size(self) -> int:
@@ -121,7 +123,7 @@ class Track:
     @cached_property
     def first(self) -> Tensor:
         """bool [B or 1, size]: the first token of each request."""
-        return (self.index == 0) & self.valid
+        return (self.index == self.start) & self.valid
 
     @cached_property
     def last(self) -> Tensor:
@@ -161,6 +163,7 @@ class Account:
         valid: bool [B or 1, past + new], or None: no padding.
         request: int [B or 1, past + new], or None: one request in each batch row.
         prompt: slots of the prompt: a number, or one for each batch row, int [B]; None: all of the slots.
+        virtual: slots in front of each batch row that an adapter fills: valid, but no tokens of the user's.
         phase: "prefill" where some row belongs to a prompt, else "decode". mixed: whether rows of both are in this forward.
     """
 
@@ -176,7 +179,9 @@ class Account:
         prompt: int | Tensor | None = None,
         phase: str = "prefill",
         mixed: bool = False,
+        virtual: int = 0,
     ):
+        self.virtual = virtual
         self.batch, self.past, self.new, self.device = batch, past, new, device
         self.valid = None if valid is None else valid.to(device)
         self.request = None if request is None else request.to(device)
@@ -257,6 +262,7 @@ class Account:
         used = (slot < self.length)[None] if empty else yes
         valid = used if self.valid is None else self.valid[:, at] & used
         index = slot[None] if self._index is None else self._index[:, at]
+        index = index - self.virtual if self.virtual else index
         request = torch.zeros_like(slot)[None] if self.request is None else self.request[:, at]
         if self.prompt is None:
             generated = ~yes
@@ -264,4 +270,7 @@ class Account:
             border = self.prompt[:, None] if isinstance(self.prompt, Tensor) else self.prompt
             generated = slot[None] >= border
         padded = empty or self.valid is not None
-        return Track(slot, index, request, valid, generated, padded=padded, packed=self.request is not None)
+        return Track(
+            slot, index, request, valid, generated,
+            padded=padded, packed=self.request is not None, start=-self.virtual,
+        )  # fmt: skip

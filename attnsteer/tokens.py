@@ -26,6 +26,8 @@ class Tokens:
         image: bool [B, T], tokens that stand for (parts of) images or videos; None when not known.
         prompt: slots of the prompt seen so far; tokens behind them were generated, or are being scored; None: not known.
         more_to_come: a chunked prefill is under way, so spans may lie in later chunks.
+        virtual: slots in front that an adapter fills with learned vectors (prompt and prefix tuning of peft): no ids of the user's,
+            so that spans and indices begin behind them.
         repeats: which sample each row belongs to, where samples were repeated or rows moved; None: each row is one.
     """
 
@@ -36,6 +38,7 @@ class Tokens:
     image: Tensor | None = None
     prompt: int | None = None
     more_to_come: bool = False
+    virtual: int = 0
     repeats: Samples | None = field(default=None, repr=False)
     _resolved: dict[int, tuple[Any, list[list[Range]]]] = field(default_factory=dict, repr=False)
 
@@ -51,11 +54,11 @@ class Tokens:
         return self.valid.to(torch.int8).argmax(dim=-1)
 
     def count(self, upto: int | None = None) -> Tensor:
-        """Number of valid tokens of each row among the first `upto` slots, [B]."""
+        """Number of valid tokens of each row among the first `upto` slots, virtual ones left out, [B]."""
         upto = self.length if upto is None else upto
         if self.valid is None:
-            return torch.full((self.batch,), upto, dtype=torch.long)
-        return self.valid[:, :upto].sum(dim=-1)
+            return torch.full((self.batch,), upto - self.virtual, dtype=torch.long)
+        return self.valid[:, :upto].sum(dim=-1) - self.virtual
 
     def image_spans(self) -> list[list[Range]]:
         """Slot ranges of the image tokens of each row, in order: one for each unbroken run.
@@ -190,7 +193,7 @@ class Tokens:
         ids = self.ids[b, :stop]
         if self.valid is not None:
             ids = ids[self.valid[b if len(self.valid) > 1 else 0, :stop].to(ids.device)]
-        offsets, prompt = char_offsets(ids.tolist(), tokenizer)
+        offsets, prompt = char_offsets(ids[self.virtual :].tolist(), tokenizer)
         places = _places(prompt, text)
         shown = prompt if len(prompt) <= 200 else prompt[:200] + "..."
         if not places:

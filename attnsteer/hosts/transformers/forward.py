@@ -34,7 +34,7 @@ class Forward:
     Attributes:
         stack: what is the same for all forwards of the stack. sequence: the memory of the sequence.
         batch, past, new: batch rows, slots in the cache, rows of each; -1 where the stack sees no tokens (a vision tower).
-        valid, request, prompt, phase, mixed: see `Account`. tokens: roles of the tokens so far, or None.
+        valid, request, prompt, phase, mixed, virtual: see `Account`. tokens: roles of the tokens so far, or None.
         encoder: bool [B, S], validity of an encoder's tokens, or None. frozen: statistics must not move.
         beside: the prompt without its images, where a method needs it. residual: hidden states that enter the layer.
     """
@@ -50,6 +50,7 @@ class Forward:
     prompt: int | None = None
     phase: str = "prefill"
     mixed: bool = False
+    virtual: int = 0
     tokens: Tokens | None = None
     encoder: Tensor | None = None
     frozen: bool = False
@@ -62,6 +63,7 @@ class Forward:
         return Account(
             self.batch, self.past, self.new, self.device,
             valid=self.valid, request=self.request, prompt=self.prompt, phase=self.phase, mixed=self.mixed,
+            virtual=self.virtual,
         )  # fmt: skip
 
     def call(
@@ -174,12 +176,14 @@ class Stack:
         sequence = self._continued(cache, past)
         valid, request = self._roles(values, outer, sequence, batch, past, new)
         sequence.request = request
-        border, total = self._border(scope, outer, sequence, past, new)
+        virtual = self._virtual(values, sequence, past)
+        border, total = self._border(scope, outer, sequence, past, new, virtual)
         length = past + new
         phase = "decode" if border is not None and past >= border else "prefill"
         mixed = border is not None and past < border < length
         forward = Forward(
             self, sequence, batch, past, new, data.device, valid, request, border, phase, mixed,
+            virtual=virtual,
             frozen=scope.frozen,
             encoder=_encoder_mask(values["encoder_attention_mask"]) if "encoder_attention_mask" in values else None,
             beside=None if self.beside is None or not tokens_known else self.beside(outer),
@@ -219,7 +223,9 @@ class Stack:
                 self.memory.put(given, sequence)
 
     def _check_checkpointing(self, past: int) -> None:
-        if past and self.module.training and getattr(self.module, "is_gradient_checkpointing", False):
+        if not (past and self.module.training):
+            return
+        if any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules()):
             raise UnsupportedHost(
                 f"{self.name or type(self.module).__name__}: gradient checkpointing drops the cache of {past} tokens that this "
                 "call brings, so its rows would not be what they seem. Call it without past_key_values, or without checkpointing."
@@ -304,21 +310,33 @@ class Stack:
         cached = values.get("past_key_values") is not None or bool(uses)
         return None, packed_requests(values, batch, new, cached)
 
+    def _virtual(self, values: dict[str, Any], sequence: Sequence, past: int) -> int:
+        """Slots in front that an adapter filled: as embeddings before those of the prompt, or as a cache."""
+        if sequence.tokens is not None:
+            return sequence.tokens.virtual
+        count = 0 if self.outer.adapted is None else self.outer.virtual()
+        return count if past == count or (past == 0 and values.get("input_ids") is None) else 0
+
     def _border(
-        self, scope: Scope, outer: Outer, sequence: Sequence, past: int, new: int
+        self, scope: Scope, outer: Outer, sequence: Sequence, past: int, new: int, virtual: int
     ) -> tuple[int | None, int | None]:
         """(slots of the prompt, None: all of them; slots of the whole prompt where they were announced)."""
         if scope.frozen and past:
             return past if sequence.prompt is None else min(sequence.prompt, past), None
-        total = scope.chunk_total if scope.chunked else None
-        if outer.generation is not None and not scope.chunked:
+        if scope.chunked:
+            total = scope.chunk_total
+        elif outer.generation is not None:
             total = outer.generation.total
-        elif outer.beside is not None and outer.generation is None:
+        elif outer.beside is not None:
             # The unconditional stream of `guidance_scale`: its first call is its prompt, also where no cache remembers it.
-            total = sequence.prompt if past else outer.beside.prompt_beside(outer.ids, new)
+            border = sequence.prompt if past else outer.beside.prompt_beside(outer.ids, new)
+            return border, border
+        else:
+            total = None
         if total is not None:
-            return total, total
-        if past and new == 1 and not scope.chunked:
+            return total + virtual, total + virtual
+        begun = past > virtual or sequence.tokens is not None
+        if past and begun and new == 1 and not scope.chunked:
             return past if sequence.prompt is None else sequence.prompt, None
         return None, None
 
@@ -333,7 +351,9 @@ class Stack:
         if past:
             known = before is not None and before.ids is not None and len(before.ids) == forward.batch
             ids = torch.cat([before.ids[:, :past].to(ids.device), ids], dim=1) if known and ids is not None else None
-        tokens = Tokens(batch=forward.batch, length=length, valid=forward.valid, ids=ids)
+        if forward.virtual and before is None:
+            ids = self._behind_virtual(forward, outer, ids)
+        tokens = Tokens(batch=forward.batch, length=length, valid=forward.valid, ids=ids, virtual=forward.virtual)
         tokens.repeats = self._repeats(forward.batch, outer, before if past else None)
         tokens.more_to_come = length < total if total is not None else scope.chunked
         if forward.phase == "prefill":
@@ -353,6 +373,14 @@ class Stack:
         generation = outer.generation or outer.beside
         prompts = None if generation is None else generation.prompts
         return None if prompts in (None, batch) else Samples.repeated(prompts, batch)
+
+    @staticmethod
+    def _behind_virtual(forward: Forward, outer: Outer, ids: Tensor | None) -> Tensor | None:
+        """int [B, T]: the ids of the first call, zeros for what an adapter put before them."""
+        count = forward.past + forward.new - forward.virtual
+        known = [ids, outer.ids, None if outer.generation is None else outer.generation.ids]
+        own = next((t for t in known if isinstance(t, Tensor) and t.shape == (forward.batch, count)), None)
+        return None if own is None else torch.nn.functional.pad(own, (forward.virtual, 0))
 
     def _image(
         self, told: Any, forward: Forward, tokens: Tokens, before: Tokens | None, new: Tensor | None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedHost
+from ..base import imported
 from .image_tokens import Family, brings_images, check_whole, family_of, image_tokens, placeholders
 
 # The keyword under which a forward is told what its caller knows: by steering, an `Outer` above a stack, a `Forward` in it.
@@ -109,13 +110,21 @@ class OuterCalls:
         self.run = run
         self.model: nn.Module | None = known[-1] if known else None
         self.family: Family | None = None if self.model is None else family_of(self.model.config)
+        # An adapter that puts learned vectors in front of the prompt (prompt and prefix tuning).
+        kinds = imported("peft", "PeftModel")
+        self.adapted: Any = outer[0] if kinds and isinstance(outer[0], kinds) else None
         # The length of a prompt is that of `generate`'s input only where no encoder reads it.
         self._lengths = not any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in outer)
+
+    def virtual(self) -> int:
+        """Slots that the active adapter puts in front of a prompt."""
+        config = None if self.adapted is None else self.adapted.active_peft_config
+        return config.num_virtual_tokens if getattr(config, "is_prompt_learning", False) else 0
 
     def watch(self, outer: list[nn.Module], journal: Any) -> None:
         """Put layers around the forwards of the outer modules, and around `generate`; undone by the journal."""
         for module in outer:
-            if self.family is not None or not _takes_keywords(module):
+            if self.family is not None or module is self.adapted or not _takes_keywords(module):
                 journal.wrap(module, "forward", _Forwards(self, module))
             if callable(getattr(type(module), "generate", None)):
                 journal.wrap(module, "generate", _Generates(self, module))
