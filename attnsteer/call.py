@@ -127,8 +127,8 @@ class AttnCall:
         """
         if self.pool is None:
             raise ContractError(
-                f"{self.method} reduces over heads at {self.site.path}. Set pools_heads = True on its class, so that its heads stay "
-                "together where other methods act too."
+                f"{self.method} reduces over heads at {self.site.path}. Set pools_heads = True on its class, so that its heads "
+                "stay together where other methods act too."
             )
         if how not in ("sum", "mean"):
             raise ContractError(f"{self.method} asks call.over_heads for {how!r}; it gives 'sum' and 'mean'.")

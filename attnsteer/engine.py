@@ -162,7 +162,7 @@ class SiteRuntime:
         if self.shards is None or len(self.shards.ranks) * local != heads:
             raise UnsupportedHost(
                 f"{self.site.path} was listed with {heads} heads but computes {local}, and which ones is not to be read from its "
-                "parameters (DTensors on a device mesh that split the output projection into equal parts). Steer the model "
+                "parameters (DTensors that split the output projection over a device mesh of ascending ranks). Steer the model "
                 'after it is loaded and sharded, by tp_plan="auto" or torch\'s parallelize_module.'
             )
         # Asked on every process, also where none of the selected heads is, so that none waits for the others.

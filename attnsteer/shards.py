@@ -28,7 +28,7 @@ class Shards:
 
     @classmethod
     def of(cls, module: Any) -> Shards | None:
-        """Those of an attention module; None where no parameter says so, or where they do not agree."""
+        """Those of an attention module; None where its parameters do not say so beyond doubt."""
         if not isinstance(module, nn.Module) or not torch.distributed.is_available():
             return None
         if not torch.distributed.is_initialized():
@@ -43,11 +43,12 @@ class Shards:
             for axis, placement in enumerate(parameter.placements):
                 # The output projection is split along its inputs, which are the heads. FSDP splits along the first dimension.
                 if placement.is_shard(parameter.ndim - 1):
-                    # Shards go by the place in the mesh, which need not be the rank in the group.
-                    place = mesh.get_coordinate()
-                    line = tuple(slice(None) if i == axis else at for i, at in enumerate(place))
                     group = mesh.get_group(axis)
-                    found[group] = cls(group, tuple(mesh.mesh[line].tolist()), place[axis])
+                    ranks = tuple(torch.distributed.get_process_group_ranks(group))
+                    found[group] = cls(group, ranks, mesh.get_local_rank(axis))
+                    # Where the mesh has another order than its group, torch deals parts out by either.
+                    if mesh.get_coordinate()[axis] != found[group].place:
+                        return None
         return next(iter(found.values())) if len(found) == 1 else None
 
     def pool(self, heads: tuple[int, ...] | None, local: int) -> Pool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -35,9 +33,18 @@ def mesh(ranks: list[int]) -> object:
 
 
 def the_ranks_are_those_of_the_mesh() -> None:
-    order = [2, 0, 1]
-    shards = Shards.of(attention(mesh(order)))
-    assert (shards.place, shards.ranks) == (order.index(rank()), (2, 0, 1))
+    """A model on a part of the world, and on each row of a mesh."""
+    part = mesh([1, 2])
+    if rank():
+        shards = Shards.of(attention(part))
+        assert (shards.place, shards.ranks) == (rank() - 1, (1, 2))
+    both = torch.distributed.init_device_mesh("cpu", (1, 3), mesh_dim_names=("data", "heads"))
+    shards = Shards.of(attention(both["heads"]))
+    assert (shards.place, shards.ranks) == (rank(), (0, 1, 2))
+
+
+def a_mesh_in_another_order_says_nothing() -> None:
+    assert Shards.of(attention(mesh([2, 0, 1]))) is None
 
 
 def fsdp_is_no_tensor_parallelism() -> None:
@@ -47,7 +54,7 @@ def fsdp_is_no_tensor_parallelism() -> None:
 
 def pooled(heads: tuple[int, ...] | None) -> None:
     """The sum over heads and its gradient, where each process goes on with the sum to heads of its own."""
-    shards = Shards.of(attention(mesh([1, 2, 0])))
+    shards = Shards.of(attention(mesh([0, 1, 2])))
     generator = torch.Generator().manual_seed(3)
     values, factors = (torch.randn(2, HEADS, 5, generator=generator, dtype=torch.float64) for _ in range(2))
     chosen = list(range(HEADS) if heads is None else heads)
@@ -70,6 +77,7 @@ def pooled(heads: tuple[int, ...] | None) -> None:
 
 CHECKS = {
     "mesh": the_ranks_are_those_of_the_mesh,
+    "another order": a_mesh_in_another_order_says_nothing,
     "fsdp": fsdp_is_no_tensor_parallelism,
     "all heads": lambda: pooled(None),
     "some heads of each": lambda: pooled((1, 2, 3, 5)),
