@@ -53,6 +53,7 @@ class Record:
             the few rows of a decode step) or "dense" (from the whole map); joined by "+" where head groups went different ways.
             "read": the map was taken for a loss, and nothing edited.
         distance: mean total-variation distance between the map before and after, when measured.
+        part: this process computes a part of the site's heads (tensor parallelism); `heads` counts those of them.
         compiled: the site runs in compiled code, where calls are not counted (a count that is read would compile anew
             at every call).
     """
@@ -63,6 +64,7 @@ class Record:
     rows: int = 0
     heads: int = 0
     path: str = ""
+    part: bool = False
     compiled: bool = False
     _moved: list[Tensor] = field(default_factory=list)
 
@@ -177,6 +179,15 @@ class Audit:
         if any(r.calls or r.compiled for (i, _), r in self.records.items() if i == index):
             return True
         return bool(self.extra.get(index, {}).get("guided calls"))
+
+    def elsewhere(self, index: int) -> bool:
+        """Whether other processes hold heads of intervention number `index` that this one lacks (tensor parallelism)."""
+        return any(r.part for (i, _), r in self.records.items() if i == index)
+
+    def absent(self, index: int) -> bool:
+        """Whether this process holds no head of intervention number `index` at all."""
+        own = [r for (i, _), r in self.records.items() if i == index]
+        return self.elsewhere(index) and not any(r.heads for r in own)
 
     def changed(self, index: int) -> int:
         """Calls in which intervention number `index` changed something; for an `around` method, of the model as a whole."""

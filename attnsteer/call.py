@@ -12,8 +12,9 @@ from torch import Tensor
 from .account import Samples, Track
 from .attention_map import FEW_ROWS, AttentionMap
 from .edits import KeyBias, Reweight
-from .errors import UnsupportedHost
+from .errors import ContractError, UnsupportedHost
 from .parameters import PerSample
+from .shards import Pool
 from .site import Site
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class AttnCall:
     states: dict[Any, dict[str, Any]] = field(default_factory=dict, repr=False)
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
     view: AttentionMap | None = field(default=None, repr=False)
+    # Made when it is asked for; None: the method does not say that it pools over heads.
+    pool: Callable[[], Pool] | None = field(default=None, repr=False)
 
     def replace(self, **changes: Any) -> AttnCall:
         """A copy with some fields changed."""
@@ -148,6 +151,29 @@ class AttnCall:
 
     def _samples(self, batch: int) -> Samples:
         return Samples.plain(batch) if self.samples is None else self.samples
+
+    def over_heads(self, values: Tensor, how: str = "sum") -> Tensor:
+        """`values` [B, H, ...] reduced over all heads that the method has at this site, [B, 1, ...], with its gradient.
+
+        Under tensor parallelism H counts the heads of this process, and the result is that over all processes. Each process
+        that has such a head must ask as often as the others, so it must not depend on what the heads hold whether one asks.
+
+        Args:
+            how: "sum" or "mean".
+
+        Raises:
+            ContractError: the method does not declare `pools_heads`, without which other methods may divide its heads.
+        """
+        if self.pool is None:
+            raise ContractError(
+                f"{self.method} reduces over heads at {self.site.path}. Set pools_heads = True on its class, so that its heads "
+                "stay together where other methods act too."
+            )
+        if how not in ("sum", "mean"):
+            raise ContractError(f"{self.method} asks call.over_heads for {how!r}; it gives 'sum' and 'mean'.")
+        pool = self.pool()
+        total = pool.sum(values.sum(dim=1, keepdim=True))
+        return total / pool.heads if how == "mean" else total
 
     # What is a fact of some hosts only.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from .edits import Check, KeyBias, Reweight
 from .errors import CompositionError, SelectionError, UnsupportedHost
 from .intervention import Intervention
 from .kernels import Attention
+from .shards import Pool, Shards
 from .site import Site
 
 
@@ -80,10 +82,12 @@ class SiteRuntime:
             key = tuple(i for i, (_, heads) in enumerate(entries) if heads is None or head in heads)
             self._by_methods.setdefault(key, []).append(head)
         self._check_whole()
+        self.shards = Shards.of(site.module)
 
     def _check_whole(self) -> None:
         for i, (bound, _) in enumerate(self.entries):
-            if bound.method.whole_heads and sum(i in key for key in self._by_methods) > 1:
+            whole = bound.method.whole_heads or bound.method.pools_heads
+            if whole and sum(i in key for key in self._by_methods) > 1:
                 others = {j for key in self._by_methods for j in key} - {i}
                 names = [self.entries[j][0].name for j in sorted(others)]
                 raise CompositionError(
@@ -121,14 +125,14 @@ class SiteRuntime:
         if call.packed:
             _check_apart(self.site, att, call)
         whole = SiteAttention(att, base, same_kernel)
-        offset = self._offset(att.q.shape[1])
+        offset = self._offset(att.q.shape[1], active)
         marks = self._seen(active, offset, att.q.shape, call.phase)
         result: Tensor | None = None
         for heads, bounds in self.partition(active):
             local = _local(heads, offset, att.q.shape[1])
             if local == ():
                 continue
-            out = _HeadGroup(self, whole, local, offset, call, marks).run(bounds, maps)
+            out = _HeadGroup(self, whole, heads, offset, call, marks).run(bounds, maps)
             if out is None:
                 continue
             if local is None:
@@ -148,20 +152,36 @@ class SiteRuntime:
             record = self.run.audit.record(bound.index, self.site.path)
             local = _local(heads, offset, shape[1])
             record.see(shape[1] if local is None else len(local), phase)
+            if shape[1] != self.site.heads:
+                record.part = True
             marks[bound.index] = Mark(record, phase, shape[0] * shape[2])
         return marks
 
-    def _offset(self, local: int) -> int:
+    def _offset(self, local: int, active: tuple[int, ...]) -> int:
         """Global index of this process's first head (tensor parallelism shards heads)."""
-        if local == self.site.heads:
+        heads = self.site.heads
+        if local == heads:
             return 0
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and self.site.heads % local == 0:
-            return (torch.distributed.get_rank() % (self.site.heads // local)) * local
-        raise UnsupportedHost(
-            f"{self.site.path} was listed with {self.site.heads} heads but computes {local}; "
-            "heads cannot be matched. Steer the model after it is loaded and sharded."
-        )
+        if self.shards is None or len(self.shards.ranks) * local != heads:
+            raise UnsupportedHost(
+                f"{self.site.path} was listed with {heads} heads but computes {local}, and which ones is not to be read from its "
+                "parameters (DTensors that split the output projection over a device mesh of ascending ranks). Steer the model "
+                'after it is loaded and sharded, by tp_plan="auto" or torch\'s parallelize_module.'
+            )
+        # Asked on every process, also where none of the selected heads is, so that none waits for the others.
+        for bound in (self.entries[i][0] for i in active):
+            if bound.method.whole_heads:
+                raise UnsupportedHost(
+                    f"{bound.name} at {self.site.path}: this process has {local} of {heads} heads (tensor parallelism), and its "
+                    "statistics over a part of the heads are others. Load the model unsharded."
+                )
+        return self.shards.place * local
+
+    def pool(self, heads: Heads | None, local: int) -> Pool:
+        """That of a head group, where this process holds `local` heads of the site."""
+        if local == self.site.heads:
+            return Pool(local if heads is None else len(heads))
+        return self.shards.pool(heads, local)
 
     def partition(self, active: tuple[int, ...]) -> list[tuple[Heads | None, list[Bound]]]:
         """Heads that share the same methods, so that each group is edited as a whole."""
@@ -186,14 +206,17 @@ class _HeadGroup:
         self,
         runtime: SiteRuntime,
         whole: SiteAttention,
-        local: Heads | None,
+        group: Heads | None,
         offset: int,
         call: AttnCall,
         marks: dict[int, Mark],
     ):
+        size = whole.att.q.shape[1]
+        local = _local(group, offset, size)
         pick = (lambda t: t) if local is None else (lambda t: t[:, list(local)])
         self.runtime, self.whole, self.local, self.marks = runtime, whole, local, marks
-        own = tuple(range(whole.att.q.shape[1])) if local is None else local
+        self.pool = functools.partial(runtime.pool, group, size)
+        own = tuple(range(size)) if local is None else local
         self.heads = tuple(h + offset for h in own)
         self.base = call.replace(heads=self.heads, branch=runtime.run.branch)
         self.map: AttentionMap
@@ -233,7 +256,8 @@ class _HeadGroup:
         """What the method returns at a door, checked where it is its first answer there."""
         site, phase = self.runtime.site.path, self.base.phase
         state = self.base.states.setdefault((bound.index, site, self.heads), {})
-        call = self.base.replace(view=self.map, state=state, method=bound.name)
+        pool = self.pool if bound.method.pools_heads else None
+        call = self.base.replace(view=self.map, state=state, method=bound.name, pool=pool)
         key = (bound.index, door, phase, self.heads)
         first = key not in self.runtime.checked and not torch.compiler.is_compiling()
         before = self._shown(first, args)

@@ -57,7 +57,9 @@ class Intervention(Named):
         linear: whether the method only edits values and outputs, so that linear attention can take it.
         observes: whether it only reads, so that changing nothing is no error.
         may_rest: whether its own rule leaves some inputs alone, so that changing nothing is a warning instead of an error.
-        whole_heads: its statistics run over all of its heads at a site, so another method must not divide them.
+        whole_heads: its statistics run over all of its heads at a site, so neither another method nor tensor parallelism may
+            divide them.
+        pools_heads: the same, but as sums that it takes through `call.over_heads`, so tensor parallelism may divide them.
     """
 
     where: Where = parsed(_where, "Where", default_factory=Where, kw_only=True)
@@ -69,6 +71,7 @@ class Intervention(Named):
     causal_only: ClassVar[bool] = False
     follows_crop: ClassVar[bool] = True
     whole_heads: ClassVar[bool] = False
+    pools_heads: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     may_rest: ClassVar[bool] = False
     # Set when it is made: the parameters with one value per sample, by name; and those of them by which it leaves some

@@ -68,6 +68,8 @@ class Steering:
         self.runtimes = {s.path: SiteRuntime(self, s, plan[s.path]) for s in self.sites}
         try:
             self.host.attach(self, self._journal)
+            for site in self.sites:
+                self._journal.wrap(site.module, "_replicate_for_data_parallel", _refuse_replica)
         except BaseException:
             self._journal.undo()
             raise
@@ -196,8 +198,10 @@ class Steering:
             self.audit.names[b.index]
             for b in self.bounds
             if not b.method.observes
-            and b.method.may_rest == resting
+            # What the heads of other processes did is not known here: no error, then.
+            and (b.method.may_rest or self.audit.elsewhere(b.index)) == resting
             and self.audit.saw(b.index)
+            and not self.audit.absent(b.index)
             and not self.audit.fired(b.index)
         ]
         if not names or self.control:
@@ -209,6 +213,13 @@ class Steering:
 
     def __repr__(self) -> str:
         return f"<Steering of {type(self.target).__name__} at {len(self.sites)} sites: {', '.join(self.audit.names)}>"
+
+
+def _refuse_replica(inner: Any) -> Any:
+    # A replica shares the attributes of its original, our layers too, and would run the original in its place.
+    raise UnsupportedHost(
+        "a steered model cannot be replicated by torch.nn.DataParallel. Use DistributedDataParallel, or detach first."
+    )
 
 
 def _refuse_twice(sites: Iterable[Site]) -> None:

@@ -14,6 +14,7 @@ from attnsteer.account import plain
 from attnsteer.call import AttnCall, KeyBias, Reweight
 from attnsteer.errors import CompositionError, UnsupportedHost
 from attnsteer.kernels import Attention
+from attnsteer.shards import Shards
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from tests.laws.dense_model import Dense, Sequence, dense_model
 
@@ -153,7 +154,7 @@ def test_doubled_values_are_a_gate_of_two(name: str) -> None:
 
 
 @torch.no_grad()
-def test_tensor_parallel_shards_keep_global_head_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_parallel_shards_keep_global_head_numbers() -> None:
     """Each rank computes half of the heads; indices in `heads` stay those of the whole model."""
     model, inputs, _ = setup("llama")
     q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8)
@@ -170,9 +171,12 @@ def test_tensor_parallel_shards_keep_global_head_numbers(monkeypatch: pytest.Mon
     assert far(whole, compute(q, k, v)) == 0
     with pytest.raises(UnsupportedHost, match="4 heads"):
         compute(q[:, :2], k[:, :1], v[:, :1])
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     for rank in (0, 1):
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        runtime.shards = Shards(None, (4, 5), rank)
         part = compute(q[:, 2 * rank : 2 * rank + 2], k[:, rank : rank + 1], v[:, rank : rank + 1])
         assert far(part, whole[:, 2 * rank : 2 * rank + 2]) <= 1e-6
+    # Three processes, the last of which has fewer.
+    runtime.shards = Shards(None, (4, 5, 6), 0)
+    with pytest.raises(UnsupportedHost, match="4 heads"):
+        compute(q[:, :2], k[:, :1], v[:, :1])
     run.remove()

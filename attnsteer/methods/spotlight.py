@@ -51,6 +51,11 @@ class SpotLight(Intervention):
         """
         return cls(spans, target, pooled=True, **other)
 
+    @property
+    def pools_heads(self) -> bool:  # type: ignore[override]
+        """One share is a mean over heads."""
+        return self.pooled
+
     def check_tokens(self, tokens: Tokens) -> None:
         check_spans(tokens, self.spans, self.tokenizer)
 
@@ -61,10 +66,9 @@ class SpotLight(Intervention):
         target = call.each(self.target)
         share = call.map.mass(keys)
         if self.pooled:
-            valid = call.row_valid[:, None].to(share.dtype).expand_as(share)
-            share = ((share * valid).sum(dim=(1, 2), keepdim=True) / valid.sum(dim=(1, 2), keepdim=True)).expand_as(
-                share
-            )
+            valid = call.row_valid[:, None].to(share.dtype)
+            whole = call.over_heads((share * valid).sum(dim=2, keepdim=True), "mean")
+            share = (whole / valid.sum(dim=2, keepdim=True)).expand_as(share)
         low = (share > 0) & (share < target)
         weight = torch.where(low, target / share.masked_fill(~low, 1.0), torch.ones_like(share))
         return Reweight(((keys, weight),))

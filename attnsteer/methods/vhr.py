@@ -111,11 +111,6 @@ class VHR(Intervention):
         seen = out[torch.arange(len(at), device=at.device), :, at]
 
         def compare(free: Tensor, last: Tensor) -> Tensor | None:
-            if free.shape[1] != call.site.heads:
-                raise UnsupportedHost(
-                    f"VHR at {call.site.path}: this process has {free.shape[1]} of {call.site.heads} heads (tensor parallelism), "
-                    "and a median over a part of them is another one. Load the model unsharded."
-                )
             own = free[:, list(call.heads)]
             rows = own[torch.arange(len(last), device=last.device), :, last]
             edited = edit(divergence(seen, rows, self.outliers), own, last)

@@ -215,11 +215,16 @@ def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor
 def _base_function(module: nn.Module, name: str) -> Callable[..., Any]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    own = sys.modules[type(module).__module__]
+    own = home(module)
     table = getattr(own, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
     if name == "eager" and name not in table:
         return own.eager_attention_forward
     return table[name]
+
+
+def home(module: nn.Module) -> Any:
+    """The module of the library that an attention module's forward stands in; FSDP2 derives a class of its own from it."""
+    return sys.modules[type(module).forward.__module__]
 
 
 def attach_module(runtime: SiteRuntime, journal: Any) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,7 +17,7 @@ from ...errors import UnsupportedHost, listing
 from ...site import Site
 from ..base import Host, imported
 from ..sdpa.host import reaches
-from .attention_function import attach_module, base_name, check_base
+from .attention_function import attach_module, base_name, check_base, home
 from .direct import attach_direct, check_direct
 from .forward import Stack, block_forward
 from .image_tokens import family_of, takes_images
@@ -131,7 +130,7 @@ class TransformersHost(Host):
             return
         base = base_name(site.module.config)
         check_base(site, base)
-        if base == "eager" and not hasattr(sys.modules[type(site.module).__module__], "eager_attention_forward"):
+        if base == "eager" and not hasattr(home(site.module), "eager_attention_forward"):
             raise UnsupportedHost(
                 f"{site.path} runs eager attention of {type(site.module).__name__}, whose module has no "
                 'eager_attention_forward to build on. Call model.set_attn_implementation("sdpa") if it is supported.'
