@@ -199,7 +199,11 @@ class AttentionMap:
         new, one = A * self._factor(edit), torch.ones_like(A[..., :1])
         if not edit.normalise:
             return new, one
-        norm = new.sum(dim=-1, keepdim=True) + self.sink_share()[..., None]
+        sink = self.sink_share()[..., None]
+        norm = new.sum(dim=-1, keepdim=True) + sink
+        if self.before is None:
+            # Against the sum that rounding made of one, so that a row whose keys all keep their weight is the same to the last bit.
+            norm = norm / (A.sum(dim=-1, keepdim=True) + sink).clamp_min(torch.finfo(A.dtype).tiny)
         # Rows that would keep no weight, or whose weights are all one, stay as they are, whatever their sum.
         empty, same = norm <= 0, self.unweighted(edit)[..., None]
         stays, norm = empty | same, norm.masked_fill(empty, 1.0)
