@@ -167,6 +167,22 @@ class Check:
             raise self.refuse(f"{what} is on {tensor.device}; the call runs on {self.device}.")
 
 
+def check_state(place: str, state: dict[str, Any], batch: int) -> None:
+    """Raise where `call.state` holds what cannot follow beams, repeated samples and copies of the cache."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            if value.ndim and value.shape[0] == batch:
+                continue
+            what = f"a tensor {list(value.shape)}"
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            continue
+        else:
+            what = _kind(value)
+        raise ContractError(
+            f"{place}: call.state[{name!r}] is {what}; keep tensors with the batch of {batch} first, or plain numbers and strings."
+        )
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {value.dtype}"

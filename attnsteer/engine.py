@@ -16,7 +16,7 @@ from .attention_map import AttentionMap, DenseMap
 from .audit import Audit, Mark
 from .bound import Bound, Heads
 from .call import AttnCall
-from .edits import Check, KeyBias, Reweight
+from .edits import Check, KeyBias, Reweight, check_state
 from .errors import CompositionError, SelectionError, UnsupportedHost
 from .intervention import Intervention
 from .kernels import Attention
@@ -266,6 +266,8 @@ class _HeadGroup:
         if edit is not None and door != "output":
             # Gathered here in every call, so that a checkpoint that computes one again, unchecked, finds the same order.
             self.map.att  # noqa: B018
+        if first and state:
+            check_state(f"{bound.name}.{door} at {site}", state, self.whole.att.shape[0])
         if not altered and (edit is None or not first):
             return edit
         check = Check(bound.name, door, site, args[0] if door == "output" else self.map.att)
@@ -285,12 +287,19 @@ class _HeadGroup:
         # Tensors of inference mode count no versions, so that what a method gathers itself could not be told from edits of it.
         if (self.map.gathered or (first and whole.q.is_inference())) and self.map.att is not whole:
             found += [(name, getattr(self.map.att, name)) for name in "qkv"]
+        if first:
+            # What all methods and layers of this forward read; made here if it is not there yet.
+            tracks = (("call.rows", self.base.rows), ("call.keys", self.base.keys))
+            found += [
+                (name, t) for name, track in tracks for t in (track.index, track.slot, track.valid, track.request)
+            ]
         return [(name, t, _mark(t, first)) for name, t in found]
 
     def _altered(self, before: list[tuple[str, Tensor, Any]], args: tuple[Tensor, ...]) -> list[str]:
         """Names of what was changed in place."""
         names = [name for name, t, mark in before if not _same(t, mark)]
-        if before and len(before) == 3 + len(args) and self.map.gathered and self.map.att is not self.whole.att:
+        shown = sum(1 for name, _, _ in before if not name.startswith("call."))
+        if shown and shown == 3 + len(args) and self.map.gathered and self.map.att is not self.whole.att:
             # Gathered by the method itself: new tensors, of version zero.
             own = ((name, getattr(self.map.att, name)) for name in "qkv")
             names += [name for name, t in own if not t.is_inference() and t._version]

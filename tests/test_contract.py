@@ -354,3 +354,46 @@ def test_a_key_set_that_is_changed_between_questions_is_another_one(model: nn.Mo
         model(**inputs)
     ((first, whole, total),) = seen
     assert float((whole - total).abs().max()) <= 1e-6 and float((whole - first).max()) > 0.1
+
+
+class KeepsState(Intervention):
+    """Keeps a value of its test in the state."""
+
+    kept: Any = None
+    kinds = ("self",)
+
+    def output(self, call: AttnCall, out: Tensor) -> Tensor:
+        call.state["x"] = type(self).kept
+        return out * 1.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [torch.zeros(1, 3), torch.zeros(()), [1, 2], object(), {}], ids=repr)
+def test_a_state_that_cannot_follow_its_sequence_is_refused(value: Any) -> None:
+    model = tiny_transformers("llama")
+    KeepsState.kept = value
+    with (
+        pytest.raises(ContractError, match=r"KeepsState.output at model.layers.*state\['x'\]"),
+        steer(model, KeepsState(where=Where(layers=[1]))),
+    ):
+        model(torch.arange(4, 18).reshape(2, 7))
+
+
+class TurnsTheAccount(Intervention):
+    """Changes what all methods and layers of a forward read."""
+
+    kinds = ("self",)
+
+    def weights(self, call: AttnCall) -> Reweight:
+        call.key_index().zero_()
+        return Reweight(((call.first_key(), 2.0),))
+
+
+@torch.no_grad()
+def test_an_account_that_is_changed_in_place_is_refused() -> None:
+    model = tiny_transformers("llama")
+    with (
+        pytest.raises(ContractError, match=r"TurnsTheAccount.weights at model.layers.0.*call.keys"),
+        steer(model, TurnsTheAccount(where=Where(layers=[0]))),
+    ):
+        model(torch.arange(4, 18).reshape(2, 7))
