@@ -196,6 +196,7 @@ class _Search:
             # The first group on its own, because the comparison steers the model itself.
             with steer(self.model, self.alone, control=True) as run:
                 self._score(run, groups[0])
+            run.check_fired(changed=False)
             self._check(groups[0])
             self._done(groups[0], bar)
             if len(groups) > 1:
