@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from attnsteer import ACT, Intervention, steer
+from attnsteer.account import plain
 from attnsteer.call import AttentionMap, AttnCall
 from attnsteer.kernels import Attention, attend_lse, leftover, mass
-from attnsteer.account import plain
 from attnsteer.site import Site
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from tests.reference import llm_methods
