@@ -42,7 +42,6 @@ class Samples:
         self.of_row = {count: tuple(rows) for count, rows in of_row.items()}
 
     @staticmethod
-    @cache
     def plain(batch: int) -> Samples:
         """Each row is a sample."""
         return Samples({batch: range(batch)})

@@ -81,8 +81,12 @@ class Check:
             raise self.refuse(f"the bias has shape {tuple(term.shape)}; expected {form}.")
         self._number("the bias", term)
         self._device("the bias", term)
-        if bool((term.isnan() | (term == torch.inf)).any()):
-            raise self.refuse("the bias has NaN or plus infinity; finite numbers and minus infinity are defined.")
+        used = term.to(self.att.stat_dtype)
+        if bool((used.isnan() | (used == torch.inf)).any()):
+            raise self.refuse(
+                f"the bias has NaN or plus infinity in {self.att.stat_dtype}, in which it is used; finite numbers and minus "
+                "infinity are defined."
+            )
 
     @torch.no_grad()
     def weights(self, edit: Any) -> None:
@@ -122,8 +126,11 @@ class Check:
         if out.shape != before.shape:
             raise self.refuse(f"returned shape {list(out.shape)}; expected {list(before.shape)}.")
         self._device("the output", out)
-        if bool(out.isfinite().logical_not().any()) and bool(before.isfinite().all()):
-            raise self.refuse("the edited output has NaN or infinite values where the model's own has none.")
+        if bool(out.to(before.dtype).isfinite().logical_not().any()) and bool(before.isfinite().all()):
+            raise self.refuse(
+                f"the edited output has NaN or infinite values in {before.dtype}, in which the model takes it, where the model's "
+                "own has none."
+            )
 
     def _like(self, name: str, new: Any, old: Tensor) -> None:
         if not isinstance(new, Tensor):
@@ -149,9 +156,15 @@ class Check:
                     f"{what} has shape {tuple(weight.shape)}; expected one that broadcasts to {list(shape)}."
                 )
             self._device(what, weight)
-        value = torch.as_tensor(weight)
+        dtype = self.att.stat_dtype
+        if isinstance(weight, int) and abs(weight) > torch.finfo(dtype).max:
+            # torch cannot read it at all.
+            weight = torch.inf
+        value = torch.as_tensor(weight, dtype=dtype)
         if not bool(value.isfinite().all()):
-            raise self.refuse(f"{what} has NaN or infinite values; give finite numbers.")
+            raise self.refuse(
+                f"{what} has NaN or infinite values in {dtype}, in which it is used; give finite numbers."
+            )
         if bool((value < 0).any()):
             raise self.refuse(
                 f"{what} has negative values (least {float(value.min()):.4g}); attention is never negative."

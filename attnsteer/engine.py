@@ -140,7 +140,7 @@ class SiteRuntime:
                 break
             if result is None:
                 result = whole.out().clone()
-            result[:, list(local)] = out
+            result[:, list(local)] = out.to(result.dtype)
         for mark in marks.values():
             mark.close()
         return whole.out() if result is None else result
@@ -313,8 +313,12 @@ class _HeadGroup:
     def chosen(self, bound: Bound) -> Tensor | None:
         """bool [B or 1, H or 1, n or 1]: where the method acts, by `where` and by its values per sample; None for all."""
         where, call, q = bound.where, self.base, self.whole.att.q
-        samples = call.samples or Samples.plain(q.shape[0])
-        masks = [v.acts(samples, q.shape[0], q.device, call.site.layer, self.heads) for v in bound.method.restricting]
+        masks = []
+        if bound.method.restricting:
+            samples = Samples.plain(q.shape[0]) if call.samples is None else call.samples
+            masks = [
+                v.acts(samples, q.shape[0], q.device, call.site.layer, self.heads) for v in bound.method.restricting
+            ]
         if where.rows is not None:
             masks.append(self._row_choice(where.rows)[:, None])
         if where.phases is not None and call.mixed:

@@ -122,6 +122,8 @@ BIAS: dict[str, tuple[Answer, str]] = {
     "NaN": (lambda c: KeyBias(torch.full((1, 1, c.keys.size), NAN)), "NaN or plus infinity"),
     "plus infinity": (lambda c: torch.full((1, 1, 1, c.keys.size), INF), "NaN or plus infinity"),
     "q in place": (lambda c: in_place(c, "q"), "changed q in place"),
+    "keys beyond float32": (lambda c: KeyBias(keys(c).double() * 1e300), "plus infinity in torch.float32"),
+    "beyond float32": (lambda c: keys(c)[:, :, None].double() * 1e300, "plus infinity in torch.float32"),
 }
 WEIGHTS: dict[str, tuple[Answer, str]] = {
     "a tensor": (lambda c: keys(c), "return a Reweight"),
@@ -160,6 +162,9 @@ WEIGHTS: dict[str, tuple[Answer, str]] = {
     "no groups": (lambda c: Reweight(None), "the groups are a NoneType"),
     "groups used up": (lambda c: Reweight(pair for pair in [(keys(c), 2.0)]), "the groups are a generator"),
     "normalise is a word": (lambda c: Reweight(((keys(c), 2.0),), normalise="no"), "normalise is a str"),
+    "weight beyond float32": (weight(torch.tensor(1e300, dtype=torch.float64)), "infinite values in torch.float32"),
+    "weight beyond all floats": (weight(10**400), "infinite values in torch.float32"),
+    "rest beyond float32": (rest(torch.tensor(1e300, dtype=torch.float64)), "infinite values in torch.float32"),
     "rest NaN": (rest(NAN), "the weight of the rest has NaN"),
     "rest negative": (rest(-1.0), "the weight of the rest has negative"),
     "rest missing": (rest(None), "the weight of the rest is a NoneType"),
@@ -177,6 +182,7 @@ OUTPUT: dict[str, tuple[Answer, str]] = {
     "device": (lambda c, out: out.to("meta"), "on meta"),
     "NaN": (lambda c, out: with_value(out, NAN), "NaN or infinite"),
     "infinite": (lambda c, out: with_value(out, INF), "NaN or infinite"),
+    "beyond float32": (lambda c, out: out.double() + 1e300, "infinite values in torch.float32"),
     "mul_ and nothing": (lambda c, out: doubled(out), "changed out in place"),
     "mul_ and out": (lambda c, out: out.mul_(2.0), "changed out in place"),
     "zeroed": (lambda c, out: out.zero_(), "changed out in place"),
@@ -250,6 +256,20 @@ def test_every_head_group_is_looked_at(model: nn.Module, door: str) -> None:
     for gate in (HeadGate({(1, 0): 0.5}), HeadGate({(1, 3): 0.5})):
         with pytest.raises(ContractError, match=rf"Wrong\.{door} at .*{words}"), steer(model, method, gate):
             model(**inputs)
+
+
+@torch.no_grad()
+def test_an_output_is_looked_at_in_the_dtype_of_the_model(model: nn.Module) -> None:
+    """Finite as it is returned, infinite in half precision."""
+    half, inputs = tiny_transformers("llama").half(), tiny_transformers_inputs("llama", model, batch=2, length=9)
+    wrong = Wrong("output", lambda c, out: out.float() + 1e6, where=Where(layers=[1]))
+    with (
+        pytest.raises(ContractError, match=r"^Wrong\.output at .*infinite values in torch\.float16"),
+        steer(half, wrong),
+    ):
+        half(**inputs)
+    with steer(model, wrong):
+        assert bool(model(**inputs).logits.isfinite().all())
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -56,6 +56,16 @@ class Attention:
         """Statistics and merges run in fp32, or fp64 where the inputs are."""
         return torch.float64 if self.q.dtype == torch.float64 else torch.float32
 
+    @staticmethod
+    def cast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v in the dtype in which the model's kernel takes them: that of an autocast, which leaves doubles alone."""
+        kind = q.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return q, k, v
+        dtype = torch.get_autocast_dtype(kind)
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+        return q, k, v
+
     @property
     def requires_grad(self) -> bool:
         """Whether a gradient may be asked of the result."""

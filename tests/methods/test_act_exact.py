@@ -6,13 +6,14 @@ give the map, `tests.reference.llm_methods.act` edits it, and the output must ag
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from attnsteer import ACT, Intervention, steer
+from attnsteer.account import plain
 from attnsteer.call import AttentionMap, AttnCall
 from attnsteer.kernels import Attention, attend_lse, leftover, mass
 from attnsteer.site import Site
@@ -28,6 +29,7 @@ class Seen(Intervention):
     """Keeps what each call computed from, and its output."""
 
     kinds = ("self",)
+    observes = True
     log: ClassVar[list[tuple[AttnCall, Tensor]]] = []
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor:
@@ -62,8 +64,7 @@ def test_peaked_maps(name: str, dtype: torch.dtype, times: float, length: int) -
         q, k, v = (t.double() for t in (att.q, att.k, att.v))
         A = dense_map(dense_scores(q, k, att.scale, mask=att.mask, causal=att.causal))
         batch, _, n, m = A.shape
-        rows = torch.ones(batch, n, dtype=torch.bool) if call.row_valid is None else call.row_valid.expand(batch, n)
-        keys = torch.ones(batch, m, dtype=torch.bool) if call.key_valid is None else call.key_valid.expand(batch, m)
+        rows, keys = call.row_valid.expand(batch, n), call.key_valid.expand(batch, m)
         if call.phase == "prefill":
             expected, sinks[site], _ = llm_methods.act(A, BETA, TAU, row_valid=rows, key_valid=keys)
         else:
@@ -133,15 +134,15 @@ def test_a_row_with_nothing_else_stays_as_it_is(n: int, r: float) -> None:
 def edited_row(dtype: torch.dtype, n: int, r: float) -> tuple[Tensor, Tensor, float]:
     att, keys = rows_with([r], dtype)
     att = att.replace(q=att.q[:, :, :n])
-    position = torch.arange(att.shape[3])
-    call: Any = AttnCall(
+    call = AttnCall(
         Site("a", 0, "self", 1, 1, causal=False),
-        (0,),
-        AttentionMap(att),
+        plain(n, att.q.device),
+        plain(att.shape[3], att.q.device),
         phase="decode",
-        row_position=position[:n],
-        key_position=position,
+        heads=(0,),
+        past=att.shape[3] - n,
         state={"sinks": keys},
+        view=AttentionMap(att),
     )
     method = ACT(None, BETA, TAU)
     return call.map.reweight(method.weights(call)), call.map.out, BETA

@@ -142,6 +142,7 @@ def always(runtime: SiteRuntime) -> tuple[int, ...]:
 
 def problem(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Attention:
     """The `Attention` of one SDPA call."""
+    q, k, v = Attention.cast(q, k, v)
     return Attention(q, k, v, float(q.shape[-1] ** -0.5 if scale is None else scale), mask=mask, causal=causal)
 
 

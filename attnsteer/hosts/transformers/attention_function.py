@@ -85,6 +85,10 @@ def _steered(
             f"{runtime.site.path} runs with attention dropout {options['dropout']} in training mode; "
             "an exact edit is not defined there. Call model.eval() first."
         )
+    if query.device.type == "meta":
+        raise UnsupportedHost(
+            f"{runtime.site.path} runs on the meta device, which computes nothing; steer the model with its weights."
+        )
     att = _problem(module, name, query, key, value, attention_mask, options)
     B, _, n, m = att.shape
     call = forward.call(runtime, B, n, m, key.shape[2], att.q.device)
@@ -127,10 +131,8 @@ def _edited_weights(weights: Tensor | None, maps: list[Any] | None) -> Tensor | 
 def _problem(
     module: nn.Module, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
 ) -> Attention:
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind):
-        # As SDPA and products do: rotary tables leave q and k in fp32 beside a v in half precision.
-        q, k, v = (t.to(torch.get_autocast_dtype(kind)) for t in (q, k, v))
+    # Rotary tables leave q and k in fp32 beside a v in half precision.
+    q, k, v = Attention.cast(q, k, v)
     n = q.shape[2]
     scale = options.get("scaling")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -178,10 +180,6 @@ def check_base(site: Site, name: str) -> None:
 
 def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor]) -> None:
     """A few rows of our own definition against the model's kernel: a transform we do not know must raise."""
-    if att.q.device.type == "meta":
-        raise UnsupportedHost(
-            f"{site.path} runs on the meta device, which computes nothing; steer the model with its weights."
-        )
     n = att.shape[2]
     index = torch.unique(torch.tensor([0, n // 3, (2 * n) // 3, n - 1], device=att.q.device))
     with torch.no_grad():

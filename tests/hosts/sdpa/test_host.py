@@ -176,3 +176,32 @@ def test_layers_leave_in_the_order_in_which_they_came() -> None:
     second.remove()
     assert torch.equal(model(x), plain)
     assert all("forward" not in vars(m) for m in model.modules())
+
+
+class Bare(nn.Module):
+    """Attention without projections: what enters the kernel is float32, also under autocast."""
+
+    num_heads = 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.unflatten(-1, (4, -1)).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(q, q + 1, q - 1)
+        return out.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [None, [0, 2]], ids=["all heads", "two heads"])
+@pytest.mark.parametrize("rows", [3, 9])
+@torch.no_grad()
+def test_the_output_under_autocast_has_the_dtype_of_the_kernel(rows: int, heads: Any, dtype: torch.dtype) -> None:
+    model, x = Bare(), torch.randn(2, rows, 16)
+    boost = Boost(keys=2, where=Where(heads=heads))
+    with steer(model, boost):
+        expected = model(x)
+    with torch.autocast("cpu", dtype):
+        plain = model(x)
+        with steer(model, boost):
+            out = model(x)
+    assert out.dtype == plain.dtype == dtype
+    assert float((out.float() - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+    assert float((plain.float() - expected).abs().max()) > 0.05 * float(expected.abs().max())

@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -352,6 +353,29 @@ def test_half_precision_models_and_autocast(dtype: torch.dtype, method: Any) -> 
     with controlled(half, method):
         low = half(input_ids=x).logits.float()
     assert far(cast, exact) <= 0.15 * size and far(low, exact) <= 0.15 * size
+
+
+@pytest.mark.parametrize("heads", [None, HEADS], ids=["all heads", "two heads"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_under_autocast(name: str, dtype: torch.dtype, implementation: str, heads: Any) -> None:
+    """Steps of one row, where the model's own kernel need not run, and steps of the whole sequence without a cache."""
+    method, model = METHODS[name], tiny_transformers("llama")
+    where = Where(heads=heads) if name == "spotlight" else None
+    method = replace(method, where=where) if name == "spotlight" else replace(method, heads=heads)
+    model.set_attn_implementation(implementation)
+    options = {**OPTIONS, "max_new_tokens": 3, "min_new_tokens": 3}
+    for short in (3, 9):
+        x = tokens(1, short)
+        found = []
+        for cache in (True, False):
+            with controlled(model, method), torch.autocast("cpu", dtype):
+                out = model.generate(x, attention_mask=torch.ones_like(x), use_cache=cache, **options)
+            found.append(out.logits[0].float())
+        with controlled(model, method):
+            first = model(input_ids=x).logits[:, -1]
+        assert max(far(f, first) for f in found) <= 0.15 * float(first.abs().max())
 
 
 def test_mixed_precision_training_has_gradients_near_those_of_float32() -> None:
