@@ -184,29 +184,42 @@ class AttentionMap:
         """The output [B, H, n, dv] under `edit`; rows whose weights are all one are `out` bit for bit."""
         return self.reweighted(edit).out
 
-    def _factor(self, edit: Reweight) -> Tensor:
-        """Weights as a full [B, H, n, m] tensor."""
-        B, H, n, m = self.shape
-        like = {"dtype": self.att.stat_dtype, "device": self.att.q.device}
-        factor = torch.as_tensor(edit.rest, **like).expand(B, H, n)[..., None].expand(B, H, n, m)
+    def _factor(self, edit: Reweight) -> Tensor | float:
+        """Weights that broadcast to [B, H, n, m]; a number where all keys have the same."""
+        factor: Tensor | float = (
+            edit.rest if isinstance(edit.rest, (int, float)) else self.weight_of(edit.rest)[..., None]
+        )
         for keys, weight in edit.groups:
-            factor = torch.where(keys[:, :, None], torch.as_tensor(weight, **like).expand(B, H, n)[..., None], factor)
+            keys = keys[:, :, None]
+            if isinstance(weight, Tensor):
+                factor = torch.where(keys, self.weight_of(weight)[..., None], factor)
+            elif isinstance(factor, Tensor):
+                shape = torch.broadcast_shapes(factor.shape, keys.shape)
+                factor = (factor if factor.shape == shape else factor.expand(shape)).masked_fill(keys, weight)
+            else:
+                full = torch.full(keys.shape, factor, dtype=self.att.stat_dtype, device=keys.device)
+                factor = full.masked_fill_(keys, weight)
         return factor
 
     def _scaled(self, edit: Reweight) -> tuple[Tensor, Tensor]:
         """(the map under `edit`, its rows' norm [B, H, n, 1]), from the map itself."""
         A = self.dense()
-        new, one = A * self._factor(edit), torch.ones_like(A[..., :1])
+        new = A * self._factor(edit)
         if not edit.normalise:
-            return new, one
-        sink = self.sink_share()[..., None]
-        norm = new.sum(dim=-1, keepdim=True) + sink
-        if self.before is None:
+            return new, A.new_ones(()).expand(*A.shape[:3], 1)
+        norm = new.sum(dim=-1, keepdim=True)
+        norm = norm if self.att.sinks is None else norm + self.sink_share()[..., None]
+        # Rows that would keep no weight stay as they are.
+        empty = norm <= 0
+        if self.before is None and not norm.requires_grad:
             # Against the sum that rounding made of one, so that a row whose keys all keep their weight is the same to the last bit.
-            norm = norm / (A.sum(dim=-1, keepdim=True) + sink).clamp_min(torch.finfo(A.dtype).tiny)
-        # Rows that would keep no weight, or whose weights are all one, stay as they are, whatever their sum.
-        empty, same = norm <= 0, self.unweighted(edit)[..., None]
-        stays, norm = empty | same, norm.masked_fill(empty, 1.0)
+            total = A.sum(dim=-1, keepdim=True)
+            total = total if self.att.sinks is None else total + self.sink_share()[..., None]
+            norm = (norm / total).masked_fill(empty, 1.0)
+            return torch.where(empty, A, new / norm), norm
+        # So do those whose weights are all one, whatever their sum.
+        one, same, norm = torch.ones_like(norm), self.unweighted(edit)[..., None], norm.masked_fill(empty, 1.0)
+        stays = empty | same
         if not norm.requires_grad:
             return torch.where(stays, A, new / norm), torch.where(stays, one, norm)
         kept, new = torch.where(empty, A, kernels.held(A, new / norm)), new / norm

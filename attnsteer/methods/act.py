@@ -113,17 +113,15 @@ class ACT(Intervention):
         if not bool(sinks.any()):
             return None
         mass, outside = call.map.mass(sinks), call.map.outside(sinks)
-        # Where nothing else is seen there is nothing to hand the freed mass to: 0 / 0, NaN in the official code.
-        edit = outside > 0
-        beta = call.each(self.beta)
-        rest = 1.0 + (1.0 - beta) * mass / outside.masked_fill(~edit, 1.0)
-        # A mass outside that is subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
-        edit = edit & rest.isfinite()
+        # Where nothing else is seen there is nothing to hand the freed mass to: 0 / 0, NaN in the official code. A mass that is
+        # subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
+        least = torch.finfo(mass.dtype).tiny
+        edit = outside > least
         if call.mixed and self.decode == "prefill_only":
             edit = edit & ~call.generates[:, None]
-        one = torch.ones_like(mass)
-        keep = torch.where(edit, beta * one, one)
-        return Reweight(((sinks, keep),), torch.where(edit, rest, one), normalise=False)
+        edited, freed = edit.to(mass.dtype), 1.0 - call.each(self.beta)
+        rest = 1.0 + freed * (mass / outside.clamp_min(least)) * edited
+        return Reweight(((sinks, 1.0 - freed * edited),), rest, normalise=False)
 
     def _sinks(self, call: AttnCall) -> Tensor:
         """S as a key set [B, H, m] of this call."""

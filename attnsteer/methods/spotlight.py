@@ -70,5 +70,5 @@ class SpotLight(Intervention):
             whole = call.over_heads((share * valid).sum(dim=2, keepdim=True), "mean")
             share = (whole / valid.sum(dim=2, keepdim=True)).expand_as(share)
         low = (share > 0) & (share < target)
-        weight = torch.where(low, target / share.masked_fill(~low, 1.0), torch.ones_like(share))
+        weight = torch.where(low, target / share.clamp_min(torch.finfo(share.dtype).tiny), 1.0)
         return Reweight(((keys, weight),))
