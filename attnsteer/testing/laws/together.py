@@ -176,7 +176,8 @@ def checkpointed(bench: Bench) -> None:
             if reentrant is None:
                 raise NotApplicable("refused in training mode") from None
         finally:
-            target.gradient_checkpointing_disable()
+            # The name of newer transformers, which warn of the other.
+            getattr(target, "activation_checkpointing_disable", target.gradient_checkpointing_disable)()
             target.train(mode)
             for p in target.parameters():
                 p.grad = None
