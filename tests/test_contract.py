@@ -271,7 +271,7 @@ def test_right_answers_pass(model: nn.Module, door: str) -> None:
         "weights": lambda c: Reweight(
             [(keys(c).expand(2, c.q.shape[1], -1), torch.rand(c.rows.size)), (~keys(c), torch.rand(2, 1, 1))], 0, False
         ),
-        "output": lambda c, out: out.double() * 2.0,
+        "output": lambda c, out: (out.double() * 2.0).to(out.dtype),
     }
     for answer in (RIGHT[door], wide[door]):
         for phase in PHASES:
