@@ -86,7 +86,9 @@ class Intervention(Named):
             RegistrationError: `needs` is no tuple of names; a string would be taken for its letters.
         """
         super().__init_subclass__(**kwargs)
-        if isinstance(cls.needs, str) or not all(isinstance(need, str) for need in cls.needs):
+        # A property decides it for each object.
+        fixed = () if isinstance(cls.needs, property) else cls.needs
+        if isinstance(fixed, str) or not all(isinstance(need, str) for need in fixed):
             raise RegistrationError(
                 f'{cls.__name__}.needs is {brief(cls.needs)}; give a tuple of names, e.g. needs = ("tokens",).'
             )
