@@ -154,8 +154,9 @@ class AttentionMap:
         if keys.device.type != "cpu":
             # Comparing would wait for the device.
             return None
-        same = (f for f in self._groups.values() if f[0].shape == keys.shape and torch.equal(f[0], keys))
-        return next(same, None)
+        # A set that was changed in place since is not the one that its answer belongs to.
+        current = (found for name, found in self._groups.items() if _name(found[0]) == name)
+        return next((f for f in current if f[0].shape == keys.shape and torch.equal(f[0], keys)), None)
 
     def column_mass(self, row_weight: Tensor | None = None) -> Tensor:
         """sum_i w_i A_ij, [B, H, m]; `row_weight` [B or 1, n] is 0 for rows to leave out."""

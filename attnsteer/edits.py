@@ -125,6 +125,8 @@ class Check:
             raise self.refuse(f"returned {_kind(out)}; return head outputs {list(before.shape)}, or None.")
         if out.shape != before.shape:
             raise self.refuse(f"returned shape {list(out.shape)}; expected {list(before.shape)}.")
+        if out.dtype != before.dtype:
+            raise self.refuse(f"returned dtype {out.dtype}; expected {before.dtype}.")
         self._device("the output", out)
         if bool(out.to(before.dtype).isfinite().logical_not().any()) and bool(before.isfinite().all()):
             raise self.refuse(
@@ -146,6 +148,10 @@ class Check:
     def _weight(self, what: str, weight: Any, shape: tuple[int, int, int]) -> None:
         if isinstance(weight, bool) or not isinstance(weight, (int, float, Tensor)):
             raise self.refuse(f"{what} is {_kind(weight)}; expected a number or a tensor.")
+        if isinstance(weight, int) and weight.bit_length() > 63:
+            raise self.refuse(
+                f"{what} is an integer of {weight.bit_length()} bits; give a number that a tensor can hold."
+            )
         if isinstance(weight, Tensor):
             self._number(what, weight)
             fits = weight.ndim <= 3 and all(
@@ -175,6 +181,8 @@ class Check:
             raise self.refuse(f"{what} has dtype {tensor.dtype}; expected a floating-point tensor.")
 
     def _device(self, what: str, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided:
+            raise self.refuse(f"{what}: stored as {tensor.layout}; return a dense tensor.")
         # A single number may stay on the CPU: torch combines it with tensors of any device.
         if tensor.device != self.device and (tensor.ndim or tensor.device.type != "cpu"):
             raise self.refuse(f"{what} is on {tensor.device}; the call runs on {self.device}.")

@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .errors import SelectionError, SerializationError, did_you_mean
+from .errors import RegistrationError, SelectionError, SerializationError, brief, did_you_mean
 from .heads import HeadSet, union
 from .parameters import Named, PerSample, check_fields, declared, parsed, sample_values
 from .registry import base_of, get_method, registered_name
@@ -78,6 +78,20 @@ class Intervention(Named):
     # samples, or heads of samples, alone.
     sample_values: ClassVar[dict[str, PerSample]] = {}
     restricting: ClassVar[tuple[PerSample, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check what the class says of itself.
+
+        Raises:
+            RegistrationError: `needs` is no tuple of names; a string would be taken for its letters.
+        """
+        super().__init_subclass__(**kwargs)
+        # A property decides it for each object.
+        fixed = () if isinstance(cls.needs, property) else cls.needs
+        if isinstance(fixed, str) or not all(isinstance(need, str) for need in fixed):
+            raise RegistrationError(
+                f'{cls.__name__}.needs is {brief(cls.needs)}; give a tuple of names, e.g. needs = ("tokens",).'
+            )
 
     def __post_init__(self) -> None:
         check_fields(self)

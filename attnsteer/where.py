@@ -223,8 +223,7 @@ def _integers(field: str, value: Any, negative: bool = False) -> tuple[int, ...]
         value = _parse_ranges(field, value)
     if isinstance(value, int):
         value = (value,)
-    listed = isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, Mapping))
-    items = tuple(whole(v) for v in islice(value, LONGEST + 1)) if listed else (None,)
+    items = tuple(whole(v) for v in islice(value, LONGEST + 1)) if _several(value) else (None,)
     if len(items) > LONGEST:
         raise SelectionError(f"Where({field}={brief(value)}) names more than {LONGEST} numbers.")
     if not items or any(v is None or (v < 0 and not negative) for v in items):
@@ -271,9 +270,18 @@ def _patterns(value: Any) -> tuple[str, ...] | None:
     return items
 
 
+def _several(value: Any) -> bool:
+    """Whether there is something to go through: a tensor that is no plain number has a length only with a dimension."""
+    return (
+        isinstance(value, Iterable)
+        and not isinstance(value, (bytes, bytearray, Mapping))
+        and getattr(value, "ndim", 1) != 0
+    )
+
+
 def _items(field: str, value: Any) -> tuple[Any, ...]:
     value = plain(value)
-    if not isinstance(value, Iterable) or isinstance(value, (bytes, bytearray, Mapping)):
+    if not _several(value):
         raise SelectionError(f"Where({field}={brief(value)}): give a string or several.")
     return (value,) if isinstance(value, str) else tuple(islice(value, LONGEST))
 

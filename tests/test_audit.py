@@ -140,7 +140,7 @@ def test_decoding_is_counted_call_by_call(model: Any, inputs: Any) -> None:
 
 @torch.no_grad()
 def test_the_distance_is_measured_on_request(model: Any, inputs: Any) -> None:
-    method = SpotLight([[(1, 3)]], 0.9, where=Where(layers=1))
+    method = SpotLight([[(1, 3)]] * 2, 0.9, where=Where(layers=1))
     with steer(model, method) as run:
         model(**inputs)
     assert run.audit.record(0, site(1)).distance is None and "moved" not in str(run.audit)

@@ -329,7 +329,7 @@ class Letters:
         (SpotLight("xyz"), "give the method a tokenizer"),
         (PASTA([["xyz"], [(0, 1)]], tokenizer=Letters()), "not in the text of sample 0"),
         (SpotLight([[(0, 3)], [(2, 8)]]), r"span \(2, 8\) of sample 1 ends after its 7 tokens"),
-        (PASTA([[(0, 9)]]), r"span \(0, 9\) of sample 0 ends after its 8 tokens"),
+        (PASTA([[(0, 9)], [(0, 1)]]), r"span \(0, 9\) of sample 0 ends after its 8 tokens"),
         (SpotLight([[(0, 1)], [(0, 1)], [(0, 1)]]), "spans has 3 samples, and this is a batch of 2 samples"),
         (ZeroTuning(gamma=2.0, where=Where(rows="image")), "row roles none"),
     ],
@@ -344,7 +344,7 @@ def test_a_span_or_role_that_the_batch_does_not_have(
 
 @torch.no_grad()
 def test_spans_are_asked_for_only_where_the_method_acts(model: Any, inputs: Any, unchanged: None) -> None:
-    later = SpotLight([[(0, 99)]], 0.5, where=Where(phases="decode"))
+    later = SpotLight([[(0, 99)], [(0, 1)]], 0.5, where=Where(phases="decode"))
     with pytest.raises(NeverFired), steer(model, later):
         cache = model(**inputs, use_cache=True).past_key_values
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
@@ -368,7 +368,7 @@ def test_a_string_span_without_token_ids(model: Any, inputs: Any, unchanged: Non
 
 
 def test_a_prompt_that_ran_before(model: Any, inputs: Any, unchanged: None) -> None:
-    for method in (ACT(), PASTA([[(0, 2)]])):
+    for method in (ACT(), PASTA([[(0, 2)]] * 2)):
         cache = model(input_ids=inputs["input_ids"], use_cache=True).past_key_values
         act = run(model, method, input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
         refused(UnsupportedHost, "cache was filled before steering began", act)

@@ -104,9 +104,9 @@ def test_methods_as_json_has_all_facts() -> None:
         "looks_ahead": True,
         "parameters": [
             "heads: HeadSet or {layer: [head, ...]} or None, default None",
-            "beta: number from 0 to 1, default 0.4",
-            "threshold: finite number of at least 0 or None, default None",
-            "alpha: finite number of at least 0 or None, default None",
+            "beta: number from 0 to 1, or one per sample, default 0.4",
+            "threshold: finite number of at least 0 or None, or one per sample, default None",
+            "alpha: finite number of at least 0 or None, or one per sample, default None",
             "decode: one of 'frozen', 'running', 'prefill_only', default 'frozen'",
             "min_rows: integer of at least 1, default 1",
             "exclude: one of 'first_token', 'first_hit', default 'first_token'",

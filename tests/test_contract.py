@@ -100,6 +100,7 @@ INPUTS: dict[str, tuple[Answer, str]] = {
     "v heads": (lambda c: edited(c, "v", lambda t: t.repeat_interleave(2, dim=1)), "v has shape"),
     "q dtype": (lambda c: edited(c, "q", Tensor.double), "q has .* dtype torch.float64"),
     "v device": (lambda c: edited(c, "v", lambda t: t.to("meta")), "v is on meta"),
+    "k sparse": (lambda c: edited(c, "k", Tensor.to_sparse), "k: stored as torch.sparse"),
     "q NaN": (lambda c: edited(c, "q", lambda t: with_value(t, NAN)), "q has NaN"),
     "k infinite": (lambda c: edited(c, "k", lambda t: with_value(t, INF)), "k has NaN or infinite"),
     "q in place": (lambda c: in_place(c, "q"), "changed q in place"),
@@ -119,6 +120,7 @@ BIAS: dict[str, tuple[Answer, str]] = {
     "integers": (lambda c: KeyBias(torch.zeros(1, 1, c.keys.size, dtype=torch.long)), "dtype torch.int64"),
     "booleans": (lambda c: torch.ones(1, 1, 1, c.keys.size, dtype=torch.bool), "dtype torch.bool"),
     "device": (lambda c: KeyBias(torch.zeros(1, 1, c.keys.size, device="meta")), "on meta"),
+    "sparse": (lambda c: KeyBias(torch.zeros(1, 1, c.keys.size).to_sparse()), "the bias: stored as torch.sparse"),
     "NaN": (lambda c: KeyBias(torch.full((1, 1, c.keys.size), NAN)), "NaN or plus infinity"),
     "plus infinity": (lambda c: torch.full((1, 1, 1, c.keys.size), INF), "NaN or plus infinity"),
     "q in place": (lambda c: in_place(c, "q"), "changed q in place"),
@@ -150,6 +152,9 @@ WEIGHTS: dict[str, tuple[Answer, str]] = {
     "weight infinite": (weight(INF), "the weight of group 0 has NaN or infinite"),
     "weight negative": (weight(-0.5), "negative values .*-0.5"),
     "weight boolean": (weight(True), "the weight of group 0 is a bool"),
+    "weight of 1329 bits": (weight(10**400), "the weight of group 0 is an integer of 1329 bits"),
+    "weight sparse": (weight(torch.ones(1).to_sparse()), "the weight of group 0: stored as torch.sparse"),
+    "keys sparse": (key_set(lambda c: keys(c).to_sparse()), "the keys of group 0: stored as torch.sparse"),
     "weight missing": (weight(None), "the weight of group 0 is a NoneType"),
     "weight integers": (weight(torch.tensor(2)), "dtype torch.int64"),
     "weight [n, 1]": (weight(lambda c: torch.ones(99, 1)), "the weight of group 0 has shape"),
@@ -179,6 +184,9 @@ OUTPUT: dict[str, tuple[Answer, str]] = {
     "rows lost": (lambda c, out: out[:, :, :0], "returned shape"),
     "one head": (lambda c, out: out[:, :1], "returned shape"),
     "one sample": (lambda c, out: out[:1].repeat(3, 1, 1, 1), "returned shape"),
+    "sparse": (lambda c, out: out.to_sparse(), "stored as torch.sparse"),
+    "less precise": (lambda c, out: out.half(), "returned dtype torch.float16; expected torch.float32"),
+    "more precise": (lambda c, out: out.double(), "returned dtype torch.float64; expected torch.float32"),
     "device": (lambda c, out: out.to("meta"), "on meta"),
     "NaN": (lambda c, out: with_value(out, NAN), "NaN or infinite"),
     "infinite": (lambda c, out: with_value(out, INF), "NaN or infinite"),
@@ -283,7 +291,7 @@ def test_right_answers_pass(model: nn.Module, door: str) -> None:
         "weights": lambda c: Reweight(
             [(keys(c).expand(2, c.q.shape[1], -1), torch.rand(c.rows.size)), (~keys(c), torch.rand(2, 1, 1))], 0, False
         ),
-        "output": lambda c, out: out.double() * 2.0,
+        "output": lambda c, out: (out.double() * 2.0).to(out.dtype),
     }
     for answer in (RIGHT[door], wide[door]):
         for phase in PHASES:

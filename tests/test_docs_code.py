@@ -7,6 +7,7 @@ import shutil
 import sys
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 
 import attnsteer
 from attnsteer import registry, zoo
+from attnsteer.call import AttnCall, KeyBias
+from attnsteer.parameters import number
 from attnsteer.search import Choice
 from attnsteer.zoo.shapes.reading import reading
 
@@ -104,6 +107,25 @@ def names(code: str) -> dict[str, Any]:
     return found | {"ACT": attnsteer.ACT, "steer": attnsteer.steer}
 
 
+def my_method() -> types.ModuleType:
+    """The module of a reader's own method that the blocks about laws import."""
+
+    @dataclass(frozen=True)
+    class MyMethod(attnsteer.Intervention):
+        """Adds to the first key's scores."""
+
+        strength: float = number(0.5)
+
+        kinds = ("self",)
+
+        def bias(self, call: AttnCall) -> KeyBias | None:
+            return KeyBias(self.strength * call.first_key().float()) if self.strength else None
+
+    module = types.ModuleType("my_method")
+    module.MyMethod = MyMethod
+    return module
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "index"), CASES)
 def test_the_code_runs(page: str, index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +133,11 @@ def test_the_code_runs(page: str, index: int, tmp_path: Path, monkeypatch: pytes
     shutil.copy(zoo.folder("shapes-lm") / "act" / "heads.safetensors", tmp_path)
     code = blocks(page)[index]
     given = names(code)
+    monkeypatch.setitem(sys.modules, "my_method", my_method())
+    if "check_laws" in code:
+        # The block before it on the page makes the case.
+        exec(blocks(page)[index - 1], given)
     if "LatentLoss" in code:
-        from dataclasses import dataclass
-
         from attnsteer.maps.words_to_image import Maps
 
         given |= {"dataclass": dataclass, "LatentLoss": attnsteer.LatentLoss, "Tensor": torch.Tensor, "Maps": Maps}

@@ -30,7 +30,7 @@ from attnsteer import (
     methods,
     steer,
 )
-from attnsteer.errors import SelectionError, SerializationError, UnknownName
+from attnsteer.errors import RegistrationError, SelectionError, SerializationError, UnknownName
 from attnsteer.testing import tiny_call, tiny_pipeline, tiny_transformers, tiny_transformers_inputs
 
 HEADS = HeadSet({0: [0, 3], 2: [1]}, scores={(0, 0): 0.5}, shape=(3, 4), provenance={"from": "a test"})
@@ -333,3 +333,10 @@ def test_its_own_heads_and_where_are_one_selection() -> None:
     assert ACT({0: [1]}).selection() == Where(heads={0: [1]})
     with pytest.raises(SelectionError, match="two selections name heads"):
         ACT(HEADS, where=Where(heads=[1])).selection()
+
+
+@pytest.mark.parametrize("needs", ["tokens", (3,), ("tokens", None)])
+def test_needs_is_a_tuple_of_names(needs: Any) -> None:
+    """A string would be taken for its letters."""
+    with pytest.raises(RegistrationError, match=r'Odd\.needs is .*needs = \("tokens",\)'):
+        type("Odd", (Intervention,), {"needs": needs})

@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,6 +100,15 @@ def test_a_wrong_value_is_refused_when_it_is_given(field: str, value: Any, words
     with pytest.raises(SelectionError) as caught:
         Where(**{field: value})
     assert field.rstrip("s") in str(caught.value).lower() and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "field", ["layers", "heads", "kinds", "phases", "branches", "modalities", "modules", "steps", "rows"]
+)
+@pytest.mark.parametrize("value", [torch.tensor(1.0, requires_grad=True), torch.ones((), device="meta")])
+def test_a_tensor_that_is_no_plain_number_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(SelectionError, match=rf"{field}="):
+        Where(**{field: value})
 
 
 def test_it_is_immutable_hashable_and_prints_what_is_set() -> None:

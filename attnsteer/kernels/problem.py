@@ -246,7 +246,7 @@ def dense_with_sink(att: Attention) -> tuple[Tensor, Tensor]:
         sink = att.sinks.to(z.dtype)[None, :, None, None].expand(*z.shape[:3], 1)
         z = torch.cat([z, sink], dim=-1)
     p = torch.softmax(z, dim=-1).masked_fill(blind, 0.0)
-    return p[..., :m], p[..., m] if att.sinks is not None else torch.zeros_like(p[..., 0])
+    return p[..., :m], p[..., m] if att.sinks is not None else p.new_zeros(p.shape[:3])
 
 
 def pick(t: Tensor, *at: slice) -> Tensor:

@@ -189,6 +189,9 @@ def test_text_keys_of_sd3_and_flux() -> None:
         ("FluxPipeline", {"tokenizer_2": tokenizer, "text_encoder_2": object()}, {"prompt_2": "the red fox"}),
     ):
         prompts = Prompts(_Pipe(name, **parts))
+        # Prompts are read where somebody listens.
+        told: list[Prompt] = []
+        prompts.listeners.append(told.append)
 
         def encode_prompt(
             prompt: Any, prompt_2: Any = None, prompt_3: Any = None, max_sequence_length: int = 32
@@ -199,6 +202,7 @@ def test_text_keys_of_sd3_and_flux() -> None:
         encode("a red fox and a dog", **asked)
         # The negative prompt of two-call guidance comes second, and does not count.
         encode("a blue cube")
+        assert told == [prompts.current]
         seen.append((prompts.current.length, found("fox", prompt=prompts.current)))
     assert seen == [(77 + 32, [[3, 80]]), (77 + 32, [[3]]), (32, [[3]])]
 

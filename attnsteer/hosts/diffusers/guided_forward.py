@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...bound import Bound
 from ...branches import BranchInputs, Prediction
-from ...errors import UnsupportedHost
+from ...edits import Check
+from ...errors import ContractError, UnsupportedHost
 from .clock import DenoiserClock
 from .latent_loop import Loop
 from .prefix import PrefixReuse, modules_down_to
@@ -66,6 +67,8 @@ class GuidedForward:
     def __init__(self, clock: DenoiserClock):
         self.clock, self.run, self.model, self.declared = clock, clock.run, clock.model, clock.declared
         self.sampling = clock.sampling
+        # Methods whose first prediction has been checked.
+        self._checked: set[int] = set()
         self._names = list(inspect.signature(type(clock.model).forward).parameters)[1:]
         # Nothing is replayed inside a model that is compiled as a whole, nor is a pass for gradients shared.
         self._ways: dict[int, list[nn.Module]] = {
@@ -115,24 +118,66 @@ class GuidedForward:
         Args:
             strong: its passes with inside edits off: with the methods after it. weak: its passes with inside edits on: of
                 the bare model, so that several weak branches add up; they reuse the unedited prefix of a strong one.
+
+        Raises:
+            ContractError: it calls `forward` with something else than inputs, returns something else than a prediction of the
+                model's form, or changes a strong one in place.
         """
         plain: list[Prediction] = []
+        asked: list[BranchInputs] = []
+        marks: list[Any] = []
         prefix = PrefixReuse(self.run, self._ways.get(bound.index), inputs)
+        first = bound.index not in self._checked
 
-        def forward(given: BranchInputs) -> Prediction:
+        def forward(given: Any = None) -> Prediction:
+            if not isinstance(given, BranchInputs):
+                raise self.refuse(bound, f"called forward with {_kind(given)}; give it `inputs`, or inputs.only(name).")
             if self.run.is_open(bound):
                 return prefix.replay(weak, given)
             plain.append(prefix.record(strong, given))
+            asked.append(given)
+            marks.append(_mark(plain[-1].sample, first))
             return plain[-1]
 
         self.run.audit.count(bound.index, "guided calls")
         result = bound.method.around(forward, inputs, self.run)
+        if any(not _same(p.sample, mark) for p, mark in zip(plain, marks, strict=True)):
+            raise self.refuse(bound, "changed a strong prediction in place; give with_sample a new tensor.")
+        if not isinstance(result, Prediction):
+            raise self.refuse(bound, f"returned {_kind(result)}; return a prediction, e.g. p.with_sample(tensor).")
         if not any(result is p for p in plain):
+            if first:
+                self.check(bound, result, plain, inputs.batch, asked)
+                self._checked.add(bound.index)
             # Of a prediction that a pass gave itself there is nothing to say: the latent may have been moved.
             same = plain and plain[-1].sample.shape == result.sample.shape
             moved = (result.sample != plain[-1].sample).any() if same else torch.ones((), dtype=torch.bool)
             self.run.audit.moved(bound.index, moved)
         return result
+
+    def refuse(self, bound: Bound, what: str) -> ContractError:
+        """The error that says what is wrong with a method's `around`."""
+        return Check(bound.name, "around", type(self.model).__name__, torch.empty(0)).refuse(what)
+
+    def check(
+        self, bound: Bound, result: Prediction, plain: Sequence[Prediction], batch: int, asked: Sequence[BranchInputs]
+    ) -> None:
+        """Refuse a prediction that has not the form of the model's own; it reads values, so it runs once for each method.
+
+        Args:
+            plain: the strong predictions that the method was given, each for the rows that are `asked`. batch: rows in all.
+        """
+        if not plain:
+            raise self.refuse(bound, "returned a prediction and asked for no strong one; call forward(inputs) first.")
+        sample, model = getattr(result, "sample", None), plain[-1].sample
+        if not isinstance(sample, Tensor):
+            raise self.refuse(
+                bound, f"returned a prediction of {_kind(sample)}; expected a tensor {list(model.shape)}."
+            )
+        # A pass for one part of the rows tells the form of all of them.
+        rows = torch.arange(len(model) * batch // asked[-1].batch, device=model.device) % len(model)
+        with torch.no_grad():
+            Check(bound.name, "around", type(self.model).__name__, model[rows]).output(sample)
 
     def check_cache(self, around: Sequence[Bound]) -> None:
         """Refuse `around` methods where a feature cache would answer for the model."""
@@ -161,6 +206,23 @@ class GuidedForward:
             warnings.warn(
                 f"{name} may normalise the combined prediction; the guidance term is added before that.", stacklevel=5
             )
+
+
+def _mark(tensor: Tensor, values: bool) -> Any:
+    """What tells whether a tensor was changed in place: its version, or a copy where it counts none."""
+    if tensor.is_inference():
+        return tensor.clone() if values else None
+    return tensor._version
+
+
+def _same(tensor: Tensor, mark: Any) -> bool:
+    if mark is None:
+        return True
+    return torch.equal(tensor, mark) if isinstance(mark, Tensor) else tensor._version == mark
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
 
 
 def _copied(value: Any) -> Any:

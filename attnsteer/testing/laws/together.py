@@ -144,6 +144,12 @@ def _broken_continuation(bench: Bench, target: Any, ids: Tensor) -> None:
         close(call(ids[:, 8:11], used).logits, expected, EXACT, "a call that was broken off, undone and made again")
 
 
+def _checkpointing(target: Any, what: str, *args: Any) -> None:
+    """Switch checkpointing, by the name that the installed transformers has: newer ones warn of the other."""
+    old = getattr(target, f"gradient_checkpointing_{what}")
+    getattr(target, f"activation_checkpointing_{what}", old)(*args)
+
+
 def checkpointed(bench: Bench) -> None:
     """Gradients with checkpointing are those without, re-entrant or not, also with two forwards before one backward."""
     _target(bench)
@@ -156,7 +162,7 @@ def checkpointed(bench: Bench) -> None:
     found, mode = {}, target.training
     for reentrant in (None, False, True):
         if reentrant is not None:
-            target.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            _checkpointing(target, "enable", {"use_reentrant": reentrant})
         target.train()
         for module in target.modules():
             # As in inference: an edit is not defined under dropout.
@@ -176,7 +182,7 @@ def checkpointed(bench: Bench) -> None:
             if reentrant is None:
                 raise NotApplicable("refused in training mode") from None
         finally:
-            target.gradient_checkpointing_disable()
+            _checkpointing(target, "disable")
             target.train(mode)
             for p in target.parameters():
                 p.grad = None
