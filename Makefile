@@ -35,7 +35,7 @@ test: $(READY)  ## run the tests
 	$(PY) -m pytest -q -n 2 $(ARGS)
 
 test-quick: $(READY)  ## run a sample of the tests, under two minutes on two cores
-	$(PY) -m pytest -q -n 2 -m "not slow and not full" $(ARGS)
+	$(PY) -m pytest -q -n 2 -m "not slow and not full and not long" $(ARGS)
 
 lint: $(READY)  ## check style and formatting
 	$(PY) -m ruff check .

@@ -25,7 +25,7 @@ METHODS = (
     ZeroTuning({1: [1]}, 5.0),
     HeadGate({(2, 0): -0.5}),
 )
-some_and_many = pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+some_and_many = pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.long)])
 
 
 @pytest.fixture(scope="module")
