@@ -396,7 +396,7 @@ class KeepsState(Intervention):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("value", [torch.zeros(1, 3), torch.zeros(()), [1, 2], object(), {}], ids=repr)
+@pytest.mark.parametrize("value", [torch.zeros(1, 3), torch.zeros(()), [1, 2], object(), {}], ids=list("abcde"))
 def test_a_state_that_cannot_follow_its_sequence_is_refused(value: Any) -> None:
     model = tiny_transformers("llama")
     KeepsState.kept = value
