@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,7 +109,11 @@ class ImageFree:
         """A call of the model in a context of its own, which neither our account nor the library's recorders note."""
 
         def run() -> Any:
-            with entry(CURRENT, self.stack.run, self):
+            with entry(CURRENT, self.stack.run, self), contextlib.ExitStack() as stack:
+                if self.stack.module.training:
+                    # Layers that checkpoint say that this pass, which takes no gradients, takes none.
+                    stack.enter_context(warnings.catch_warnings())
+                    warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
                 return call(*args, **kwargs)
 
         return contextvars.Context().run(run)
