@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -106,7 +105,11 @@ def beams(bench: Bench) -> None:
     target, made = bench.target, bench.make(2)
     inputs = for_generate(bench.inputs(2, "left" if "left" in bench.host.padded else None, 4))
     options = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False, "output_scores": True}
-    search = functools.partial(target.generate, **inputs, **options, return_dict_in_generate=True)
+
+    def search(**more: Any) -> Any:
+        # Looked up in each call: a steered model has a `generate` of its own.
+        return target.generate(**inputs, **options, return_dict_in_generate=True, **more)
+
     with attached(target, made):
         fast = search()
     with attached(target, made, reference=True):
