@@ -15,7 +15,7 @@ from .. import kernels
 from ..call import AttnCall
 from ..errors import UnsupportedHost
 from ..heads import HeadSet, head_set
-from ..parameters import PerSample, choice, is_all, number
+from ..parameters import PerSample, choice, number
 from ..registry import register_method
 from .bases.weak_branch import WeakBranch
 
@@ -47,10 +47,10 @@ class SoftPAG(WeakBranch):
     linear = True
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
-        if is_all(self.strength, 0.0):
+        if self.strength == 0.0:
             return None
         target = getattr(self, f"_{self.target}")(call, out)
-        if is_all(self.strength, 1.0):
+        if self.strength == 1.0:
             return target
         if not isinstance(self.strength, PerSample):
             return torch.lerp(out, target, self.strength)

@@ -34,8 +34,12 @@ from .zoo import (
 )
 
 # Compilation meets the host rather than the method; test_laws.py has it.
-QUICK = [law for law in LAWS if law != "compile"]
-NO_REGISTRY = "is not registered"
+# The laws of requests ask more of a method than these odd ones were written for.
+REQUESTS = {
+    "packed", "ways", "guided", "crop", "moved_caches", "shared_model", "interrupted", "checkpointed", "inner", "beside",
+}  # fmt: skip
+QUICK = [law for law in LAWS if law not in {"compile", *REQUESTS}]
+NO_REGISTRY = "is not registered|takes one value per sample|cannot split that"
 ONE_FORWARD = "edits nothing in a forward over a prompt"
 NO_ACTION = "edits nothing here"
 NO_DECODER = r"no KV cache|no causal decoder"
@@ -134,7 +138,6 @@ def test_a_wrong_method_fails_the_right_law_with_the_right_hint(name: str) -> No
         assert re.search(r"differ by [\d.e+-]+, tolerance [\d.e+-]+", result.message)
 
 
-@pytest.mark.xfail(strict=True, reason="key_valid and row_valid are None in a call without a mask")
 def test_a_method_that_reads_validity_passes() -> None:
     results = check_laws(case(ReadsValid, {"weight": 8.0}, {}), "llama", QUICK)
     assert not [str(r) for r in results if r.outcome == "fail"]

@@ -47,8 +47,7 @@ class OneRow(Intervention):
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
         if self.t == 1.0:
             return None
-        first = call.key_position[0] - call.key_index()[:, 0]
-        chosen = call.row_position == first[:, None] + self.token
+        chosen = (call.rows.index == self.token) & call.rows.valid
         return torch.where(chosen[:, None, :, None], out * self.t, out)
 
 

@@ -78,7 +78,7 @@ class AttnSteerLM(HFLM):
             self.interventions, self.audit = _interventions(steer, self.tokenizer), None
         # What cannot be attached is refused now, not after the tasks were built.
         if self.interventions and self._run is None:
-            attach(self.model, *self.interventions).remove()
+            attach(self.model, *self.interventions, control=True).remove()
 
     @contextlib.contextmanager
     def _steered(self) -> Iterator[None]:

@@ -114,7 +114,7 @@ class OuterCalls:
         self.family: Family | None = None if self.model is None else family_of(self.model.config)
         # An adapter that puts learned vectors in front of the prompt (prompt and prefix tuning).
         kinds = imported("peft", "PeftModel")
-        self.adapted: Any = outer[0] if kinds and isinstance(outer[0], kinds) else None
+        self.adapted: Any = next((m for m in outer[:1] if kinds and isinstance(m, kinds)), None)
         # The length of a prompt is that of `generate`'s input only where no encoder reads it.
         self._lengths = not any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in outer)
 

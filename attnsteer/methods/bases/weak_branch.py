@@ -12,7 +12,7 @@ import torch
 from ...branches import BranchInputs, Prediction, add_to_rows
 from ...errors import SelectionError, UnsupportedHost
 from ...intervention import Intervention
-from ...parameters import PerSample, is_all, number
+from ...parameters import PerSample, number
 from ...site import Site
 from ...where import Where
 
@@ -69,7 +69,7 @@ class WeakBranch(Intervention):
         """One strong pass, one weak pass on the conditional rows, and the combination."""
         strong = forward(inputs)
         scale = self.scale_at(inputs.timestep)
-        if is_all(scale, 0.0):
+        if scale == 0.0:
             return strong
         if "cond" in inputs.layout:
             with run.inside(self):
