@@ -6,7 +6,6 @@ of its processes only, beside data or pipeline parallelism.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,42 +53,54 @@ class Shards:
     def pool(self, heads: tuple[int, ...] | None, local: int) -> Pool:
         """That of the heads with these indices (None: all), where each process holds `local` heads."""
         if heads is None:
-            return Pool(len(self.ranks) * local, self.group)
-        members = sorted({self.ranks[head // local] for head in heads})
-        if len(members) == len(self.ranks):
-            return Pool(len(heads), self.group)
+            return Pool(len(self.ranks) * local, self.group, self.ranks)
         # The others have no such head, so that they do not take part.
-        return Pool(len(heads), _subgroup(self.group, tuple(members)) if len(members) > 1 else None)
-
-
-@functools.cache
-def _subgroup(group: Any, ranks: tuple[int, ...]) -> Any:
-    """Some ranks of a group as a group; only they need to call this."""
-    return torch.distributed.new_group(list(ranks), use_local_synchronization=True)
+        members = sorted({self.ranks[head // local] for head in heads})
+        return Pool(len(heads), self.group if len(members) > 1 else None, tuple(members))
 
 
 @dataclass(frozen=True)
 class Pool:
-    """A number of heads, and the process group that holds them; None: they are all here."""
+    """A number of heads, and those processes of a group that hold them; no group: they are all here."""
 
     heads: int
     group: Any = None
+    ranks: tuple[int, ...] = ()
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of the processes' tensors of one shape, the same in each."""
-        return values if self.group is None else _Sum.apply(values, self.group)
+        return values if self.group is None else _Sum.apply(values, self.group, self.ranks)
+
+
+def _total(values: Tensor, group: Any, ranks: tuple[int, ...]) -> Tensor:
+    """The sum over these processes, which need not be all of the group."""
+    total = values.clone(memory_format=torch.contiguous_format)
+    if len(ranks) == torch.distributed.get_world_size(group):
+        torch.distributed.all_reduce(total, group=group)
+        return total
+    # Messages in pairs and no group of their own: torch names a new group by how many its process has, which may differ.
+    first, *others = ranks
+    if torch.distributed.get_rank() != first:
+        torch.distributed.send(total, first, group)
+        torch.distributed.recv(total, first, group)
+        return total
+    part = torch.empty_like(total)
+    for rank in others:
+        torch.distributed.recv(part, rank, group)
+        total += part
+    for rank in others:
+        torch.distributed.send(total, rank, group)
+    return total
 
 
 class _Sum(torch.autograd.Function):
     """A sum over processes, each of which goes on with it to heads of its own: so their gradients are summed as well."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        total = values.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total, group=group)
-        return total
+    def forward(ctx: Any, values: Tensor, group: Any, ranks: tuple[int, ...]) -> Tensor:
+        ctx.pool = group, ranks
+        return _total(values, group, ranks)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _Sum.apply(grad, ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Sum.apply(grad, *ctx.pool), None, None

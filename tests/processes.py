@@ -36,7 +36,12 @@ def start(module: str, count: int, folder: Path) -> dict[str, list[str]]:
         for rank in range(count)
     ]
     said: dict[str, list[str]] = {}
-    errors = [worker.communicate(timeout=600)[1] for worker in workers]
+    try:
+        errors = [worker.communicate(timeout=240)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
     for rank, worker in enumerate(workers):
         found = folder / f"{rank}.json"
         assert worker.returncode == 0 and found.exists(), errors[rank][-3000:]

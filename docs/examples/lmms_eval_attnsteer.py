@@ -30,7 +30,7 @@ def steered(base: type) -> type:
             self.interventions = [attnsteer.Intervention.from_pretrained(folder) for folder in folders]
             self.audit = None
             # Whatever cannot be steered is refused now. An empty `steer` is refused too: leave it out and use the class itself.
-            attnsteer.steer(self.model, *self.interventions).remove()
+            attnsteer.steer(self.model, *self.interventions, control=True).remove()
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             return self._generate(super().generate_until, requests)

@@ -169,8 +169,11 @@ def test_steering_changes_the_figures_and_is_on_record(text: Any, tasks: Path) -
 
 def test_strength_zero_is_the_model_as_it_is(text: Any, tasks: Path) -> None:
     plain = evaluate(AttnSteerLM(text, batch_size=8), tasks, "phrases")
-    zero = evaluate(AttnSteerLM(text, [ACT(beta=1.0), HeadGate({(0, 0): 1.0})], batch_size=8), tasks, "phrases")
+    neutral = [ACT(beta=1.0), HeadGate({(0, 0): 1.0})]
+    zero = evaluate(AttnSteerLM(text, neutral, control=True, batch_size=8), tasks, "phrases")
     assert responses(plain, "phrases") == responses(zero, "phrases")
+    with pytest.raises(NeverFired, match="changed nothing"):
+        evaluate(AttnSteerLM(text, neutral, batch_size=8), tasks, "phrases")
 
 
 def request(*args: Any) -> SimpleNamespace:

@@ -48,6 +48,7 @@ class AttnSteerLM(HFLM):
         steer: None for the model as it is; an `Intervention`, or where `save_pretrained` wrote one (a folder or hub id), or
             several: in a list, or in one string separated by `os.pathsep` (":"); or the live `Steering` of the model that was
             given. Methods that look words up get the tokenizer.
+        control: a steering that is meant to change nothing, such as one of strength zero: do not raise because of it.
         options: of lm-eval's `HFLM`: tokenizer, dtype, device, batch_size, max_length, ...
 
     The model is steered during the harness's requests only. Each kind of request ends as a steering context does: a method
@@ -60,7 +61,7 @@ class AttnSteerLM(HFLM):
         SerializationError: a folder holds no intervention.
     """
 
-    def __init__(self, pretrained: Any, steer: Any = None, **options: Any):
+    def __init__(self, pretrained: Any, steer: Any = None, control: bool = False, **options: Any):
         pretrained, options = _found(pretrained, options)
         super().__init__(pretrained, **options)
         if self.backend != "causal":
@@ -68,6 +69,7 @@ class AttnSteerLM(HFLM):
                 f"{type(self.model).__name__} is an encoder-decoder; the bridge scores continuations of causal language models."
             )
         self._run: Steering | None = None
+        self._control = control
         if isinstance(steer, Steering):
             if getattr(steer.host, "model", None) is not self.model:
                 raise SelectionError(
@@ -86,7 +88,7 @@ class AttnSteerLM(HFLM):
         if self._run is not None:
             yield
         elif self.interventions:
-            with attach(self.model, *self.interventions) as self._run:
+            with attach(self.model, *self.interventions, control=self._control) as self._run:
                 self.audit = self._run.audit
                 try:
                     yield
