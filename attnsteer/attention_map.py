@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .edits import Reweight
+from .edits import Reweight, Share
 from .kernels import Attention
 
 # Up to this many query rows (decoding), the rows themselves are cheaper than any identity.
@@ -28,13 +28,17 @@ class AttentionMap:
         att: Attention | Callable[[], Attention],
         base: Callable[[], Tensor] | None = None,
         fused: Callable[[], tuple[Tensor, Tensor] | None] | None = None,
+        whole: Attention | None = None,
+        heads: int | None = None,
     ):
         """`base` computes the output with the model's own kernel; `fused` gives that output and its lse, or
         None where that kernel has none to give.
 
-        `att` may be a function that builds it: head-output edits then need no gathered q, k, v.
+        `att` may be a function that builds it, from `heads` of the heads of `whole`: then edits that need no gathered q, k, v do
+        without.
         """
         self._att = att
+        self._whole, self._heads = whole, heads
         self._base = base
         self._fuse = fused
         self._out: Tensor | None = None
@@ -73,7 +77,20 @@ class AttentionMap:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, n, m)."""
-        return self.att.shape
+        if isinstance(self._att, Attention) or self._heads is None:
+            return self.att.shape
+        B, _, n, m = self._whole.shape
+        return B, self._heads, n, m
+
+    @property
+    def stat_dtype(self) -> torch.dtype:
+        """The dtype of statistics."""
+        return (self.att if self._whole is None else self._whole).stat_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the map is computed."""
+        return (self.att if self._whole is None else self._whole).q.device
 
     @property
     def few(self) -> bool:
@@ -177,13 +194,36 @@ class AttentionMap:
         """Row entropies in nats, -sum_j A_ij log A_ij, [B, H, n]."""
         return torch.special.entr(self.dense()).sum(dim=-1) if self.few else kernels.entropy(self.att, self.lse)
 
-    def reweighted(self, edit: Reweight) -> AttentionMap:
+    def reweighted(self, edit: Reweight | Share) -> AttentionMap:
         """The map under `edit`: a view like this one, for the methods that come after."""
-        return ReweightedMap(self, edit)
+        return ReweightedMap(self, self.weights_of_share(edit) if isinstance(edit, Share) else edit)
 
-    def reweight(self, edit: Reweight) -> Tensor:
+    def reweight(self, edit: Reweight | Share) -> Tensor:
         """The output [B, H, n, dv] under `edit`; rows whose weights are all one are `out` bit for bit."""
         return self.reweighted(edit).out
+
+    def weights_of_share(self, edit: Share) -> Reweight:
+        """A share as weights of the keys."""
+        keys, m = edit.keys, self.shape[3]
+        if keys.shape[-1] < m:
+            keys = torch.nn.functional.pad(keys, (0, m - keys.shape[-1]))
+        mass, outside = self.mass(keys), self.outside(keys)
+        new = edit.of(mass)
+        # A mass that is subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
+        stays = (mass <= 0) | (outside <= torch.finfo(mass.dtype).tiny)
+        mass_or_one, outside_or_one = mass.masked_fill(stays, 1.0), outside.masked_fill(stays, 1.0)
+        if not edit.scale_sinks:
+            inside = torch.where(stays, 1.0, new / mass_or_one)
+            return Reweight(
+                ((keys, inside),), torch.where(stays, 1.0, 1.0 + (mass - new) / outside_or_one), normalise=False
+            )
+        full = new >= 1.0
+        weight = new * (outside + self.sink_share()) / (mass_or_one * (1.0 - new).masked_fill(full, 1.0))
+        same = stays | full | (new == mass)
+        one = torch.ones_like(weight)
+        return Reweight(
+            ((keys, torch.where(same, kernels.held(one, weight) if weight.requires_grad else one, weight)),)
+        )
 
     def _factor(self, edit: Reweight) -> Tensor | float:
         """Weights that broadcast to [B, H, n, m]; a number where all keys have the same."""
@@ -269,7 +309,8 @@ class DenseMap(AttentionMap):
         """Not defined: an explicit map may be no softmax of scores any more."""
         raise AttributeError("an explicit map has no log-sum-exp; ask for mass, partial, rows or dense")
 
-    def reweighted(self, edit: Reweight) -> DenseMap:
+    def reweighted(self, edit: Reweight | Share) -> DenseMap:
+        edit = self.weights_of_share(edit) if isinstance(edit, Share) else edit
         new, norm = self._scaled(edit)
         changed = (new != self.dense()).any(dim=-1, keepdim=True)
         edited = _apply(new, self.att).to(self.out.dtype)

@@ -16,22 +16,32 @@ MANY = 256
 _GATHERING = threading.Lock()
 
 
+Flag = Tensor | tuple[Tensor, Tensor]
+
+
+def _set(flag: Flag) -> Tensor:
+    return flag if isinstance(flag, Tensor) else (flag[0] != flag[1]).any()
+
+
 class Flags:
-    """A count of calls in which a device flag was set; reading it is the only synchronisation."""
+    """A count of calls in which a device flag was set; reading it is the only synchronisation.
+
+    A flag is a 0-d bool tensor, or two small tensors, and set where they differ: compared when somebody looks, not at each step.
+    """
 
     def __init__(self) -> None:
-        self._new: list[Tensor] = []
+        self._new: list[Flag] = []
         self._sum: dict[torch.device, Tensor] = {}
 
-    def add(self, flag: Tensor) -> None:
-        """One call more: `flag` is a 0-d bool tensor."""
+    def add(self, flag: Flag) -> None:
+        """One call more."""
         self._new.append(flag)
         if len(self._new) > MANY:
             self._gather()
 
     def _gather(self) -> None:
         with _GATHERING:
-            flags, self._new = self._new, []
+            flags, self._new = [_set(f) for f in self._new], []
             for device in {f.device for f in flags}:
                 count = torch.stack([f.detach() for f in flags if f.device == device]).sum()
                 self._sum[device] = self._sum[device] + count if device in self._sum else count
@@ -49,8 +59,9 @@ class Record:
     Attributes:
         calls: attention calls seen while the selection held. edits: calls for which the method returned an edit.
         rows: query rows of the edited calls (batch times rows). heads: heads selected at this site.
-        path: how the last edit was computed: "output", "inputs", "bias", "fused" (from the kernel's log-sum-exp), "rows" (from
-            the few rows of a decode step) or "dense" (from the whole map); joined by "+" where head groups went different ways.
+        path: how the last edit was computed: "output", "inputs", "bias" (also of a reweighting whose weights do not depend on
+            the row), "shares" (two calls of the kernel in a decode step), "rows" (from the few rows of one), "fused" (from the
+            kernel's log-sum-exp) or "dense" (from the whole map); joined by "+" where head groups went different ways.
             "read": the map was taken for a loss, and nothing edited.
         distance: mean total-variation distance between the map before and after, when measured.
         part: this process computes a part of the site's heads (tensor parallelism); `heads` counts those of them.
@@ -127,10 +138,10 @@ class Mark:
     def __init__(self, record: Record, phase: str, rows: int):
         self.record, self.phase, self.rows = record, phase, rows
         self.paths: tuple[str, ...] = ()
-        self._flag: Tensor | None = None
+        self._flag: Flag | None = None
 
-    def edited(self, path: str, changed: Tensor | None) -> None:
-        """A head group was edited by `path`; `changed`: 0-d bool, whether anything moved; None: nothing can have."""
+    def edited(self, path: str, changed: Flag | None) -> None:
+        """A head group was edited by `path`; `changed`: whether anything moved (see `Flags`); None: nothing can have."""
         if torch.compiler.is_compiling():
             self.record.path = path
             return
@@ -141,7 +152,7 @@ class Mark:
             self.paths += (path,)
         self.record.path = "+".join(self.paths)
         if changed is not None:
-            self._flag = changed if self._flag is None else self._flag | changed
+            self._flag = changed if self._flag is None else _set(changed) | _set(self._flag)
 
     def close(self) -> None:
         """The call is over."""

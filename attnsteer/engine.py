@@ -12,12 +12,13 @@ from torch import Tensor
 
 from . import kernels
 from .account import Samples
-from .attention_map import AttentionMap, DenseMap
+from .attention_map import FEW_ROWS, AttentionMap, DenseMap
 from .audit import Audit, Mark
 from .bound import Bound, Heads
 from .call import AttnCall
-from .edits import Check, KeyBias, Reweight, check_state
+from .edits import Check, KeyBias, Reweight, Share, check_state
 from .errors import CompositionError, SelectionError, UnsupportedHost
+from .forms import WholeForms
 from .intervention import Intervention
 from .kernels import Attention
 from .shards import Pool, Shards
@@ -38,6 +39,11 @@ class Run(Protocol):
 
     def inside(self, method: Intervention) -> AbstractContextManager[None]:
         """Switch the inside edits of an `around` method on for the model calls in this block."""
+
+
+_WEIGHTS = frozenset({"weights"})
+# Outputs up to so many numbers are kept for a later comparison.
+SMALL = 1 << 14
 
 
 class SiteAttention:
@@ -78,6 +84,7 @@ class SiteRuntime:
         self.checked: set[tuple[int, str, str, Heads]] = set()
         self._partitions: dict[tuple[int, ...], list[tuple[Heads | None, list[Bound]]]] = {}
         self._by_methods: dict[tuple[int, ...], list[int]] = {}
+        self._indices: dict[tuple[Heads, torch.device], Tensor] = {}
         for head in range(site.heads):
             key = tuple(i for i, (_, heads) in enumerate(entries) if heads is None or head in heads)
             self._by_methods.setdefault(key, []).append(head)
@@ -112,6 +119,7 @@ class SiteRuntime:
         active: tuple[int, ...],
         same_kernel: Callable[[], bool] | None = None,
         maps: list[tuple[Heads | None, Tensor]] | None = None,
+        sdpa: bool = False,
     ) -> Tensor:
         """The site's output [B, H, n, dv] with the active interventions applied.
 
@@ -121,29 +129,49 @@ class SiteRuntime:
             same_kernel: whether `kernels.attend_lse` would run that very kernel (so it can replace it); asked where a method
                 needs the lse. None: it never would.
             maps: filled with (heads of this process or None, edited map), where the host hands out attention weights.
+            sdpa: whether `base` is torch's SDPA on this very `att`.
         """
         if call.packed:
             _check_apart(self.site, att, call)
         whole = SiteAttention(att, base, same_kernel)
         offset = self._offset(att.q.shape[1], active)
         marks = self._seen(active, offset, att.q.shape, call.phase)
-        result: Tensor | None = None
+        forms = WholeForms(att, call.memo) if sdpa and maps is None and self._takes_forms(att) else None
+        edited: list[tuple[Heads | None, Tensor]] = []
         for heads, bounds in self.partition(active):
             local = _local(heads, offset, att.q.shape[1])
             if local == ():
                 continue
-            out = _HeadGroup(self, whole, heads, offset, call, marks).run(bounds, maps)
-            if out is None:
-                continue
-            if local is None:
-                result = out
-                break
-            if result is None:
-                result = whole.out().clone()
-            result[:, list(local)] = out.to(result.dtype)
+            out = _HeadGroup(self, whole, heads, offset, call, marks, forms).run(bounds, maps)
+            if out is not None:
+                edited.append((local, out))
         for mark in marks.values():
             mark.close()
-        return whole.out() if result is None else result
+        if edited and edited[0][0] is None:
+            return edited[0][1]
+        result = None if forms is None else forms.out()
+        result = whole.out() if result is None else result
+        for local, out in edited:
+            result = result.index_copy(1, self._index(local, result.device), out.to(result.dtype))
+        return result
+
+    def _takes_forms(self, att: Attention) -> bool:
+        """Whether heads that are not edited come out bit for bit where the kernel gets a mask of zeros for them."""
+        return (
+            att.q.device.type == "cpu"
+            and att.softcap is None
+            and att.sinks is None
+            and att.key_bias is None
+            and not (self.run.reference or self.run.measure or torch.compiler.is_compiling())
+        )
+
+    def _index(self, local: Heads, device: torch.device) -> Tensor:
+        """These heads as a tensor, made once."""
+        key = (local, device)
+        found = self._indices.get(key)
+        if found is None:
+            found = self._indices[key] = torch.tensor(local, device=device)
+        return found
 
     def _seen(self, active: tuple[int, ...], offset: int, shape: tuple[int, ...], phase: str) -> dict[int, Mark]:
         """Count this call once for each active intervention, however many head groups it falls into."""
@@ -210,11 +238,12 @@ class _HeadGroup:
         offset: int,
         call: AttnCall,
         marks: dict[int, Mark],
+        forms: WholeForms | None = None,
     ):
         size = whole.att.q.shape[1]
         local = _local(group, offset, size)
-        pick = (lambda t: t) if local is None else (lambda t: t[:, list(local)])
-        self.runtime, self.whole, self.local, self.marks = runtime, whole, local, marks
+        pick = (lambda t: t) if local is None else (lambda t: t.index_select(1, runtime._index(local, t.device)))
+        self.runtime, self.whole, self.local, self.marks, self.forms = runtime, whole, local, marks, forms
         self.pool = functools.partial(runtime.pool, group, size)
         own = tuple(range(size)) if local is None else local
         self.heads = tuple(h + offset for h in own)
@@ -230,11 +259,19 @@ class _HeadGroup:
                 return None if pair is None else (pick(pair[0]), pick(pair[1]))
 
             selected = whole.att if local is None else lambda: whole.att.select(local)
-            self.map = AttentionMap(selected, base=lambda: pick(whole.out()), fused=fused)
+            self.map = AttentionMap(selected, lambda: pick(whole.out()), fused, whole=whole.att, heads=len(own))
 
     def run(self, bounds: list[Bound], maps: list[tuple[Heads | None, Tensor]] | None) -> Tensor | None:
-        """The heads' edited output, or None where no method edits."""
+        """The heads' edited output, or None where no method edits, or all heads take the edit together."""
         plain = self.map
+        if self.forms is not None and len(bounds) == 1 and bounds[0].doors == _WEIGHTS:
+            bound = bounds[0]
+            edit = self.ask(bound, "weights", gather=False)
+            if edit is None or self.together(bound, edit):
+                return None
+            self.map.att  # noqa: B018
+            self.reweight(bound, edit)
+            return self.map.out
         for bound in bounds:
             if "inputs" in bound.doors:
                 self.inputs(bound)
@@ -252,27 +289,44 @@ class _HeadGroup:
                 out = self.output(bound, out)
         return out
 
-    def ask(self, bound: Bound, door: str, *args: Tensor) -> Any:
+    def together(self, bound: Bound, edit: Any) -> bool:
+        """Let all heads of the call take an edit in one form, where there is one."""
+        chosen = self.chosen(bound)
+        if self.forms.takes_bias(edit, chosen):
+            key = (bound.index, self.heads, self.base.site.layer if bound.method.restricting else None)
+            moves = self.forms.add_bias(key, self.local, edit, chosen)
+            if moves is None:
+                return False
+            self.mark(bound, "bias", moves)
+            return True
+        pair = self.forms.share(self.local, edit) if chosen is None else None
+        if pair is None:
+            return False
+        self.marks[bound.index].edited("shares", pair)
+        return True
+
+    def ask(self, bound: Bound, door: str, *args: Tensor, gather: bool = True) -> Any:
         """What the method returns at a door, checked where it is its first answer there."""
         site, phase = self.runtime.site.path, self.base.phase
         state = self.base.states.setdefault((bound.index, site, self.heads), {})
         pool = self.pool if bound.method.pools_heads else None
-        call = self.base.replace(view=self.map, state=state, method=bound.name, pool=pool)
+        call = self.base.replace(view=self.map, state=state, method=bound.name, pool=pool, owner=bound.index)
         key = (bound.index, door, phase, self.heads)
         first = key not in self.runtime.checked and not torch.compiler.is_compiling()
         before = self._shown(first, args)
         edit = getattr(bound.method, door)(call, *args)
         altered = self._altered(before, args)
-        if edit is not None and door != "output":
+        if edit is not None and door != "output" and gather:
             # Gathered here in every call, so that a checkpoint that computes one again, unchecked, finds the same order.
             self.map.att  # noqa: B018
         if first and state:
             check_state(f"{bound.name}.{door} at {site}", state, self.whole.att.shape[0])
         if not altered and (edit is None or not first):
             return edit
-        check = Check(bound.name, door, site, args[0] if door == "output" else self.map.att)
         # Nothing of it is kept for a gradient, for the same reason.
         with torch.no_grad():
+            shown = self.map.att if gather or self.map.gathered else self.whole.att.select(self.local)
+            check = Check(bound.name, door, site, args[0] if door == "output" else shown)
             check.left_alone(altered)
             getattr(check, door)(edit)
         self.runtime.checked.add(key)
@@ -405,10 +459,14 @@ class _HeadGroup:
 
     def weights(self, bound: Bound) -> None:
         edit = self.ask(bound, "weights")
-        if edit is None:
-            return
+        if edit is not None:
+            self.reweight(bound, edit)
+
+    def reweight(self, bound: Bound, edit: Reweight | Share) -> None:
+        """The map from here on."""
         mask = self.chosen(bound)
         if mask is not None:
+            edit = self.map.weights_of_share(edit) if isinstance(edit, Share) else edit
             edit = _masked(edit, mask, self.map.att.stat_dtype)
         self.map = self.map.reweighted(edit)
         if self.runtime.run.measure:
@@ -429,7 +487,11 @@ class _HeadGroup:
             return out
         mask, edited = self.chosen(bound), edited.to(before.dtype)
         edited = edited if mask is None else torch.where(mask[..., None], edited, before)
-        self.mark(bound, "output", None if torch.compiler.is_compiling() else (edited != before).any())
+        # Of a decode step, compared when somebody looks.
+        small = before.shape[2] <= FEW_ROWS and before.numel() <= SMALL
+        keep = (lambda t: t.detach()) if edited.requires_grad else (lambda t: t)
+        changed = (keep(edited), keep(before)) if small else (edited != before).any()
+        self.mark(bound, "output", None if torch.compiler.is_compiling() else changed)
         return edited
 
 

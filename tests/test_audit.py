@@ -105,23 +105,27 @@ def test_head_groups_of_one_call_are_one_call(model: Any, inputs: Any) -> None:
     with steer(model, tuned, gated) as run:
         model(**inputs)
     record = run.audit.record(0, site(0))
-    assert (record.calls, record.edits, record.rows, record.heads, record.path) == (1, 1, 2 * 7, 4, "fused")
+    assert (record.calls, record.edits, record.rows, record.heads, record.path) == (1, 1, 2 * 7, 4, "bias+fused")
     assert run.audit.record(1, site(0)).heads == 1
 
 
 @torch.no_grad()
 def test_the_path_of_an_edit_is_said(model: Any, inputs: Any) -> None:
-    """Two reweightings need no map either; the explicit one is built in a reference run only."""
+    """Weights without a row are a bias of the keys; two reweightings need no map; that is built in a reference run only."""
     first, second = ZeroTuning(gamma=2.0, where=Where(layers=0)), ZeroTuning(HeadSet({0: [3]}), 3.0)
     with steer(model, first, second) as run:
         model(**inputs)
-    assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["fused", "fused"]
+    assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["bias+fused", "fused"]
     with steer(model, first, second, reference=True) as run:
         model(**inputs)
     assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["dense", "dense"]
-    with steer(model, first) as run:
+    with steer(model, first, ZeroTuning(gamma=3.0)) as run:
         model(inputs["input_ids"][:, :3])
     assert run.audit.record(0, site(0)).path == "rows"
+    with steer(model, SpotLight([[(0, 2)]] * len(inputs["input_ids"]), 0.9)) as run:
+        cache = model(**inputs, use_cache=True).past_key_values
+        model(inputs["input_ids"][:, :1], past_key_values=cache)
+    assert run.audit.record(0, site(0)).path == "shares"
     with steer(model, Neutral("bias", 0.5), Neutral("inputs", 0.5)) as run:
         model(**inputs)
     assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["bias", "inputs"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..call import AttnCall, Reweight
+from ..call import AttnCall, Share
 from ..errors import SelectionError, UnsupportedHost
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
@@ -105,23 +105,16 @@ class ACT(Intervention):
         """Sums over rows that a cache crop removes cannot be taken back."""
         return self.decode != "running"
 
-    def weights(self, call: AttnCall) -> Reweight | None:
-        # With values per sample, neutral ones come out as weights of exactly one.
+    def weights(self, call: AttnCall) -> Share | None:
+        # With values per sample, neutral ones come out as shares of exactly the same.
         if self.beta == 1.0 or (call.phase == "decode" and self.decode == "prefill_only"):
             return None
-        sinks = self._sinks(call)
-        if not bool(sinks.any()):
-            return None
-        mass, outside = call.map.mass(sinks), call.map.outside(sinks)
-        # Where nothing else is seen there is nothing to hand the freed mass to: 0 / 0, NaN in the official code. A mass that is
-        # subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
-        least = torch.finfo(mass.dtype).tiny
-        edit = outside > least
+        # A row that sees nothing else has nobody to hand the freed mass to: 0 / 0, NaN in the official code. It stays.
+        sinks, beta = self._sinks(call), call.each(self.beta)
         if call.mixed and self.decode == "prefill_only":
-            edit = edit & ~call.generates[:, None]
-        edited, freed = edit.to(mass.dtype), 1.0 - call.each(self.beta)
-        rest = 1.0 + freed * (mass / outside.clamp_min(least)) * edited
-        return Reweight(((sinks, 1.0 - freed * edited),), rest, normalise=False)
+            spared = call.generates[:, None]
+            return Share(sinks, lambda share: torch.where(spared, share, beta * share))
+        return Share(sinks, lambda share: beta * share)
 
     def _sinks(self, call: AttnCall) -> Tensor:
         """S as a key set [B, H, m] of this call."""
@@ -136,7 +129,10 @@ class ACT(Intervention):
         if moving:
             self._update(call, length)
         sinks = state["sinks"]
-        return _grown(sinks, length) if m == length else _at(sinks, call.keys.slot)
+        if m != length:
+            return _at(sinks, call.keys.slot)
+        # Longer where the cache was cut; the very tensor otherwise, so that what is made of it is found again.
+        return sinks[..., :length] if sinks.shape[-1] > length else sinks
 
     def _update(self, call: AttnCall, length: int) -> None:
         """Add the rows of this call to the sums by slot, and look again which columns are sinks."""
@@ -202,7 +198,6 @@ def _added(old: Tensor | None, values: Tensor, slot: Tensor, length: int) -> Ten
 
 def _set(old: Tensor | None, values: Tensor, slot: Tensor, length: int) -> Tensor:
     """Values [B, T] by slot with those of `slot` replaced."""
-    whole = values.new_zeros(values.shape[0], length) if old is None else _grown(old, length).clone()
-    inside = slot < length
-    whole[:, slot[inside]] = values[:, inside]
-    return whole
+    # What slots behind the last hold falls into one of their own.
+    whole = values.new_zeros(values.shape[0], length + 1) if old is None else _grown(_grown(old, length), length + 1)
+    return whole.index_copy(1, slot.clamp_max(length), values)[:, :length]

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..call import AttnCall, Reweight
+from ..call import AttnCall, Reweight, Share
 from ..intervention import Intervention
 from ..parameters import flag, is_all, number
 from ..registry import register_method
@@ -59,16 +60,22 @@ class SpotLight(Intervention):
     def check_tokens(self, tokens: Tokens) -> None:
         check_spans(tokens, self.spans, self.tokenizer)
 
-    def weights(self, call: AttnCall) -> Reweight | None:
-        keys = span_keys(call, self.spans, self.tokenizer)
+    def weights(self, call: AttnCall) -> Reweight | Share | None:
+        keys = call.once("keys", lambda: span_keys(call, self.spans, self.tokenizer))
         if is_all(self.target, 0.0):
             return None
         target = call.each(self.target)
+        if not self.pooled:
+            return Share(keys, lambda share: _lifted(share, target), scale_sinks=True)
         share = call.map.mass(keys)
-        if self.pooled:
-            valid = call.row_valid[:, None].to(share.dtype)
-            whole = call.over_heads((share * valid).sum(dim=2, keepdim=True), "mean")
-            share = (whole / valid.sum(dim=2, keepdim=True)).expand_as(share)
+        valid = call.row_valid[:, None].to(share.dtype)
+        whole = call.over_heads((share * valid).sum(dim=2, keepdim=True), "mean")
+        share = (whole / valid.sum(dim=2, keepdim=True)).expand_as(share)
         low = (share > 0) & (share < target)
         weight = torch.where(low, target / share.clamp_min(torch.finfo(share.dtype).tiny), 1.0)
         return Reweight(((keys, weight),))
+
+
+def _lifted(share: Tensor, target: float | Tensor) -> Tensor:
+    """psi t / psi of psi t / psi + (1 - psi), where psi is below t."""
+    return torch.where(share < target, target / (1.0 + target - share), share)

@@ -181,7 +181,7 @@ def sdpa_primitive(
         att = problem(query, key, value, attn_mask, is_causal, scale)
         # Without `enable_gqa` the broadcast of one kv head runs another kernel than ours.
         same = functools.partial(same_kernel, att) if enable_gqa or query.shape[1] == key.shape[1] else None
-        return runtime(att, run_base, call, active, same)
+        return runtime(att, run_base, call, active, same, sdpa=same is not None)
 
     return primitive
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Forward:
         valid, request, prompt, phase, mixed, virtual: see `Account`. tokens: roles of the tokens so far, or None.
         encoder: bool [B, S], validity of an encoder's tokens, or None. frozen: statistics must not move.
         beside: the prompt without its images, where a method needs it. residual: hidden states that enter the layer.
+        memo: what was made once for all layers.
     """
 
     stack: Stack
@@ -56,6 +57,7 @@ class Forward:
     frozen: bool = False
     beside: Any = None
     residual: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def account(self) -> Account:
@@ -74,7 +76,8 @@ class Forward:
         if self.batch != batch or self.new != rows:
             # The stack folds other axes into the batch, or has no tokens.
             check_no_samples(runtime)
-            return AttnCall(site, plain(rows, device), plain(keys, device), host="transformers", phase=self.phase)
+            own = plain(rows, device), plain(keys, device)
+            return AttnCall(site, *own, host="transformers", phase=self.phase)
         facts: dict[str, Any] = {"tokens": self.tokens, "residual": self.residual}
         if self.beside is not None:
             facts["image_free"] = functools.partial(self.beside.at, site.path, self.tokens)
@@ -100,6 +103,7 @@ class Forward:
             packed=self.request is not None,
             states=states,
             facts=facts,
+            memo=self.memo,
         )
 
     def _encoder_keys(self, keys: int) -> Track:
