@@ -120,6 +120,7 @@ class SiteRuntime:
         same_kernel: Callable[[], bool] | None = None,
         maps: list[tuple[Heads | None, Tensor]] | None = None,
         sdpa: bool = False,
+        packs: bool = False,
     ) -> Tensor:
         """The site's output [B, H, n, dv] with the active interventions applied.
 
@@ -129,14 +130,14 @@ class SiteRuntime:
             same_kernel: whether `kernels.attend_lse` would run that very kernel (so it can replace it); asked where a method
                 needs the lse. None: it never would.
             maps: filled with (heads of this process or None, edited map), where the host hands out attention weights.
-            sdpa: whether `base` is torch's SDPA on this very `att`.
+            sdpa: whether `base` is torch's SDPA on this very `att`. packs: see `WholeForms`.
         """
         if call.packed:
             _check_apart(self.site, att, call)
         whole = SiteAttention(att, base, same_kernel)
         offset = self._offset(att.q.shape[1], active)
         marks = self._seen(active, offset, att.q.shape, call.phase)
-        forms = WholeForms(att, call.memo) if sdpa and maps is None and self._takes_forms(att) else None
+        forms = WholeForms(att, call.memo, packs) if sdpa and maps is None and self._takes_forms(att) else None
         edited: list[tuple[Heads | None, Tensor]] = []
         for heads, bounds in self.partition(active):
             local = _local(heads, offset, att.q.shape[1])

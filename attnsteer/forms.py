@@ -34,10 +34,13 @@ class WholeForms:
 
     Args:
         att: the call. memo: what is the same for all calls of this forward.
+        packs: whether the model hands one masked row of the query heads of a key head to its kernel as so many rows of one
+            head, which comes out with other last bits.
     """
 
     att: Attention
     memo: dict[Any, Any]
+    packs: bool = False
     biased: list[tuple[Any, tuple[int, ...] | None, Reweight, Tensor | None]] = field(default_factory=list)
     shared: Tensor | None = None
 
@@ -115,8 +118,8 @@ class WholeForms:
             return None
         kept = ("split", id(edit.keys), heads)
         inside, outside, empty, full, stays = self._once(kept, lambda: self._split(heads, edit.keys), edit.keys)
-        out_in, lse_in = kernels.attend_lse(att.replace(mask=inside), empty)
-        out, lse = kernels.attend_lse(att.replace(mask=outside), full)
+        out_in, lse_in = self._attend(inside, empty)
+        out, lse = self._attend(outside, full)
         before = torch.sigmoid(lse_in - lse)
         if stays is None:
             # NaN where a row sees no key at all.
@@ -149,9 +152,22 @@ class WholeForms:
             return self.shared
         key = ("mask", *(found[0] for found in self.biased))
         mask = self._once(key, self._mask, self.att.mask)
-        att = self.att.replace(mask=mask)
         # One operator; what torch puts around it takes as much time as a small call.
-        return kernels.attend(att) if kernels.lse_source(att) == "blockwise" else kernels.attend_lse(att, False)[0]
+        return self._attend(mask, False)[0]
+
+    def _attend(self, mask: Tensor, blind: Tensor | bool | None) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the model's kernel with an additive mask in place of the model's own."""
+        att = self.att.replace(mask=mask)
+        B, H, n, d = att.q.shape
+        if kernels.lse_source(att) == "blockwise":
+            # For a gradient, torch's own.
+            return kernels.attend(att), None
+        if not (self.packs and n == 1 and att.groups > 1 and self.att.mask is not None):
+            return kernels.attend_lse(att, blind)
+        rows = (B, H // att.groups, att.groups, -1)
+        mask = mask if mask.shape[1] == 1 else mask.reshape(len(mask), *rows[1:])
+        out, lse = kernels.attend_lse(att.replace(q=att.q.reshape(rows), mask=mask), blind)
+        return out.reshape(B, H, 1, -1), lse.reshape(B, H, 1)
 
     def _mask(self) -> Tensor:
         """The model's mask and all biases, as the kernel takes them."""
