@@ -207,23 +207,20 @@ class AttentionMap:
         keys, m = edit.keys, self.shape[3]
         if keys.shape[-1] < m:
             keys = torch.nn.functional.pad(keys, (0, m - keys.shape[-1]))
-        mass, outside = self.mass(keys), self.outside(keys)
+        mass = self.mass(keys)
         new = edit.of(mass)
+        if edit.scale_sinks:
+            stays = (mass <= 0) | (mass >= 1) | (new == mass)
+            weight = new * (1.0 - mass) / (mass * (1.0 - new)).masked_fill(stays, 1.0)
+            one = torch.ones_like(weight)
+            kept = kernels.held(one, weight) if weight.requires_grad else one
+            return Reweight(((keys, torch.where(stays, kept, weight)),))
+        outside = self.outside(keys)
         # A mass that is subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
         stays = (mass <= 0) | (outside <= torch.finfo(mass.dtype).tiny)
-        mass_or_one, outside_or_one = mass.masked_fill(stays, 1.0), outside.masked_fill(stays, 1.0)
-        if not edit.scale_sinks:
-            inside = torch.where(stays, 1.0, new / mass_or_one)
-            return Reweight(
-                ((keys, inside),), torch.where(stays, 1.0, 1.0 + (mass - new) / outside_or_one), normalise=False
-            )
-        full = new >= 1.0
-        weight = new * (outside + self.sink_share()) / (mass_or_one * (1.0 - new).masked_fill(full, 1.0))
-        same = stays | full | (new == mass)
-        one = torch.ones_like(weight)
-        return Reweight(
-            ((keys, torch.where(same, kernels.held(one, weight) if weight.requires_grad else one, weight)),)
-        )
+        inside = torch.where(stays, 1.0, new / mass.masked_fill(stays, 1.0))
+        rest = torch.where(stays, 1.0, 1.0 + (mass - new) / outside.masked_fill(stays, 1.0))
+        return Reweight(((keys, inside),), rest, normalise=False)
 
     def _factor(self, edit: Reweight) -> Tensor | float:
         """Weights that broadcast to [B, H, n, m]; a number where all keys have the same."""

@@ -48,7 +48,8 @@ class Share:
             decoding lets what is made of it be kept.
         of: the new share of the set from the one it has, both [B, H, n] from 0 to 1. Elementwise: it may be asked of other heads
             too, and by heads no further than by rows and samples.
-        scale_sinks: whether a learned sink shrinks and grows as the other keys do, or keeps what it has.
+        scale_sinks: whether a learned sink shrinks as the other keys do, or keeps what it has. For shares that never shrink, and
+            below one.
 
     A row that gives the set nothing, or nothing to other keys, stays as it is.
     """
@@ -194,6 +195,10 @@ class Check:
                 )
             self._device("the new share", new)
             wrong = ~((new >= 0) & (new <= 1))
+            if edit.scale_sinks and bool(((new < old) | (new >= 1)).any()) and not bool(wrong.any()):
+                raise self.refuse(
+                    f"a share of {share} becomes {float(new.flatten()[0]):.4g}; with scale_sinks it never shrinks, and stays below 1."
+                )
             if bool(wrong.any()):
                 raise self.refuse(
                     f"a share of {share} becomes {float(new[wrong][0]):.4g}; a share is a number from 0 to 1."

@@ -294,8 +294,7 @@ class _HeadGroup:
         """Let all heads of the call take an edit in one form, where there is one."""
         chosen = self.chosen(bound)
         if self.forms.takes_bias(edit, chosen):
-            key = (bound.index, self.heads, self.base.site.layer if bound.method.restricting else None)
-            moves = self.forms.add_bias(key, self.local, edit, chosen)
+            moves = self.forms.add_bias(self.form_key(bound), self.local, edit, chosen)
             if moves is None:
                 return False
             self.mark(bound, "bias", moves)
@@ -305,6 +304,10 @@ class _HeadGroup:
             return False
         self.marks[bound.index].edited("shares", pair)
         return True
+
+    def form_key(self, bound: Bound) -> Any:
+        """What tells apart where a method acts in the calls of one forward."""
+        return bound.index, self.heads, self.base.site.layer if bound.method.restricting else None
 
     def ask(self, bound: Bound, door: str, *args: Tensor, gather: bool = True) -> Any:
         """What the method returns at a door, checked where it is its first answer there."""
@@ -466,6 +469,12 @@ class _HeadGroup:
     def reweight(self, bound: Bound, edit: Reweight | Share) -> None:
         """The map from here on."""
         mask = self.chosen(bound)
+        if self.forms is not None and type(self.map) is AttentionMap and self.forms.takes_bias(edit, mask):
+            found = self.forms.rescored(self.form_key(bound), self.map.att, edit, mask)
+            if found is not None:
+                self.rescore(found[0])
+                self.mark(bound, "bias", found[1])
+                return
         if mask is not None:
             edit = self.map.weights_of_share(edit) if isinstance(edit, Share) else edit
             edit = _masked(edit, mask, self.map.att.stat_dtype)

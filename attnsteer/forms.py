@@ -62,6 +62,15 @@ class WholeForms:
             return positive and not weight.requires_grad and (weight.ndim == 0 or weight.shape[-1] == 1)
         return weight > 0
 
+    def rescored(self, key: Any, att: Attention, edit: Reweight, chosen: Tensor | None) -> tuple[Attention, Tensor] | None:
+        """(the call of some heads with such an edit among its scores, whether it moves anything); for edits that come after."""
+        bias, moves = self._once(("bias", key, id(edit)), lambda: self._log_weights(edit, chosen), edit)
+        mask = att.mask4()
+        if mask is not None and max(len(bias), len(mask)) * max(bias.shape[1], mask.shape[1]) * att.shape[2] * att.shape[3] > LARGEST:
+            return None
+        make = lambda: bias[:, :, None] if mask is None else bias[:, :, None] + att.additive(att.stat_dtype)  # noqa: E731
+        return att.replace(mask=self._once(("rescored", key, id(edit), id(mask)), make, edit, mask)), moves
+
     def add_bias(self, key: Any, heads: tuple[int, ...] | None, edit: Reweight, chosen: Tensor | None) -> Tensor | None:
         """Take such an edit of some heads (None: all); a 0-d bool, whether it moves anything. None: too large, not taken.
 
