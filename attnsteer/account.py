@@ -147,6 +147,11 @@ class Track:
         most = top.new_full((B, int(request.max()) + 1), -1).scatter_reduce(1, request, top, "amax")
         return chosen & (self.index == most.gather(1, request))
 
+    def tensors(self) -> list[Tensor]:
+        """All that is said of these rows or keys."""
+        said = [self.slot, self.index, self.request, self.valid, self.generated]
+        return [*said, self.prompt, self.first, self.last, self.last_prompt]
+
     @staticmethod
     def plain(size: int, device: torch.device) -> Track:
         """One request without padding, all of it prompt."""

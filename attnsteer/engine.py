@@ -22,6 +22,7 @@ from .intervention import Intervention
 from .kernels import Attention
 from .shards import Pool, Shards
 from .site import Site
+from .tokens import Tokens
 
 
 class Run(Protocol):
@@ -248,7 +249,8 @@ class _HeadGroup:
             if "weights" in bound.doors:
                 self.weights(bound)
         out = None if self.map is plain else self.map.out
-        if self.fresh and not bool(out.isfinite().all()):
+        # Detached: nothing of a look may be kept for a gradient, since a checkpoint that computes it again does not look.
+        if self.fresh and not bool(out.detach().isfinite().all()):
             self.check_result(plain)
         if maps is not None and self.map is not plain:
             maps.append((self.local, self.map.dense()))
@@ -283,6 +285,9 @@ class _HeadGroup:
         if first and state:
             check_state(f"{bound.name}.{door} at {site}", state, self.whole.att.shape[0])
         if not altered and (edit is None or not first):
+            if bound.method.observes:
+                # Nothing of it will ever be checked; copies for it in each call would be.
+                self.runtime.checked.add(key)
             return edit
         check = Check(bound.name, door, site, args[0] if door == "output" else self.map.att)
         # Nothing of it is kept for a gradient, for the same reason.
@@ -307,10 +312,9 @@ class _HeadGroup:
             found += [(name, getattr(self.map.att, name)) for name in "qkv"]
         if first:
             # What all methods and layers of this forward read; made here if it is not there yet.
-            tracks = (("call.rows", self.base.rows), ("call.keys", self.base.keys))
-            found += [
-                (name, t) for name, track in tracks for t in (track.index, track.slot, track.valid, track.request)
-            ]
+            for name, track in (("call.rows", self.base.rows), ("call.keys", self.base.keys)):
+                found += [(name, t) for t in track.tensors()]
+            found += [(f"call.{name}", t) for name, fact in self.base.facts.items() for t in _tensors(fact)]
         return [(name, t, in_place.mark(t, first)) for name, t in found]
 
     def _altered(self, before: list[tuple[str, Tensor, Any]], args: tuple[Tensor, ...]) -> list[str]:
@@ -334,7 +338,7 @@ class _HeadGroup:
     def check_result(self, plain: AttentionMap) -> None:
         """Refuse first edits after which outputs are infinite in the model's dtype, where the model's own are finite."""
         for bound, door, view in self.fresh:
-            if bool((view.out.isfinite().logical_not() & plain.out.isfinite()).any()):
+            if bool((view.out.detach().isfinite().logical_not() & plain.out.detach().isfinite()).any()):
                 self.runtime.checked.discard(self.first_key(bound, door))
                 raise Check(bound.name, door, self.runtime.site.path, view.out).refuse(
                     f"the edited attention has NaN or infinite outputs in {view.out.dtype}, in which the model takes them, where "
@@ -478,6 +482,13 @@ def _check_apart(site: Site, att: Attention, call: AttnCall) -> None:
             f"{site.path}: the call packs several sequences into a row, but this model lets them see each other. Pass a mask "
             "[B, 1, n, n] that keeps them apart, or put each in a batch row of its own."
         )
+
+
+def _tensors(fact: Any) -> list[Tensor]:
+    """The tensors of a fact of the call: itself, or those that it holds."""
+    if isinstance(fact, Tensor):
+        return [fact]
+    return [t for t in vars(fact).values() if isinstance(t, Tensor)] if isinstance(fact, Tokens) else []
 
 
 def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:

@@ -482,21 +482,41 @@ def test_a_state_that_cannot_follow_its_sequence_is_refused(value: Any) -> None:
         model(torch.arange(4, 18).reshape(2, 7))
 
 
+@dataclass(frozen=True)
 class TurnsTheAccount(Intervention):
     """Changes what all methods and layers of a forward read."""
 
+    change: Answer
+
     kinds = ("self",)
+    needs = ("tokens", "residual")
 
     def weights(self, call: AttnCall) -> Reweight:
-        call.key_index().zero_()
+        self.change(call)
         return Reweight(((call.first_key(), 2.0),))
 
 
-@torch.no_grad()
-def test_an_account_that_is_changed_in_place_is_refused() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda c: c.key_index().zero_(), "call.keys"),
+        (lambda c: c.keys.slot.add_(1), "call.keys"),
+        (lambda c: c.first_key().logical_not_(), "call.keys"),
+        (lambda c: c.prompt_keys().logical_not_(), "call.keys"),
+        (lambda c: c.rows.last.logical_not_(), "call.rows"),
+        (lambda c: c.prompt_end.logical_not_(), "call.rows"),
+        (lambda c: c.tokens.valid.logical_not_(), "call.tokens"),
+        (lambda c: c.residual.zero_(), "call.residual"),
+    ],
+)
+def test_an_account_that_is_changed_in_place_is_refused(change: Answer, name: str, mode: Any) -> None:
     model = tiny_transformers("llama")
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=7, padding="left")
+    words = rf"TurnsTheAccount.weights at model.layers.0.*changed .*{name}"
     with (
-        pytest.raises(ContractError, match=r"TurnsTheAccount.weights at model.layers.0.*call.keys"),
-        steer(model, TurnsTheAccount(where=Where(layers=[0]))),
+        mode(),
+        pytest.raises(ContractError, match=words),
+        steer(model, TurnsTheAccount(change, where=Where(layers=[0]))),
     ):
-        model(torch.arange(4, 18).reshape(2, 7))
+        model(**inputs)
