@@ -247,8 +247,8 @@ class AttnCall:
     def prompt_end(self) -> Tensor:
         """bool [B or 1, n]: the row of each prompt's last token, where this call has it (need "tokens").
 
-        No row is it where a prompt goes on in later chunks, nor in a call that only decodes. A call without a cache has it again
-        at every step, with generated rows behind it.
+        No row is it where a prompt goes on in later chunks, nor in a call that only decodes; of padded prompts in chunks, those
+        have it that reach into the last one. A call without a cache has it again at every step, with generated rows behind it.
         """
         end = self.rows.last_prompt
         return torch.zeros_like(end) if self.tokens.more_to_come else end

@@ -47,7 +47,8 @@ def _where(value: Any) -> Where:
 class Intervention(Named):
     """Base of all methods: a frozen dataclass of hyper-parameters and a `where`.
 
-    Hyper-parameters are declared with their ranges (see `parameters`), and checked when the object is made. A method's own
+    Hyper-parameters are declared with their ranges (see `parameters`), and checked when the object is made. Every strength, target,
+    scale and gate takes one number, or a list with one for each sample (None: it is left alone). A method's own
     `__post_init__` calls this one first; it is for checks that tie fields together.
 
     A method overrides any of `inputs`, `bias`, `weights`, `output` (inside attention; pure tensor maths on the
