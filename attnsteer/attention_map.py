@@ -228,8 +228,9 @@ class AttentionMap:
         if self._levels(edit):
             # Over the largest weight that a row meets, so that one whose keys all have the same weight keeps them to the last bit.
             if isinstance(factor, Tensor):
-                top = torch.where(A > 0, factor.detach(), 0.0).amax(dim=-1, keepdim=True)
-                factor = factor / top.masked_fill(top == 0, 1.0)
+                top = ((A > 0) * (factor.detach() if factor.requires_grad else factor)).amax(dim=-1, keepdim=True)
+                # A row that meets no weight above zero is kept below; any other scale does.
+                factor = factor / top.clamp_min(1e-19)
             else:
                 factor = 1.0
         new = A * factor

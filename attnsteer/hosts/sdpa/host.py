@@ -122,7 +122,7 @@ def counting(site: Site, primitive: Callable[..., Tensor], acting: Callable[[], 
         if calls.count != 1 and acting():
             why = (
                 "it took another path (call it without output_attentions), or reaches SDPA through an object or a helper function, "
-                "whose code is not exchanged"
+                "whose code is not exchanged (in compiled code also by an import inside the forward)"
                 if calls.count == 0
                 else "which of them is its attention cannot be told"
             )
