@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .edits import Reweight, Share
+from .in_place import mark, same
 from .kernels import Attention
 
 # Up to this many query rows (decoding), the rows themselves are cheaper than any identity.
@@ -48,8 +49,11 @@ class AttentionMap:
         self._groups: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         # Answers that are kept, each with what tells whether it was changed since.
         self._kept: list[tuple[Tensor, Any]] = []
+        self._watched = False
         # The map that a reweighting made this one of.
         self.before: AttentionMap | None = None
+        # The computation without the reweightings that are among the scores of `att`; None: there are none.
+        self.unweighted_att: Attention | None = None
 
     @property
     def att(self) -> Attention:
@@ -65,14 +69,21 @@ class AttentionMap:
 
     def _keep(self, answer: Tensor) -> Tensor:
         """An answer that will be given again."""
-        if not torch.compiler.is_compiling() and not answer.is_inference():
-            self._kept.append((answer, answer._version))
+        if not torch.compiler.is_compiling():
+            self._kept.append((answer, mark(answer, self._watched)))
         return answer
 
     def touched(self) -> bool:
-        """Whether an answer of this map, or of one below it, was changed in place. Inference tensors do not tell."""
-        own = any(answer._version != version for answer, version in self._kept)
+        """Whether an answer of this map, or of one below it, was changed in place; of inference tensors, while watched."""
+        own = any(not same(answer, marked) for answer, marked in self._kept)
         return own or (self.before is not None and self.before.touched())
+
+    def watch(self, on: bool) -> None:
+        """Whether copies of answers that count no versions (of inference mode) are kept from now on, to compare with."""
+        self._watched = on
+        self._kept = [(t, mark(t, on) if t.is_inference() else marked) for t, marked in self._kept]
+        if self.before is not None:
+            self.before.watch(on)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -186,6 +197,18 @@ class AttentionMap:
         """sum of `row_weight` [B or 1, n] over the rows that may see each key, whatever they give it, [B or 1, H or 1, m]."""
         return kernels.seen_by(self.att, row_weight)
 
+    def keys_seen(self) -> Tensor:
+        """How many keys each row may see, int64 [B or 1, H or 1, n]: causality, windows, padding, packing and biases counted."""
+        return kernels.keys_seen(self.att)
+
+    def scores(self) -> Tensor:
+        """The scores z [B, H, n, m], fp32, differentiable, of which the model's map is the softmax: scaled, soft-capped, with mask
+        and the biases of earlier methods, minus infinity where a row does not see a key. Builds the whole of it; reweightings are
+        not in it."""
+        _, _, n, m = self.shape
+        att = self.att if self.unweighted_att is None else self.unweighted_att
+        return att.scores(slice(0, n), slice(0, m))
+
     def rows(self, index: Tensor) -> Tensor:
         """The rows `index` [r] of the map, [B, H, r, m]."""
         return self.dense()[:, :, index] if self.few else kernels.rows(self.att, self.lse, index)
@@ -241,8 +264,16 @@ class AttentionMap:
 
     def _scaled(self, edit: Reweight) -> tuple[Tensor, Tensor]:
         """(the map under `edit`, its rows' norm [B, H, n, 1]), from the map itself."""
-        A = self.dense()
-        new = A * self._factor(edit)
+        A, factor = self.dense(), self._factor(edit)
+        if self._levels(edit):
+            # Over the largest weight that a row meets, so that one whose keys all have the same weight keeps them to the last bit.
+            if isinstance(factor, Tensor):
+                top = ((A > 0) * (factor.detach() if factor.requires_grad else factor)).amax(dim=-1, keepdim=True)
+                # A row that meets no weight above zero is kept below; any other scale does.
+                factor = factor / top.clamp_min(1e-19)
+            else:
+                factor = 1.0
+        new = A * factor
         if not edit.normalise:
             return new, A.new_ones(()).expand(*A.shape[:3], 1)
         norm = new.sum(dim=-1, keepdim=True)
@@ -262,6 +293,11 @@ class AttentionMap:
             return torch.where(stays, A, new / norm), torch.where(stays, one, norm)
         kept, new = torch.where(empty, A, kernels.held(A, new / norm)), new / norm
         return torch.where(stays, kept, new), torch.where(same, kernels.held(one, norm), norm)
+
+    def _levels(self, edit: Reweight) -> bool:
+        """Whether only the ratios of the weights matter, and that of the rest is not simply one."""
+        plain = not isinstance(edit.rest, Tensor) and edit.rest == 1
+        return edit.normalise and self.before is None and self.att.sinks is None and not plain and 0 not in self.shape
 
     def unweighted(self, edit: Reweight) -> Tensor:
         """bool [B, H, n]: the rows in which all weights of `edit` are one."""

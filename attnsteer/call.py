@@ -263,6 +263,16 @@ class AttnCall:
         """bool [B or 1, n]: the rows that belong to generated tokens."""
         return self.rows.generated & self.rows.valid
 
+    @property
+    def prompt_end(self) -> Tensor:
+        """bool [B or 1, n]: the row of each prompt's last token, where this call has it (need "tokens").
+
+        No row is it where a prompt goes on in later chunks, nor in a call that only decodes; of padded prompts in chunks, those
+        have it that reach into the last one. A call without a cache has it again at every step, with generated rows behind it.
+        """
+        end = self.rows.last_prompt
+        return torch.zeros_like(end) if self.tokens.more_to_come else end
+
     def key_index(self) -> Tensor:
         """Number of each key counted from its request's first valid token, [B or 1, m]; negative for left padding."""
         return self.keys.index

@@ -197,7 +197,7 @@ class Check:
             wrong = ~((new >= 0) & (new <= 1))
             if edit.scale_sinks and bool(((new < old) | (new >= 1)).any()) and not bool(wrong.any()):
                 raise self.refuse(
-                    f"a share of {share} becomes {float(new.flatten()[0]):.4g}; with scale_sinks it never shrinks, and stays below 1."
+                    f"a share of {share} becomes {float(new.flatten()[0]):.4g}; with scale_sinks it never shrinks, and is below 1."
                 )
             if bool(wrong.any()):
                 raise self.refuse(

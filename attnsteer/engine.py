@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import in_place, kernels
 from .account import Samples
 from .attention_map import FEW_ROWS, AttentionMap, DenseMap
 from .audit import Audit, Mark
@@ -23,6 +23,7 @@ from .intervention import Intervention
 from .kernels import Attention
 from .shards import Pool, Shards
 from .site import Site
+from .tokens import Tokens
 
 
 class Run(Protocol):
@@ -246,6 +247,9 @@ class _HeadGroup:
         pick = (lambda t: t) if local is None else (lambda t: t.index_select(1, runtime._index(local, t.device)))
         self.runtime, self.whole, self.local, self.marks, self.forms = runtime, whole, local, marks, forms
         self.pool = functools.partial(runtime.pool, group, size)
+        # The door that was asked last, whether for the first time; and the maps that first edits made.
+        self.asked: tuple[str, bool] = ("", False)
+        self.fresh: list[tuple[Bound, str, AttentionMap]] = []
         own = tuple(range(size)) if local is None else local
         self.heads = tuple(h + offset for h in own)
         self.base = call.replace(heads=self.heads, branch=runtime.run.branch)
@@ -266,23 +270,20 @@ class _HeadGroup:
         """The heads' edited output, or None where no method edits, or all heads take the edit together."""
         plain = self.map
         if self.forms is not None and len(bounds) == 1 and bounds[0].doors == _WEIGHTS:
-            bound = bounds[0]
-            edit = self.ask(bound, "weights", gather=False)
-            if edit is None or self.together(bound, edit):
+            edit = self.ask(bounds[0], "weights", gather=False)
+            if edit is None or self.together(bounds[0], edit):
                 return None
             self.map.att  # noqa: B018
-            self.reweight(bound, edit)
-            return self.map.out
-        for bound in bounds:
-            if "inputs" in bound.doors:
-                self.inputs(bound)
-        for bound in bounds:
-            if "bias" in bound.doors:
-                self.bias(bound)
-        for bound in bounds:
-            if "weights" in bound.doors:
-                self.weights(bound)
+            self.reweight(bounds[0], edit)
+        else:
+            for door in ("inputs", "bias", "weights"):
+                for bound in bounds:
+                    if door in bound.doors:
+                        getattr(self, door)(bound)
         out = None if self.map is plain else self.map.out
+        # Detached: nothing of a look may be kept for a gradient, since a checkpoint that computes it again does not look.
+        if self.fresh and not bool(out.detach().isfinite().all()):
+            self.check_result(plain)
         if maps is not None and self.map is not plain:
             maps.append((self.local, self.map.dense()))
         for bound in bounds:
@@ -311,21 +312,33 @@ class _HeadGroup:
 
     def ask(self, bound: Bound, door: str, *args: Tensor, gather: bool = True) -> Any:
         """What the method returns at a door, checked where it is its first answer there."""
-        site, phase = self.runtime.site.path, self.base.phase
+        site = self.runtime.site.path
         state = self.base.states.setdefault((bound.index, site, self.heads), {})
         pool = self.pool if bound.method.pools_heads else None
         call = self.base.replace(view=self.map, state=state, method=bound.name, pool=pool, owner=bound.index)
-        key = (bound.index, door, phase, self.heads)
+        key = self.first_key(bound, door)
         first = key not in self.runtime.checked and not torch.compiler.is_compiling()
         before = self._shown(first, args)
-        edit = getattr(bound.method, door)(call, *args)
+        self.asked, view = (door, first), self.map
+        if first:
+            view.watch(True)
+        try:
+            edit = getattr(bound.method, door)(call, *args)
+        except Exception as error:
+            error.add_note(f"attnsteer: raised in {bound.name}.{door} at {site}.")
+            raise
         altered = self._altered(before, args)
+        if first:
+            view.watch(False)
         if edit is not None and door != "output" and gather:
             # Gathered here in every call, so that a checkpoint that computes one again, unchecked, finds the same order.
             self.map.att  # noqa: B018
         if first and state:
             check_state(f"{bound.name}.{door} at {site}", state, self.whole.att.shape[0])
         if not altered and (edit is None or not first):
+            if bound.method.observes:
+                # Nothing of it will ever be checked; copies for it in each call would be.
+                self.runtime.checked.add(key)
             return edit
         # Nothing of it is kept for a gradient, for the same reason.
         with torch.no_grad():
@@ -335,6 +348,10 @@ class _HeadGroup:
             getattr(check, door)(edit)
         self.runtime.checked.add(key)
         return edit
+
+    def first_key(self, bound: Bound, door: str) -> tuple[int, str, str, Heads]:
+        """Under which a first edit is remembered as looked at."""
+        return bound.index, door, self.base.phase, self.heads
 
     def _shown(self, first: bool, args: tuple[Tensor, ...]) -> list[tuple[str, Tensor, Any]]:
         """What a method must leave as it is, with its mark: the model's q, k and v, those of its heads, and `out`."""
@@ -347,15 +364,14 @@ class _HeadGroup:
             found += [(name, getattr(self.map.att, name)) for name in "qkv"]
         if first:
             # What all methods and layers of this forward read; made here if it is not there yet.
-            tracks = (("call.rows", self.base.rows), ("call.keys", self.base.keys))
-            found += [
-                (name, t) for name, track in tracks for t in (track.index, track.slot, track.valid, track.request)
-            ]
-        return [(name, t, _mark(t, first)) for name, t in found]
+            for name, track in (("call.rows", self.base.rows), ("call.keys", self.base.keys)):
+                found += [(name, t) for t in track.tensors()]
+            found += [(f"call.{name}", t) for name, fact in self.base.facts.items() for t in _tensors(fact)]
+        return [(name, t, in_place.mark(t, first)) for name, t in found]
 
     def _altered(self, before: list[tuple[str, Tensor, Any]], args: tuple[Tensor, ...]) -> list[str]:
         """Names of what was changed in place."""
-        names = [name for name, t, mark in before if not _same(t, mark)]
+        names = [name for name, t, marked in before if not in_place.same(t, marked)]
         shown = sum(1 for name, _, _ in before if not name.startswith("call."))
         if shown and shown == 3 + len(args) and self.map.gathered and self.map.att is not self.whole.att:
             # Gathered by the method itself: new tensors, of version zero.
@@ -367,6 +383,19 @@ class _HeadGroup:
 
     def mark(self, bound: Bound, path: str, changed: Tensor | None) -> None:
         self.marks[bound.index].edited(path, changed)
+        door, first = self.asked
+        if first and door != "output":
+            self.fresh.append((bound, door, self.map))
+
+    def check_result(self, plain: AttentionMap) -> None:
+        """Refuse first edits after which outputs are infinite in the model's dtype, where the model's own are finite."""
+        for bound, door, view in self.fresh:
+            if bool((view.out.detach().isfinite().logical_not() & plain.out.detach().isfinite()).any()):
+                self.runtime.checked.discard(self.first_key(bound, door))
+                raise Check(bound.name, door, self.runtime.site.path, view.out).refuse(
+                    f"the edited attention has NaN or infinite outputs in {view.out.dtype}, in which the model takes them, where "
+                    "the model's own has none."
+                )
 
     def chosen(self, bound: Bound) -> Tensor | None:
         """bool [B or 1, H or 1, n or 1]: where the method acts, by `where` and by its values per sample; None for all."""
@@ -472,7 +501,9 @@ class _HeadGroup:
         if self.forms is not None and type(self.map) is AttentionMap and self.forms.takes_bias(edit, mask):
             found = self.forms.rescored(self.form_key(bound), self.map.att, edit, mask)
             if found is not None:
+                below = self.map.unweighted_att or self.map.att
                 self.rescore(found[0])
+                self.map.unweighted_att = below
                 self.mark(bound, "bias", found[1])
                 return
         if mask is not None:
@@ -521,17 +552,11 @@ def _check_apart(site: Site, att: Attention, call: AttnCall) -> None:
         )
 
 
-def _mark(tensor: Tensor, values: bool) -> Any:
-    """What tells whether a tensor was changed in place: its version, or a copy where it counts none."""
-    if tensor.is_inference():
-        return tensor.clone() if values else None
-    return tensor._version
-
-
-def _same(tensor: Tensor, mark: Any) -> bool:
-    if mark is None:
-        return True
-    return torch.equal(tensor, mark) if isinstance(mark, Tensor) else tensor._version == mark
+def _tensors(fact: Any) -> list[Tensor]:
+    """The tensors of a fact of the call: itself, or those that it holds."""
+    if isinstance(fact, Tensor):
+        return [fact]
+    return [t for t in vars(fact).values() if isinstance(t, Tensor)] if isinstance(fact, Tokens) else []
 
 
 def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:

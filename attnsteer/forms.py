@@ -62,11 +62,13 @@ class WholeForms:
             return positive and not weight.requires_grad and (weight.ndim == 0 or weight.shape[-1] == 1)
         return weight > 0
 
-    def rescored(self, key: Any, att: Attention, edit: Reweight, chosen: Tensor | None) -> tuple[Attention, Tensor] | None:
+    def rescored(
+        self, key: Any, att: Attention, edit: Reweight, chosen: Tensor | None
+    ) -> tuple[Attention, Tensor] | None:
         """(the call of some heads with such an edit among its scores, whether it moves anything); for edits that come after."""
         bias, moves = self._once(("bias", key, id(edit)), lambda: self._log_weights(edit, chosen), edit)
         mask = att.mask4()
-        if mask is not None and max(len(bias), len(mask)) * max(bias.shape[1], mask.shape[1]) * att.shape[2] * att.shape[3] > LARGEST:
+        if mask is not None and torch.broadcast_shapes(bias[:, :, None].shape, mask.shape).numel() > LARGEST:
             return None
         make = lambda: bias[:, :, None] if mask is None else bias[:, :, None] + att.additive(att.stat_dtype)  # noqa: E731
         return att.replace(mask=self._once(("rescored", key, id(edit), id(mask)), make, edit, mask)), moves
@@ -89,11 +91,11 @@ class WholeForms:
 
     def _log_weights(self, edit: Reweight, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
         """(log w [b, h, m] in the dtype of statistics, whether it moves anything)."""
-        bias = self._log(edit.rest)
-        if not isinstance(bias, Tensor):
-            bias = self.att.q.new_full((1, 1, 1), bias, dtype=self.att.stat_dtype)
+        # Over the weight of the rest, so that rows which see nothing else stay to the last bit.
+        rest = self._log(edit.rest)
+        bias = torch.zeros((1, 1, 1), dtype=self.att.stat_dtype, device=self.att.q.device)
         for keys, weight in edit.groups:
-            bias = torch.where(keys, self._log(weight), bias)
+            bias = torch.where(keys, self._log(weight) - rest, bias)
         if chosen is not None:
             bias = torch.where(chosen, bias, 0.0)
         bias = bias.expand(*bias.shape[:2], self.att.shape[3])

@@ -15,8 +15,18 @@ from torch import nn
 from .audit import Audit
 from .bound import Bound
 from .engine import SiteRuntime
-from .errors import CompositionError, NeverFired, NothingChanged, SelectionError, UnsupportedHost, brief, listing
+from .errors import (
+    CompositionError,
+    NeverFired,
+    NothingChanged,
+    SelectionError,
+    UnsupportedHost,
+    brief,
+    did_you_mean,
+    listing,
+)
 from .intervention import Intervention
+from .parameters import Flag, named
 from .registry import get_host, hosts
 from .scope import PLAIN, SCOPES, Scope
 from .site import Site, SiteList
@@ -50,6 +60,7 @@ class Steering:
         measure: bool = False,
         reference: bool = False,
         control: bool = False,
+        host: Any = None,
     ):
         self.target = target
         self.measure = measure
@@ -61,7 +72,7 @@ class Steering:
         self._journal = Journal()
         self._lock = threading.RLock()
         self.attached = True
-        self.host = find_host(target)
+        self.host = find_host(target) if host is None else host
         every = self.host.sites()
         self.bounds, plan = bind(interventions, every, self.host)
         self.sites = SiteList(site for site in every if site.path in plan)
@@ -256,6 +267,7 @@ def _modules(target: Any) -> Iterator[Any]:
             yield from part.modules()
 
 
+@named
 def steer(
     target: Any,
     *interventions: Intervention,
@@ -277,11 +289,15 @@ def steer(
         A `Steering`: use it as a context manager, or call `remove()`.
 
     Raises:
-        SelectionError: a selection matches nothing or names what does not exist.
+        SelectionError: a selection matches nothing or names what does not exist; a parameter does not exist, or is no bool.
         UnsupportedHost: the target, its backend or a processor cannot be steered exactly.
         CompositionError: a site is steered already.
         NeverFired: on leaving the context without an error, an intervention had changed nothing.
     """
+    # What is asked of comes first: what is said of the interventions would be beside the point.
+    host = None if isinstance(target, Intervention) else find_host(target)
+    for name, value in (("measure", measure), ("reference", reference), ("control", control)):
+        Flag().check("steer", name, value)
     if not interventions:
         raise SelectionError("steer() got no intervention; give at least one, e.g. steer(model, HeadGate({...})).")
     for method in interventions:
@@ -294,7 +310,7 @@ def steer(
             if len(shown) > 80:
                 shown = f"a {type(method).__name__}"
             raise SelectionError(f"steer() got {shown}, which is no Intervention.{hint}")
-    return Steering(target, interventions, measure, reference, control)
+    return Steering(target, interventions, measure, reference, control, host)
 
 
 def sites(target: Any) -> SiteList:
@@ -387,8 +403,13 @@ def _check_host(method: Intervention, host: Any) -> None:
             raise UnsupportedHost(f"{name} needs {need}: {absent[need]}")
     lacking = [need for need in method.needs if need not in host.provides]
     if lacking:
+        given = sorted(host.provides - {*CLOCKS, "around"})
+        every = {need for known in hosts() for need in get_host(known).provides}
+        # One that some other host has is no slip.
+        hint = "".join(did_you_mean(need, every) for need in lacking if need not in every)
         raise UnsupportedHost(
-            f"{name} needs {', '.join(lacking)}, which {type(host).__name__} does not provide for a {target}."
+            f"{name} needs {listing(lacking)}, which a call of a {target} does not give; it gives "
+            f"{listing(given) or 'nothing beyond q, k and v'}.{hint}"
         )
 
 

@@ -105,24 +105,28 @@ def test_head_groups_of_one_call_are_one_call(model: Any, inputs: Any) -> None:
     with steer(model, tuned, gated) as run:
         model(**inputs)
     record = run.audit.record(0, site(0))
-    assert (record.calls, record.edits, record.rows, record.heads, record.path) == (1, 1, 2 * 7, 4, "bias+fused")
+    assert (record.calls, record.edits, record.rows, record.heads, record.path) == (1, 1, 2 * 7, 4, "bias")
     assert run.audit.record(1, site(0)).heads == 1
 
 
 @torch.no_grad()
 def test_the_path_of_an_edit_is_said(model: Any, inputs: Any) -> None:
     """Weights without a row are a bias of the keys; two reweightings need no map; that is built in a reference run only."""
+    lifted = SpotLight([[(0, 2)]] * len(inputs["input_ids"]), 0.9, where=Where(layers=0))
     first, second = ZeroTuning(gamma=2.0, where=Where(layers=0)), ZeroTuning(HeadSet({0: [3]}), 3.0)
-    with steer(model, first, second) as run:
+    with steer(model, first, second, lifted) as run:
         model(**inputs)
-    assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["bias+fused", "fused"]
+    assert [run.audit.record(i, site(0)).path for i in (0, 1, 2)] == ["bias", "bias", "fused"]
+    with steer(model, lifted, first, second) as run:
+        model(**inputs)
+    assert [run.audit.record(i, site(0)).path for i in (0, 1, 2)] == ["fused", "fused", "fused"]
     with steer(model, first, second, reference=True) as run:
         model(**inputs)
     assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["dense", "dense"]
-    with steer(model, first, ZeroTuning(gamma=3.0)) as run:
+    with steer(model, lifted, first) as run:
         model(inputs["input_ids"][:, :3])
     assert run.audit.record(0, site(0)).path == "rows"
-    with steer(model, SpotLight([[(0, 2)]] * len(inputs["input_ids"]), 0.9)) as run:
+    with steer(model, lifted) as run:
         cache = model(**inputs, use_cache=True).past_key_values
         model(inputs["input_ids"][:, :1], past_key_values=cache)
     assert run.audit.record(0, site(0)).path == "shares"
@@ -221,3 +225,58 @@ def test_many_calls_are_counted_in_full(model: Any) -> None:
     for i in range(2 * MANY + 3):
         flags.add(torch.tensor(i % 3 == 0))
     assert flags.count() == sum(i % 3 == 0 for i in range(2 * MANY + 3)) == flags.count()
+
+
+def no_key(call: AttnCall) -> Tensor:
+    """[1, 1, m]: empty."""
+    return torch.zeros(1, 1, call.keys.size, dtype=torch.bool)
+
+
+# Reweightings that leave each row as it is, since each sees keys of one weight only.
+ONE_WEIGHT: dict[str, Any] = {
+    "no group": lambda call: Reweight((), rest=3.0),
+    "no group, by row": lambda call: Reweight((), rest=torch.rand(call.rows.size) + 0.1),
+    "no group, none left": lambda call: Reweight((), rest=0.0),
+    "no key": lambda call: Reweight(((no_key(call), 3.0),)),
+    "no key beside others": lambda call: Reweight(((no_key(call), 7.0), (no_key(call), 5.0)), rest=49.0),
+    "no key, by row": lambda call: Reweight(((no_key(call), 7.0),), rest=torch.rand(call.rows.size) + 0.1),
+    "the same for two": lambda call: Reweight(((call.first_key(), 7.0),), rest=7.0),
+    "padding": lambda call: Reweight(((call.padding_keys(), 7.0),), rest=0.3),
+}
+
+
+@dataclass(frozen=True)
+class OneWeight(Intervention):
+    """One of `ONE_WEIGHT`."""
+
+    name: str
+
+    def weights(self, call: AttnCall) -> Reweight:
+        return ONE_WEIGHT[self.name](call)
+
+
+@pytest.mark.parametrize("heads", [None, [0, 3]], ids=["all heads", "two heads"])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("name", ONE_WEIGHT)
+@torch.no_grad()
+def test_one_weight_for_all_keys_changes_nothing(
+    model: Any, inputs: Any, name: str, reference: bool, heads: Any
+) -> None:
+    """Renormalising takes it out again: bit for bit, in a prompt and in steps, in the fast form and in the explicit one."""
+    plain = model.generate(**inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    method = OneWeight(name, where=Where(heads=heads))
+    with steer(model, method, reference=reference, control=True) as run:
+        out = model.generate(**inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    assert all(torch.equal(a, b) for a, b in zip(out.logits, plain.logits, strict=True))
+    assert all((r.calls, r.edits, r.changed) == (4, 4, 0) for r in run.audit.records.values())
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@torch.no_grad()
+def test_a_learned_sink_keeps_its_weight(reference: bool) -> None:
+    """So that one weight for all keys moves their shares."""
+    model = tiny_transformers("gpt_oss")
+    inputs = tiny_transformers_inputs("gpt_oss", model, batch=2, length=7)
+    with steer(model, OneWeight("no group"), reference=reference) as run:
+        model(**inputs)
+    assert all(r.changed == 1 for r in run.audit.records.values())

@@ -4,7 +4,7 @@ from .groups import KeyIndex, index_keys, leftover, mass, partial
 from .lse import attend, attend_lse, causal_with_mask, lse_source
 from .merge import held, merge, reweight
 from .problem import Attention, dense, dense_with_sink, visible
-from .statistics import column_mass, entropy, rows, seen_by
+from .statistics import column_mass, entropy, keys_seen, rows, seen_by
 
 __all__ = [
     "Attention",
@@ -18,6 +18,7 @@ __all__ = [
     "entropy",
     "held",
     "index_keys",
+    "keys_seen",
     "leftover",
     "lse_source",
     "mass",

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ..call import AttnCall, Share
-from ..errors import SelectionError, UnsupportedHost
+from ..errors import SelectionError
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
 from ..parameters import PerSample, choice, integer, number
 from ..registry import register_method
 from ..site import Site
 from ..where import Where
+from ._prompt import prompt_unseen
 
 MODES = ("frozen", "running", "prefill_only")
 EXCLUDED = ("first_token", "first_hit")
@@ -122,10 +123,7 @@ class ACT(Intervention):
         length = call.past + n
         moving = call.phase == "prefill" or (self.decode == "running" and not call.frozen)
         if not moving and "sinks" not in state:
-            raise UnsupportedHost(
-                f"ACT(decode={self.decode!r}) at {call.site.path}: the cache was filled before steering began, so the prompt's "
-                "sinks are not known. Run the prefill inside the steering context."
-            )
+            raise prompt_unseen(self, call, "the prompt's sinks are not known")
         if moving:
             self._update(call, length)
         sinks = state["sinks"]

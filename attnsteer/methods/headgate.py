@@ -61,7 +61,8 @@ class HeadGate(Intervention):
         if all(is_all(g, 1.0) for g in gates):
             return None
         if not self.sample_values:
-            return out * _factors(tuple(gates), out.dtype, out.device)
+            make = _factors.__wrapped__ if torch.compiler.is_compiling() else _factors
+            return out * make(tuple(gates), out.dtype, out.device)
         own = {"key": "gate", "each": lambda gate: 1.0 if gate is None else gate}
         rows = [call.each_row(g, out, **own) if isinstance(g, PerSample) else out.new_tensor([g]) for g in gates]
         return out * torch.stack([r.expand(out.shape[0]) for r in rows], dim=1)[:, :, None, None]

@@ -168,7 +168,8 @@ class InterventionSpec(Spec):
         {}, description="Hyper-parameters by name; {sample: KEY} takes the value from each sample of the batch."
     )
     zero: Options | None = Field(
-        None, description="What is changed in params for the zero-strength control; null: the method's own rest."
+        None,
+        description="What is changed in params for the zero-strength control; null: what turns a shipped method off.",
     )
     heads: Name | dict[str, list[int]] | None = Field(
         None, description='A HeadSet file relative to the recipe, {layer: [head, ...]}, "calibrated", or "zoo:act".'

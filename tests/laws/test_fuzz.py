@@ -22,6 +22,7 @@ REFUSED = (
     ("positions", "lets them see each other"),
     ("tree", "interleaves them"),
     ("", "filled before steering began"),
+    ("", "leaves the prompt out"),
 )
 
 
