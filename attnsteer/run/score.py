@@ -115,6 +115,11 @@ class Scores:
         out["changed_calls"] = {arm: changed_calls(audit) for arm, audit in self.audits.items() if audit}
         out["unchanged"] = self._unchanged(out["changed_calls"])
         out["cost"] = self.cost()
+        shared = [arm for arm, cost in out["cost"].items() if cost.get("shared")]
+        if shared:
+            self.warnings.append(
+                f"{listing(shared)} answered in shared batches: their cost is an equal share of these, and not what each takes"
+            )
         out["claims"] = self._claims(arms)
         told = [str(w.message) for w in caught]
         out["warnings"] = list(dict.fromkeys([*self.warnings, *told]))
@@ -268,7 +273,8 @@ class Scores:
     def cost(self) -> dict[str, Any]:
         """Per arm: seconds per sample, units per second, peak memory, and time relative to the baseline.
 
-        The first batch of an arm in a process warms things up, and is left out where there are others.
+        The first batch of an arm in a process warms things up, and is left out where there are others. Arms that answered in
+        one batch have equal shares of its time, and no time relative to each other.
         """
         out: dict[str, Any] = {}
         for arm in self.arms:
@@ -284,12 +290,13 @@ class Scores:
                 "unit": unit,
                 "peak_memory_mb": max(t["peak_memory"] for t in lines) / 2**20,
                 "relative": None,
+                **({"shared": True} if any("shared" in t for t in lines) else {}),
             }
         for arm, own in out.items():
             # Settings of decoding give each point a baseline of its own.
             bases = (p["arms"].get("baseline") for p in self.plan["points"] if arm in p["arms"].values())
             base = next((b for b in bases if b in out), None)
-            if base is not None:
+            if base is not None and not own.get("shared") and not out[base].get("shared"):
                 own["relative"] = own["seconds_per_sample"] / out[base]["seconds_per_sample"]
         return out
 

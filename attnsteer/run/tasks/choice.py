@@ -24,7 +24,7 @@ DECODING: dict[str, Any] = {}
 LEAST = -1e9
 
 
-def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]:
+def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], list[int]]:
     """Records with `choices`, `scores`, `answer`."""
     import torch
 
@@ -45,7 +45,7 @@ def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]
         {**sample_fields(s, SAMPLE_KEYS), "scores": [max(float(v), LEAST) for v in own]}
         for s, own in zip(request.samples, scores, strict=True)
     ]
-    return records, len(records)
+    return records, [1] * len(records)
 
 
 def _at_once(loaded: Loaded, request: Request, every: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
