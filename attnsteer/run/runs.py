@@ -321,7 +321,7 @@ class Work:
         try:
             for seed in recipe.seeds:
                 for number, part in own:
-                    for group in list(self.groups):
+                    for group in sharing.of_batch(self.groups, part, self.loaded, self.task.DECODING):
                         missing = {
                             (arm.id, s["id"])
                             for arm in group
@@ -357,7 +357,7 @@ class Work:
             self._write(group, seed, number, part, missing, answers, reading, files)
             return
         # By itself each arm says what is wrong with it, and the answers of the others are kept.
-        self.groups = [g for other in self.groups for g in ([other] if other is not group else [[a] for a in group])]
+        self.groups = [g for own in self.groups for g in ([[a] for a in own] if group[0] in own else [own])]
         for arm in group:
             own = {(a, i) for a, i in missing if a == arm.id}
             if own:

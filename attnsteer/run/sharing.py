@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NeverFired, listing
@@ -17,18 +17,36 @@ if TYPE_CHECKING:
     from ..intervention import Intervention
     from ..steering import Steering
 
-# Rows of a batch up to which sharing it is faster than a batch for each arm.
-MOST_ROWS = 32
+# Tokens in a forward up to which a shared batch was found faster: from there on the model computes as long for each arm as
+# it does for one alone, and an edit more, which has the heads of all of them (docs/decisions.md).
+MOST_TOKENS = 1000
 
 
 def groups(job: Job, loaded: Loaded, arms: Sequence[Arm]) -> list[list[Arm]]:
-    """The arms of a run, those together that share their batches."""
-    recipe = job.recipe
-    most = MOST_ROWS // min(recipe.batch_size, max(1, len(job.data.samples)))
-    if recipe.share == "off" or recipe.task == "image" or most < 2 or not job.data.samples:
+    """The arms of a run, those together that can share batches."""
+    if job.recipe.share == "off" or loaded.kind != "lm" or not job.data.samples:
         return [[arm] for arm in arms]
-    found = sharing.groups(arms, job.data.samples[0], loaded)
-    return [g[i : i + most] for g in found for i in range(0, len(g), most)]
+    return sharing.groups(arms, job.data.samples[0], loaded)
+
+
+def of_batch(
+    groups: Sequence[list[Arm]], samples: Sequence[Sample], loaded: Loaded, decoding: Mapping[str, Any]
+) -> list[list[Arm]]:
+    """The arms that answer these samples together: those of a group, as many as make the batch faster.
+
+    Args:
+        decoding: arguments of `generate` where the arms do not give them; without `max_new_tokens` nothing is written.
+    """
+    if all(len(g) == 1 for g in groups):
+        return list(groups)
+    longest = max(len(loaded.tokenizer(s["prompt"]).input_ids) for s in samples)
+    found = []
+    for group in groups:
+        # The prompts are one forward, each token after the first one more.
+        new = max(1, {**decoding, **group[0].decoding}.get("max_new_tokens", 1))
+        most = max(1, int(MOST_TOKENS * new / (len(samples) * (longest + new - 1))))
+        found += [group[i : i + most] for i in range(0, len(group), most)]
+    return found
 
 
 def make(group: Sequence[Arm], samples: Sequence[Sample], loaded: Loaded) -> list[Intervention]:

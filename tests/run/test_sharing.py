@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from attnsteer import ZeroTuning
 from attnsteer.errors import RunError
-from attnsteer.run import run
-from attnsteer.run.sharing import MOST_ROWS
-from tests.run.running import EXISTENCE, READING, load, recipe, records, tiny
+from attnsteer.run import run, sharing
+from tests.run.running import EXISTENCE, load, recipe, records, tiny
 from tests.run.test_run_resume import stopped
 
 ANSWER = {"task": "answer", "decoding": {"max_new_tokens": 6}, "metrics": ["letter"], "primary": "letter.accuracy"}
@@ -25,8 +25,13 @@ CASES: dict[str, dict[str, Any]] = {
         "sweep": {"interventions.0.params.gamma": [0.3, 6.0]},
     },
     "answer": {**ANSWER, "controls": {"zero": True, "random_heads": 1}},
-    "images": {**EXISTENCE, "batch_size": 4},
 }
+
+
+@pytest.fixture(autouse=True)
+def _whatever_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All arms that can share do."""
+    monkeypatch.setattr(sharing, "MOST_TOKENS", 10**6)
 
 
 def both(folder: Path, **changes: Any) -> tuple[Path, Path]:
@@ -186,12 +191,25 @@ def test_arms_that_cannot_share_run_apart(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_large_batches_are_not_shared_and_small_ones_up_to_a_number_of_rows(tmp_path: Path) -> None:
-    big = recipe(tmp_path, batch_size=MOST_ROWS, share="auto", data={**READING["data"], "limit": MOST_ROWS})
-    assert not any("shared" in t for t in timings(run(big, tmp_path / "big", progress=False)))
-    many = recipe(tmp_path, batch_size=MOST_ROWS // 3, share="auto")
-    found = {t["arm"]: t.get("shared") for t in timings(run(many, tmp_path / "many", progress=False))}
-    assert found == {"baseline": 3, "zero": 3, "method": 3, "random-1": None}
+def test_questions_about_images_are_not_shared(tmp_path: Path) -> None:
+    """Their prompts are long, and each arm would see the images anew."""
+    out = run(recipe(tmp_path, **EXISTENCE, share="auto"), tmp_path / "run", progress=False)
+    assert not any("shared" in t for t in timings(out))
+
+
+@pytest.mark.parametrize(("batch", "new", "wanted"), [(1, 0, [5]), (2, 0, [4, 1]), (5, 0, [1] * 5), (5, 16, [5])])
+def test_as_many_arms_share_as_make_it_faster(
+    monkeypatch: pytest.MonkeyPatch, batch: int, new: int, wanted: list[int]
+) -> None:
+    """Prompts of 120 tokens: 1000 tokens are those of eight; with 16 tokens to write, a forward has 8.4 of each on average."""
+    monkeypatch.setattr(sharing, "MOST_TOKENS", 1000)
+    tokenizer = lambda text: SimpleNamespace(input_ids=[0] * len(text.split()))  # noqa: E731
+    samples = [{"prompt": "word " * 120}, *[{"prompt": "word"}] * (batch - 1)]
+    arms: list[Any] = [SimpleNamespace(id=i, decoding={}) for i in range(5)]
+    found = sharing.of_batch(
+        [arms], samples, SimpleNamespace(tokenizer=tokenizer), {"max_new_tokens": new} if new else {}
+    )
+    assert [len(g) for g in found] == wanted and [arm for g in found for arm in g] == arms
 
 
 def test_the_cost_of_a_shared_batch_is_said_to_be_a_share(tmp_path: Path) -> None:
