@@ -179,6 +179,32 @@ def test_an_arm_that_was_never_asked_is_an_error_in_a_shared_batch_too(tmp_path:
             run(recipe(tmp_path, interventions=[late], controls={}, share=share), tmp_path / share, progress=False)
 
 
+def test_an_arm_whose_heads_were_never_asked_is_an_error() -> None:
+    """The sites of another arm ran; its own did not."""
+    from attnsteer import HeadSet, Where
+    from attnsteer.audit import Audit
+    from attnsteer.errors import NeverFired
+    from attnsteer.recipe.arms import Arm
+    from attnsteer.recipe.parameters import Method
+    from attnsteer.site import Site
+
+    site = lambda layer: Site(name=f"l{layer}", layer=layer, kind="self", heads=4, kv_heads=4, modality="text")  # noqa: E731
+    heads = {"method": HeadSet({0: [1, 2]}), "zero": HeadSet({3: [0]}), "random": HeadSet({3: [0]})}
+    methods = {k: (Method("ZeroTuning", ZeroTuning, {}, h, Where(), "interventions.0"),) for k, h in heads.items()}
+    audit = Audit(["ZeroTuning()"])
+    audit.divide(2)
+    audit.record(0, site(0).path).see(3, "prefill")
+    audit.record(0, site(3).path)
+    steering: Any = SimpleNamespace(audit=audit, sites=[site(0), site(3)])
+    pair = lambda kind: [Arm(k, k, methods[k], {}) for k in ("method", kind)]  # noqa: E731
+    (method,), (zero,) = sharing.audits(pair("zero"), steering)
+    assert {p: s["heads"] for p, s in method["sites"].items()} == {site(0).path: 2} and list(zero["sites"]) == [
+        site(3).path
+    ]
+    with pytest.raises(NeverFired, match="ZeroTuning of the arm random never acted"):
+        sharing.audits(pair("random"), steering)
+
+
 # ------------------------------------------------------------------------------------------------ what is shared
 
 
