@@ -23,8 +23,12 @@ MOST_TOKENS = 1000
 
 
 def groups(job: Job, loaded: Loaded, arms: Sequence[Arm]) -> list[list[Arm]]:
-    """The arms of a run, those together that can share batches."""
-    if job.recipe.share == "off" or loaded.kind != "lm" or not job.data.samples:
+    """The arms of a run, those together that can share batches.
+
+    In half precision what a batch of another size rounds differently can be another answer.
+    """
+    exact = loaded.kind == "lm" and job.recipe.model.dtype == "float32"
+    if job.recipe.share == "off" or not exact or not job.data.samples:
         return [[arm] for arm in arms]
     return sharing.groups(arms, job.data.samples[0], loaded)
 

@@ -217,6 +217,12 @@ def test_arms_that_cannot_share_run_apart(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_half_precision_is_not_shared(tmp_path: Path) -> None:
+    model = {"zoo": "shapes-lm", "kind": "lm", "device": "cpu", "dtype": "bfloat16"}
+    out = run(recipe(tmp_path, model=model, share="auto", controls={}), tmp_path / "run", progress=False)
+    assert not any("shared" in t for t in timings(out))
+
+
 def test_questions_about_images_are_not_shared(tmp_path: Path) -> None:
     """Their prompts are long, and each arm would see the images anew."""
     out = run(recipe(tmp_path, **EXISTENCE, share="auto"), tmp_path / "run", progress=False)
