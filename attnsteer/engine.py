@@ -13,7 +13,7 @@ from torch import Tensor
 from . import in_place, kernels
 from .account import Samples
 from .attention_map import FEW_ROWS, AttentionMap, DenseMap
-from .audit import Audit, Mark
+from .audit import Audit, Flag, Mark
 from .bound import Bound, Heads
 from .call import AttnCall
 from .edits import Check, KeyBias, Reweight, Share, check_state
@@ -137,7 +137,7 @@ class SiteRuntime:
             _check_apart(self.site, att, call)
         whole = SiteAttention(att, base, same_kernel)
         offset = self._offset(att.q.shape[1], active)
-        marks = self._seen(active, offset, att.q.shape, call.phase)
+        marks = self._seen(active, offset, att.q, call)
         forms = WholeForms(att, call.memo, packs) if sdpa and maps is None and self._takes_forms(att) else None
         edited: list[tuple[Heads | None, Tensor]] = []
         for heads, bounds in self.partition(active):
@@ -175,16 +175,17 @@ class SiteRuntime:
             found = self._indices[key] = torch.tensor(local, device=device)
         return found
 
-    def _seen(self, active: tuple[int, ...], offset: int, shape: tuple[int, ...], phase: str) -> dict[int, Mark]:
+    def _seen(self, active: tuple[int, ...], offset: int, q: Tensor, call: AttnCall) -> dict[int, Mark]:
         """Count this call once for each active intervention, however many head groups it falls into."""
-        marks = {}
+        marks, shape, audit = {}, q.shape, self.run.audit
+        parts = None if audit.parts is None else audit.of_parts(call.samples, shape[0], q.device)
         for bound, heads in (self.entries[i] for i in active):
-            record = self.run.audit.record(bound.index, self.site.path)
+            record = audit.record(bound.index, self.site.path)
             local = _local(heads, offset, shape[1])
-            record.see(shape[1] if local is None else len(local), phase)
+            record.see(shape[1] if local is None else len(local), call.phase)
             if shape[1] != self.site.heads:
                 record.part = True
-            marks[bound.index] = Mark(record, phase, shape[0] * shape[2])
+            marks[bound.index] = Mark(record, call.phase, shape[0] * shape[2], parts)
         return marks
 
     def _offset(self, local: int, active: tuple[int, ...]) -> int:
@@ -298,13 +299,17 @@ class _HeadGroup:
             moves = self.forms.add_bias(self.form_key(bound), self.local, edit, chosen)
             if moves is None:
                 return False
-            self.mark(bound, "bias", moves)
+            self.mark(bound, "bias", self.of_bias(bound, moves))
             return True
         pair = self.forms.share(self.local, edit) if chosen is None else None
         if pair is None:
             return False
-        self.marks[bound.index].edited("shares", pair)
+        self.mark(bound, "shares", pair)
         return True
+
+    def of_bias(self, bound: Bound, moves: tuple[Tensor, Tensor]) -> Tensor:
+        """What a form says of what moves, as the audit counts it."""
+        return moves[0] if self.marks[bound.index].parts is None else moves[1]
 
     def form_key(self, bound: Bound) -> Any:
         """What tells apart where a method acts in the calls of one forward."""
@@ -381,8 +386,8 @@ class _HeadGroup:
             names.append("an answer of call.map")
         return list(dict.fromkeys(names))
 
-    def mark(self, bound: Bound, path: str, changed: Tensor | None) -> None:
-        self.marks[bound.index].edited(path, changed)
+    def mark(self, bound: Bound, path: str, *moved: Flag) -> None:
+        self.marks[bound.index].edited(path, *moved)
         door, first = self.asked
         if first and door != "output":
             self.fresh.append((bound, door, self.map))
@@ -465,12 +470,8 @@ class _HeadGroup:
             q = torch.where(mask[..., None], q, att.q)
             k, v = (torch.where(mask[:, :, :1, None], new, old) for new, old in ((k, att.k), (v, att.v)))
         self.rescore(att.replace(q=q, k=k, v=v))
-        changed = None
-        for new, old in ((q, att.q), (k, att.k), (v, att.v)):
-            if new is not old:
-                differs = (new != old).any()
-                changed = differs if changed is None else changed | differs
-        self.mark(bound, "inputs", changed)
+        pairs = ((q, att.q), (k, att.k), (v, att.v))
+        self.mark(bound, "inputs", *(new != old for new, old in pairs if new is not old))
 
     def bias(self, bound: Bound) -> None:
         term = self.ask(bound, "bias")
@@ -482,13 +483,13 @@ class _HeadGroup:
         if isinstance(term, KeyBias) and mask is None:
             old = att.key_bias
             self.rescore(att.replace(key_bias=term.bias if old is None else old + term.bias))
-            changed = (term.bias != 0).any()
+            moved = term.bias != 0
         else:
             full = term.bias[:, :, None] if isinstance(term, KeyBias) else term
             full = full if mask is None else torch.where(mask[..., None], full, torch.zeros_like(full))
             self.rescore(_with_bias(att, full))
-            changed = (full != 0).any()
-        self.mark(bound, "bias", changed)
+            moved = full != 0
+        self.mark(bound, "bias", moved)
 
     def weights(self, bound: Bound) -> None:
         edit = self.ask(bound, "weights")
@@ -504,7 +505,7 @@ class _HeadGroup:
                 below = self.map.unweighted_att or self.map.att
                 self.rescore(found[0])
                 self.map.unweighted_att = below
-                self.mark(bound, "bias", found[1])
+                self.mark(bound, "bias", self.of_bias(bound, found[1]))
                 return
         if mask is not None:
             edit = self.map.weights_of_share(edit) if isinstance(edit, Share) else edit
@@ -515,7 +516,7 @@ class _HeadGroup:
             keep = self.base.rows.valid[:, None].to(moved.dtype).expand_as(moved)
             self.marks[bound.index].record.measure((moved * keep).sum() / keep.sum().clamp_min(1.0))
         compiling = torch.compiler.is_compiling()
-        self.mark(bound, self.map.path, None if compiling else self.map.changed())
+        self.mark(bound, self.map.path, *(() if compiling else (self.map.moved(),)))
 
     def output(self, bound: Bound, out: Tensor | None) -> Tensor | None:
         before = self.map.out if out is None else out
@@ -524,15 +525,17 @@ class _HeadGroup:
             return out
         if edited is before:
             # It has read the map and leaves the output as it is.
-            self.mark(bound, "read", None)
+            self.mark(bound, "read")
             return out
         mask, edited = self.chosen(bound), edited.to(before.dtype)
         edited = edited if mask is None else torch.where(mask[..., None], edited, before)
+        if torch.compiler.is_compiling():
+            self.mark(bound, "output")
+            return edited
         # Of a decode step, compared when somebody looks.
         small = before.shape[2] <= FEW_ROWS and before.numel() <= SMALL
         keep = (lambda t: t.detach()) if edited.requires_grad else (lambda t: t)
-        changed = (keep(edited), keep(before)) if small else (edited != before).any()
-        self.mark(bound, "output", None if torch.compiler.is_compiling() else changed)
+        self.mark(bound, "output", (keep(edited), keep(before)) if small else edited != before)
         return edited
 
 

@@ -27,6 +27,9 @@ LARGEST = 1 << 24
 # Split key sets by the tensor that says which keys; freed with it.
 _SPLITS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
+# Whether an edit moves anything: 0-d bool, and by batch row, bool [B or 1].
+Moves = tuple[Tensor, Tensor]
+
 
 @dataclass
 class WholeForms:
@@ -73,8 +76,8 @@ class WholeForms:
         make = lambda: bias[:, :, None] if mask is None else bias[:, :, None] + att.additive(att.stat_dtype)  # noqa: E731
         return att.replace(mask=self._once(("rescored", key, id(edit), id(mask)), make, edit, mask)), moves
 
-    def add_bias(self, key: Any, heads: tuple[int, ...] | None, edit: Reweight, chosen: Tensor | None) -> Tensor | None:
-        """Take such an edit of some heads (None: all); a 0-d bool, whether it moves anything. None: too large, not taken.
+    def add_bias(self, key: Any, heads: tuple[int, ...] | None, edit: Reweight, chosen: Tensor | None) -> Moves | None:
+        """Take such an edit of some heads (None: all), and say whether it moves anything. None: too large, not taken.
 
         Args:
             key: what tells `chosen` apart in this forward. chosen: where the edit acts, [B or 1, h or 1, 1]; None: all.
@@ -89,7 +92,7 @@ class WholeForms:
         self.biased.append(((key, id(edit)), heads, edit, bias))
         return moves
 
-    def _log_weights(self, edit: Reweight, chosen: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _log_weights(self, edit: Reweight, chosen: Tensor | None) -> tuple[Tensor, Moves]:
         """(log w [b, h, m] in the dtype of statistics, whether it moves anything)."""
         # Over the weight of the rest, so that rows which see nothing else stay to the last bit.
         rest = self._log(edit.rest)
@@ -107,15 +110,17 @@ class WholeForms:
             return math.log(weight)
         return weight.to(self.att.stat_dtype).reshape((1,) * (3 - weight.ndim) + weight.shape).log()
 
-    def _moves(self, bias: Tensor) -> Tensor:
-        """0-d bool: whether some row sees keys with unlike weights."""
+    def _moves(self, bias: Tensor) -> Moves:
+        """Whether some row sees keys with unlike weights: at all, 0-d bool, and by batch row, [B or 1]."""
         if self.att.mask is None:
             # Under causality the last row sees all of them.
-            return (bias != bias[..., :1]).any()
-        seen = kernels.visible(self.att.mask4())
-        bias = bias[:, :, None]
-        most = torch.where(seen, bias, -torch.inf).amax(dim=-1)
-        return (most > torch.where(seen, bias, torch.inf).amin(dim=-1)).any()
+            moves = bias != bias[..., :1]
+        else:
+            seen, bias = kernels.visible(self.att.mask4()), bias[:, :, None]
+            most = torch.where(seen, bias, -torch.inf).amax(dim=-1)
+            moves = most > torch.where(seen, bias, torch.inf).amin(dim=-1)
+        by_row = moves.flatten(1).any(dim=1)
+        return by_row.any(), by_row
 
     def share(self, heads: tuple[int, ...] | None, edit: Any) -> tuple[Tensor, Tensor] | None:
         """Take a `Share` of few rows; the shares before and after, [B, H, n]. None: not taken."""

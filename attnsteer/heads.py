@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .errors import SelectionError, SerializationError, brief
-from .parameters import Named, PerSample, parsed, plain, whole
+from .parameters import Named, PerSample, declared, parsed, plain, whole
 
 SCHEMA_VERSION = 1
 
@@ -255,6 +255,11 @@ def _check_shape(shape: Any) -> None:
 def head_set(*, kw_only: bool = False) -> Any:
     """The field of a method's own heads, or a list of such sets, one for each sample; None: all that `where` selects."""
     return parsed(_one_or_each, "HeadSet or {layer: [head, ...]}", None, kw_only=kw_only)
+
+
+def takes_sets(cls: type) -> bool:
+    """Whether a method's own `heads` may be a list of sets, one for each sample (see `head_set`)."""
+    return getattr(declared(cls, "heads"), "parse", None) is _one_or_each
 
 
 def _one_or_each(given: Any) -> HeadSet | PerSample:

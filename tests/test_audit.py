@@ -14,7 +14,8 @@ from torch import Tensor
 from attnsteer import ACT, HeadGate, HeadSet, Intervention, SpotLight, Where, ZeroTuning, steer
 from attnsteer.audit import MANY, Audit, Flags
 from attnsteer.call import AttnCall, KeyBias, Reweight
-from attnsteer.errors import NeverFired, NothingChanged
+from attnsteer.errors import NeverFired, NothingChanged, SelectionError
+from attnsteer.parameters import number
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 
 
@@ -280,3 +281,70 @@ def test_a_learned_sink_keeps_its_weight(reference: bool) -> None:
     with steer(model, OneWeight("no group"), reference=reference) as run:
         model(**inputs)
     assert all(r.changed == 1 for r in run.audit.records.values())
+
+
+# ------------------------------------------------------------------------------------------------ parts of a batch
+
+
+def parts(model: Any, ids: Tensor, count: int, method: Intervention) -> list[dict[str, Any]]:
+    """The counts of each part at the first layer, of one forward."""
+    with steer(model, method, control=True) as run:
+        run.audit.divide(count)
+        model(ids)
+    found = [run.audit.to_dict(part)["interventions"][0]["sites"] for part in range(count)]
+    return [own[site(0)] for own in found]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("door", ["inputs", "bias", "weights", "output"])
+def test_what_changes_is_counted_for_each_part_of_the_batch(model: Any, inputs: Any, door: str) -> None:
+    """As if each were a batch by itself: the second part is left alone, the third has a neutral strength."""
+
+    @dataclass(frozen=True)
+    class Some(Neutral):
+        strength: float = number(1.0, per_sample=True)
+
+        def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor]:
+            return call.q * call.each(self.strength)[..., None], call.k, call.v
+
+        def bias(self, call: AttnCall) -> KeyBias:
+            return KeyBias(call.keys.slot[None, None] * call.each(self.strength).log())
+
+        def output(self, call: AttnCall, out: Tensor) -> Tensor:
+            return out * call.each(self.strength)[..., None]
+
+        def weights(self, call: AttnCall) -> Reweight:
+            return Reweight(((call.first_key(), call.each(self.strength)),))
+
+    ids = inputs["input_ids"].repeat(4, 1)
+    found = parts(model, ids, 4, Some(door, [0.5, 1.0, None, None, 1.0, 1.0, 1.0, 2.0]))
+    assert [part["changed"] for part in found] == [1, 0, 0, 1]
+    assert all((part["calls"], part["edits"], part["rows"]) == (1, 1, 2 * 7) for part in found)
+    assert [part["phases"]["prefill"]["changed"] for part in found] == [1, 0, 0, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [3, 7], ids=["rows", "fused"])
+def test_parts_of_reweightings_are_counted_by_their_heads(model: Any, inputs: Any, tokens: int) -> None:
+    heads = [HeadSet({0: [1]}), HeadSet({1: [0]}), None]
+    ids = inputs["input_ids"][:1, :tokens].repeat(3, 1)
+    found = parts(model, ids, 3, ZeroTuning(heads, 3.0))
+    assert [part["changed"] for part in found] == [1, 0, 0]
+
+
+@torch.no_grad()
+def test_repeated_and_reordered_rows_count_for_their_part(model: Any, inputs: Any) -> None:
+    ids = inputs["input_ids"][:1].repeat(2, 1)
+    with steer(model, ZeroTuning(gamma=[None, 3.0], where=Where(phases="decode"))) as run:
+        run.audit.divide(2)
+        cache = model(ids, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([1, 0, 0]))
+        with run.freeze():
+            model(ids[:1, :1].repeat(3, 1), past_key_values=cache)
+    sites = [run.audit.to_dict(part)["interventions"][0]["sites"][site(0)] for part in range(2)]
+    assert [s["changed"] for s in sites] == [0, 1] and [s["calls"] for s in sites] == [1, 1]
+
+
+def test_a_batch_that_has_no_such_parts_is_refused(model: Any, inputs: Any) -> None:
+    with pytest.raises(SelectionError, match="batch of 2 samples cannot be divided into 3 equal parts"):
+        parts(model, inputs["input_ids"], 3, ZeroTuning(gamma=2.0))

@@ -277,6 +277,9 @@ class Recipe(Spec):
     )
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, max_length=100, description="Seeds.")
     batch_size: int = Field(16, ge=1, le=10_000, description="Samples per batch.")
+    share: Literal["off", "auto"] = Field(
+        "off", description="Whether arms that differ in values per sample answer together, in one batch: off or auto."
+    )
     sweep: dict[str, list[JsonValue]] = Field(
         {}, description="Values by path (interventions.0.params.beta): every combination is a point."
     )
