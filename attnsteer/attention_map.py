@@ -237,7 +237,7 @@ class AttentionMap:
             weight = new * (1.0 - mass) / (mass * (1.0 - new)).masked_fill(stays, 1.0)
             one = torch.ones_like(weight)
             kept = kernels.held(one, weight) if weight.requires_grad else one
-            return Reweight(((keys, torch.where(stays, kept, weight)),))
+            return Reweight(((keys, torch.where(stays, kept, weight)),), grows=True)
         outside = self.outside(keys)
         # A mass that is subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
         stays = (mass <= 0) | (outside <= torch.finfo(mass.dtype).tiny)
@@ -427,13 +427,28 @@ class ReweightedMap(AttentionMap):
             if not self.edit.normalise:
                 self._norm = one
                 return one
-            norm = self.before.sink_share() + self.weight_of(self.edit.rest) * self.before.outside(self.union())
-            for keys, weight in self.edit.groups:
-                norm = norm + self.weight_of(weight) * self.before.mass(keys)
+            norm = self._sum()
             kept = torch.where(norm <= 0, one, kernels.held(one, norm)) if norm.requires_grad else one
             self._norm = torch.where(self.unweighted(self.edit) | (norm <= 0), kept, norm)
             self._stays = norm <= 0
         return self._norm
+
+    def _sum(self) -> Tensor:
+        """What the rows of the map below sum to with these weights, a learned sink included, [B, H, n]."""
+        rest, groups = self.edit.rest, self.edit.groups
+        sink = self.before.sink_share()
+        numbers = all(not isinstance(w, Tensor) for w in (rest, *(w for _, w in groups)))
+        if self.edit.grows or (numbers and all(w >= rest for _, w in groups)):
+            # No group has less weight than the rest, so that the difference loses no digits of the sum.
+            rest = self.weight_of(rest)
+            total = sink + rest * self.before.total()
+            for keys, weight in groups:
+                total = total + (self.weight_of(weight) - rest) * self.before.mass(keys)
+            return total
+        total = sink + self.weight_of(rest) * self.before.outside(self.union())
+        for keys, weight in groups:
+            total = total + self.weight_of(weight) * self.before.mass(keys)
+        return total
 
     def union(self) -> Tensor:
         """The keys of all groups of this edit, bool [B or 1, H or 1, m]."""
@@ -481,7 +496,13 @@ class ReweightedMap(AttentionMap):
         return [(piece, c) for piece, (_, c) in zip(found[1], cells, strict=True)], found[2]
 
     def total(self) -> Tensor:
-        return super().total() if self.few else self.outside(torch.zeros_like(self.union()))
+        if self.few:
+            return super().total()
+        if self.edit.normalise:
+            self.norm()
+            below, sink = self.before.total(), self.sink_share()
+            return torch.where(self.unweighted(self.edit) | self._stays | (below <= 0), below, 1.0 - sink)
+        return self.outside(torch.zeros_like(self.union()))
 
     def sink_share(self) -> Tensor:
         if self.att.sinks is None:
@@ -560,10 +581,14 @@ class ReweightedMap(AttentionMap):
             return self._moved_rows() if self.few else super().moved()
         if self.few:
             return super().moved()
-        moved = (self.coefficient(self.edit.rest) != 1.0) & (self.before.outside(self.union()) > 0)
+        # Where the other keys have less than rounding, it is the groups that move, or nothing that shows.
+        left, moved = self.before.total() - torch.finfo(self.att.stat_dtype).eps, None
         for keys, weight in self.edit.groups:
-            moved = moved | ((self.coefficient(weight) != 1.0) & (self.before.mass(keys) > 0))
-        return moved
+            mass = self.before.mass(keys)
+            here, left = (self.coefficient(weight) != 1.0) & (mass > 0), left - mass
+            moved = here if moved is None else moved | here
+        rest = (self.coefficient(self.edit.rest) != 1.0) & (left > 0)
+        return rest if moved is None else moved | rest
 
     def distance(self) -> Tensor:
         if self.few:

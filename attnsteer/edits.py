@@ -31,12 +31,14 @@ class Reweight:
             that would keep no weight at all, stays as it is.
         positive: a promise that no weight is ever zero. Renormalised weights that are the same for all rows are a bias on the
             keys then, which the model's own kernel takes; numbers are looked at, tensors need the promise.
+        grows: a promise that no group has less weight than the rest, so that sums may be taken as differences; as `positive`.
     """
 
     groups: tuple[tuple[Tensor, Tensor | float], ...]
     rest: Tensor | float = 1.0
     normalise: bool = True
     positive: bool = False
+    grows: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,10 @@ class Check:
             self._weight(f"the weight of group {i}", weight, (B, H, n), edit.positive)
             members = keys.int() if members is None else members + keys
         self._weight("the weight of the rest", edit.rest, (B, H, n), edit.positive)
+        if edit.grows:
+            least = [torch.as_tensor(w, device=self.device) for w in (edit.rest, *(w for _, w in edit.groups))]
+            if any(bool((w < least[0]).any()) for w in least[1:]):
+                raise self.refuse("a group has less weight than the rest, and the edit promises that none has; leave it out.")
         if members is not None and bool((members > 1).any()):
             raise self.refuse("the key sets overlap; a key belongs to one set, and the remainder is implicit.")
 

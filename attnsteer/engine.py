@@ -571,7 +571,7 @@ def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:
 def _masked(edit: Reweight, mask: Tensor, dtype: torch.dtype) -> Reweight:
     """Weight one outside the selected rows."""
     keep = lambda w: torch.where(mask, torch.as_tensor(w, dtype=dtype, device=mask.device), 1.0)  # noqa: E731
-    return Reweight(tuple((keys, keep(w)) for keys, w in edit.groups), keep(edit.rest), edit.normalise)
+    return Reweight(tuple((keys, keep(w)) for keys, w in edit.groups), keep(edit.rest), edit.normalise, edit.positive)
 
 
 def _with_bias(att: Attention, bias: Tensor) -> Attention:
