@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..call import AttnCall, Reweight
 from ..intervention import Intervention
@@ -31,7 +32,8 @@ class SpotLight(Intervention):
         spans: strings to find in the text (then give a tokenizer), or per sample a list of (start, stop) token
             ranges counted from the sample's first valid token.
         target: share t in (0, 1); 0 changes nothing.
-        pooled: one psi per sample, the mean over the selected heads and the valid rows of the call.
+        pooled: one psi per sample, the mean over the selected heads and the valid rows of the call. The rows of a prompt then look
+            ahead; generated tokens, which may come several in a call, have one each.
         tokenizer: for spans that are strings; not saved.
     """
 
@@ -52,6 +54,11 @@ class SpotLight(Intervention):
         return cls(spans, target, pooled=True, **other)
 
     @property
+    def looks_ahead(self) -> bool:  # type: ignore[override]
+        """One share is a mean over the prompt's rows."""
+        return self.pooled
+
+    @property
     def pools_heads(self) -> bool:  # type: ignore[override]
         """One share is a mean over heads."""
         return self.pooled
@@ -66,9 +73,17 @@ class SpotLight(Intervention):
         target = call.each(self.target)
         share = call.map.mass(keys)
         if self.pooled:
-            valid = call.row_valid[:, None].to(share.dtype)
-            whole = call.over_heads((share * valid).sum(dim=2, keepdim=True), "mean")
-            share = (whole / valid.sum(dim=2, keepdim=True)).expand_as(share)
+            share = self._pooled(call, share)
         low = (share > 0) & (share < target)
         weight = torch.where(low, target / share.clamp_min(torch.finfo(share.dtype).tiny), 1.0)
         return Reweight(((keys, weight),))
+
+    @staticmethod
+    def _pooled(call: AttnCall, share: Tensor) -> Tensor:
+        """The mean of `share` [B, H, n] over heads, and over the rows of the prompt, in the same shape."""
+        own = call.over_heads(share, "mean")
+        if call.phase == "decode":
+            return own.expand_as(share)
+        prompt = call.rows.prompt[:, None].to(share.dtype)
+        whole = (own * prompt).sum(dim=2, keepdim=True) / prompt.sum(dim=2, keepdim=True).clamp_min(1.0)
+        return torch.where(call.rows.generated[:, None], own, whole).expand_as(share)
