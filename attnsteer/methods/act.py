@@ -171,13 +171,18 @@ class ACT(Intervention):
         else:
             tau = call.each(self.alpha) / _count(valid, state.get("request")).clamp_min(1).to(mean.dtype)[:, None]
         hits = (mean > tau) & valid[:, None] & (rows >= self.min_rows)
-        spared = state["first"][:, None] if self.exclude == "first_token" else _first(hits)
+        spared = state["first"][:, None] if self.exclude == "first_token" else _first(hits, state.get("request"))
         return hits & ~spared
 
 
-def _first(mask: Tensor) -> Tensor:
-    """One-hot of the first True along the last axis (nothing where there is none)."""
-    return mask & (mask.to(torch.int32).cumsum(dim=-1) == 1)
+def _first(mask: Tensor, request: Tensor | None) -> Tensor:
+    """The first True along the last axis of each request (nothing where there is none): of `mask` [B, H, T], `request` [B, T]."""
+    count = mask.to(torch.int32).cumsum(dim=-1)
+    if request is None:
+        return mask & (count == 1)
+    begins = torch.nn.functional.pad(request.diff(dim=-1) != 0, (1, 0), value=True)[:, None]
+    before = torch.where(begins, count - mask.to(torch.int32), 0).cummax(dim=-1).values
+    return mask & (count - before == 1)
 
 
 def _count(valid: Tensor, request: Tensor | None) -> Tensor:

@@ -32,8 +32,8 @@ class SpotLight(Intervention):
         spans: strings to find in the text (then give a tokenizer), or per sample a list of (start, stop) token
             ranges counted from the sample's first valid token.
         target: share t in (0, 1); 0 changes nothing.
-        pooled: one psi per sample, the mean over the selected heads and the valid rows of the call. The rows of a prompt then look
-            ahead; generated tokens, which may come several in a call, have one each.
+        pooled: one psi per sample (of packed ones, for each), the mean over the selected heads and the valid rows of the call.
+            The rows of a prompt then look ahead; generated tokens, which may come several in a call, have one each.
         tokenizer: for spans that are strings; not saved.
     """
 
@@ -85,5 +85,14 @@ class SpotLight(Intervention):
         if call.phase == "decode":
             return own.expand_as(share)
         prompt = call.rows.prompt[:, None].to(share.dtype)
-        whole = (own * prompt).sum(dim=2, keepdim=True) / prompt.sum(dim=2, keepdim=True).clamp_min(1.0)
+        whole = _sums(call, own * prompt) / _sums(call, prompt).clamp_min(1.0)
         return torch.where(call.rows.generated[:, None], own, whole).expand_as(share)
+
+
+def _sums(call: AttnCall, values: Tensor) -> Tensor:
+    """`values` [B or 1, 1, n] summed over the rows of each request, for each row of it [B or 1, 1, n or 1]."""
+    if not call.packed:
+        return values.sum(dim=2, keepdim=True)
+    request = call.rows.request[:, None].expand(max(len(values), len(call.rows.request)), -1, -1)
+    sums = values.new_zeros(len(request), 1, int(request.max()) + 1)
+    return sums.scatter_add(2, request, values.expand(len(request), -1, -1)).gather(2, request)

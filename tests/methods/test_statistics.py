@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnsteer import ACT, SpotLight, Where, steer
+from attnsteer import ACT, VHR, SpotLight, Where, steer
 from attnsteer.errors import UnsupportedHost
-from attnsteer.testing import tiny_transformers
+from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 
 HEADS = {1: [0, 2], 2: [1]}
 ALPHA = ACT(HEADS, 0.2, alpha=1.2)
@@ -85,3 +85,35 @@ def test_a_pooled_share_looks_ahead(llama: nn.Module) -> None:
             with run.freeze():
                 scores.append(llama(input_ids=ids, past_key_values=cache).logits)
     assert torch.equal(scores[0][:, :-1], scores[1][:, :-1])
+
+
+def packed(model: nn.Module, method: Any) -> tuple[Tensor, list[Tensor]]:
+    """(logits of two sequences in one row, those of each alone)."""
+    parts = [PROMPT[:, :7] + 1, PROMPT]
+    positions = torch.cat([torch.arange(p.shape[1]) for p in parts])[None]
+    with steer(model, method):
+        together = model(input_ids=torch.cat(parts, dim=1), position_ids=positions, use_cache=False).logits
+        return together, [model(input_ids=p, use_cache=False).logits for p in parts]
+
+
+FIRST_HIT = ACT({1: [0, 1, 2, 3]}, 0.1, 0.05, exclude="first_hit")
+
+
+@pytest.mark.parametrize("method", [ALPHA, FIRST_HIT, POOLED], ids=["ACT alpha", "ACT first hit", "SpotLight pooled"])
+def test_packed_sequences_have_statistics_of_their_own(llama: nn.Module, method: Any) -> None:
+    together, alone = packed(llama, method)
+    assert far(together, torch.cat(alone, dim=1)) <= 1e-5
+
+
+def test_heads_chosen_at_the_end_of_a_prompt_are_refused_for_packed_ones() -> None:
+    model = tiny_transformers("llava")
+    inputs = [tiny_transformers_inputs("llava", model, batch=1, length=n, seed=n) for n in (8, 10)]
+    ids = torch.cat([i["input_ids"] for i in inputs], dim=1)
+    positions = torch.cat([torch.arange(i["input_ids"].shape[1]) for i in inputs])[None]
+    with steer(model, VHR(2.0), control=True), pytest.raises(UnsupportedHost, match=r"VHR.*several sequences"):
+        model(
+            input_ids=ids,
+            position_ids=positions,
+            pixel_values=torch.cat([i["pixel_values"] for i in inputs]),
+            use_cache=False,
+        )

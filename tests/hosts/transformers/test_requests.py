@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import StoppingCriteria
 
 from attnsteer import ACT, PASTA, HeadGate, SpotLight, Where, ZeroTuning, detach, steer
-from attnsteer.errors import CompositionError, UnsupportedHost
+from attnsteer.errors import CompositionError, SelectionError, UnsupportedHost
 from attnsteer.hosts.transformers.masks import roles_of_mask, whole_mask
 from attnsteer.testing import tiny_transformers
 from attnsteer.testing.fingerprint import fingerprint
@@ -217,6 +217,32 @@ def test_padding_at_the_end_that_sees_everything_is_refused_by_statistics(llama:
     with controlled(llama, METHODS["zerotuning"]):
         found = llama(input_ids=ids, attention_mask=seen[None, None]).logits[:, :7]
         assert far(found, llama(input_ids=ids[:, :7]).logits) <= 1e-5
+
+
+class Letters:
+    """A tokenizer: one letter for each id."""
+
+    is_fast = False
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(200 + i) for i in ids)
+
+
+def test_a_string_in_packed_rows_is_found_in_the_one_text_or_refused(llama: nn.Module) -> None:
+    """Ranges count in each packed sequence; padding that sees itself only has no text."""
+    ids, slot = tokens(1, 12), torch.arange(12)
+    method = SpotLight(Letters().decode(ids[0, 6:8].tolist()), 0.8, tokenizer=Letters(), where=Where(heads=HEADS))
+    valid = slot > 2
+    seen = ((slot <= slot[:, None]) & valid & valid[:, None]) | torch.eye(12, dtype=torch.bool)
+    with controlled(llama, method):
+        found = llama(input_ids=ids, attention_mask=seen[None, None]).logits[:, 3:]
+        assert far(found, llama(input_ids=ids[:, 3:]).logits) <= 1e-5
+        positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+        with pytest.raises(SelectionError, match="row 0 holds 2 packed sequences"):
+            llama(input_ids=ids, position_ids=positions, use_cache=False)
+    # A range that ends after each of them, though not after all of them together.
+    with controlled(llama, SpotLight([[(7, 9)]], 0.8)), pytest.raises(SelectionError, match="after its 7 tokens"):
+        llama(input_ids=ids, position_ids=positions, use_cache=False)
 
 
 def test_of_several_masks_that_of_full_attention_counts() -> None:
