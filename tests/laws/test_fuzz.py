@@ -22,8 +22,15 @@ SEED, SECONDS = 20, 60.0
 REFUSED = (
     "lets them see each other",
     "interleaves them",
-    "whose token a row is",
+    "a window hides what it belongs to",
+    "defined on causal",
     "filled before steering began",
+    "was cut back",
+    "its means move with each generated token",
+    "is not in the text",
+    "times in the text",
+    "holds 2 packed sequences",
+    "holds 3 packed sequences",
 )
 
 

@@ -13,9 +13,9 @@ from .hosts import GENERATE, HOSTS, Host
 # The forms of each method.
 METHODS = {
     "ZeroTuning": ("plain",),
-    "ACT": ("plain", "plain", "alpha", "running", "prefill_only"),
-    "SpotLight": ("plain", "pooled"),
-    "PASTA": ("plain", "include"),
+    "ACT": ("plain", "plain", "alpha", "first_hit", "running", "prefill_only"),
+    "SpotLight": ("plain", "pooled", "words"),
+    "PASTA": ("plain", "include", "words"),
     "HeadGate": ("plain",),
 }
 STRENGTHS = {
@@ -86,6 +86,9 @@ def draw(pick: Picker) -> Case:
         form = "2d"
     if (way == "reorder" and form in SQUARE) or (form == "tree" and way not in ("whole", "chunks", "crop")):
         way = "whole"
+    if way == "crop" and variant == "words":
+        # The words of other tokens stand elsewhere.
+        variant = "plain"
     packed = form == "positions" or (form in SQUARE and form != "tree" and pick("packed", (True, True, False)))
     rows = _rows(pick, host, form, packed, way)
     length = sum(map(abs, rows[0]))
@@ -105,7 +108,8 @@ def draw(pick: Picker) -> Case:
         tuple(pick("strength", strengths) for _ in rows) if many else (pick("strength", strengths),),
         pick("layer", (0, 1, 2)), pick("heads", ((0, 1, 2, 3), (0, 2), (3,))),
         pick("phases", ("all", "all", "prefill", "decode")), pick("region", regions), form, packed, rows, blind, parents,
-        way, _cuts(pick, host, way, rows), pick("threads", (False, False, False, True)), pick("seed", range(1000)),
+        way, _cuts(pick, host, way, rows), variant != "words" and pick("threads", (False, False, False, True)),
+        pick("seed", range(1000)),
     )  # fmt: skip
 
 

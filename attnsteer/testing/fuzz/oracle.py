@@ -131,15 +131,16 @@ class Oracle:
                     span[b] |= valid[b] & (index[b] >= start) & (index[b] < stop)
             span = span[:, None, None]
             if method == "PASTA":
-                other = strength if self.case.variant == "plain" else 1 / strength
+                other = 1 / strength if self.case.variant == "include" else strength
                 weight = torch.where(span | generated[:, None, None], weight, other)
             else:
                 share = (A * span).sum(dim=-1, keepdim=True)
                 if self.case.variant == "pooled":
-                    rows = self.roles.valid[:, self.past :][:, None, :, None]
-                    mean = (share * rows).sum(dim=(1, 2), keepdim=True) / (
-                        len(self.case.heads) * rows.sum(dim=2, keepdim=True)
-                    )
+                    request = self.roles.request[:, self.past :]
+                    # rows of the same sequence, [B, 1, n, n]
+                    same = (request[:, :, None] == request[:, None]) & self.roles.valid[:, None, self.past :]
+                    same = same[:, None].to(A.dtype)
+                    mean = same @ share.mean(dim=1, keepdim=True) / same.sum(dim=-1, keepdim=True).clamp_min(1)
                     share = mean.expand_as(share)
                 low = (share > 0) & (share < strength)
                 weight = torch.where(span, torch.where(low, strength / share.clamp_min(1e-30), 1.0), weight)
@@ -174,8 +175,14 @@ class Oracle:
         if variant == "alpha":
             tokens = self.state["tokens"]
             limit[..., : tokens.shape[-1]] = ALPHA / tokens
-        first = (roles.index == 0) & roles.valid
-        S = ((mean > limit) & (self.state["count"] > 0) & (roles.valid & ~first)[:, None])[..., at]
+        S = (mean > limit) & (self.state["count"] > 0) & roles.valid[:, None]
+        if variant == "first_hit":
+            same = roles.request[:, :, None] == roles.request[:, None]
+            before = (S[..., None, :] & same[:, None]).tril(-1).any(dim=-1)
+            S = S & before
+        else:
+            S = S & (roles.index > 0)[:, None]
+        S = S[..., at]
         S, beta = S[:, :, None].to(A.dtype), self.strength()
         mass, rest = (A * S).sum(dim=-1, keepdim=True), (A * (1 - S)).sum(dim=-1, keepdim=True)
         new = A * S * beta + A * (1 - S) * (1 + (1 - beta) * mass / rest.clamp_min(1e-37))

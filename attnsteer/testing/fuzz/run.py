@@ -134,20 +134,53 @@ def method(case: Case) -> Any:
         rows={"all": None, "some": SOME, "last": "last"}[case.region],
     )
     here = where & Where(heads=heads)
+    if case.variant == "words":
+        spans = words(case)
+    tokenizer = Letters() if case.variant == "words" else None
     strength: Any = case.strength[0] if len(case.strength) == 1 else list(case.strength)
     other = {
         "alpha": {"alpha": ALPHA},
         "running": {"threshold": THRESHOLD, "decode": "running"},
         "prefill_only": {"threshold": THRESHOLD, "decode": "prefill_only"},
+        "first_hit": {"threshold": THRESHOLD, "exclude": "first_hit"},
         "plain": {"threshold": THRESHOLD},
     }
     made: dict[str, Callable[[], Any]] = {
         "ZeroTuning": lambda: ZeroTuning(heads, strength, where=where),
         "ACT": lambda: ACT(heads, strength, where=where, **other[case.variant]),
-        "SpotLight": lambda: SpotLight(spans, strength, pooled=case.variant == "pooled", where=here),
+        "SpotLight": lambda: SpotLight(
+            spans, strength, pooled=case.variant == "pooled", where=here, tokenizer=tokenizer
+        ),
         "PASTA": lambda: PASTA(
-            spans, heads, strength, "include" if case.variant == "include" else "exclude", where=where
+            spans,
+            heads,
+            strength,
+            "include" if case.variant == "include" else "exclude",
+            where=where,
+            tokenizer=tokenizer,
         ),
         "HeadGate": lambda: HeadGate({(case.layer, h): strength for h in case.heads}, where=where),
     }
     return made[case.method]()
+
+
+class Letters:
+    """A tokenizer: one letter for each id."""
+
+    is_fast = False
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(200 + i) for i in ids)
+
+
+def words(case: Case) -> list[list[str]]:
+    """The spans of each sample as strings."""
+    inputs = Inputs.of(case)
+    roles, out = inputs.layout.roles, []
+    for b in range(len(case.rows)):
+        at = [
+            roles.valid[b] & (roles.request[b] == 0) & (roles.index[b] >= i) & (roles.index[b] < j)
+            for i, j in SPANS[b % 2]
+        ]
+        out.append([Letters().decode(inputs.ids[0, b, m].tolist()) for m in at])
+    return out
