@@ -120,7 +120,7 @@ def roles_of_mask(
     if bool((valid & (request != filled)).any()) or bool(other.any()):
         raise UnsupportedHost(
             "attention_mask packs several sequences into a row and interleaves them, or lets a token see several of them. Put each "
-            "sequence in one piece, or in a batch row of its own."
+            "sequence in one piece, or in a batch row of its own; let padding inside and behind sequences see nothing."
         )
     return told, filled
 
