@@ -26,6 +26,7 @@ REFUSED = (
     "defined on causal",
     "filled before steering began",
     "was cut back",
+    "ends after its",
     "its means move with each generated token",
     "is not in the text",
     "times in the text",

@@ -22,12 +22,19 @@ GUIDANCE = 1.7
 
 @dataclass(frozen=True)
 class Call:
-    """Slots `start` to `stop`. second: of the tokens that stand there after the cache was cut back. kept: compared."""
+    """Slots `start` to `stop`.
+
+    Attributes:
+        second: of the tokens that stand there after the cache was cut back. kept: compared. frozen: they are scored, and move
+            nothing. more: the outputs belong to those of the call before.
+    """
 
     start: int
     stop: int
     second: bool = False
     kept: bool = True
+    frozen: bool = False
+    more: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Inputs:
     @staticmethod
     def of(case: Case) -> Inputs:
         """Those of a case: prompt, and generated tokens that go on with the last sequence of each row."""
-        steps = case.cuts[0] if case.way in ("decode", "reorder", "rewind", *GENERATE) else 0
+        steps = case.cuts[0] if case.way in ("decode", "score", "reorder", "rewind", *GENERATE) else 0
         prompt = sum(map(abs, case.rows[0]))
         rows = tuple(
             (*row[:-1], row[-1] + steps) if row[-1] > 0 else (*row, *(steps,) * bool(steps)) for row in case.rows
@@ -174,22 +181,26 @@ def steps(inputs: Inputs, straight: bool = False) -> list[Any]:
         to = n + case.cuts[1]
         first = [Call(0, n), *(Call(t, t + 1, kept=t < to) for t in range(n, to if straight else end))]
         return [*first, *([] if straight else [Cut(to)]), *(Call(t, t + 1, second=True) for t in range(to, end))]
+    if case.way == "score":
+        if not straight:
+            return [Call(0, n), Call(n, end, frozen=True)]
+        return [Call(0, n), *(Call(t, t + 1, frozen=True, more=t > n) for t in range(n, end))]
     again = [Reorder()] if case.way == "reorder" else []
     return [Call(0, n), *(step for t in range(n, end) for step in (*again, Call(t, t + 1)))]
 
 
-def run(inputs: Inputs, done: list[Any], oracle: Oracle | None = None, chunked: Any = None) -> list[Tensor]:
+def run(inputs: Inputs, done: list[Any], oracle: Oracle | None = None, steered: Any = None) -> list[Tensor]:
     """The logits of the calls that are kept, [B, n, V] each.
 
     Args:
-        done: steps. chunked: `run.chunked_prefill` of the steering, which is told where a prompt comes in pieces.
+        done: steps. steered: the steering, which is told where a prompt comes in pieces, and where tokens are scored.
     """
     case, model = inputs.case, model_of(inputs.case.host)
     order, cache, out = torch.arange(len(case.rows)), None, []
     if any(isinstance(step, Cut) for step in done) and HOSTS[case.host].window:
         cache = _recording(model)
-    pieces = case.way in ("chunks", "crop") and chunked is not None
-    with chunked(inputs.prompt) if pieces else contextlib.nullcontext():
+    pieces = case.way in ("chunks", "crop") and steered is not None
+    with steered.chunked_prefill(tokens=inputs.prompt) if pieces else contextlib.nullcontext():
         for step in done:
             if isinstance(step, Reorder):
                 moved = torch.arange(len(order)).roll(1)
@@ -203,12 +214,20 @@ def run(inputs: Inputs, done: list[Any], oracle: Oracle | None = None, chunked: 
                 if oracle is not None:
                     roles = inputs.roles
                     oracle.roles = Roles(roles.valid[order, : step.stop], roles.request[order, : step.stop])
-                    oracle.past, oracle.prompt, oracle.sample = step.start, inputs.prompt, order
+                    oracle.past, oracle.prompt, oracle.sample, oracle.frozen = (
+                        step.start,
+                        inputs.prompt,
+                        order,
+                        step.frozen,
+                    )
                 given = inputs.given(step, order, oracle is not None)
                 given |= {"use_cache": False} if case.way == "whole" else {"past_key_values": cache, "use_cache": True}
-                found = model(**given)
+                with steered.freeze() if step.frozen and steered is not None else contextlib.nullcontext():
+                    found = model(**given)
                 cache = found.past_key_values if case.way != "whole" else None
-                if step.kept:
+                if step.more:
+                    out[-1] = torch.cat([out[-1], found.logits], dim=1)
+                elif step.kept:
                     out.append(found.logits)
     return out
 

@@ -93,13 +93,15 @@ def draw(pick: Picker) -> Case:
     rows = _rows(pick, host, form, packed, way)
     length = sum(map(abs, rows[0]))
     blind = pick("blind", ("none", "self", "all")) if form in SQUARE and form != "tree" else "none"
-    if way in ("decode", "rewind"):
+    if way in ("decode", "score", "rewind"):
         # Padding at the end of a prompt that goes on sees nothing, or the tokens behind it would be of two sequences.
         blind = "none"
     parents = tuple(pick("parent", range(max(1, t))) for t in range(length)) if form == "tree" else ()
     # The last row is that of each call, and here calls are divided otherwise.
     regions = (
-        ("all", "all", "some") if way in ("lookup", "assisted", "uncached", "crop") else ("all", "all", "some", "last")
+        ("all", "all", "some")
+        if way in ("lookup", "assisted", "uncached", "crop", "score")
+        else ("all", "all", "some", "last")
     )
     strengths = STRENGTHS[method]
     many = pick("per sample", (False, False, True))

@@ -26,7 +26,7 @@ SIGLIP = {
 FORMS = ("none", "2d", "positions", "bool", "float", "bias", "tree")
 # Decoding by `generate`.
 GENERATE = ("beams", "guided", "lookup", "assisted", "uncached", "static")
-WAYS = ("whole", "decode", "chunks", "crop", "rewind", "reorder", *GENERATE)
+WAYS = ("whole", "decode", "score", "chunks", "crop", "rewind", "reorder", *GENERATE)
 START, END = 4, 5
 
 
@@ -57,7 +57,7 @@ class Host:
 
 
 # `generate` without a cache takes what it generated for a part of the prefix that sees both ways.
-SEEN = {"forms": ("none", "2d"), "ways": ("whole", "decode", "chunks", "crop", "rewind", "reorder", "beams")}
+SEEN = {"forms": ("none", "2d"), "ways": ("whole", "decode", "score", "chunks", "crop", "rewind", "reorder", "beams")}
 
 
 def _tiny(name: str, **overrides: Any) -> Callable[[], nn.Module]:

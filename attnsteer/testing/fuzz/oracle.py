@@ -28,7 +28,7 @@ class Oracle:
 
     Attributes:
         case: what acts. roles: of the slots so far. prompt: slots of the prompt. past: slots before this call.
-        sample: int [B], the sample of each batch row. state: sums of ACT by slot.
+        sample: int [B], the sample of each batch row. frozen: the call moves no statistics. state: sums of ACT by slot.
     """
 
     case: Case
@@ -36,6 +36,7 @@ class Oracle:
     prompt: int = 0
     past: int = 0
     sample: Tensor | None = None
+    frozen: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
 
     def attention(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **options: Any) -> Any:
@@ -157,7 +158,7 @@ class Oracle:
             if old is not None:
                 grown[..., : old.shape[-1]] = old
             self.state[name] = grown
-        if self.decoding() and self.case.variant != "running":
+        if self.decoding() and (self.frozen or self.case.variant != "running"):
             return
         rows = roles.valid[:, self.past :][:, None, :, None]
         self.state["sum"][..., at] += (A * rows).sum(dim=2)

@@ -81,8 +81,7 @@ def _found(inputs: Inputs, attached: Any) -> Any:
     """The logits of a case, or what `generate` gave."""
     if inputs.case.way in GENERATE:
         return generate(inputs)
-    chunked = None if attached is None else lambda total: attached.chunked_prefill(tokens=total)
-    return run(inputs, steps(inputs), chunked=chunked)
+    return run(inputs, steps(inputs), steered=attached)
 
 
 def _at_once(every: list[Inputs], work: Callable[[Inputs], Any]) -> list[Any]:
