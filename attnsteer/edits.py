@@ -146,7 +146,9 @@ class Check:
         if edit.grows:
             least = [torch.as_tensor(w, device=self.device) for w in (edit.rest, *(w for _, w in edit.groups))]
             if any(bool((w < least[0]).any()) for w in least[1:]):
-                raise self.refuse("a group has less weight than the rest, and the edit promises that none has; leave it out.")
+                raise self.refuse(
+                    "a group has less weight than the rest, and the edit promises that none has; leave it out."
+                )
         if members is not None and bool((members > 1).any()):
             raise self.refuse("the key sets overlap; a key belongs to one set, and the remainder is implicit.")
 

@@ -429,7 +429,7 @@ def changed_answer(model: nn.Module, name: str, rows: int, behind: str) -> None:
     before, method = [twice] if behind == "another method" else [], Careless(ANSWERS[name], where=where)
     if before and rows > FEW_ROWS and name in ("mass", "partial output"):
         # Put together anew at each question.
-        with steer(model, *before, twice):
+        with steer(model, *before, Wrong("weights", RIGHT["weights"], where=where)):
             expected = model(**inputs).logits
         with steer(model, *before, method):
             assert torch.equal(model(**inputs).logits, expected)

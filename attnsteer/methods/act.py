@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..call import AttnCall, Share
-from ..errors import SelectionError
+from ..errors import SelectionError, UnsupportedHost
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
 from ..parameters import PerSample, choice, integer, number
@@ -44,7 +44,7 @@ class ACT(Intervention):
         threshold: absolute tau on the column mean. alpha: tau = alpha / N instead, N the valid tokens seen;
             give one of the two (threshold 0.1 when neither is given).
         decode: what happens to tokens after the prompt: "frozen" keeps the prompt's sinks, "running" moves the
-            means with each new row, "prefill_only" edits nothing (all published numbers).
+            means with each new row (one in a call), "prefill_only" edits nothing (all published numbers).
         min_rows: a column needs this many rows behind its mean. exclude: "first_token", or "first_hit" as in
             the official code; then, without heads and `where`, its layers as well (see `released_code`).
 
@@ -121,8 +121,14 @@ class ACT(Intervention):
         """S as a key set [B, H, m] of this call."""
         state, (_, _, n, m) = call.state, call.map.shape
         length = call.past + n
-        moving = call.phase == "prefill" or (self.decode == "running" and not call.frozen)
-        if not moving and "sinks" not in state:
+        running = self.decode == "running" and not call.frozen
+        if running and (call.mixed or (call.phase == "decode" and n > 1)):
+            raise UnsupportedHost(
+                f"ACT(decode='running') at {call.site.path}: its means move with each generated token, and this call has "
+                "several (no cache, or candidates of assisted decoding). Decode over a cache token by token, or use another mode."
+            )
+        moving = call.phase == "prefill" or running
+        if "sinks" not in state and (not moving or call.phase == "decode"):
             raise prompt_unseen(self, call, "the prompt's sinks are not known")
         if moving:
             self._update(call, length)
@@ -135,15 +141,16 @@ class ACT(Intervention):
     def _update(self, call: AttnCall, length: int) -> None:
         """Add the rows of this call to the sums by slot, and look again which columns are sinks."""
         state, keys = call.state, call.keys
-        counted = call.row_valid
-        if self.decode != "running" or call.frozen:
-            counted = counted & ~call.rows.generated
+        counted_all = self.decode == "running" and not call.frozen
+        counted = call.row_valid if counted_all else call.row_valid & ~call.rows.generated
         column, seen = call.map.column_mass(counted), call.map.seen_by(counted)
         B = column.shape[0]
         put = lambda name, values: _added(state.get(name), values, keys.slot, length)  # noqa: E731
         state["sum"] = put("sum", column)
         state["rows"] = put("rows", seen.expand(B, -1, -1))
-        for name, flags in (("valid", call.key_valid), ("first", keys.first)):
+        # As many tokens as the rows that are counted belong to: those of a mixed call go on behind the prompt.
+        tokens = call.key_valid if counted_all else call.key_valid & ~keys.generated
+        for name, flags in (("valid", tokens), ("first", keys.first)):
             state[name] = _set(state.get(name), flags.expand(B, -1), keys.slot, length)
         if keys.packed:
             state["request"] = _set(state.get("request"), keys.request.expand(B, -1), keys.slot, length)
@@ -158,13 +165,18 @@ class ACT(Intervention):
         else:
             tau = call.each(self.alpha) / _count(valid, state.get("request")).clamp_min(1).to(mean.dtype)[:, None]
         hits = (mean > tau) & valid[:, None] & (rows >= self.min_rows)
-        spared = state["first"][:, None] if self.exclude == "first_token" else _first(hits)
+        spared = state["first"][:, None] if self.exclude == "first_token" else _first(hits, state.get("request"))
         return hits & ~spared
 
 
-def _first(mask: Tensor) -> Tensor:
-    """One-hot of the first True along the last axis (nothing where there is none)."""
-    return mask & (mask.to(torch.int32).cumsum(dim=-1) == 1)
+def _first(mask: Tensor, request: Tensor | None) -> Tensor:
+    """The first True along the last axis of each request (nothing where there is none): of `mask` [B, H, T], `request` [B, T]."""
+    count = mask.to(torch.int32).cumsum(dim=-1)
+    if request is None:
+        return mask & (count == 1)
+    begins = torch.nn.functional.pad(request.diff(dim=-1) != 0, (1, 0), value=True)[:, None]
+    before = torch.where(begins, count - mask.to(torch.int32), 0).cummax(dim=-1).values
+    return mask & (count - before == 1)
 
 
 def _count(valid: Tensor, request: Tensor | None) -> Tensor:

@@ -164,6 +164,11 @@ def _far(x: Tensor) -> Tensor:
 
 def _last_row(call: AttnCall, out: Tensor) -> Tensor:
     """Index [B] of each sample's last prompt row in this call."""
+    if call.packed:
+        raise UnsupportedHost(
+            f"VHR at {call.site.path}: a batch row holds several sequences, and heads are chosen at the end of one. Put each "
+            "sequence in a batch row of its own."
+        )
     n = out.shape[2]
     valid = call.rows.prompt.expand(out.shape[0], -1)
     if not bool(valid.any(dim=-1).all()):
