@@ -70,7 +70,8 @@ class SiteAttention:
 class SiteRuntime:
     """The interventions bound to one site; called by the host in place of the attention primitive."""
 
-    def __init__(self, run: Run, site: Site, entries: list[tuple[Bound, Heads | None]]):
+    def __init__(self, run: Run, site: Site, entries: list[tuple[Bound, Heads | None]], together: bool = True):
+        """`together`: whether all entries act in one call; those of different requests do not."""
         self.run = run
         self.site = site
         self.entries = entries
@@ -81,7 +82,8 @@ class SiteRuntime:
         for head in range(site.heads):
             key = tuple(i for i, (_, heads) in enumerate(entries) if heads is None or head in heads)
             self._by_methods.setdefault(key, []).append(head)
-        self._check_whole()
+        if together:
+            self._check_whole()
         self.shards = Shards.of(site.module)
 
     def _check_whole(self) -> None:
