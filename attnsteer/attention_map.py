@@ -235,9 +235,13 @@ class AttentionMap:
 
     def changed(self) -> Tensor:
         """0-d bool: whether the reweighting that made this map moves anything."""
+        return self.moved().any()
+
+    def moved(self) -> Tensor:
+        """bool [B, ...]: where the reweighting that made this map moves anything."""
         if self.few or self.before.few:
-            return (self.dense() != self.before.dense()).any()
-        return (self.out != self.before.out).any()
+            return self.dense() != self.before.dense()
+        return self.out != self.before.out
 
     def distance(self) -> Tensor:
         """Total-variation distance per row between the map before the reweighting and this one, [B, H, n]."""
@@ -477,15 +481,15 @@ class ReweightedMap(AttentionMap):
         cells, rest = self.cells()
         return kernels.entropy(self.att, self.root.lse, cells, rest)
 
-    def changed(self) -> Tensor:
+    def moved(self) -> Tensor:
         if not isinstance(self.before, ReweightedMap):
-            return self._moved_rows().any() if self.few else super().changed()
+            return self._moved_rows() if self.few else super().moved()
         if self.few:
-            return super().changed()
+            return super().moved()
         moved = (self.coefficient(self.edit.rest) != 1.0) & (self.before.outside(self.union()) > 0)
         for keys, weight in self.edit.groups:
             moved = moved | ((self.coefficient(weight) != 1.0) & (self.before.mass(keys) > 0))
-        return moved.any()
+        return moved
 
     def distance(self) -> Tensor:
         if self.few:

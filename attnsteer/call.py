@@ -261,12 +261,18 @@ class AttnCall:
 
     def span_keys(self, spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
         """Token ranges per sample, counted from its first valid token, as a key set [B, 1, m]."""
-        index, valid = self.keys.index, self.keys.valid
+        index, valid, device = self.keys.index, self.keys.valid, self.keys.index.device
         wide = index.expand(len(spans), -1)
-        found = torch.zeros_like(wide, dtype=torch.bool)
-        for b, ranges in enumerate(spans):
-            for start, stop in ranges:
-                found[b] |= (wide[b] >= start) & (wide[b] < stop)
+        flat = [(b, start, stop) for b, ranges in enumerate(spans) for start, stop in ranges]
+        if not flat:
+            return torch.zeros_like(wide, dtype=torch.bool)[:, None]
+        row, start, stop = torch.tensor(flat, device=device).unbind(dim=1)
+        inside = wide[row]
+        inside = (inside >= start[:, None]) & (inside < stop[:, None])
+        if len(flat) == len(spans) and all(len(ranges) == 1 for ranges in spans):
+            found = inside
+        else:
+            found = torch.zeros_like(wide, dtype=torch.bool).index_put((row,), inside, accumulate=True)
         return (found & valid)[:, None]
 
     def at_keys(self, tokens: Tensor) -> Tensor:

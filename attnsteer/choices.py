@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Final
@@ -17,7 +17,7 @@ from ._version import __version__
 from .bound import Bound, Heads
 from .errors import SelectionError, SerializationError, brief, did_you_mean, listing
 from .intervention import Intervention, plain_value
-from .parameters import declared
+from .parameters import Parameter, declared
 from .tokens import Tokens
 
 # The name under which a request takes no steering.
@@ -43,6 +43,26 @@ class Part:
     bound: Bound
     sites: Mapping[str, Heads | None]
 
+    @cached_property
+    def form(self) -> bytes:
+        """The same for parts whose methods can be joined into one for a batch (`joined`)."""
+        return _digest(self.record(lambda form, value: value if form is None else form.shared(value)))
+
+    def record(self, kept: Callable[[Parameter | None, Any], Any]) -> Any:
+        """What it does, as JSON has it: where, by which method, and with which values, of which `kept` is kept."""
+        method, values = self.bound.method, {}
+        for f in fields(method):
+            value = getattr(method, f.name)
+            try:
+                if not f.metadata.get("save", True) and value is not None:
+                    raise SerializationError(f.name)
+                values[f.name] = plain_value(kept(declared(type(method), f.name), value))
+            except SerializationError:
+                # It cannot be written down, so it is like no other.
+                values[f.name] = uuid.uuid4().hex
+        sites = {path: heads if heads is None else list(heads) for path, heads in self.sites.items()}
+        return [type(method).__module__, type(method).__qualname__, values, sites]
+
 
 @dataclass(frozen=True, eq=False)
 class Choice:
@@ -62,36 +82,7 @@ class Choice:
     @cached_property
     def identity(self) -> bytes:
         """The same for choices that do the same, in every process; empty for none. Prefixes are shared within it."""
-        return self._digest(lambda method, name, value: value) if self.parts else b""
-
-    @cached_property
-    def form(self) -> bytes:
-        """The same for choices whose methods can be joined into one for a batch (`joined`)."""
-
-        def shared(method: Intervention, name: str, value: Any) -> Any:
-            form = declared(type(method), name)
-            return value if form is None else form.shared(value)
-
-        return self._digest(shared) if self.parts else b""
-
-    def _digest(self, kept: Callable[[Intervention, str, Any], Any]) -> bytes:
-        try:
-            record = []
-            for part in self.parts:
-                method = part.bound.method
-                kind, values = type(method), {}
-                for f in fields(method):
-                    value = getattr(method, f.name)
-                    if not f.metadata.get("save", True) and value is not None:
-                        raise SerializationError(f.name)
-                    values[f.name] = plain_value(kept(method, f.name, value))
-                sites = {path: heads if heads is None else list(heads) for path, heads in part.sites.items()}
-                record.append([part.bound.index, kind.__module__, kind.__qualname__, values, sites])
-            text = json.dumps([__version__, record], sort_keys=True)
-        except SerializationError:
-            # What it does cannot be written down: it is like no other.
-            text = uuid.uuid4().hex
-        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+        return _digest([p.record(lambda form, value: value) for p in self.parts]) if self.parts else b""
 
     def settled(self, tokens: Tokens) -> Choice:
         """With what its methods look up in the request's tokens (spans given as text) found.
@@ -114,29 +105,55 @@ class Choice:
             parts.append(Part(_with(part.bound, method.new(**found)), part.sites) if found else part)
         return Choice(tuple(parts))
 
-    def entries(self, path: str, methods: Mapping[int, Intervention]) -> list[tuple[Bound, Heads | None]]:
-        """What acts at a site, each with `methods` (by number) in place of its own."""
-        return [(_with(p.bound, methods[p.bound.index]), p.sites[path]) for p in self.parts if path in p.sites]
+
+def _digest(record: Any) -> bytes:
+    text = json.dumps([__version__, record], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def joined(choices: Iterable[Choice]) -> dict[int, Intervention]:
-    """The methods of several requests as one each, by number, with one value per request; the choices are of one form."""
-    choices = list(choices)
-    if len(choices) == 1:
-        return {p.bound.index: p.bound.method for p in choices[0].parts}
-    return {
-        parts[0].bound.index: _joined([p.bound.method for p in parts])
-        for parts in zip(*(c.parts for c in choices), strict=True)
-    }
+class Order:
+    """The parts of several choices in one order that keeps the order of each: form -> (row -> part)."""
+
+    def __init__(self) -> None:
+        self.parts: dict[bytes, dict[int, Part]] = {}
+        self.size = 0
+
+    def take(self, choice: Choice) -> bool:
+        """Add the choice of one more row; False where its order is against that of others, and nothing was added."""
+        order, at = list(self.parts), -1
+        for part in choice.parts:
+            if part.form not in order:
+                order.insert(at + 1, part.form)
+            if order.index(part.form) <= at:
+                return False
+            at = order.index(part.form)
+        self.parts = {form: self.parts.get(form, {}) for form in order}
+        for part in choice.parts:
+            self.parts[part.form][self.size] = part
+        self.size += 1
+        return True
+
+    @property
+    def uniform(self) -> bool:
+        """Whether each part acts on all rows for one intervention."""
+        return all(
+            len(own) == self.size and len({p.bound.index for p in own.values()}) == 1 for own in self.parts.values()
+        )
 
 
-def _joined(methods: list[Intervention]) -> Intervention:
-    first, changes = methods[0], {}
-    for f in fields(first):
-        form, values = declared(type(first), f.name), [getattr(m, f.name) for m in methods]
-        if form is not None and values[0] is not None:
+def joined(own: Mapping[int, Part], size: int) -> Bound:
+    """One intervention that is, on some of `size` rows, that of each."""
+    first = next(iter(own.values()))
+    if size == 1:
+        return first.bound
+    method, changes = first.bound.method, {}
+    for f in fields(method):
+        form, value = declared(type(method), f.name), getattr(method, f.name)
+        if form is not None and value is not None:
+            rest = form.resting(value)
+            values = [getattr(own[i].bound.method, f.name) if i in own else rest for i in range(size)]
             changes[f.name] = form.joined(values)
-    return first.new(**changes)
+    return replace(first.bound, method=method.new(**changes))
 
 
 class Choices:
@@ -222,14 +239,15 @@ class Choices:
                 method = method.new(**{n: v if forms[n] is None else forms[n].of_request(v) for n, v in values.items()})
 
             def which(name: str, count: int, values: Mapping[str, Any] = values, bound: Bound = bound) -> int:
-                if name in values and count == 1:
+                if count == 1 and (name in values or self.names or place in (None, (0, 1))):
                     return 0
                 if name not in values and place is not None and place[1] == count:
                     return place[0]
-                inputs = "one request" if place is None or name in values else f"{place[1]} inputs"
+                alone = place is None or name in values
                 raise SelectionError(
-                    f"{bound.name}({name}=...) has {count} values, and this is {inputs}. Give one value, or one for each input of "
-                    "generate_batch."
+                    f"{bound.name}({name}=...) is given for {count} sample{'' if count == 1 else 's'}, and this is "
+                    f"{'one request' if alone else f'a batch of {place[1]} inputs'}. Give one value, or one for each input of "
+                    "generate_batch; a request gives its own by steer={...}."
                 )
 
             method = method.of_sample(which)

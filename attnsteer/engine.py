@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from .errors import CompositionError, SelectionError, UnsupportedHost
 from .intervention import Intervention
 from .kernels import Attention
 from .shards import Pool, Shards
+from .shared_rows import Rows, levels, together
 from .site import Site
 
 
@@ -70,8 +71,20 @@ class SiteAttention:
 class SiteRuntime:
     """The interventions bound to one site; called by the host in place of the attention primitive."""
 
-    def __init__(self, run: Run, site: Site, entries: list[tuple[Bound, Heads | None]], together: bool = True):
-        """`together`: whether all entries act in one call; those of different requests do not."""
+    def __init__(
+        self,
+        run: Run,
+        site: Site,
+        entries: list[tuple[Bound, Heads | None]],
+        together: bool = True,
+        rows: Mapping[int, Rows] | None = None,
+    ):
+        """
+        Args:
+            together: whether all entries act in one call; those of different requests do not.
+            rows: by `id` of each entry's bound, the batch rows that it acts on, where requests chose differently.
+        """
+        self.rows = rows
         self.run = run
         self.site = site
         self.entries = entries
@@ -150,14 +163,24 @@ class SiteRuntime:
     def _seen(self, active: tuple[int, ...], offset: int, shape: tuple[int, ...], phase: str) -> dict[int, Mark]:
         """Count this call once for each active intervention, however many head groups it falls into."""
         marks = {}
-        for bound, heads in (self.entries[i] for i in active):
-            record = self.run.audit.record(bound.index, self.site.path)
+        every = (
+            (*owner, heads) for b, heads in (self.entries[i] for i in active) for owner in self._owners(b, shape[0])
+        )
+        for index, batch, heads in every:
+            record = self.run.audit.record(index, self.site.path)
             local = _local(heads, offset, shape[1])
             record.see(shape[1] if local is None else len(local), phase)
             if shape[1] != self.site.heads:
                 record.part = True
-            marks[bound.index] = Mark(record, phase, shape[0] * shape[2])
+            marks[index] = Mark(record, phase, batch * shape[2])
         return marks
+
+    def _owners(self, bound: Bound, batch: int) -> list[tuple[int, int]]:
+        """[(number of an intervention behind `bound`, its batch rows)]."""
+        if self.rows is None:
+            return [(bound.index, batch)]
+        own = self.rows[id(bound)]
+        return [(index, own.size[i]) for i, index in enumerate(own.owners)]
 
     def _offset(self, local: int, active: tuple[int, ...]) -> int:
         """Global index of this process's first head (tensor parallelism shards heads)."""
@@ -243,9 +266,13 @@ class _HeadGroup:
         for bound in bounds:
             if "bias" in bound.doors:
                 self.bias(bound)
-        for bound in bounds:
-            if "weights" in bound.doors:
+        weighing = [bound for bound in bounds if "weights" in bound.doors]
+        if self.runtime.rows is None:
+            for bound in weighing:
                 self.weights(bound)
+        else:
+            for apart in levels(weighing, self.runtime.rows):
+                self.weights_apart(apart)
         out = None if self.map is plain else self.map.out
         if maps is not None and self.map is not plain:
             maps.append((self.local, self.map.dense()))
@@ -309,13 +336,20 @@ class _HeadGroup:
             names.append("an answer of call.map")
         return list(dict.fromkeys(names))
 
-    def mark(self, bound: Bound, path: str, changed: Tensor | None) -> None:
-        self.marks[bound.index].edited(path, changed)
+    def mark(self, bound: Bound, path: str, differs: Tensor | None) -> None:
+        """Something was edited by `path`; `differs`: bool, [B, ...] where rows are shared; None: nothing can have changed."""
+        if self.runtime.rows is None:
+            self.marks[bound.index].edited(path, None if differs is None else differs.any())
+            return
+        own = self.runtime.rows[id(bound)]
+        flags = [None] * len(own.owners) if differs is None else own.flags(differs.flatten(1).any(dim=1))
+        for index, flag in zip(own.owners, flags, strict=True):
+            self.marks[index].edited(path, flag)
 
     def chosen(self, bound: Bound) -> Tensor | None:
         """bool [B or 1, H or 1, n or 1]: where the method acts, by `where` and by its values per sample; None for all."""
         where, call, q = bound.where, self.base, self.whole.att.q
-        masks = []
+        masks = [] if self.runtime.rows is None else [self.runtime.rows[id(bound)].mask]
         if bound.method.restricting:
             samples = Samples.plain(q.shape[0]) if call.samples is None else call.samples
             masks = [
@@ -383,7 +417,7 @@ class _HeadGroup:
         changed = None
         for new, old in ((q, att.q), (k, att.k), (v, att.v)):
             if new is not old:
-                differs = (new != old).any()
+                differs = (new != old).flatten(1).any(dim=1)
                 changed = differs if changed is None else changed | differs
         self.mark(bound, "inputs", changed)
 
@@ -397,12 +431,12 @@ class _HeadGroup:
         if isinstance(term, KeyBias) and mask is None:
             old = att.key_bias
             self.rescore(att.replace(key_bias=term.bias if old is None else old + term.bias))
-            changed = (term.bias != 0).any()
+            changed = term.bias != 0
         else:
             full = term.bias[:, :, None] if isinstance(term, KeyBias) else term
             full = full if mask is None else torch.where(mask[..., None], full, torch.zeros_like(full))
             self.rescore(_with_bias(att, full))
-            changed = (full != 0).any()
+            changed = full != 0
         self.mark(bound, "bias", changed)
 
     def weights(self, bound: Bound) -> None:
@@ -418,7 +452,30 @@ class _HeadGroup:
             keep = self.base.rows.valid[:, None].to(moved.dtype).expand_as(moved)
             self.marks[bound.index].record.measure((moved * keep).sum() / keep.sum().clamp_min(1.0))
         compiling = torch.compiler.is_compiling()
-        self.mark(bound, self.map.path, None if compiling else self.map.changed())
+        self.mark(bound, self.map.path, None if compiling else self.map.moved())
+
+    def weights_apart(self, bounds: list[Bound]) -> None:
+        """The edits of interventions that act on rows of different requests, as one."""
+        assert self.runtime.rows is not None
+        asked = [(b, self.runtime.rows[id(b)], self.ask(b, "weights")) for b in bounds]
+        for normalise in (True, False):
+            own = [(b, rows, edit) for b, rows, edit in asked if edit is not None and edit.normalise == normalise]
+            if not own:
+                continue
+            dtype, edits = self.map.att.stat_dtype, []
+            for bound, rows, edit in own:
+                mask = self.chosen(bound)
+                finer = mask is not None and mask is not rows.mask
+                edits.append((rows, _masked(edit, mask, dtype) if finer else edit))
+            self.map = self.map.reweighted(together(edits, dtype))
+            moved = self.map.distance() if self.runtime.run.measure else None
+            differs = self.map.moved()
+            for bound, rows, _ in own:
+                if moved is not None:
+                    for index, of in zip(rows.owners, rows.of, strict=True):
+                        keep = (self.base.rows.valid & of[:, None])[:, None].to(moved.dtype).expand_as(moved)
+                        self.marks[index].record.measure((moved * keep).sum() / keep.sum().clamp_min(1.0))
+                self.mark(bound, self.map.path, differs)
 
     def output(self, bound: Bound, out: Tensor | None) -> Tensor | None:
         before = self.map.out if out is None else out
@@ -431,7 +488,7 @@ class _HeadGroup:
             return out
         mask, edited = self.chosen(bound), edited.to(before.dtype)
         edited = edited if mask is None else torch.where(mask[..., None], edited, before)
-        self.mark(bound, "output", None if torch.compiler.is_compiling() else (edited != before).any())
+        self.mark(bound, "output", None if torch.compiler.is_compiling() else edited != before)
         return edited
 
 

@@ -274,6 +274,10 @@ class Parameter:
             return "one for each"
         return list(value) if self.per_sample and isinstance(value, Mapping) else value
 
+    def resting(self, value: Any) -> Any:
+        """What stands for a sample that is left alone, beside one with this value."""
+        return value
+
     def joined(self, values: Sequence[Any]) -> Any:
         """One value for several samples, of those of each, which agree in what is `shared`."""
         if all(v == values[0] for v in values[1:]):

@@ -120,9 +120,8 @@ class Steering:
         return Part(bound, {site.path: heads for site, heads in selected})
 
     def _check_choice(self, choice: Choice) -> None:
-        methods = {p.bound.index: p.bound.method for p in choice.parts}
         for site in self.sites:
-            SiteRuntime(self, site, choice.entries(site.path, methods))
+            SiteRuntime(self, site, [(p.bound, p.sites[site.path]) for p in choice.parts if site.path in p.sites])
 
     def request(self, name: str | None = None, /, **parameters: Any) -> Choice:
         """What one request of continuous batching gets: `manager.add_request(ids, steer=run.request("calm", beta=0.2))`.

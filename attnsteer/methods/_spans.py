@@ -60,6 +60,9 @@ class _Spans(Parsed):
     def shared(self, value: Any) -> Any:
         return "one for each"
 
+    def resting(self, value: Any) -> Any:
+        return ((),)
+
     def joined(self, values: Sequence[Any]) -> Any:
         return tuple(own for (own,) in values)
 

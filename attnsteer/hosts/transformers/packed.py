@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from ...account import Account, Track
 from ...attention_map import FEW_ROWS
 from ...call import AttnCall
-from ...choices import Choice, joined
+from ...choices import Choice, Order, joined
 from ...engine import SiteRuntime
 from ...errors import ContractError, UnsupportedHost
+from ...shared_rows import Rows
 from ...tokens import Tokens
 from ..sdpa.host import same_kernel
 from .attention_function import check_exact, plain_function, problem
@@ -62,7 +63,7 @@ class Piece:
 
     Attributes:
         row: where they begin among the packed rows. new: how many. past: tokens of the request before them. prompt: of its prompt.
-        ids: token ids of the request, up to the last of these rows and further. behind: rows of the request in this forward that
+        ids: gives the token ids of the request, to the last of these rows or further. behind: rows of the request in this forward that
             come after these. whole: whether the prompt ends in this forward, or has.
     """
 
@@ -71,7 +72,7 @@ class Piece:
     new: int
     past: int
     prompt: int
-    ids: Sequence[int]
+    ids: Callable[[], list[int]]
     keys: Mapping[str, tuple[int, int]]
     behind: int = 0
     whole: bool = True
@@ -113,7 +114,7 @@ def pieces(requests: Sequence[Any], seqlen_k: Mapping[str, Callable[[int, int], 
         if past == 0:
             request.states.clear()
         cuts = _cuts(past, n, prompt, request.choice)
-        ids = state.initial_tokens + state.generated_tokens
+        ids = partial(_all_ids, state)
         for start, stop in itertools.pairwise(cuts):
             found.append(
                 Piece(
@@ -123,6 +124,10 @@ def pieces(requests: Sequence[Any], seqlen_k: Mapping[str, Callable[[int, int], 
             )  # fmt: skip
         row += n
     return found
+
+
+def _all_ids(state: Any) -> list[int]:
+    return state.initial_tokens + state.generated_tokens
 
 
 def _cuts(past: int, n: int, prompt: int, choice: Choice) -> list[int]:
@@ -226,7 +231,7 @@ class _Tokens(Tokens):
     @property
     def ids(self) -> Tensor:  # type: ignore[override]
         """int [B, T], zeros for padding."""
-        rows = [[0] * (self.length - p.length) + list(p.ids[: p.length]) for p in self._group.pieces]
+        rows = [[0] * (self.length - p.length) + p.ids()[: p.length] for p in self._group.pieces]
         return torch.tensor(rows, device=self._group.device)
 
     @ids.setter
@@ -280,31 +285,37 @@ def _index(places: Tensor | slice, device: torch.device) -> Tensor:
 
 
 class Joint:
-    """The joined methods of the last batches, by site."""
+    """The methods of the last batches, joined by site."""
 
     def __init__(self, run: Any):
         self.run = run
         self._known: OrderedDict[tuple[bytes, ...], dict[str, SiteRuntime]] = OrderedDict()
 
-    def of(self, choices: list[Choice]) -> Mapping[str, SiteRuntime]:
-        """Site path -> what acts there on requests with these choices, which are of one form."""
-        key = tuple(c.identity for c in choices)
+    def of(self, order: Order, choices: list[Choice], device: torch.device) -> Mapping[str, SiteRuntime]:
+        """Site path -> what acts there on requests with these choices, in this order."""
+        key = tuple(c.identity for c in choices) + tuple(order.parts)
         found = self._known.pop(key, None)
         if found is None:
-            found = self._made(choices)
+            found = self._made(order, device)
             while len(self._known) >= KEPT:
                 self._known.popitem(last=False)
         self._known[key] = found
         return found
 
-    def _made(self, choices: list[Choice]) -> dict[str, SiteRuntime]:
-        first = choices[0]
-        methods = joined(choices)
+    def _made(self, order: Order, device: torch.device) -> dict[str, SiteRuntime]:
+        bounds = [(joined(own, order.size), own) for own in order.parts.values()]
+        rows = None
+        if not order.uniform:
+            rows = {
+                id(bound): Rows.make({i: p.bound.index for i, p in own.items()}, order.size, device)
+                for bound, own in bounds
+            }
         made = {}
         for site in self.run.sites:
-            entries = first.entries(site.path, methods)
+            firsts = [(bound, next(iter(own.values())).sites) for bound, own in bounds]
+            entries = [(bound, sites[site.path]) for bound, sites in firsts if site.path in sites]
             if entries:
-                runtime = made[site.path] = SiteRuntime(self.run, site, entries)
+                runtime = made[site.path] = SiteRuntime(self.run, site, entries, together=rows is None, rows=rows)
                 # The first act of each method at a site was looked at, whoever's request it was.
                 runtime.checked = self.run.runtimes[site.path].checked
         return made
@@ -317,10 +328,22 @@ class Packed(Prepared):
         self.joint, self.device, self.exact = joint, device, exact
         self.pieces = pieces
         self.rows = sum(p.new for p in pieces)
-        by_kind: dict[Any, list[Piece]] = {}
+        batches: dict[Any, list[tuple[Order, list[Piece]]]] = {}
         for i, piece in enumerate(pieces):
-            by_kind.setdefault(_kind(i, piece), []).append(piece)
-        self.groups = [Group(own, joint.of([p.request.choice for p in own]), device) for own in by_kind.values()]
+            known = batches.setdefault(_kind(i, piece), [])
+            for order, own in known:
+                if order.take(piece.request.choice):
+                    own.append(piece)
+                    break
+            else:
+                order = Order()
+                order.take(piece.request.choice)
+                known.append((order, [piece]))
+        self.groups = [
+            Group(own, joint.of(order, [p.request.choice for p in own], device), device)
+            for known in batches.values()
+            for order, own in known
+        ]
 
     @cached_property
     def order(self) -> Tensor | None:
@@ -461,7 +484,7 @@ def _kind(i: int, piece: Piece) -> Any:
         return i
     # Beginnings are padded up to twice their length; what goes on has no padding among its rows.
     rows = ("first", (piece.new - 1).bit_length()) if piece.past == 0 else ("next", piece.new)
-    return (choice.form, rows, piece.phase, piece.whole) if choice.parts else (choice.form, rows)
+    return (rows, piece.phase, piece.whole) if choice.parts else rows
 
 
 def _check_stateless(runtime: SiteRuntime, states: dict[Any, dict[str, Any]]) -> None:
