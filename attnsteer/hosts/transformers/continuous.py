@@ -117,11 +117,14 @@ class Continuous:
         """The library's `generate_batch`, with `steer`: one entry for all inputs or a list with one for each."""
         run, before = self.run, len(self.run.failures)
         inputs = [_ids(ids) for ids in inputs]
-        self._chosen.values = self.choices(inputs, steer)
+        self._chosen.values, self._chosen.refused = self.choices(inputs, steer), None
         try:
             results = inner(inputs, *args, **kwargs)
         finally:
-            self._chosen.values = None
+            refused, self._chosen.values, self._chosen.refused = self._chosen.refused, None, None
+        if refused is not None:
+            # The library logs what its manager raises, and returns.
+            raise refused
         if len(run.failures) > before:
             # Raised here, so not again on leaving the steering.
             error = run.failures[before]
@@ -143,11 +146,13 @@ class Continuous:
         """What one request gets, with its own tokens looked up."""
         return self.run.choices.choose(wanted, place).settled(_tokens(ids))
 
-    def taken(self, inputs: Sequence[list[int]]) -> list[Choice] | None:
-        """What `generate_batch` of this thread has chosen for these inputs."""
-        found = getattr(self._chosen, "values", None)
-        self._chosen.values = None
-        return found if found is not None and len(found) == len(inputs) else None
+    def taken(self) -> list[Choice] | None:
+        """What `generate_batch` of this thread has chosen for its inputs; None where none runs."""
+        return getattr(self._chosen, "values", None)
+
+    def refuse(self, error: Exception) -> None:
+        """Let `generate_batch` of this thread, if one runs, raise what its manager did."""
+        self._chosen.refused = error
 
     def _release(self, model: nn.Module) -> None:
         """The steering is removed: a manager that the library keeps goes with it."""
@@ -202,10 +207,17 @@ class Session:
 
     def _add_all(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Several requests; `steer` is one entry for all, or a list with one for each."""
+        try:
+            return self._add_checked(inputs, args, kwargs)
+        except Exception as error:
+            self.batching.refuse(error)
+            raise
+
+    def _add_checked(self, inputs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._attached()
         wanted = kwargs.pop(CARRIER, DEFAULT)
         inputs = [_ids(ids) for ids in inputs]
-        chosen = self.batching.taken(inputs) or self.batching.choices(inputs, wanted)
+        chosen = self.batching.taken() or self.batching.choices(inputs, wanted)
         for choice, ids in zip(chosen, inputs, strict=True):
             self._check(choice, len(ids))
         with self.batching.lock:
