@@ -6,7 +6,7 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +43,8 @@ class Steering:
         control: whether it is meant to change nothing (a zero-strength control), so that this is no error.
         attached: False from the moment on at which it is removed.
         choices: how requests of a batch that many share choose among the interventions. asked_for: numbers of those that some
-            request has chosen. failures: errors of threads that had nobody to raise them to; the first is raised on leaving.
+            request has chosen. by_id: what a request chooses that says nothing, by its id; None: the default.
+        failures: errors of threads that had nobody to raise them to; the first is raised on leaving.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Steering:
         for name in names:
             self._check_choice(self.choices.choose(name))
         self.asked_for: set[int] = set()
+        self.by_id: Callable[[str | None], Any] | None = None
         self.failures: list[BaseException] = []
         try:
             self.host.attach(self, self._journal)

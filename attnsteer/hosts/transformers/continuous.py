@@ -191,19 +191,29 @@ class Session:
 
     def _add(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """One request; `steer` says what acts on it: a name, values of its own, both, or None."""
-        self._attached()
-        wanted = kwargs.pop(CARRIER, DEFAULT)
-        places = getattr(self._adding, "places", None)
-        place = None if places is None else places.get(kwargs.get("request_id"))
-        if place is not None:
-            ids, choice = list(input_ids), place
-        else:
-            ids = _ids(input_ids)
-            choice = self.batching.choice(ids, wanted, None)
-        self._check(choice, len(ids))
+        try:
+            ids, choice = self._chosen(input_ids, kwargs)
+        except Exception:
+            # A server waits for the result already.
+            self.manager().output_router.result_handlers.pop(kwargs.get("request_id"), None)
+            raise
         self.run.asked_for.update(p.bound.index for p in choice.parts)
         with self.batching.lock:
             return self._inner["add_request"](ids, *args, **kwargs, **{CARRIER: Request(choice)})
+
+    def _chosen(self, input_ids: Any, kwargs: dict[str, Any]) -> tuple[list[int], Choice]:
+        """(token ids, what acts on them); `steer` is taken out of the arguments."""
+        self._attached()
+        wanted, name = kwargs.pop(CARRIER, DEFAULT), kwargs.get("request_id")
+        known = getattr(self._adding, "places", None)
+        if known is not None and name in known:
+            return list(input_ids), known[name]
+        if wanted is DEFAULT and self.run.by_id is not None:
+            wanted = self.run.by_id(name)
+        ids = _ids(input_ids)
+        choice = self.batching.choice(ids, wanted, None)
+        self._check(choice, len(ids))
+        return ids, choice
 
     def _add_all(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Several requests; `steer` is one entry for all, or a list with one for each."""

@@ -63,8 +63,8 @@ class Piece:
 
     Attributes:
         row: where they begin among the packed rows. new: how many. past: tokens of the request before them. prompt: of its prompt.
-        ids: gives the token ids of the request, to the last of these rows or further. behind: rows of the request in this forward that
-            come after these. whole: whether the prompt ends in this forward, or has.
+        ids: gives the token ids of the request, to the last of these rows or further. behind: rows of the request in this forward
+            that come after these. whole: whether the prompt ends in this forward, or has.
     """
 
     request: Request
