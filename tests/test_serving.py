@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -192,17 +193,18 @@ def test_a_client_that_goes_away(served: Any, alone: Any) -> None:
     assert not scheduler.active_requests and not scheduler.waiting_requests and not server.app._chosen
 
 
-def test_the_client_of_the_documentation(served: Any, alone: Any) -> None:
+def test_the_client_of_the_documentation(served: Any, alone: Any, capsys: pytest.CaptureFixture[str]) -> None:
     import openai
 
     _, client = served
-    api = openai.OpenAI(base_url=f"http://127.0.0.1:{client.port}/v1", api_key="none")
-    (model,) = api.models.list().data
-    options = {"model": model.id, "prompt": PROMPTS[0], "max_tokens": NEW}
-    answer = api.completions.create(**options, extra_body={"steering": {"name": "flat", "gamma": 0.2}})
-    assert answer.choices[0].text == alone(PROMPTS[0], [ZeroTuning(gamma=0.2)])
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    shared: dict[str, Any] = {}
+    exec(block.replace("localhost:8000", f"127.0.0.1:{client.port}"), shared)
+    assert capsys.readouterr().out == alone("a red circle and", [ZeroTuning(gamma=0.5)]) + "\n"
+    options = {"model": shared["model"], "prompt": PROMPTS[0]}
     with pytest.raises(openai.BadRequestError, match="there are act, both, flat"):
-        api.completions.create(**options, extra_body={"steering": "loud"})
+        shared["client"].completions.create(**options, extra_body={"steering": "loud"})
 
 
 def test_a_request_that_comes_by_another_way_is_refused() -> None:
