@@ -92,8 +92,11 @@ class SiteRuntime:
         self.checked: set[tuple[int, str, str, Heads]] = set()
         self._partitions: dict[tuple[int, ...], list[tuple[Heads | None, list[Bound]]]] = {}
         self._by_methods: dict[tuple[int, ...], list[int]] = {}
+        self.late = _late(entries)
         for head in range(site.heads):
-            key = tuple(i for i, (_, heads) in enumerate(entries) if heads is None or head in heads)
+            key = tuple(
+                i for i, (_, heads) in enumerate(entries) if i not in self.late and (heads is None or head in heads)
+            )
             self._by_methods.setdefault(key, []).append(head)
         if together:
             self._check_whole()
@@ -156,9 +159,37 @@ class SiteRuntime:
             if result is None:
                 result = whole.out().clone()
             result[:, list(local)] = out.to(result.dtype)
+        out = whole.out() if result is None else result
+        for i in self.late:
+            if i in active:
+                out = self._scaled_heads(*self.entries[i], whole, out, offset, call, marks)
         for mark in marks.values():
             mark.close()
-        return whole.out() if result is None else result
+        return out
+
+    def _scaled_heads(
+        self,
+        bound: Bound,
+        heads: Heads | None,
+        whole: SiteAttention,
+        out: Tensor,
+        offset: int,
+        call: AttnCall,
+        marks: dict[int, Mark],
+    ) -> Tensor:
+        """`out` [B, H, n, dv] with the outputs of some heads edited by a method that reads nothing else."""
+        local = _local(heads, offset, out.shape[1])
+        if local == ():
+            return out
+        own = out if local is None else out[:, list(local)]
+        edited = _HeadGroup(self, whole, heads, offset, call, marks).output(bound, own)
+        if edited is None or edited is own:
+            return out
+        if local is None:
+            return edited
+        out = out.clone()
+        out[:, list(local)] = edited
+        return out
 
     def _seen(self, active: tuple[int, ...], offset: int, shape: tuple[int, ...], phase: str) -> dict[int, Mark]:
         """Count this call once for each active intervention, however many head groups it falls into."""
@@ -506,6 +537,18 @@ def _check_apart(site: Site, att: Attention, call: AttnCall) -> None:
             f"{site.path}: the call packs several sequences into a row, but this model lets them see each other. Pass a mask "
             "[B, 1, n, n] that keeps them apart, or put each in a batch row of its own."
         )
+
+
+def _late(entries: list[tuple[Bound, Heads | None]]) -> tuple[int, ...]:
+    """Those at the end that edit head outputs and read no map (methods for linear attention): no heads are divided for them."""
+    found: list[int] = []
+    for i in reversed(range(len(entries))):
+        bound = entries[i][0]
+        if bound.method.linear and bound.doors == {"output"}:
+            found.append(i)
+        elif "output" in bound.doors:
+            break
+    return tuple(reversed(found))
 
 
 def _mark(tensor: Tensor, values: bool) -> Any:

@@ -484,7 +484,7 @@ def _kind(i: int, piece: Piece) -> Any:
         return i
     # Beginnings are padded up to twice their length; what goes on has no padding among its rows.
     rows = ("first", (piece.new - 1).bit_length()) if piece.past == 0 else ("next", piece.new)
-    return (rows, piece.phase, piece.whole) if choice.parts else rows
+    return rows, piece.phase, piece.whole
 
 
 def _check_stateless(runtime: SiteRuntime, states: dict[Any, dict[str, Any]]) -> None:
