@@ -71,7 +71,7 @@ class AttnCall:
     states: dict[Any, dict[str, Any]] = field(default_factory=dict, repr=False)
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
     view: AttentionMap | None = field(default=None, repr=False)
-    # What was made once for all calls of this forward; number of the intervention that this call is shown to.
+    # What was made once for all calls of this forward; what tells apart the intervention that this call is shown to.
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     owner: int = 0
     # Made when it is asked for; None: the method does not say that it pools over heads.
@@ -301,10 +301,16 @@ class AttnCall:
             found = torch.zeros_like(keys.valid) if found is None else found & keys.valid if keys.padded else found
             return found.expand(len(spans), -1)[:, None] if len(spans) != len(found) else found[:, None]
         wide = keys.index.expand(len(spans), -1)
-        found = torch.zeros_like(wide, dtype=torch.bool)
-        for b, ranges in enumerate(spans):
-            for start, stop in ranges:
-                found[b] |= (wide[b] >= start) & (wide[b] < stop)
+        flat = [(b, start, stop) for b, ranges in enumerate(spans) for start, stop in ranges]
+        if not flat:
+            return torch.zeros_like(wide, dtype=torch.bool)[:, None]
+        row, start, stop = torch.tensor(flat, device=wide.device).unbind(dim=1)
+        inside = wide[row]
+        inside = (inside >= start[:, None]) & (inside < stop[:, None])
+        if len(flat) == len(spans) and all(len(ranges) == 1 for ranges in spans):
+            found = inside
+        else:
+            found = torch.zeros_like(wide, dtype=torch.bool).index_put((row,), inside, accumulate=True)
         return (found & keys.valid)[:, None]
 
     def at_keys(self, tokens: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .cli_methods import methods
 from .cli_options import ALLOW_IMPORTS, IMPORT, JSON
 from .cli_recipes import calibrate, recipes
 from .cli_runs import compare, report
+from .cli_serve import serve
 from .errors import AttnSteerError
 from .output import print_json as _print_json
 from .output import print_table as _print_table
@@ -55,6 +56,7 @@ app.add_typer(recipes, name="recipes")
 app.command()(calibrate)
 app.command()(compare)
 app.command()(report)
+app.command()(serve)
 
 
 @app.callback()

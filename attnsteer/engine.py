@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from .forms import WholeForms
 from .intervention import Intervention
 from .kernels import Attention
 from .shards import Pool, Shards
+from .shared_rows import Rows, levels, together
 from .site import Site
 from .tokens import Tokens
 
@@ -77,7 +78,20 @@ class SiteAttention:
 class SiteRuntime:
     """The interventions bound to one site; called by the host in place of the attention primitive."""
 
-    def __init__(self, run: Run, site: Site, entries: list[tuple[Bound, Heads | None]]):
+    def __init__(
+        self,
+        run: Run,
+        site: Site,
+        entries: list[tuple[Bound, Heads | None]],
+        together: bool = True,
+        rows: Mapping[int, Rows] | None = None,
+    ):
+        """
+        Args:
+            together: whether all entries act in one call; those of different requests do not.
+            rows: by `id` of each entry's bound, the batch rows that it acts on, where requests chose differently.
+        """
+        self.rows = rows
         self.run = run
         self.site = site
         self.entries = entries
@@ -86,10 +100,14 @@ class SiteRuntime:
         self._partitions: dict[tuple[int, ...], list[tuple[Heads | None, list[Bound]]]] = {}
         self._by_methods: dict[tuple[int, ...], list[int]] = {}
         self._indices: dict[tuple[Heads, torch.device], Tensor] = {}
+        self.late = _late(entries)
         for head in range(site.heads):
-            key = tuple(i for i, (_, heads) in enumerate(entries) if heads is None or head in heads)
+            key = tuple(
+                i for i, (_, heads) in enumerate(entries) if i not in self.late and (heads is None or head in heads)
+            )
             self._by_methods.setdefault(key, []).append(head)
-        self._check_whole()
+        if together:
+            self._check_whole()
         self.shards = Shards.of(site.module)
 
     def _check_whole(self) -> None:
@@ -147,15 +165,41 @@ class SiteRuntime:
             out = _HeadGroup(self, whole, heads, offset, call, marks, forms).run(bounds, maps)
             if out is not None:
                 edited.append((local, out))
+        if edited and edited[0][0] is None:
+            result = edited[0][1]
+        else:
+            result = None if forms is None else forms.out()
+            result = whole.out() if result is None else result
+            for local, out in edited:
+                result = result.index_copy(1, self._index(local, result.device), out.to(result.dtype))
+        for i in self.late:
+            if i in active:
+                result = self._scaled_heads(*self.entries[i], whole, result, offset, call, marks)
         for mark in marks.values():
             mark.close()
-        if edited and edited[0][0] is None:
-            return edited[0][1]
-        result = None if forms is None else forms.out()
-        result = whole.out() if result is None else result
-        for local, out in edited:
-            result = result.index_copy(1, self._index(local, result.device), out.to(result.dtype))
         return result
+
+    def _scaled_heads(
+        self,
+        bound: Bound,
+        heads: Heads | None,
+        whole: SiteAttention,
+        out: Tensor,
+        offset: int,
+        call: AttnCall,
+        marks: dict[int, Mark],
+    ) -> Tensor:
+        """`out` [B, H, n, dv] with the outputs of some heads edited by a method that reads nothing else."""
+        local = _local(heads, offset, out.shape[1])
+        if local == ():
+            return out
+        own = out if local is None else out.index_select(1, self._index(local, out.device))
+        edited = _HeadGroup(self, whole, heads, offset, call, marks).output(bound, own)
+        if edited is None or edited is own:
+            return out
+        if local is None:
+            return edited
+        return out.index_copy(1, self._index(local, out.device), edited)
 
     def _takes_forms(self, att: Attention) -> bool:
         """Whether heads that are not edited come out bit for bit where the kernel gets a mask of zeros for them."""
@@ -164,6 +208,7 @@ class SiteRuntime:
             and att.softcap is None
             and att.sinks is None
             and att.key_bias is None
+            and self.rows is None
             and not (self.run.reference or self.run.measure or torch.compiler.is_compiling())
         )
 
@@ -179,14 +224,24 @@ class SiteRuntime:
         """Count this call once for each active intervention, however many head groups it falls into."""
         marks, shape, audit = {}, q.shape, self.run.audit
         parts = None if audit.parts is None else audit.of_parts(call.samples, shape[0], q.device)
-        for bound, heads in (self.entries[i] for i in active):
-            record = audit.record(bound.index, self.site.path)
+        every = (
+            (*owner, heads) for b, heads in (self.entries[i] for i in active) for owner in self._owners(b, shape[0])
+        )
+        for index, batch, heads in every:
+            record = audit.record(index, self.site.path)
             local = _local(heads, offset, shape[1])
             record.see(shape[1] if local is None else len(local), call.phase)
             if shape[1] != self.site.heads:
                 record.part = True
-            marks[bound.index] = Mark(record, call.phase, shape[0] * shape[2], parts)
+            marks[index] = Mark(record, call.phase, batch * shape[2], parts)
         return marks
+
+    def _owners(self, bound: Bound, batch: int) -> list[tuple[int, int]]:
+        """[(number of an intervention behind `bound`, its batch rows)]."""
+        if self.rows is None:
+            return [(bound.index, batch)]
+        own = self.rows[id(bound)]
+        return [(index, own.size[i]) for i, index in enumerate(own.owners)]
 
     def _offset(self, local: int, active: tuple[int, ...]) -> int:
         """Global index of this process's first head (tensor parallelism shards heads)."""
@@ -277,10 +332,17 @@ class _HeadGroup:
             self.map.att  # noqa: B018
             self.reweight(bounds[0], edit)
         else:
-            for door in ("inputs", "bias", "weights"):
+            for door in ("inputs", "bias"):
                 for bound in bounds:
                     if door in bound.doors:
                         getattr(self, door)(bound)
+            weighing = [bound for bound in bounds if "weights" in bound.doors]
+            if self.runtime.rows is None:
+                for bound in weighing:
+                    self.weights(bound)
+            else:
+                for apart in levels(weighing, self.runtime.rows):
+                    self.weights_apart(apart)
         out = None if self.map is plain else self.map.out
         # Detached: nothing of a look may be kept for a gradient, since a checkpoint that computes it again does not look.
         if self.fresh and not bool(out.detach().isfinite().all()):
@@ -313,14 +375,14 @@ class _HeadGroup:
 
     def form_key(self, bound: Bound) -> Any:
         """What tells apart where a method acts in the calls of one forward."""
-        return bound.index, self.heads, self.base.site.layer if bound.method.restricting else None
+        return id(bound), self.heads, self.base.site.layer if bound.method.restricting else None
 
     def ask(self, bound: Bound, door: str, *args: Tensor, gather: bool = True) -> Any:
         """What the method returns at a door, checked where it is its first answer there."""
         site = self.runtime.site.path
         state = self.base.states.setdefault((bound.index, site, self.heads), {})
         pool = self.pool if bound.method.pools_heads else None
-        call = self.base.replace(view=self.map, state=state, method=bound.name, pool=pool, owner=bound.index)
+        call = self.base.replace(view=self.map, state=state, method=bound.name, pool=pool, owner=id(bound))
         key = self.first_key(bound, door)
         first = key not in self.runtime.checked and not torch.compiler.is_compiling()
         before = self._shown(first, args)
@@ -387,7 +449,15 @@ class _HeadGroup:
         return list(dict.fromkeys(names))
 
     def mark(self, bound: Bound, path: str, *moved: Flag) -> None:
-        self.marks[bound.index].edited(path, *moved)
+        """Something was edited by `path`; `moved`: see `Mark.edited`, with the batch in front where rows are shared."""
+        if self.runtime.rows is None:
+            self.marks[bound.index].edited(path, *moved)
+        else:
+            own = self.runtime.rows[id(bound)]
+            rows = [(m[0] != m[1] if isinstance(m, tuple) else m).flatten(1).any(dim=1) for m in moved]
+            flags = [own.flags(where) for where in rows]
+            for i, index in enumerate(own.owners):
+                self.marks[index].edited(path, *(flag[i] for flag in flags))
         door, first = self.asked
         if first and door != "output":
             self.fresh.append((bound, door, self.map))
@@ -405,7 +475,7 @@ class _HeadGroup:
     def chosen(self, bound: Bound) -> Tensor | None:
         """bool [B or 1, H or 1, n or 1]: where the method acts, by `where` and by its values per sample; None for all."""
         where, call, q = bound.where, self.base, self.whole.att.q
-        masks = []
+        masks = [] if self.runtime.rows is None else [self.runtime.rows[id(bound)].mask]
         if bound.method.restricting:
             samples = Samples.plain(q.shape[0]) if call.samples is None else call.samples
             masks = [
@@ -518,6 +588,31 @@ class _HeadGroup:
         compiling = torch.compiler.is_compiling()
         self.mark(bound, self.map.path, *(() if compiling else (self.map.moved(),)))
 
+    def weights_apart(self, bounds: list[Bound]) -> None:
+        """The edits of interventions that act on rows of different requests, as one."""
+        assert self.runtime.rows is not None
+        asked = [(b, self.runtime.rows[id(b)], self.ask(b, "weights")) for b in bounds]
+        share = lambda edit: self.map.weights_of_share(edit) if isinstance(edit, Share) else edit  # noqa: E731
+        asked = [(b, rows, share(edit)) for b, rows, edit in asked]
+        for normalise in (True, False):
+            own = [(b, rows, edit) for b, rows, edit in asked if edit is not None and edit.normalise == normalise]
+            if not own:
+                continue
+            dtype, edits = self.map.att.stat_dtype, []
+            for bound, rows, edit in own:
+                mask = self.chosen(bound)
+                finer = mask is not None and mask is not rows.mask
+                edits.append((rows, _masked(edit, mask, dtype) if finer else edit))
+            self.map = self.map.reweighted(together(edits, dtype))
+            moved = self.map.distance() if self.runtime.run.measure else None
+            differs = self.map.moved()
+            for bound, rows, _ in own:
+                if moved is not None:
+                    for index, of in zip(rows.owners, rows.of, strict=True):
+                        keep = (self.base.rows.valid & of[:, None])[:, None].to(moved.dtype).expand_as(moved)
+                        self.marks[index].record.measure((moved * keep).sum() / keep.sum().clamp_min(1.0))
+                self.mark(bound, self.map.path, differs)
+
     def output(self, bound: Bound, out: Tensor | None) -> Tensor | None:
         before = self.map.out if out is None else out
         edited = self.ask(bound, "output", before)
@@ -560,6 +655,18 @@ def _tensors(fact: Any) -> list[Tensor]:
     if isinstance(fact, Tensor):
         return [fact]
     return [t for t in vars(fact).values() if isinstance(t, Tensor)] if isinstance(fact, Tokens) else []
+
+
+def _late(entries: list[tuple[Bound, Heads | None]]) -> tuple[int, ...]:
+    """Those at the end that edit head outputs and read no map (methods for linear attention): no heads are divided for them."""
+    found: list[int] = []
+    for i in reversed(range(len(entries))):
+        bound = entries[i][0]
+        if bound.method.linear and bound.doors == {"output"}:
+            found.append(i)
+        elif "output" in bound.doors:
+            break
+    return tuple(reversed(found))
 
 
 def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:

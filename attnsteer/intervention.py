@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,6 +70,9 @@ class Intervention(Named):
         whole_heads: its statistics run over all of its heads at a site, so neither another method nor tensor parallelism may
             divide them.
         pools_heads: the same, but as sums that it takes through `call.over_heads`, so tensor parallelism may divide them.
+        row_local: whether what a row gets depends on that row, its keys and the parameters alone: nothing is pooled over rows, and
+            nothing is kept in `call.state`. Such a method takes prompts in chunks and shared prefixes as they come; the prompts
+            of others are kept whole in continuous batching.
     """
 
     where: Where = parsed(_where, "Where", default_factory=Where, kw_only=True)
@@ -84,6 +87,7 @@ class Intervention(Named):
     pools_heads: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     may_rest: ClassVar[bool] = False
+    row_local: ClassVar[bool] = False
     # Set when it is made: the parameters with one value per sample, by name; and those of them by which it leaves some
     # samples, or heads of samples, alone.
     sample_values: ClassVar[dict[str, PerSample]] = {}
@@ -97,6 +101,9 @@ class Intervention(Named):
                 parameters than the contract's.
         """
         super().__init_subclass__(**kwargs)
+        if "row_local" not in vars(cls) and any(door in vars(cls) for door in DOORS):
+            # What a base says of its own doors says nothing of new ones.
+            cls.row_local = False
         # A property decides it for each object.
         fixed = () if isinstance(cls.needs, property) else cls.needs
         if isinstance(fixed, str) or not all(isinstance(need, str) for need in fixed):
@@ -143,6 +150,26 @@ class Intervention(Named):
         """Call `forward` any number of times, with inside edits on where `run.inside(self)` is entered."""
         return forward(inputs)
 
+    def of_sample(self, which: Callable[[str, int], int]) -> Intervention | None:
+        """The method for one sample by itself; None where it leaves that sample alone.
+
+        Args:
+            which: (name of a parameter, number of samples that it has values for) -> which of them.
+        """
+        changes = {}
+        for f in fields(self):
+            form, value = declared(type(self), f.name), getattr(self, f.name)
+            count = None if form is None else form.count(value)
+            if count is None:
+                if isinstance(value, PerSample):
+                    # A tensor that needs a gradient, with one value for all.
+                    changes[f.name] = value.values[0]
+                continue
+            changes[f.name] = form.of_sample(value, which(f.name, count))
+            if changes[f.name] is None and (isinstance(value, Mapping) or self._restricts(f.name, value)):
+                return None
+        return self.new(**changes) if changes else self
+
     def check_samples(self, samples: Samples) -> None:
         """Raise a SelectionError if parameters have values for another number of samples; asked before the model's layers run."""
         for name, value in self.sample_values.items():
@@ -178,7 +205,7 @@ class Intervention(Named):
 
     def to_dict(self) -> dict[str, Any]:
         """Hyper-parameters as JSON-able values (head sets as {"layer": [heads]}); runtime-only fields left out."""
-        return {f.name: _plain(getattr(self, f.name)) for f in _saved(type(self))}
+        return {f.name: plain_value(getattr(self, f.name)) for f in _saved(type(self))}
 
     def save_pretrained(self, directory: str | Path) -> Path:
         """Write `steer.json` and, for a head set, `heads.safetensors` into `directory`.
@@ -193,7 +220,7 @@ class Intervention(Named):
         values, sets = {}, []
         for f in _saved(type(self)):
             value = getattr(self, f.name)
-            values[f.name] = _plain(value)
+            values[f.name] = plain_value(value)
             if isinstance(value, HeadSet):
                 sets.append(value)
                 values[f.name] = {"$heads": HEADS}
@@ -272,17 +299,22 @@ def _saved(cls: type) -> list[Any]:
     return [f for f in fields(cls) if f.metadata.get("save", True)]
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """The value of a field in the form that JSON has (see `save_pretrained`).
+
+    Raises:
+        SerializationError: it has none.
+    """
     if isinstance(value, PerSample):
-        return value.values[0] if value.count is None else [_plain(v) for v in value.values]
+        return value.values[0] if value.count is None else [plain_value(v) for v in value.values]
     if isinstance(value, HeadSet):
         return {str(layer): list(value[layer]) for layer in value.layers}
     if isinstance(value, Where):
-        return {k: _plain(v) for k, v in value.to_dict().items()}
+        return {k: plain_value(v) for k, v in value.to_dict().items()}
     if isinstance(value, dict):
-        return {"$pairs": [[_plain(k), _plain(v)] for k, v in value.items()]}
+        return {"$pairs": [[plain_value(k), plain_value(v)] for k, v in value.items()]}
     if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
+        return [plain_value(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         # JSON has no infinity; repr and float are each other's inverse.
         return {"$float": repr(value)}

@@ -11,13 +11,16 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .account import Samples
 from .errors import SelectionError, brief, did_you_mean, listing
+
+if TYPE_CHECKING:
+    from .tokens import Tokens
 
 # Weights and statistics are held in float32, where a larger number is infinite and a smaller one may be 0.
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
@@ -184,6 +187,11 @@ def is_all(value: Any, number: float) -> bool:
     return value == number
 
 
+def _values(value: Any) -> list[Any]:
+    """A value, or those of a mapping."""
+    return list(value.values()) if isinstance(value, Mapping) else [value]
+
+
 def sample_values(owner: Any) -> dict[str, PerSample]:
     """The fields of a dataclass that have one value per sample, or need a gradient; those inside of mappings as well."""
     found = {}
@@ -236,6 +244,48 @@ class Parameter:
     def convert(self, value: Any) -> Any:
         """`value` as it is kept; raises `Refused`, or a SelectionError whose message says what to give."""
         raise NotImplementedError
+
+    # A value of several samples and those of one: what `Intervention.of_sample` and `joined` are made of.
+
+    def count(self, value: Any) -> int | None:
+        """For how many samples a value (as it is kept) speaks; None: it is the same for any number."""
+        found = (v.count for v in _values(value) if isinstance(v, PerSample))
+        return next((n for n in found if n is not None), None)
+
+    def of_sample(self, value: Any, i: int) -> Any:
+        """The value of sample `i` by itself; None where that sample is left alone."""
+        if isinstance(value, Mapping):
+            own = {key: self.of_sample(v, i) for key, v in value.items()}
+            return {key: v for key, v in own.items() if v is not None} or None
+        if not isinstance(value, PerSample):
+            return value
+        return value.values[0 if value.count is None else i]
+
+    def of_request(self, given: Any) -> Any:
+        """What a request gives for itself, in the form of a value for one sample."""
+        return given
+
+    def settled(self, value: Any, tokens: Tokens, tokenizer: Any) -> Any:
+        """The value of one sample with what it looks up in that sample's tokens found."""
+        return value
+
+    def shared(self, value: Any) -> Any:
+        """What values of single samples must have in common so that one value can stand for all of them."""
+        if self.per_sample and isinstance(value, (int, float)):
+            return "one for each"
+        return list(value) if self.per_sample and isinstance(value, Mapping) else value
+
+    def resting(self, value: Any) -> Any:
+        """What stands for a sample that is left alone, beside one with this value."""
+        return value
+
+    def joined(self, values: Sequence[Any]) -> Any:
+        """One value for several samples, of those of each, which agree in what is `shared`."""
+        if all(v == values[0] for v in values[1:]):
+            return values[0]
+        if isinstance(values[0], Mapping):
+            return {key: self.joined([v[key] for v in values]) for key in values[0]}
+        return PerSample(values)
 
     def _form(self) -> str:
         raise NotImplementedError
@@ -391,7 +441,7 @@ def number(
 ) -> Any:
     """A field that takes a finite number within bounds (see `Number`); a default of None makes it optional too."""
     form = Number(optional or default is None, per_sample, learnable, low, high, above, below, infinite=infinite)
-    return _field(form, default, kw_only)
+    return declared_field(form, default, kw_only)
 
 
 def integer(
@@ -403,17 +453,17 @@ def integer(
     kw_only: bool = False,
 ) -> Any:
     """A field that takes an integer within bounds, both allowed."""
-    return _field(Number(optional or default is None, low=low, high=high, whole=True), default, kw_only)
+    return declared_field(Number(optional or default is None, low=low, high=high, whole=True), default, kw_only)
 
 
 def choice(default: Any, names: Sequence[str], *, kw_only: bool = False) -> Any:
     """A field that takes one of `names`."""
-    return _field(Choice(default is None, names=tuple(names)), default, kw_only)
+    return declared_field(Choice(default is None, names=tuple(names)), default, kw_only)
 
 
 def flag(default: Any, *, kw_only: bool = False) -> Any:
     """A field that takes True or False."""
-    return _field(Flag(), default, kw_only)
+    return declared_field(Flag(), default, kw_only)
 
 
 def parsed(
@@ -426,10 +476,15 @@ def parsed(
     kw_only: bool = False,
 ) -> Any:
     """A field whose values have a form of their own (see `Parsed`)."""
-    return _field(Parsed(default is None, per_sample, parse=parse, text=text), default, kw_only, default_factory)
+    return declared_field(
+        Parsed(default is None, per_sample, parse=parse, text=text), default, kw_only, default_factory
+    )
 
 
-def _field(form: Parameter, default: Any, kw_only: bool, default_factory: Any = MISSING) -> Any:
+def declared_field(
+    form: Parameter, default: Any = MISSING, kw_only: bool = False, default_factory: Any = MISSING
+) -> Any:
+    """A field with a declaration of its own kind."""
     return field(default=default, default_factory=default_factory, kw_only=kw_only, metadata={_KEY: form})
 
 

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from .audit import Audit
 from .bound import Bound
+from .choices import NAME, NOTHING, Choice, Choices, Part
 from .engine import SiteRuntime
 from .errors import (
     CompositionError,
@@ -51,6 +52,9 @@ class Steering:
         opened: numbers of the `around` methods whose passes run now.
         control: whether it is meant to change nothing (a zero-strength control), so that this is no error.
         attached: False from the moment on at which it is removed.
+        choices: how requests of a batch that many share choose among the interventions. asked_for: numbers of those that some
+            request has chosen. by_id: what a request chooses that says nothing, by its id; None: the default.
+        failures: errors of threads that had nobody to raise them to; the first is raised on leaving.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Steering:
         reference: bool = False,
         control: bool = False,
         host: Any = None,
+        names: Mapping[str, tuple[int, ...]] | None = None,
     ):
         self.target = target
         self.measure = measure
@@ -73,10 +78,22 @@ class Steering:
         self._lock = threading.RLock()
         self.attached = True
         self.host = find_host(target) if host is None else host
+        if names and "requests" not in self.host.provides:
+            raise UnsupportedHost(
+                f"a {type(target).__name__} has no requests that could choose among named steerings; language models of "
+                "transformers have. Give the interventions without names."
+            )
         every = self.host.sites()
         self.bounds, plan = bind(interventions, every, self.host)
         self.sites = SiteList(site for site in every if site.path in plan)
-        self.runtimes = {s.path: SiteRuntime(self, s, plan[s.path]) for s in self.sites}
+        names = {} if names is None else names
+        self.runtimes = {s.path: SiteRuntime(self, s, plan[s.path], together=not names) for s in self.sites}
+        self.choices = Choices(self._parts(plan), names, self._variant, self._check_choice)
+        for name in names:
+            self._check_choice(self.choices.choose(name))
+        self.asked_for: set[int] = set()
+        self.by_id: Callable[[str | None], Any] | None = None
+        self.failures: list[BaseException] = []
         try:
             self.host.attach(self, self._journal)
             for site in self.sites:
@@ -95,6 +112,41 @@ class Steering:
     def scope(self) -> Scope:
         """What the blocks around the running call say."""
         return SCOPES.get().get(id(self), PLAIN)
+
+    def _parts(self, plan: Mapping[str, list[tuple[Bound, tuple[int, ...] | None]]]) -> list[Part]:
+        sites: list[dict[str, Any]] = [{} for _ in self.bounds]
+        for path, entries in plan.items():
+            for bound, heads in entries:
+                sites[bound.index][path] = heads
+        return [Part(bound, sites[bound.index]) for bound in self.bounds]
+
+    def _variant(self, index: int, method: Intervention) -> Part:
+        """An intervention with other heads or layers for one request; they must be among those that are attached."""
+        bound, selected = bind_one(index, method, self.host.sites(), self.host, attached=True)
+        own = {site.path for site in self.sites}
+        other = [site.path for site, _ in selected if site.path not in own]
+        if other:
+            raise SelectionError(
+                f"{bound.name} of this request selects {listing(other, 4)}, where nothing is attached. Attach it there: give the "
+                "layers and heads of all requests to steer()."
+            )
+        return Part(bound, {site.path: heads for site, heads in selected})
+
+    def _check_choice(self, choice: Choice) -> None:
+        for site in self.sites:
+            SiteRuntime(self, site, [(p.bound, p.sites[site.path]) for p in choice.parts if site.path in p.sites])
+
+    def request(self, name: str | None = None, /, **parameters: Any) -> Choice:
+        """What one request of continuous batching gets: `manager.add_request(ids, steer=run.request("calm", beta=0.2))`.
+
+        Args:
+            name: one of the steerings that `steer(named=...)` was given; None where there are no names.
+            parameters: values for this request alone, by the names of the interventions' hyper-parameters.
+
+        Raises:
+            SelectionError: the name or a parameter does not exist, or a value does not fit.
+        """
+        return self.choices.choose(parameters if name is None else {NAME: name, **parameters})
 
     @contextlib.contextmanager
     def _scoped(self, **changes: Any) -> Iterator[None]:
@@ -159,6 +211,8 @@ class Steering:
         """
         attached = self.attached
         self._detach()
+        if attached and self.failures:
+            raise self.failures[0]
         if attached and not self.control:
             silent = " ".join(filter(None, (self._unseen(), self._idle(resting=False), self._idle(resting=True))))
             if silent:
@@ -175,6 +229,8 @@ class Steering:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._detach()
+        if kind is None and self.failures:
+            raise self.failures[0]
         if kind is None and not self.control:
             self.check_fired()
 
@@ -192,9 +248,13 @@ class Steering:
         if resting:
             warnings.warn(resting, NothingChanged, stacklevel=3)
 
+    def _expected(self) -> list[Bound]:
+        """The interventions that should have acted: of those with names, what some request has chosen."""
+        return [b for b in self.bounds if not self.choices.names or b.index in self.asked_for]
+
     def _unseen(self) -> str:
         """What to say of the interventions that were never asked, or ""."""
-        names = [self.audit.names[b.index] for b in self.bounds if not self.audit.saw(b.index)]
+        names = [self.audit.names[b.index] for b in self._expected() if not self.audit.saw(b.index)]
         if not names:
             return ""
         return (
@@ -207,7 +267,7 @@ class Steering:
         """What to say of the interventions that changed nothing, or ""; `resting`: of those that may."""
         names = [
             self.audit.names[b.index]
-            for b in self.bounds
+            for b in self._expected()
             if not b.method.observes
             # What the heads of other processes did is not known here: no error, then.
             and (b.method.may_rest or self.audit.elsewhere(b.index)) == resting
@@ -274,6 +334,7 @@ def steer(
     measure: bool = False,
     reference: bool = False,
     control: bool = False,
+    named: Mapping[str, Intervention | Sequence[Intervention]] | None = None,
 ) -> Steering:
     """Attach interventions to a model or pipeline, without changing how it is called.
 
@@ -284,6 +345,8 @@ def steer(
         measure: also record how far reweightings move the map (total variation; costs a little).
         reference: compute every edit from the explicit [n, m] map instead of the identities: slow, for checking.
         control: this steering is meant to change nothing (a zero-strength control): that is no error then.
+        named: in place of `interventions`, several steerings under names, each one intervention or a list. Requests of
+            continuous batching choose among them; those that choose none are not steered.
 
     Returns:
         A `Steering`: use it as a context manager, or call `remove()`.
@@ -298,6 +361,9 @@ def steer(
     host = None if isinstance(target, Intervention) else find_host(target)
     for name, value in (("measure", measure), ("reference", reference), ("control", control)):
         Flag().check("steer", name, value)
+    names = None
+    if named is not None:
+        names, interventions = _named(named, interventions)
     if not interventions:
         raise SelectionError("steer() got no intervention; give at least one, e.g. steer(model, HeadGate({...})).")
     for method in interventions:
@@ -310,7 +376,30 @@ def steer(
             if len(shown) > 80:
                 shown = f"a {type(method).__name__}"
             raise SelectionError(f"steer() got {shown}, which is no Intervention.{hint}")
-    return Steering(target, interventions, measure, reference, control, host)
+    return Steering(target, interventions, measure, reference, control, host, names)
+
+
+def _named(named: Any, interventions: tuple[Any, ...]) -> tuple[dict[str, tuple[int, ...]], tuple[Any, ...]]:
+    """(name -> numbers, all interventions in order)."""
+    if interventions:
+        raise SelectionError("steer() got interventions with names and without; give all of them names, or none.")
+    if not isinstance(named, Mapping) or not named:
+        raise SelectionError(f"named={brief(named)}: give a mapping of names to interventions.")
+    names: dict[str, tuple[int, ...]] = {}
+    every: list[Any] = []
+    for name, given in named.items():
+        if not isinstance(name, str) or not name or name == NOTHING:
+            raise SelectionError(
+                f"a steering is named {brief(name)}; give a string other than {NOTHING!r}, which stands for no steering."
+            )
+        own = list(given) if isinstance(given, (list, tuple)) else [given]
+        if not own:
+            raise SelectionError(
+                f"the steering {name!r} has no intervention; requests without steering choose {NOTHING!r}."
+            )
+        names[name] = tuple(range(len(every), len(every) + len(own)))
+        every += own
+    return names, tuple(every)
 
 
 def sites(target: Any) -> SiteList:
@@ -348,40 +437,50 @@ def bind(
     bounds: list[Bound] = []
     plan: dict[str, list[tuple[Bound, tuple[int, ...] | None]]] = {}
     for index, method in enumerate(interventions):
-        # What kind of target it is comes first: what is said of layers and backbones would be beside the point.
-        _check_host(method, host)
-        method = method.prepared(host.target)
-        where = method.selection()
-        if where == Where():
-            where = method.default_where(every) or where
-        refused = [k for k in where.kinds or () if k not in method.kinds]
-        if refused:
-            raise SelectionError(f"{type(method).__name__} is defined on {method.kinds} attention, not on {refused}.")
-        if not any(s.kind in method.kinds for s in every):
-            raise SelectionError(
-                f"{type(method).__name__} is defined on {method.kinds} attention; the target has "
-                f"{sorted({s.kind for s in every})}."
-            )
-        bound = Bound(index, method, where, frozenset(method.doors()))
-        _check_clocks(where, host)
-        selected = where.resolve(every, host.main, method.kinds)
-        # What another steering has put on a module would be taken for something foreign.
-        _refuse_twice(site for site, _ in selected)
+        bound, selected = bind_one(index, method, every, host)
         for site, heads in selected:
-            if site.linear and not method.linear:
-                raise UnsupportedHost(
-                    f"{site.path} is linear attention: it has no softmax map, so {type(method).__name__} is not "
-                    "defined there. Leave it out, e.g. Where(kinds='cross')."
-                )
-            if method.causal_only and not site.causal:
-                raise UnsupportedHost(
-                    f"{type(method).__name__} is defined on causal self-attention; {site.path} sees both ways. "
-                    'Leave it out, e.g. Where(modules=r".*decoder.*").'
-                )
-            host.check(site, bound)
             plan.setdefault(site.path, []).append((bound, heads))
         bounds.append(bound)
     return bounds, plan
+
+
+def bind_one(
+    index: int, method: Intervention, every: list[Site], host: Any, attached: bool = False
+) -> tuple[Bound, list[tuple[Site, tuple[int, ...] | None]]]:
+    """One intervention with its selection resolved: (it, [(site, heads)]); `attached`: a variant of one that is."""
+    # What kind of target it is comes first: what is said of layers and backbones would be beside the point.
+    _check_host(method, host)
+    method = method.prepared(host.target)
+    where = method.selection()
+    if where == Where():
+        where = method.default_where(every) or where
+    refused = [k for k in where.kinds or () if k not in method.kinds]
+    if refused:
+        raise SelectionError(f"{type(method).__name__} is defined on {method.kinds} attention, not on {refused}.")
+    if not any(s.kind in method.kinds for s in every):
+        raise SelectionError(
+            f"{type(method).__name__} is defined on {method.kinds} attention; the target has "
+            f"{sorted({s.kind for s in every})}."
+        )
+    bound = Bound(index, method, where, frozenset(method.doors()))
+    _check_clocks(where, host)
+    selected = where.resolve(every, host.main, method.kinds)
+    if not attached:
+        # What another steering has put on a module would be taken for something foreign.
+        _refuse_twice(site for site, _ in selected)
+    for site, _ in selected:
+        if site.linear and not method.linear:
+            raise UnsupportedHost(
+                f"{site.path} is linear attention: it has no softmax map, so {type(method).__name__} is not "
+                "defined there. Leave it out, e.g. Where(kinds='cross')."
+            )
+        if method.causal_only and not site.causal:
+            raise UnsupportedHost(
+                f"{type(method).__name__} is defined on causal self-attention; {site.path} sees both ways. "
+                'Leave it out, e.g. Where(modules=r".*decoder.*").'
+            )
+        host.check(site, bound)
+    return bound, selected
 
 
 def _check_host(method: Intervention, host: Any) -> None:

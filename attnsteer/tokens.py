@@ -49,6 +49,11 @@ class Tokens:
         """Which sample each row belongs to."""
         return Samples.plain(self.batch) if self.repeats is None else self.repeats
 
+    @property
+    def prompt_known(self) -> bool:
+        """Whether it is known where the prompt ends."""
+        return self.prompt is not None
+
     def first(self) -> Tensor:
         """Index of the first valid token of each row, [B]."""
         if self.valid is None:

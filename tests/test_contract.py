@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnsteer import HeadGate, Intervention, Where, steer
+from attnsteer import Intervention, Where, ZeroTuning, steer
 from attnsteer.call import FEW_ROWS, AttnCall, KeyBias, Reweight
 from attnsteer.errors import ContractError, RegistrationError, UnsupportedHost
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
@@ -261,8 +261,8 @@ def test_every_head_group_is_looked_at(model: nn.Module, door: str) -> None:
     right = RIGHT[door]
     method = Wrong(door, lambda c, *a: (right if 0 in c.heads else answer)(c, *a), where=Where(layers=[1]))
     inputs = tiny_transformers_inputs("llama", model, batch=2, length=9)
-    for gate in (HeadGate({(1, 0): 0.5}), HeadGate({(1, 3): 0.5})):
-        with pytest.raises(ContractError, match=rf"Wrong\.{door} at .*{words}"), steer(model, method, gate):
+    for other in (ZeroTuning({1: [0]}, 2.0), ZeroTuning({1: [3]}, 2.0)):
+        with pytest.raises(ContractError, match=rf"Wrong\.{door} at .*{words}"), steer(model, method, other):
             model(**inputs)
 
 
@@ -337,8 +337,8 @@ def test_a_need_that_is_misspelt_gets_a_suggestion(model: nn.Module) -> None:
     with pytest.raises(UnsupportedHost) as caught:
         steer(model, needing("token"))
     assert str(caught.value) == (
-        "Needy needs token, which a call of a LlamaForCausalLM does not give; it gives image_free, images, residual, tokens. "
-        "Did you mean 'tokens'?"
+        "Needy needs token, which a call of a LlamaForCausalLM does not give; it gives image_free, images, requests, residual, "
+        "tokens. Did you mean 'tokens'?"
     )
     with pytest.raises(UnsupportedHost, match=r"needs grid, which .* residual, tokens\.$"):
         steer(model, needing("grid"))

@@ -180,3 +180,24 @@ def test_tensor_parallel_shards_keep_global_head_numbers() -> None:
     with pytest.raises(UnsupportedHost, match="4 heads"):
         compute(q[:, :2], k[:, :1], v[:, :1])
     run.remove()
+
+
+def test_a_gate_at_the_end_divides_no_heads() -> None:
+    """It reads no map, so the method before it is asked once, for all heads; and the output is the same."""
+    model = tiny_transformers("llama")
+    inputs = tiny_transformers_inputs("llama", model)
+    asked: list[tuple[int, ...]] = []
+
+    @dataclass(frozen=True)
+    class Asked(ZeroTuning):
+        def weights(self, call: AttnCall) -> Reweight | None:
+            asked.append(call.heads)
+            return super().weights(call)
+
+    gate = HeadGate({(1, 0): 0.5, (1, 2): -1.0})
+    with torch.no_grad():
+        with steer(model, Asked(gamma=4.0, where=Where(layers=[1])), gate):
+            out = model(**inputs).logits
+        with steer(model, Asked(gamma=4.0, where=Where(layers=[1])), gate, reference=True):
+            assert far(out, model(**inputs).logits) < 1e-5
+    assert asked == [(0, 1, 2, 3)] * 2

@@ -71,7 +71,8 @@ def test_every_hyper_parameter_of_every_method_is_declared() -> None:
 @pytest.mark.parametrize(("name", "parameter"), DECLARED)
 def test_a_hostile_value_is_refused_with_method_parameter_and_what_it_takes(name: str, parameter: str) -> None:
     form = declared(get_method(name), parameter)
-    table = {k: v for k, v in {**HOSTILE, **WRONG_TYPES[type(form)]}.items() if not (v is None and form.optional)}
+    wrong = next(WRONG_TYPES[kind] for kind in type(form).__mro__ if kind in WRONG_TYPES)
+    table = {k: v for k, v in {**HOSTILE, **wrong}.items() if not (v is None and form.optional)}
     if form.learnable:
         del table["graph"]
     if form.per_sample:

@@ -59,7 +59,7 @@ SIGNATURES = {
     "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "
     "modalities=None",
     "HeadSet": "heads, *, scores=None, shape=None, provenance=None",
-    "steer": "target, *interventions, measure=False, reference=False, control=False",
+    "steer": "target, *interventions, measure=False, reference=False, control=False, named=None",
     "detach": "target",
     "sites": "target",
     "get_method": "name",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from ..call import AttnCall
 from ..errors import SelectionError, UnsupportedHost
-from ..parameters import parsed, plain
+from ..parameters import Parsed, declared_field, plain, whole
 from ..tokens import Tokens, is_text, token_range
 
 
@@ -37,9 +39,43 @@ def checked_spans(spans: Any) -> Any:
     return spans
 
 
+@dataclass(frozen=True)
+class _Spans(Parsed):
+    """Spans: strings for all samples, or a list for each."""
+
+    def count(self, value: Any) -> int | None:
+        return None if isinstance(value, str) or all(is_text(s) for s in value) else len(value)
+
+    def of_sample(self, value: Any, i: int) -> Any:
+        return value if self.count(value) is None else (value[i],)
+
+    def of_request(self, given: Any) -> Any:
+        ranges = isinstance(given, (list, tuple)) and given and all(_is_pair(item) for item in given)
+        return [given] if ranges else given
+
+    def settled(self, value: Any, tokens: Tokens, tokenizer: Any) -> Any:
+        (found,) = tokens.spans(value, tokenizer)
+        return (tuple(found),)
+
+    def shared(self, value: Any) -> Any:
+        return "one for each"
+
+    def resting(self, value: Any) -> Any:
+        return ((),)
+
+    def joined(self, values: Sequence[Any]) -> Any:
+        return tuple(own for (own,) in values)
+
+
+def _is_pair(item: Any) -> bool:
+    pair = plain(item)
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(whole(i) is not None for i in pair)
+
+
 def marked() -> Any:
     """The field of spans that the user marks."""
-    return parsed(checked_spans, "strings, or per sample a list of (start, stop) token ranges")
+    form = _Spans(parse=checked_spans, text="strings, or per sample a list of (start, stop) token ranges")
+    return declared_field(form)
 
 
 def check_spans(tokens: Tokens, spans: Any, tokenizer: Any) -> None:
@@ -67,7 +103,7 @@ def span_counts(call: AttnCall, spans: Any, tokenizer: Any) -> tuple[Tensor, Ten
 
 def check_prompt(call: AttnCall) -> None:
     """Raise where the prompt's end is not known: its tokens went into the cache before steering began."""
-    if call.tokens.prompt is None:
+    if not call.tokens.prompt_known:
         raise UnsupportedHost(
             f"{call.site.path}: the cache was filled before steering began, so where the prompt ends is not known. "
             "Run the prefill inside the steering context."

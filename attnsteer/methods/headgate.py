@@ -52,6 +52,7 @@ class HeadGate(Intervention):
     gates: Mapping[tuple[int, int], float] = parsed(_gates, "{(layer, head): finite number}", per_sample=True)
 
     linear = True
+    row_local = True
 
     def selection(self) -> Where:
         return self.where & Where(heads=HeadSet(list(self.gates)))

@@ -52,6 +52,7 @@ class PASTA(Intervention):
 
     kinds = ("self",)
     needs = ("tokens",)
+    row_local = True
 
     @classmethod
     def released_code(

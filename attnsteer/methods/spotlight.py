@@ -63,6 +63,11 @@ class SpotLight(Intervention):
         """One share is a mean over heads."""
         return self.pooled
 
+    @property
+    def row_local(self) -> bool:  # type: ignore[override]
+        """One share is a mean over rows."""
+        return not self.pooled
+
     def check_tokens(self, tokens: Tokens) -> None:
         check_spans(tokens, self.spans, self.tokenizer)
 

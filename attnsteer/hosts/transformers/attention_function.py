@@ -53,9 +53,9 @@ def steered_attention(
             "checkpoint that is re-entrant computes it again. Call the steered model, or detach first."
         )
     if not isinstance(forward, Forward):
-        # The prompt without its images, which passes beside the real one.
-        out, weights = base(module, query, key, value, attention_mask, *args, **kwargs)
-        return forward.attention(runtime.site.path, out.transpose(1, 2)).transpose(1, 2), weights
+        # The prompt without its images, which passes beside the real one; the packed requests of continuous batching.
+        options = _options(args) | kwargs
+        return forward.attend(runtime, name, base, module, query, key, value, attention_mask, options)
     active = runtime.active(forward.phase, None, None, forward.mixed)
     if not active:
         return base(module, query, key, value, attention_mask, *args, **kwargs)
@@ -76,8 +76,7 @@ def _steered(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    # The library names its arguments; positional extras exist only in old third-party code.
-    options = dict(zip(("dropout", "scaling"), args, strict=False)) | kwargs
+    options = _options(args) | kwargs
     if name not in BASES:
         check_base(runtime.site, name)
     if module.training and options.get("dropout"):
@@ -89,7 +88,7 @@ def _steered(
         raise UnsupportedHost(
             f"{runtime.site.path} runs on the meta device, which computes nothing; steer the model with its weights."
         )
-    att = _problem(module, name, query, key, value, attention_mask, options)
+    att = problem(module, name, query, key, value, attention_mask, options)
     B, _, n, m = att.shape
     call = forward.call(runtime, B, n, m, key.shape[2], att.q.device)
 
@@ -118,6 +117,11 @@ def _steered(
     return out.transpose(1, 2).contiguous(), _edited_weights(weights[0], maps) if maps else weights[0]
 
 
+def _options(args: tuple[Any, ...]) -> dict[str, Any]:
+    # The library names its arguments; positional extras exist only in old third-party code.
+    return dict(zip(("dropout", "scaling"), args, strict=False))
+
+
 def _edited_weights(weights: Tensor | None, maps: list[Any] | None) -> Tensor | None:
     """The map that an eager model hands out, as edited: `output_attentions` must not show the unedited one."""
     if weights is None or not maps:
@@ -128,9 +132,10 @@ def _edited_weights(weights: Tensor | None, maps: list[Any] | None) -> Tensor | 
     return weights
 
 
-def _problem(
+def problem(
     module: nn.Module, name: str, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
 ) -> Attention:
+    """What the base function of this name computes from its arguments."""
     # Rotary tables leave q and k in fp32 beside a v in half precision.
     q, k, v = Attention.cast(q, k, v)
     n = q.shape[2]
@@ -218,6 +223,11 @@ def _base_function(module: nn.Module, name: str) -> Callable[..., Any]:
     if name == "eager" and name not in table:
         return own.eager_attention_forward
     return table[name]
+
+
+def plain_function(module: nn.Module, name: str) -> Callable[..., Any]:
+    """The model's own attention function "sdpa" or "eager", without a paged cache."""
+    return _base_function(module, name)
 
 
 def home(module: nn.Module) -> Any:

@@ -18,13 +18,13 @@ from ...account import Account, Samples, Track, plain
 from ...bound import Bound
 from ...call import AttnCall
 from ...engine import SiteRuntime
-from ...errors import CompositionError, UnsupportedHost
+from ...errors import CompositionError, UnsupportedHost, listing
 from ...intervention import Intervention
 from ...scope import PLAIN, SCOPES, Scope
 from ...tokens import Tokens
 from .cache_state import STATE, Memory, Sequence
 from .masks import looks_both_ways, packed_requests, padding_mask, roles_of_mask, whole_mask
-from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls
+from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls, Prepared, entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +140,11 @@ class Stack:
             # A pass of ours beside the real one.
             kwargs[KEY] = {**kwargs.get(KEY, {}), key: running[key]}
             return inner(*args, **kwargs)
+        own = kwargs.get(KEY, {}).get(key)
+        if isinstance(own, Prepared):
+            with entry(CURRENT, self.run, own):
+                return inner(*args, **kwargs)
+        self._check_plain(kwargs)
         told = OUTER.get().get(key)
         if told is None and KEY not in kwargs and self.outer.family is None and key not in GENERATION.get():
             told = UNTOLD
@@ -225,6 +230,19 @@ class Stack:
                 store[self.memory.key] = sequence
             else:
                 self.memory.put(given, sequence)
+
+    def _check_plain(self, values: dict[str, Any]) -> None:
+        """Raise where the call is one of packed requests that nobody has told apart, or of none that could choose a steering."""
+        if values.get("cache") is not None and "block_table" in values:
+            raise UnsupportedHost(
+                "this manager of continuous batching was made before the model was steered, or by other means than the model. Make "
+                "it inside the steering: model.init_continuous_batching(...)."
+            )
+        if self.run.choices.names:
+            raise UnsupportedHost(
+                f"steerings with names ({listing(sorted(self.run.choices.names))}) are for requests of continuous batching, which "
+                "choose one. For other calls give the intervention itself: steer(model, ...)."
+            )
 
     def _check_checkpointing(self, past: int) -> None:
         if not (past and self.module.training):

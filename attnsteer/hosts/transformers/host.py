@@ -18,6 +18,7 @@ from ...site import Site
 from ..base import Host, imported
 from ..sdpa.host import reaches
 from .attention_function import attach_module, base_name, check_base, home
+from .continuous import Continuous
 from .direct import attach_direct, check_direct
 from .forward import Stack, block_forward
 from .image_tokens import family_of, takes_images
@@ -34,7 +35,7 @@ _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 class TransformersHost(Host):
     """Language, vision-language and encoder models of transformers, bare, in a `Pipeline`, or wrapped (peft)."""
 
-    provides = frozenset({"tokens", "images", "residual", "image_free", "phases"})
+    provides = frozenset({"tokens", "images", "residual", "image_free", "phases", "requests"})
 
     def __init__(self, target: Any):
         super().__init__(target)
@@ -145,6 +146,9 @@ class TransformersHost(Host):
             self._attach_stack(name, names, run, calls, journal)
         # Outermost last, so that what is undone first is what was put around the rest.
         calls.watch(outer, journal)
+        batching = Continuous(run, self._direct)
+        for module in outer:
+            batching.watch(module, journal)
 
     def _attach_stack(
         self, name: str, names: dict[str, nn.Module], run: Steering, calls: OuterCalls, journal: Journal

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...tokens import Tokens
 from .forward import Stack
@@ -64,12 +65,24 @@ class ImageFree:
                 self._hidden = self._quietly(self.blocks[i], self._hidden, *args, **kwargs)
         self._next, self._edit = index + 1, None
 
-    def attention(self, path: str, out: Tensor) -> Tensor:
-        """The head outputs [B, H, n, d] of an image-free pass at `path`, edited if this is the site that asked."""
-        if self._edit is None or self._edit[0] != path:
-            return out
-        edited = self._edit[1](out, self._last)
-        return out if edited is None else edited
+    def attend(
+        self,
+        runtime: SiteRuntime,
+        name: str,
+        base: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention of an image-free pass; its head outputs are edited at the site that asked."""
+        out, weights = base(module, query, key, value, mask, **options)
+        if self._edit is None or self._edit[0] != runtime.site.path:
+            return out, weights
+        edited = self._edit[1](out.transpose(1, 2), self._last)
+        return out if edited is None else edited.transpose(1, 2), weights
 
     def layer(self, inner: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The forward of a layer in a pass of ours: at first only what it is given is noted."""

@@ -21,13 +21,15 @@ from .image_tokens import Family, brings_images, check_whole, family_of, image_t
 
 # The keyword under which a forward is told what its caller knows: by steering, an `Outer` above a stack, a `Forward` in it.
 KEY = "attnsteer_call"
-# What starts continuous batching, whose paged rows an account of slots does not describe.
-CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 # Arguments of `generate` that have one entry per prompt.
 PROMPTS = ("input_ids", "inputs", "inputs_embeds", "input_features", "input_values")
 UNTRACED = (
     "attnsteer: a steered model is neither exported nor traced, which would keep the account of one call for all calls"
 )
+
+
+class Prepared:
+    """An account that was drawn up before its forward began, by what batches requests; it travels in place of a `Forward`."""
 
 
 def refuse_tracing() -> None:
@@ -130,9 +132,6 @@ class OuterCalls:
                 journal.wrap(module, "forward", _Forwards(self, module))
             if callable(getattr(type(module), "generate", None)):
                 journal.wrap(module, "generate", _Generates(self, module))
-            for name in CONTINUOUS:
-                if callable(getattr(type(module), name, None)):
-                    journal.wrap(module, name, _refuse_continuous)
             if callable(getattr(type(module), "prepare_inputs_for_generation", None)):
                 journal.wrap(module, "prepare_inputs_for_generation", self._prepared)
 
@@ -260,13 +259,6 @@ class OuterCalls:
         return image_tokens(self.family, self.model.config, values, self.model.get_input_embeddings(), new)
 
 
-def _refuse_continuous(inner: Any, *args: Any, **kwargs: Any) -> Any:
-    raise UnsupportedHost(
-        "a steered model takes no continuous batching (generate_batch): its rows are packed over a paged cache, which steering "
-        "does not follow, and its thread would keep the error to itself. Use generate with a padded batch."
-    )
-
-
 class _Forwards:
     """Around the forward of an outer module."""
 
@@ -278,7 +270,7 @@ class _Forwards:
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_tracing()
         calls = self.calls
-        if calls.silent():
+        if calls.silent() or isinstance(kwargs.get(KEY, {}).get(id(calls.run)), Prepared):
             return inner(*args, **kwargs)
         prepared = calls.taken(kwargs)
         values = dict(zip(self.names, args, strict=False)) | kwargs

@@ -465,10 +465,3 @@ def test_user_given_cache_object(llama: nn.Module) -> None:
     with steer(llama, METHODS["act"]):
         llama(**inputs, past_key_values=cache)
     assert not [k for k in vars(cache) if "attnsteer" in k or k == "reorder_cache"]
-
-
-def test_continuous_batching_is_refused_before_it_starts() -> None:
-    model = tiny_transformers("llama")
-    with steer(model, HeadGate({(0, 0): 0.5}), control=True), pytest.raises(UnsupportedHost, match="generate_batch"):
-        model.generate_batch(inputs=[[1, 5, 6]])
-    assert not {"generate_batch", "init_continuous_batching"} & set(vars(model))
