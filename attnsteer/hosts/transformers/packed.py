@@ -40,6 +40,8 @@ PAGED = (
 )  # fmt: skip
 # Joined methods of the last batches are kept: a batch stays the same over many steps.
 KEPT = 64
+# Prompts of up to so many tokens are one batch, whatever padding that takes: another batch costs more.
+SHORT = 64
 
 
 @dataclass(eq=False)
@@ -348,15 +350,15 @@ class Packed(Prepared):
     @cached_property
     def order(self) -> Tensor | None:
         """Where each packed row is among the rows of all groups, one group after the other; None: they are in order."""
-        places, start = torch.empty(self.rows, dtype=torch.long), 0
+        places, start = [0] * self.rows, 0
         for group in self.groups:
             for b, piece in enumerate(group.pieces):
                 first = start + (b + 1) * group.new - piece.new
-                places[piece.row : piece.row + piece.new] = torch.arange(first, first + piece.new)
+                places[piece.row : piece.row + piece.new] = range(first, first + piece.new)
             start += group.batch * group.new
-        if start == self.rows and torch.equal(places, torch.arange(self.rows)):
+        if places == list(range(start)):
             return None
-        return places.to(self.device)
+        return torch.tensor(places, device=self.device)
 
     def layer(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The forward of a layer: nothing of it is needed."""
@@ -482,8 +484,8 @@ def _kind(i: int, piece: Piece) -> Any:
     if not choice.row_local:
         # Its state is that of one request.
         return i
-    # Beginnings are padded up to twice their length; what goes on has no padding among its rows.
-    rows = ("first", (piece.new - 1).bit_length()) if piece.past == 0 else ("next", piece.new)
+    # Beginnings are padded to at most twice their length, short ones to `SHORT`; what goes on has no padding among its rows.
+    rows = ("first", (max(piece.new, SHORT) - 1).bit_length()) if piece.past == 0 else ("next", piece.new)
     return rows, piece.phase, piece.whole
 
 
