@@ -434,11 +434,18 @@ class _HeadGroup:
             for name, track in (("call.rows", self.base.rows), ("call.keys", self.base.keys)):
                 found += [(name, t) for t in track.tensors()]
             found += [(f"call.{name}", t) for name, fact in self.base.facts.items() for t in _tensors(fact)]
-        return [(name, t, in_place.mark(t, first)) for name, t in found]
+        if first:
+            return [(name, t, in_place.mark(t, True)) for name, t in found]
+        return [(name, t, None if t.is_inference() else t._version) for name, t in found]
 
     def _altered(self, before: list[tuple[str, Tensor, Any]], args: tuple[Tensor, ...]) -> list[str]:
         """Names of what was changed in place."""
-        names = [name for name, t, marked in before if not in_place.same(t, marked)]
+        # Copies were kept at a first edit only.
+        names = [
+            name
+            for name, t, marked in before
+            if not (marked is None or (t._version == marked if isinstance(marked, int) else in_place.same(t, marked)))
+        ]
         shown = sum(1 for name, _, _ in before if not name.startswith("call."))
         if shown and shown == 3 + len(args) and self.map.gathered and self.map.att is not self.whole.att:
             # Gathered by the method itself: new tensors, of version zero.

@@ -130,8 +130,6 @@ class WholeForms:
             return None
         if n > FEW_ROWS or att.causal or m > SHORT_CACHE or att.requires_grad:
             return None
-        if kernels.lse_source(att) == "blockwise":
-            return None
         kept = ("split", id(edit.keys), heads)
         inside, outside, empty, full, stays = self._once(kept, lambda: self._split(heads, edit.keys), edit.keys)
         out_in, lse_in = self._attend(inside, empty)
@@ -173,17 +171,26 @@ class WholeForms:
 
     def _attend(self, mask: Tensor, blind: Tensor | bool | None) -> tuple[Tensor, Tensor]:
         """(out, lse) of the model's kernel with an additive mask in place of the model's own."""
-        att = self.att.replace(mask=mask)
-        B, H, n, d = att.q.shape
-        if kernels.lse_source(att) == "blockwise":
+        att = self.att
+        q, k, v = att.q, att.k, att.v
+        B, H, n, d = q.shape
+        packed = self.packs and n == 1 and att.mask is not None and H > k.shape[1]
+        if packed:
+            q = q.reshape(B, k.shape[1], -1, d)
+            mask = mask if mask.shape[1] == 1 else mask.reshape(len(mask), *q.shape[1:3], -1)
+        plain = blind is not None and d == v.shape[-1] and q.numel() and all(t.stride(-1) == 1 for t in (q, k, v))
+        if plain and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+            # The kernel itself: what stands around it takes as much time as a small call.
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, att.causal, attn_mask=mask, scale=att.scale
+            )
+            lse = lse if blind is False else lse.masked_fill(blind, -torch.inf)
+        else:
+            att = att.replace(q=q, mask=mask)
+            blockwise = kernels.lse_source(att) == "blockwise"
             # For a gradient, torch's own.
-            return kernels.attend(att), None
-        if not (self.packs and n == 1 and att.groups > 1 and self.att.mask is not None):
-            return kernels.attend_lse(att, blind)
-        rows = (B, H // att.groups, att.groups, -1)
-        mask = mask if mask.shape[1] == 1 else mask.reshape(len(mask), *rows[1:])
-        out, lse = kernels.attend_lse(att.replace(q=att.q.reshape(rows), mask=mask), blind)
-        return out.reshape(B, H, 1, -1), lse.reshape(B, H, 1)
+            out, lse = (kernels.attend(att), None) if blockwise else kernels.attend_lse(att, blind)
+        return (out.reshape(B, H, 1, -1), None if lse is None else lse.reshape(B, H, 1)) if packed else (out, lse)
 
     def _mask(self) -> Tensor:
         """The model's mask and all biases, as the kernel takes them."""
