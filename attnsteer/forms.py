@@ -174,7 +174,7 @@ class WholeForms:
         att = self.att
         q, k, v = att.q, att.k, att.v
         B, H, n, d = q.shape
-        packed = self.packs and n == 1 and att.mask is not None and H > k.shape[1]
+        packed = self.packs and n == 1 and att.mask is not None and k.shape[1] < H
         if packed:
             q = q.reshape(B, k.shape[1], -1, d)
             mask = mask if mask.shape[1] == 1 else mask.reshape(len(mask), *q.shape[1:3], -1)
