@@ -15,6 +15,8 @@ from .kernels import Attention
 
 # Up to this many query rows (decoding), the rows themselves are cheaper than any identity.
 FEW_ROWS = 4
+# Beyond so many keys a second pass over a cache costs more than the operators around it.
+SHORT_CACHE = 1024
 
 
 class AttentionMap:
@@ -401,8 +403,9 @@ class ReweightedMap(AttentionMap):
         """From the few rows of the map itself; rows that nothing changed are the model's own."""
         changed = self._moved_rows()[..., None]
         edited = _apply(self.dense(), self.att)
-        if self.root._out is None and changed.device.type == "cpu" and bool(changed.all()):
-            # No row keeps its output, so the model's own kernel need not run (elsewhere asking would cost more than it).
+        cpu = changed.device.type == "cpu"
+        if self.root._out is None and cpu and self.shape[3] > SHORT_CACHE and bool(changed.all()):
+            # No row keeps its output, so the model's own kernel need not run (asking costs more than it elsewhere).
             return edited.to(self.att.v.dtype)
         kept, edited = self.root.out, edited.to(self.root.out.dtype)
         return torch.where(changed, edited, kernels.held(kept, edited) if edited.requires_grad else kept)

@@ -14,14 +14,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import kernels
-from .attention_map import FEW_ROWS
+from .attention_map import FEW_ROWS, SHORT_CACHE
 from .edits import Reweight, Share
 from .kernels import Attention
 
 # Slots that a split key set is extended by at a time while its cache grows.
 STEP = 64
-# Beyond so many keys a second pass over the cache costs more than the operators that it saves.
-SHORT_CACHE = 1024
 # A bias that has to be written out for each row takes at most so many numbers.
 LARGEST = 1 << 24
 # Split key sets by the tensor that says which keys; freed with it.
