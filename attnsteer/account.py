@@ -129,14 +129,28 @@ class Track:
         """bool [B or 1, size]: the last valid token of each request among these."""
         if not self.padded and not self.packed:
             return (self.slot == self.slot[-1:])[None]
-        top = torch.where(self.valid, self.index, -1)
+        return self._last_of(self.valid)
+
+    @cached_property
+    def last_prompt(self) -> Tensor:
+        """bool [B or 1, size]: the last prompt token of each request among these, whether or not generated ones follow."""
+        return self._last_of(self.prompt)
+
+    def _last_of(self, chosen: Tensor) -> Tensor:
+        """bool [B or 1, size]: the last of the `chosen` tokens of each request."""
+        top = torch.where(chosen, self.index, -1)
         if not self.packed:
-            return self.valid & (self.index == top.amax(dim=-1, keepdim=True))
+            return chosen & (self.index == top.amax(dim=-1, keepdim=True))
         B = max(self.request.shape[0], top.shape[0])
         request, top = self.request.expand(B, -1), top.expand(B, -1)
         # Requests are few: one maximum for each.
         most = top.new_full((B, int(request.max()) + 1), -1).scatter_reduce(1, request, top, "amax")
-        return self.valid & (self.index == most.gather(1, request))
+        return chosen & (self.index == most.gather(1, request))
+
+    def tensors(self) -> list[Tensor]:
+        """All that is said of these rows or keys."""
+        said = [self.slot, self.index, self.request, self.valid, self.generated]
+        return [*said, self.prompt, self.first, self.last, self.last_prompt]
 
     @staticmethod
     def plain(size: int, device: torch.device) -> Track:

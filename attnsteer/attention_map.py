@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .edits import Reweight
+from .edits import Reweight, Share
+from .in_place import mark, same
 from .kernels import Attention
 
 # Up to this many query rows (decoding), the rows themselves are cheaper than any identity.
@@ -28,13 +29,17 @@ class AttentionMap:
         att: Attention | Callable[[], Attention],
         base: Callable[[], Tensor] | None = None,
         fused: Callable[[], tuple[Tensor, Tensor] | None] | None = None,
+        whole: Attention | None = None,
+        heads: int | None = None,
     ):
         """`base` computes the output with the model's own kernel; `fused` gives that output and its lse, or
         None where that kernel has none to give.
 
-        `att` may be a function that builds it: head-output edits then need no gathered q, k, v.
+        `att` may be a function that builds it, from `heads` of the heads of `whole`: then edits that need no gathered q, k, v do
+        without.
         """
         self._att = att
+        self._whole, self._heads = whole, heads
         self._base = base
         self._fuse = fused
         self._out: Tensor | None = None
@@ -44,8 +49,11 @@ class AttentionMap:
         self._groups: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         # Answers that are kept, each with what tells whether it was changed since.
         self._kept: list[tuple[Tensor, Any]] = []
+        self._watched = False
         # The map that a reweighting made this one of.
         self.before: AttentionMap | None = None
+        # The computation without the reweightings that are among the scores of `att`; None: there are none.
+        self.unweighted_att: Attention | None = None
 
     @property
     def att(self) -> Attention:
@@ -61,19 +69,39 @@ class AttentionMap:
 
     def _keep(self, answer: Tensor) -> Tensor:
         """An answer that will be given again."""
-        if not torch.compiler.is_compiling() and not answer.is_inference():
-            self._kept.append((answer, answer._version))
+        if not torch.compiler.is_compiling():
+            self._kept.append((answer, mark(answer, self._watched)))
         return answer
 
     def touched(self) -> bool:
-        """Whether an answer of this map, or of one below it, was changed in place. Inference tensors do not tell."""
-        own = any(answer._version != version for answer, version in self._kept)
+        """Whether an answer of this map, or of one below it, was changed in place; of inference tensors, while watched."""
+        own = any(not same(answer, marked) for answer, marked in self._kept)
         return own or (self.before is not None and self.before.touched())
+
+    def watch(self, on: bool) -> None:
+        """Whether copies of answers that count no versions (of inference mode) are kept from now on, to compare with."""
+        self._watched = on
+        self._kept = [(t, mark(t, on) if t.is_inference() else marked) for t, marked in self._kept]
+        if self.before is not None:
+            self.before.watch(on)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, H, n, m)."""
-        return self.att.shape
+        if isinstance(self._att, Attention) or self._heads is None:
+            return self.att.shape
+        B, _, n, m = self._whole.shape
+        return B, self._heads, n, m
+
+    @property
+    def stat_dtype(self) -> torch.dtype:
+        """The dtype of statistics."""
+        return (self.att if self._whole is None else self._whole).stat_dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the map is computed."""
+        return (self.att if self._whole is None else self._whole).q.device
 
     @property
     def few(self) -> bool:
@@ -169,6 +197,18 @@ class AttentionMap:
         """sum of `row_weight` [B or 1, n] over the rows that may see each key, whatever they give it, [B or 1, H or 1, m]."""
         return kernels.seen_by(self.att, row_weight)
 
+    def keys_seen(self) -> Tensor:
+        """How many keys each row may see, int64 [B or 1, H or 1, n]: causality, windows, padding, packing and biases counted."""
+        return kernels.keys_seen(self.att)
+
+    def scores(self) -> Tensor:
+        """The scores z [B, H, n, m], fp32, differentiable, of which the model's map is the softmax: scaled, soft-capped, with mask
+        and the biases of earlier methods, minus infinity where a row does not see a key. Builds the whole of it; reweightings are
+        not in it."""
+        _, _, n, m = self.shape
+        att = self.att if self.unweighted_att is None else self.unweighted_att
+        return att.scores(slice(0, n), slice(0, m))
+
     def rows(self, index: Tensor) -> Tensor:
         """The rows `index` [r] of the map, [B, H, r, m]."""
         return self.dense()[:, :, index] if self.few else kernels.rows(self.att, self.lse, index)
@@ -177,13 +217,33 @@ class AttentionMap:
         """Row entropies in nats, -sum_j A_ij log A_ij, [B, H, n]."""
         return torch.special.entr(self.dense()).sum(dim=-1) if self.few else kernels.entropy(self.att, self.lse)
 
-    def reweighted(self, edit: Reweight) -> AttentionMap:
+    def reweighted(self, edit: Reweight | Share) -> AttentionMap:
         """The map under `edit`: a view like this one, for the methods that come after."""
-        return ReweightedMap(self, edit)
+        return ReweightedMap(self, self.weights_of_share(edit) if isinstance(edit, Share) else edit)
 
-    def reweight(self, edit: Reweight) -> Tensor:
+    def reweight(self, edit: Reweight | Share) -> Tensor:
         """The output [B, H, n, dv] under `edit`; rows whose weights are all one are `out` bit for bit."""
         return self.reweighted(edit).out
+
+    def weights_of_share(self, edit: Share) -> Reweight:
+        """A share as weights of the keys."""
+        keys, m = edit.keys, self.shape[3]
+        if keys.shape[-1] < m:
+            keys = torch.nn.functional.pad(keys, (0, m - keys.shape[-1]))
+        mass = self.mass(keys)
+        new = edit.of(mass)
+        if edit.scale_sinks:
+            stays = (mass <= 0) | (mass >= 1) | (new == mass)
+            weight = new * (1.0 - mass) / (mass * (1.0 - new)).masked_fill(stays, 1.0)
+            one = torch.ones_like(weight)
+            kept = kernels.held(one, weight) if weight.requires_grad else one
+            return Reweight(((keys, torch.where(stays, kept, weight)),), grows=True)
+        outside = self.outside(keys)
+        # A mass that is subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
+        stays = (mass <= 0) | (outside <= torch.finfo(mass.dtype).tiny)
+        inside = torch.where(stays, 1.0, new / mass.masked_fill(stays, 1.0))
+        rest = torch.where(stays, 1.0, 1.0 + (mass - new) / outside.masked_fill(stays, 1.0))
+        return Reweight(((keys, inside),), rest, normalise=False)
 
     def _factor(self, edit: Reweight) -> Tensor | float:
         """Weights that broadcast to [B, H, n, m]; a number where all keys have the same."""
@@ -204,8 +264,16 @@ class AttentionMap:
 
     def _scaled(self, edit: Reweight) -> tuple[Tensor, Tensor]:
         """(the map under `edit`, its rows' norm [B, H, n, 1]), from the map itself."""
-        A = self.dense()
-        new = A * self._factor(edit)
+        A, factor = self.dense(), self._factor(edit)
+        if self._levels(edit):
+            # Over the largest weight that a row meets, so that one whose keys all have the same weight keeps them to the last bit.
+            if isinstance(factor, Tensor):
+                top = ((A > 0) * (factor.detach() if factor.requires_grad else factor)).amax(dim=-1, keepdim=True)
+                # A row that meets no weight above zero is kept below; any other scale does.
+                factor = factor / top.clamp_min(1e-19)
+            else:
+                factor = 1.0
+        new = A * factor
         if not edit.normalise:
             return new, A.new_ones(()).expand(*A.shape[:3], 1)
         norm = new.sum(dim=-1, keepdim=True)
@@ -226,6 +294,11 @@ class AttentionMap:
         kept, new = torch.where(empty, A, kernels.held(A, new / norm)), new / norm
         return torch.where(stays, kept, new), torch.where(same, kernels.held(one, norm), norm)
 
+    def _levels(self, edit: Reweight) -> bool:
+        """Whether only the ratios of the weights matter, and that of the rest is not simply one."""
+        plain = not isinstance(edit.rest, Tensor) and edit.rest == 1
+        return edit.normalise and self.before is None and self.att.sinks is None and not plain and 0 not in self.shape
+
     def unweighted(self, edit: Reweight) -> Tensor:
         """bool [B, H, n]: the rows in which all weights of `edit` are one."""
         same = self.weight_of(edit.rest) == 1.0
@@ -238,7 +311,7 @@ class AttentionMap:
         return self.moved().any()
 
     def moved(self) -> Tensor:
-        """bool [B, ...]: where the reweighting that made this map moves anything."""
+        """bool [B, H, n] or [B, H, n, ...]: where the reweighting that made this map moves anything."""
         if self.few or self.before.few:
             return self.dense() != self.before.dense()
         return self.out != self.before.out
@@ -273,7 +346,8 @@ class DenseMap(AttentionMap):
         """Not defined: an explicit map may be no softmax of scores any more."""
         raise AttributeError("an explicit map has no log-sum-exp; ask for mass, partial, rows or dense")
 
-    def reweighted(self, edit: Reweight) -> DenseMap:
+    def reweighted(self, edit: Reweight | Share) -> DenseMap:
+        edit = self.weights_of_share(edit) if isinstance(edit, Share) else edit
         new, norm = self._scaled(edit)
         changed = (new != self.dense()).any(dim=-1, keepdim=True)
         edited = _apply(new, self.att).to(self.out.dtype)
@@ -353,13 +427,28 @@ class ReweightedMap(AttentionMap):
             if not self.edit.normalise:
                 self._norm = one
                 return one
-            norm = self.before.sink_share() + self.weight_of(self.edit.rest) * self.before.outside(self.union())
-            for keys, weight in self.edit.groups:
-                norm = norm + self.weight_of(weight) * self.before.mass(keys)
+            norm = self._sum()
             kept = torch.where(norm <= 0, one, kernels.held(one, norm)) if norm.requires_grad else one
             self._norm = torch.where(self.unweighted(self.edit) | (norm <= 0), kept, norm)
             self._stays = norm <= 0
         return self._norm
+
+    def _sum(self) -> Tensor:
+        """What the rows of the map below sum to with these weights, a learned sink included, [B, H, n]."""
+        rest, groups = self.edit.rest, self.edit.groups
+        sink = self.before.sink_share()
+        numbers = all(not isinstance(w, Tensor) for w in (rest, *(w for _, w in groups)))
+        if self.edit.grows or (numbers and all(w >= rest for _, w in groups)):
+            # No group has less weight than the rest, so that the difference loses no digits of the sum.
+            rest = self.weight_of(rest)
+            total = sink + rest * self.before.total()
+            for keys, weight in groups:
+                total = total + (self.weight_of(weight) - rest) * self.before.mass(keys)
+            return total
+        total = sink + self.weight_of(rest) * self.before.outside(self.union())
+        for keys, weight in groups:
+            total = total + self.weight_of(weight) * self.before.mass(keys)
+        return total
 
     def union(self) -> Tensor:
         """The keys of all groups of this edit, bool [B or 1, H or 1, m]."""
@@ -407,7 +496,13 @@ class ReweightedMap(AttentionMap):
         return [(piece, c) for piece, (_, c) in zip(found[1], cells, strict=True)], found[2]
 
     def total(self) -> Tensor:
-        return super().total() if self.few else self.outside(torch.zeros_like(self.union()))
+        if self.few:
+            return super().total()
+        if self.edit.normalise:
+            self.norm()
+            below, sink = self.before.total(), self.sink_share()
+            return torch.where(self.unweighted(self.edit) | self._stays | (below <= 0), below, 1.0 - sink)
+        return self.outside(torch.zeros_like(self.union()))
 
     def sink_share(self) -> Tensor:
         if self.att.sinks is None:
@@ -486,10 +581,14 @@ class ReweightedMap(AttentionMap):
             return self._moved_rows() if self.few else super().moved()
         if self.few:
             return super().moved()
-        moved = (self.coefficient(self.edit.rest) != 1.0) & (self.before.outside(self.union()) > 0)
+        # Where the other keys have less than rounding, it is the groups that move, or nothing that shows.
+        left, moved = self.before.total() - torch.finfo(self.att.stat_dtype).eps, None
         for keys, weight in self.edit.groups:
-            moved = moved | ((self.coefficient(weight) != 1.0) & (self.before.mass(keys) > 0))
-        return moved
+            mass = self.before.mass(keys)
+            here, left = (self.coefficient(weight) != 1.0) & (mass > 0), left - mass
+            moved = here if moved is None else moved | here
+        rest = (self.coefficient(self.edit.rest) != 1.0) & (left > 0)
+        return rest if moved is None else moved | rest
 
     def distance(self) -> Tensor:
         if self.few:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .account import Samples
+from .errors import SelectionError
+
 PHASES = ("prefill", "decode")
 # From this many flags on they are summed, on the device.
 MANY = 256
@@ -16,30 +19,41 @@ MANY = 256
 _GATHERING = threading.Lock()
 
 
+Flag = Tensor | tuple[Tensor, Tensor]
+
+
+def _set(flag: Flag) -> Tensor:
+    return flag if isinstance(flag, Tensor) else (flag[0] != flag[1]).any()
+
+
 class Flags:
-    """A count of calls in which a device flag was set; reading it is the only synchronisation."""
+    """A count of calls in which a device flag was set, or of each of several; reading it is the only synchronisation.
+
+    A flag is a bool tensor, 0-d or [P] for the parts of a batch, or two small tensors, and set where they differ: compared when
+    somebody looks, not at each step.
+    """
 
     def __init__(self) -> None:
-        self._new: list[Tensor] = []
+        self._new: list[Flag] = []
         self._sum: dict[torch.device, Tensor] = {}
 
-    def add(self, flag: Tensor) -> None:
-        """One call more: `flag` is a 0-d bool tensor."""
+    def add(self, flag: Flag) -> None:
+        """One call more."""
         self._new.append(flag)
         if len(self._new) > MANY:
             self._gather()
 
     def _gather(self) -> None:
         with _GATHERING:
-            flags, self._new = self._new, []
+            flags, self._new = [_set(f) for f in self._new], []
             for device in {f.device for f in flags}:
-                count = torch.stack([f.detach() for f in flags if f.device == device]).sum()
+                count = torch.stack([f.detach() for f in flags if f.device == device]).sum(dim=0)
                 self._sum[device] = self._sum[device] + count if device in self._sum else count
 
-    def count(self) -> int:
-        """How many flags were set."""
+    def count(self, part: int | None = None) -> int:
+        """How many flags were set; those of one part, or of all."""
         self._gather()
-        return sum(int(t) for t in self._sum.values())
+        return sum(int(t.sum() if part is None else t[part]) for t in self._sum.values())
 
 
 @dataclass
@@ -49,8 +63,9 @@ class Record:
     Attributes:
         calls: attention calls seen while the selection held. edits: calls for which the method returned an edit.
         rows: query rows of the edited calls (batch times rows). heads: heads selected at this site.
-        path: how the last edit was computed: "output", "inputs", "bias", "fused" (from the kernel's log-sum-exp), "rows" (from
-            the few rows of a decode step) or "dense" (from the whole map); joined by "+" where head groups went different ways.
+        path: how the last edit was computed: "output", "inputs", "bias" (also of a reweighting whose weights do not depend on
+            the row), "shares" (two calls of the kernel in a decode step), "rows" (from the few rows of one), "fused" (from the
+            kernel's log-sum-exp) or "dense" (from the whole map); joined by "+" where head groups went different ways.
             "read": the map was taken for a loss, and nothing edited.
         distance: mean total-variation distance between the map before and after, when measured.
         part: this process computes a part of the site's heads (tensor parallelism); `heads` counts those of them.
@@ -100,9 +115,13 @@ class Record:
         """Add one call's mean distance, 0-d."""
         self._moved.append(mean.detach())
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        changed = {p: flags.count() for p, flags in self.flags_in.items()}
+    def to_dict(self, part: int | None = None, parts: int = 1) -> dict[str, Any]:
+        """JSON-able form.
+
+        Args:
+            part: of the batch, of so many `parts` (see `Audit.divide`); None: all of it.
+        """
+        changed = {p: flags.count(part) for p, flags in self.flags_in.items()}
         phases = {
             p: {"calls": self.calls_in[p], "edits": self.edits_in[p], "changed": changed[p]}
             for p in PHASES
@@ -113,7 +132,7 @@ class Record:
             "edits": self.edits,
             "changed": sum(changed.values()),
             "phases": phases,
-            "rows": self.rows,
+            "rows": self.rows // parts,
             "heads": self.heads,
             "path": self.path,
             "distance": self.distance,
@@ -124,13 +143,18 @@ class Record:
 class Mark:
     """One intervention in one attention call: its head groups report here, the record counts the call once."""
 
-    def __init__(self, record: Record, phase: str, rows: int):
-        self.record, self.phase, self.rows = record, phase, rows
+    def __init__(self, record: Record, phase: str, rows: int, parts: Tensor | None = None):
+        """`parts`: bool [P, B], the batch rows of each part that is counted apart; None: they are counted together."""
+        self.record, self.phase, self.rows, self.parts = record, phase, rows, parts
         self.paths: tuple[str, ...] = ()
-        self._flag: Tensor | None = None
+        self._flag: Flag | None = None
 
-    def edited(self, path: str, changed: Tensor | None) -> None:
-        """A head group was edited by `path`; `changed`: 0-d bool, whether anything moved; None: nothing can have."""
+    def edited(self, path: str, *moved: Flag) -> None:
+        """A head group was edited by `path`; none of `moved`: nothing can have moved.
+
+        Args:
+            moved: bool [B or 1, ...], where something moved, or 0-d, whether; or two tensors [B, ...], where they differ.
+        """
         if torch.compiler.is_compiling():
             self.record.path = path
             return
@@ -140,8 +164,17 @@ class Mark:
         if path not in self.paths:
             self.paths += (path,)
         self.record.path = "+".join(self.paths)
-        if changed is not None:
-            self._flag = changed if self._flag is None else self._flag | changed
+        for where in moved:
+            if self.parts is not None:
+                changed: Flag = self._in_parts(where[0] != where[1] if isinstance(where, tuple) else where)
+            else:
+                changed = where if isinstance(where, tuple) or where.ndim == 0 else where.any()
+            self._flag = changed if self._flag is None else _set(changed) | _set(self._flag)
+
+    def _in_parts(self, where: Tensor) -> Tensor:
+        """bool [P]: the parts in which something moved."""
+        where = where[:, None] if where.ndim == 1 else where
+        return (self.parts & where.flatten(1).any(dim=1)).any(dim=1)
 
     def close(self) -> None:
         """The call is over."""
@@ -157,6 +190,34 @@ class Audit:
     records: dict[tuple[int, str], Record] = field(default_factory=dict)
     extra: dict[int, dict[str, int]] = field(default_factory=dict)
     _around: dict[int, Flags] = field(default_factory=dict)
+    parts: int | None = None
+    _of_parts: dict[Any, Tensor] = field(default_factory=dict)
+
+    def divide(self, parts: int) -> None:
+        """Count apart what changes in each of so many parts of the batch, before the first call.
+
+        The parts are equal numbers of samples, one part after the other: a method that was given other values in each (see
+        `PerSample`) is then seen as so many methods. Only changes are told apart; the calls and edits are those of all.
+        """
+        self.parts = parts
+
+    def of_parts(self, samples: Samples | None, batch: int, device: torch.device) -> Tensor:
+        """bool [P, B]: the rows of each part.
+
+        Raises:
+            SelectionError: the batch cannot be divided into so many parts.
+        """
+        samples = Samples.plain(batch) if samples is None else samples
+        count = next(iter(samples.of_row))
+        if count % self.parts:
+            raise SelectionError(f"{samples} cannot be divided into {self.parts} equal parts, which are counted apart.")
+        of_row = samples.rows(count, batch)
+        found = self._of_parts.get((of_row, device))
+        if found is None:
+            part = torch.tensor(of_row, device=device) * self.parts // count
+            found = part == torch.arange(self.parts, device=device)[:, None]
+            self._of_parts[of_row, device] = found
+        return found
 
     def record(self, index: int, path: str) -> Record:
         """The record of intervention number `index` at the site `path`."""
@@ -199,11 +260,11 @@ class Audit:
         """Whether intervention number `index` changed anything; in compiled code, whether it ran."""
         return bool(self.changed(index)) or any(r.compiled for (i, _), r in self.records.items() if i == index)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able form: a list of interventions with their sites."""
-        out = []
+    def to_dict(self, part: int | None = None) -> dict[str, Any]:
+        """JSON-able form: a list of interventions with their sites; of one part of the batch (see `divide`), or of all."""
+        out, parts = [], 1 if part is None else self.parts
         for index, name in enumerate(self.names):
-            sites = {path: r.to_dict() for (i, path), r in self.records.items() if i == index}
+            sites = {path: r.to_dict(part, parts) for (i, path), r in self.records.items() if i == index}
             around = {"changed": self.changed(index)} if index in self._around else {}
             out.append({"intervention": name, "sites": sites, **self.extra.get(index, {}), **around})
         return {"interventions": out}

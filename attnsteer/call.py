@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .account import Samples, Track
 from .attention_map import FEW_ROWS, AttentionMap
-from .edits import KeyBias, Reweight
+from .edits import KeyBias, Reweight, Share
 from .errors import ContractError, UnsupportedHost
 from .parameters import PerSample
 from .shards import Pool
@@ -71,6 +71,9 @@ class AttnCall:
     states: dict[Any, dict[str, Any]] = field(default_factory=dict, repr=False)
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
     view: AttentionMap | None = field(default=None, repr=False)
+    # What was made once for all calls of this forward; number of the intervention that this call is shown to.
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    owner: int = 0
     # Made when it is asked for; None: the method does not say that it pools over heads.
     pool: Callable[[], Pool] | None = field(default=None, repr=False)
 
@@ -81,6 +84,21 @@ class AttnCall:
         new.__dict__.update(self.__dict__)
         new.__dict__.update(changes)
         return new
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make()` gives, made once for all layers of this forward that have the same rows and keys.
+
+        For key sets and edits that follow from tokens and hyper-parameters alone: `make` must read nothing of the site, its
+        heads, its state or its map. `name` tells several things of one method apart.
+        """
+        if torch.is_grad_enabled():
+            # A layer that is computed again for its gradient must find what it found before.
+            return make()
+        key = (self.owner, name, id(self.rows), id(self.keys))
+        found = self.memo.get(key)
+        if found is None:
+            found = self.memo[key] = (make(), self.rows, self.keys)
+        return found[0]
 
     @property
     def rows(self) -> Track:
@@ -136,9 +154,11 @@ class AttnCall:
 
     def each_row(self, value: PerSample, like: Tensor | None = None, **how: Any) -> Tensor:
         """One value per sample by batch row, [B, ...] (see `PerSample.tensor`)."""
-        of = self.q if like is None else like
-        dtype = self.map.att.stat_dtype if like is None else like.dtype
-        return value.tensor(self._samples(len(of)), len(of), dtype, of.device, **how)
+        if like is None:
+            batch, dtype, device = self.map.shape[0], self.map.stat_dtype, self.map.device
+        else:
+            batch, dtype, device = len(like), like.dtype, like.device
+        return value.tensor(self._samples(batch), batch, dtype, device, **how)
 
     def listed(self, value: Any) -> list[Any]:
         """A parameter by batch row, [B] numbers; that of a sample that is left alone is None.
@@ -146,7 +166,7 @@ class AttnCall:
         Raises:
             SelectionError: the batch is not of so many samples.
         """
-        batch = len(self.q)
+        batch = self.map.shape[0]
         return value.listed(self._samples(batch), batch) if isinstance(value, PerSample) else [value] * batch
 
     def _samples(self, batch: int) -> Samples:
@@ -243,6 +263,16 @@ class AttnCall:
         """bool [B or 1, n]: the rows that belong to generated tokens."""
         return self.rows.generated & self.rows.valid
 
+    @property
+    def prompt_end(self) -> Tensor:
+        """bool [B or 1, n]: the row of each prompt's last token, where this call has it (need "tokens").
+
+        No row is it where a prompt goes on in later chunks, nor in a call that only decodes; of padded prompts in chunks, those
+        have it that reach into the last one. A call without a cache has it again at every step, with generated rows behind it.
+        """
+        end = self.rows.last_prompt
+        return torch.zeros_like(end) if self.tokens.more_to_come else end
+
     def key_index(self) -> Tensor:
         """Number of each key counted from its request's first valid token, [B or 1, m]; negative for left padding."""
         return self.keys.index
@@ -261,19 +291,25 @@ class AttnCall:
 
     def span_keys(self, spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
         """Token ranges per sample, counted from its first valid token, as a key set [B, 1, m]."""
-        index, valid, device = self.keys.index, self.keys.valid, self.keys.index.device
-        wide = index.expand(len(spans), -1)
+        keys = self.keys
+        if all(ranges == spans[0] for ranges in spans):
+            # The same for all rows, as for a single one.
+            found = None
+            for start, stop in spans[0]:
+                inside = (keys.index >= start) & (keys.index < stop)
+                found = inside if found is None else found | inside
+            found = torch.zeros_like(keys.valid) if found is None else found & keys.valid if keys.padded else found
+            return found.expand(len(spans), -1)[:, None] if len(spans) != len(found) else found[:, None]
+        wide = keys.index.expand(len(spans), -1)
         flat = [(b, start, stop) for b, ranges in enumerate(spans) for start, stop in ranges]
-        if not flat:
-            return torch.zeros_like(wide, dtype=torch.bool)[:, None]
-        row, start, stop = torch.tensor(flat, device=device).unbind(dim=1)
+        row, start, stop = torch.tensor(flat, device=wide.device).unbind(dim=1)
         inside = wide[row]
         inside = (inside >= start[:, None]) & (inside < stop[:, None])
         if len(flat) == len(spans) and all(len(ranges) == 1 for ranges in spans):
             found = inside
         else:
             found = torch.zeros_like(wide, dtype=torch.bool).index_put((row,), inside, accumulate=True)
-        return (found & valid)[:, None]
+        return (found & keys.valid)[:, None]
 
     def at_keys(self, tokens: Tensor) -> Tensor:
         """A mask of tokens bool [B, T] (by slot, T up to the slots so far) as a key set [B, 1, m]."""
@@ -300,4 +336,4 @@ class AttnCall:
         return self.at_keys(self.image_tokens())
 
 
-__all__ = ["FEW_ROWS", "AttentionMap", "AttnCall", "KeyBias", "Reweight"]
+__all__ = ["FEW_ROWS", "AttentionMap", "AttnCall", "KeyBias", "Reweight", "Share"]

@@ -58,7 +58,8 @@ def describe(name: str, cls: type) -> MethodEntry:
         kinds=tuple(cls.kinds),
         doors=tuple(d for d in ("inputs", "bias", "weights", "output", "around") if d in doors),
         hosts=tuple(h for h in hosts() if wanted <= get_host(h).provides),
-        looks_ahead=cls.looks_ahead,
+        # Of a method in which it depends on a parameter, that is the plain form.
+        looks_ahead=cls.looks_ahead is True,
         parameters=tuple(_parameter(cls, f) for f in fields(cls) if f.name != "where" and f.metadata.get("save", True)),
     )
 

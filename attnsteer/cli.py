@@ -20,7 +20,7 @@ from .output import print_table as _print_table
 
 # Heavy libraries are imported inside the commands, so that `--help` and errors of usage come at once.
 
-USAGE, FAILED, STOPPED = 2, 1, 130
+USAGE, FAILED, DIFFERS, STOPPED = 2, 1, 3, 130
 
 
 class _Group(typer.core.TyperGroup):
@@ -174,8 +174,9 @@ def run(
 ) -> None:
     """Evaluate a method as a recipe says: against its baseline and controls, on the same samples.
 
-    Exits with 1 when the method changed nothing. The same command goes on with a run that was stopped. `accelerate launch
-    -m attnsteer run ...` shares the samples among processes.
+    Exits with 1 when the method changed nothing, and with 3 when the control at zero strength differs from the baseline (not
+    with --tiny). The same command goes on with a run that was stopped. `accelerate launch -m attnsteer run ...` shares the
+    samples among processes.
     """
     from .run.command import import_files, recipe_from_arguments, run_folder
     from .run.ranks import first
@@ -189,7 +190,7 @@ def run(
         job = prepare(chosen, target, tiny, limit)
         print(f"{chosen.name}: {len(job.data.samples)} samples, nothing found wrong")
         return
-    from .results.summary import method_unchanged, table
+    from .results.summary import control_differs, method_unchanged, table
     from .run import run as evaluate
 
     try:
@@ -201,8 +202,11 @@ def run(
         head, rows, remarks = table(target)
         _print_table(head, rows)
         print("\n" + "\n".join([*remarks, f"run folder: {target}"]))
+        # A tiny run tests the recipe, not the method.
         if method_unchanged(target) and not tiny:
             raise typer.Exit(FAILED)
+        if control_differs(target) and not tiny:
+            raise typer.Exit(DIFFERS)
 
 
 def _verdict(report: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +29,36 @@ class Reweight:
         rest: weight >= 0 of all other keys, broadcastable to [B, H, n].
         normalise: divide each row by its new sum (what adding log w to the scores would do); a row whose weights are all one, or
             that would keep no weight at all, stays as it is.
+        positive: a promise that no weight is ever zero. Renormalised weights that are the same for all rows are a bias on the
+            keys then, which the model's own kernel takes; numbers are looked at, tensors need the promise.
+        grows: a promise that no group has less weight than the rest, so that sums may be taken as differences; as `positive`.
     """
 
     groups: tuple[tuple[Tensor, Tensor | float], ...]
     rest: Tensor | float = 1.0
     normalise: bool = True
+    positive: bool = False
+    grows: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """Another share of each row on one set of keys; inside the set, and among the other keys, shares grow or shrink in proportion.
+
+    Attributes:
+        keys: bool [B or 1, H or 1, s], s up to m; keys behind the s-th are not in the set. The same tensor at each step of a
+            decoding lets what is made of it be kept.
+        of: the new share of the set from the one it has, both [B, H, n] from 0 to 1. Elementwise: it may be asked of other heads
+            too, and by heads no further than by rows and samples.
+        scale_sinks: whether a learned sink shrinks as the other keys do, or keeps what it has. For shares that never shrink, and
+            below one.
+
+    A row that gives the set nothing, or nothing to other keys, stays as it is.
+    """
+
+    keys: Tensor
+    of: Callable[[Tensor], Tensor]
+    scale_sinks: bool = False
 
 
 class Check:
@@ -90,9 +116,12 @@ class Check:
 
     @torch.no_grad()
     def weights(self, edit: Any) -> None:
-        """A `Reweight` with disjoint boolean key sets and finite weights of zero or more."""
+        """A `Reweight` with disjoint boolean key sets and finite weights of zero or more, or a `Share`."""
+        if isinstance(edit, Share):
+            self._share(edit)
+            return
         if not isinstance(edit, Reweight):
-            raise self.refuse(f"returned {_kind(edit)}; return a Reweight, or None for no edit.")
+            raise self.refuse(f"returned {_kind(edit)}; return a Reweight or a Share, or None for no edit.")
         if not isinstance(edit.groups, (tuple, list)):
             raise self.refuse(f"the groups are {_kind(edit.groups)}; give a tuple of pairs (keys, weight).")
         if not isinstance(edit.normalise, bool):
@@ -111,9 +140,15 @@ class Check:
                     f"the keys of group {i} have shape {tuple(keys.shape)}; expected [{B} or 1, {H} or 1, {m}].{hint}"
                 )
             self._device(f"the keys of group {i}", keys)
-            self._weight(f"the weight of group {i}", weight, (B, H, n))
+            self._weight(f"the weight of group {i}", weight, (B, H, n), edit.positive)
             members = keys.int() if members is None else members + keys
-        self._weight("the weight of the rest", edit.rest, (B, H, n))
+        self._weight("the weight of the rest", edit.rest, (B, H, n), edit.positive)
+        if edit.grows:
+            least = [torch.as_tensor(w, device=self.device) for w in (edit.rest, *(w for _, w in edit.groups))]
+            if any(bool((w < least[0]).any()) for w in least[1:]):
+                raise self.refuse(
+                    "a group has less weight than the rest, and the edit promises that none has; leave it out."
+                )
         if members is not None and bool((members > 1).any()):
             raise self.refuse("the key sets overlap; a key belongs to one set, and the remainder is implicit.")
 
@@ -145,7 +180,39 @@ class Check:
         if new is not old and bool(new.isfinite().logical_not().any()) and bool(old.isfinite().all()):
             raise self.refuse(f"{name} has NaN or infinite values where the model's own has none.")
 
-    def _weight(self, what: str, weight: Any, shape: tuple[int, int, int]) -> None:
+    def _share(self, edit: Share) -> None:
+        B, H, n, m = self.att.shape
+        keys = edit.keys
+        if not isinstance(keys, Tensor) or keys.dtype != torch.bool:
+            raise self.refuse(f"the keys are {_kind(keys)}; expected a bool tensor.")
+        if keys.ndim != 3 or keys.shape[0] not in (1, B) or keys.shape[1] not in (1, H) or keys.shape[2] > m:
+            hint = " Write keys[:, None] for a set per sample." if keys.ndim == 2 else ""
+            raise self.refuse(
+                f"the keys have shape {tuple(keys.shape)}; expected [{B} or 1, {H} or 1, up to {m}].{hint}"
+            )
+        self._device("the keys", keys)
+        if not callable(edit.of):
+            raise self.refuse(f"the new share is {_kind(edit.of)}; give a function of the share that the keys have.")
+        # Each row of the call is tried at shares from nothing to all.
+        for share in (0.0, 0.001, 0.5, 0.999):
+            old = torch.full((B, H, n), share, dtype=self.att.stat_dtype, device=self.device)
+            new = edit.of(old)
+            if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
+                raise self.refuse(
+                    f"the new share of {list(old.shape)} in {old.dtype} is {_kind(new)}; expected the same shape and dtype."
+                )
+            self._device("the new share", new)
+            wrong = ~((new >= 0) & (new <= 1))
+            if edit.scale_sinks and bool(((new < old) | (new >= 1)).any()) and not bool(wrong.any()):
+                raise self.refuse(
+                    f"a share of {share} becomes {float(new.flatten()[0]):.4g}; with scale_sinks it never shrinks, and is below 1."
+                )
+            if bool(wrong.any()):
+                raise self.refuse(
+                    f"a share of {share} becomes {float(new[wrong][0]):.4g}; a share is a number from 0 to 1."
+                )
+
+    def _weight(self, what: str, weight: Any, shape: tuple[int, int, int], positive: bool = False) -> None:
         if isinstance(weight, bool) or not isinstance(weight, (int, float, Tensor)):
             raise self.refuse(f"{what} is {_kind(weight)}; expected a number or a tensor.")
         if isinstance(weight, int) and weight.bit_length() > 63:
@@ -175,6 +242,8 @@ class Check:
             raise self.refuse(
                 f"{what} has negative values (least {float(value.min()):.4g}); attention is never negative."
             )
+        if positive and bool((value == 0).any()):
+            raise self.refuse(f"{what} has zeros, and the edit promises that it is positive; leave the promise out.")
 
     def _number(self, what: str, tensor: Tensor) -> None:
         if not tensor.is_floating_point():

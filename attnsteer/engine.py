@@ -10,19 +10,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import in_place, kernels
 from .account import Samples
-from .attention_map import AttentionMap, DenseMap
-from .audit import Audit, Mark
+from .attention_map import FEW_ROWS, AttentionMap, DenseMap
+from .audit import Audit, Flag, Mark
 from .bound import Bound, Heads
 from .call import AttnCall
-from .edits import Check, KeyBias, Reweight, check_state
+from .edits import Check, KeyBias, Reweight, Share, check_state
 from .errors import CompositionError, SelectionError, UnsupportedHost
+from .forms import WholeForms
 from .intervention import Intervention
 from .kernels import Attention
 from .shards import Pool, Shards
 from .shared_rows import Rows, levels, together
 from .site import Site
+from .tokens import Tokens
 
 
 class Run(Protocol):
@@ -39,6 +41,11 @@ class Run(Protocol):
 
     def inside(self, method: Intervention) -> AbstractContextManager[None]:
         """Switch the inside edits of an `around` method on for the model calls in this block."""
+
+
+_WEIGHTS = frozenset({"weights"})
+# Outputs up to so many numbers are kept for a later comparison.
+SMALL = 1 << 14
 
 
 class SiteAttention:
@@ -93,6 +100,7 @@ class SiteRuntime:
         self._partitions: dict[tuple[int, ...], list[tuple[Heads | None, list[Bound]]]] = {}
         self._by_methods: dict[tuple[int, ...], list[int]] = {}
         self.late = _late(entries)
+        self._indices: dict[tuple[Heads, torch.device], Tensor] = {}
         for head in range(site.heads):
             key = tuple(
                 i for i, (_, heads) in enumerate(entries) if i not in self.late and (heads is None or head in heads)
@@ -130,6 +138,8 @@ class SiteRuntime:
         active: tuple[int, ...],
         same_kernel: Callable[[], bool] | None = None,
         maps: list[tuple[Heads | None, Tensor]] | None = None,
+        sdpa: bool = False,
+        packs: bool = False,
     ) -> Tensor:
         """The site's output [B, H, n, dv] with the active interventions applied.
 
@@ -139,33 +149,35 @@ class SiteRuntime:
             same_kernel: whether `kernels.attend_lse` would run that very kernel (so it can replace it); asked where a method
                 needs the lse. None: it never would.
             maps: filled with (heads of this process or None, edited map), where the host hands out attention weights.
+            sdpa: whether `base` is torch's SDPA on this very `att`. packs: see `WholeForms`.
         """
         if call.packed:
             _check_apart(self.site, att, call)
         whole = SiteAttention(att, base, same_kernel)
         offset = self._offset(att.q.shape[1], active)
-        marks = self._seen(active, offset, att.q.shape, call.phase)
-        result: Tensor | None = None
+        marks = self._seen(active, offset, att.q, call)
+        forms = WholeForms(att, call.memo, packs) if sdpa and maps is None and self._takes_forms(att) else None
+        edited: list[tuple[Heads | None, Tensor]] = []
         for heads, bounds in self.partition(active):
             local = _local(heads, offset, att.q.shape[1])
             if local == ():
                 continue
-            out = _HeadGroup(self, whole, heads, offset, call, marks).run(bounds, maps)
-            if out is None:
-                continue
-            if local is None:
-                result = out
-                break
-            if result is None:
-                result = whole.out().clone()
-            result[:, list(local)] = out.to(result.dtype)
-        out = whole.out() if result is None else result
+            out = _HeadGroup(self, whole, heads, offset, call, marks, forms).run(bounds, maps)
+            if out is not None:
+                edited.append((local, out))
+        if edited and edited[0][0] is None:
+            result = edited[0][1]
+        else:
+            result = None if forms is None else forms.out()
+            result = whole.out() if result is None else result
+            for local, out in edited:
+                result = result.index_copy(1, self._index(local, result.device), out.to(result.dtype))
         for i in self.late:
             if i in active:
-                out = self._scaled_heads(*self.entries[i], whole, out, offset, call, marks)
+                result = self._scaled_heads(*self.entries[i], whole, result, offset, call, marks)
         for mark in marks.values():
             mark.close()
-        return out
+        return result
 
     def _scaled_heads(
         self,
@@ -182,7 +194,7 @@ class SiteRuntime:
         if local == ():
             return out
         own = out if local is None else out[:, list(local)]
-        edited = _HeadGroup(self, whole, heads, offset, call, marks).output(bound, own)
+        edited = _HeadGroup(self, whole, heads, offset, call, marks, None).output(bound, own)
         if edited is None or edited is own:
             return out
         if local is None:
@@ -191,19 +203,39 @@ class SiteRuntime:
         out[:, list(local)] = edited
         return out
 
-    def _seen(self, active: tuple[int, ...], offset: int, shape: tuple[int, ...], phase: str) -> dict[int, Mark]:
+    def _takes_forms(self, att: Attention) -> bool:
+        """Whether heads that are not edited come out bit for bit where the kernel gets a mask of zeros for them."""
+        return (
+            att.q.device.type == "cpu"
+            and att.softcap is None
+            and att.sinks is None
+            and att.key_bias is None
+            and self.rows is None
+            and not (self.run.reference or self.run.measure or torch.compiler.is_compiling())
+        )
+
+    def _index(self, local: Heads, device: torch.device) -> Tensor:
+        """These heads as a tensor, made once."""
+        key = (local, device)
+        found = self._indices.get(key)
+        if found is None:
+            found = self._indices[key] = torch.tensor(local, device=device)
+        return found
+
+    def _seen(self, active: tuple[int, ...], offset: int, q: Tensor, call: AttnCall) -> dict[int, Mark]:
         """Count this call once for each active intervention, however many head groups it falls into."""
-        marks = {}
+        marks, shape, audit = {}, q.shape, self.run.audit
+        parts = None if audit.parts is None else audit.of_parts(call.samples, shape[0], q.device)
         every = (
             (*owner, heads) for b, heads in (self.entries[i] for i in active) for owner in self._owners(b, shape[0])
         )
         for index, batch, heads in every:
-            record = self.run.audit.record(index, self.site.path)
+            record = audit.record(index, self.site.path)
             local = _local(heads, offset, shape[1])
-            record.see(shape[1] if local is None else len(local), phase)
+            record.see(shape[1] if local is None else len(local), call.phase)
             if shape[1] != self.site.heads:
                 record.part = True
-            marks[index] = Mark(record, phase, batch * shape[2])
+            marks[index] = Mark(record, call.phase, batch * shape[2], parts)
         return marks
 
     def _owners(self, bound: Bound, batch: int) -> list[tuple[int, int]]:
@@ -266,12 +298,16 @@ class _HeadGroup:
         offset: int,
         call: AttnCall,
         marks: dict[int, Mark],
+        forms: WholeForms | None = None,
     ):
         size = whole.att.q.shape[1]
         local = _local(group, offset, size)
-        pick = (lambda t: t) if local is None else (lambda t: t[:, list(local)])
-        self.runtime, self.whole, self.local, self.marks = runtime, whole, local, marks
+        pick = (lambda t: t) if local is None else (lambda t: t.index_select(1, runtime._index(local, t.device)))
+        self.runtime, self.whole, self.local, self.marks, self.forms = runtime, whole, local, marks, forms
         self.pool = functools.partial(runtime.pool, group, size)
+        # The door that was asked last, whether for the first time; and the maps that first edits made.
+        self.asked: tuple[str, bool] = ("", False)
+        self.fresh: list[tuple[Bound, str, AttentionMap]] = []
         own = tuple(range(size)) if local is None else local
         self.heads = tuple(h + offset for h in own)
         self.base = call.replace(heads=self.heads, branch=runtime.run.branch)
@@ -286,25 +322,33 @@ class _HeadGroup:
                 return None if pair is None else (pick(pair[0]), pick(pair[1]))
 
             selected = whole.att if local is None else lambda: whole.att.select(local)
-            self.map = AttentionMap(selected, base=lambda: pick(whole.out()), fused=fused)
+            self.map = AttentionMap(selected, lambda: pick(whole.out()), fused, whole=whole.att, heads=len(own))
 
     def run(self, bounds: list[Bound], maps: list[tuple[Heads | None, Tensor]] | None) -> Tensor | None:
-        """The heads' edited output, or None where no method edits."""
+        """The heads' edited output, or None where no method edits, or all heads take the edit together."""
         plain = self.map
-        for bound in bounds:
-            if "inputs" in bound.doors:
-                self.inputs(bound)
-        for bound in bounds:
-            if "bias" in bound.doors:
-                self.bias(bound)
-        weighing = [bound for bound in bounds if "weights" in bound.doors]
-        if self.runtime.rows is None:
-            for bound in weighing:
-                self.weights(bound)
+        if self.forms is not None and len(bounds) == 1 and bounds[0].doors == _WEIGHTS:
+            edit = self.ask(bounds[0], "weights", gather=False)
+            if edit is None or self.together(bounds[0], edit):
+                return None
+            self.map.att  # noqa: B018
+            self.reweight(bounds[0], edit)
         else:
-            for apart in levels(weighing, self.runtime.rows):
-                self.weights_apart(apart)
+            for door in ("inputs", "bias"):
+                for bound in bounds:
+                    if door in bound.doors:
+                        getattr(self, door)(bound)
+            weighing = [bound for bound in bounds if "weights" in bound.doors]
+            if self.runtime.rows is None:
+                for bound in weighing:
+                    self.weights(bound)
+            else:
+                for apart in levels(weighing, self.runtime.rows):
+                    self.weights_apart(apart)
         out = None if self.map is plain else self.map.out
+        # Detached: nothing of a look may be kept for a gradient, since a checkpoint that computes it again does not look.
+        if self.fresh and not bool(out.detach().isfinite().all()):
+            self.check_result(plain)
         if maps is not None and self.map is not plain:
             maps.append((self.local, self.map.dense()))
         for bound in bounds:
@@ -312,31 +356,71 @@ class _HeadGroup:
                 out = self.output(bound, out)
         return out
 
-    def ask(self, bound: Bound, door: str, *args: Tensor) -> Any:
+    def together(self, bound: Bound, edit: Any) -> bool:
+        """Let all heads of the call take an edit in one form, where there is one."""
+        chosen = self.chosen(bound)
+        if self.forms.takes_bias(edit, chosen):
+            moves = self.forms.add_bias(self.form_key(bound), self.local, edit, chosen)
+            if moves is None:
+                return False
+            self.mark(bound, "bias", self.of_bias(bound, moves))
+            return True
+        pair = self.forms.share(self.local, edit) if chosen is None else None
+        if pair is None:
+            return False
+        self.mark(bound, "shares", pair)
+        return True
+
+    def of_bias(self, bound: Bound, moves: tuple[Tensor, Tensor]) -> Tensor:
+        """What a form says of what moves, as the audit counts it."""
+        return moves[0] if self.marks[bound.index].parts is None else moves[1]
+
+    def form_key(self, bound: Bound) -> Any:
+        """What tells apart where a method acts in the calls of one forward."""
+        return bound.index, self.heads, self.base.site.layer if bound.method.restricting else None
+
+    def ask(self, bound: Bound, door: str, *args: Tensor, gather: bool = True) -> Any:
         """What the method returns at a door, checked where it is its first answer there."""
-        site, phase = self.runtime.site.path, self.base.phase
+        site = self.runtime.site.path
         state = self.base.states.setdefault((bound.index, site, self.heads), {})
         pool = self.pool if bound.method.pools_heads else None
-        call = self.base.replace(view=self.map, state=state, method=bound.name, pool=pool)
-        key = (bound.index, door, phase, self.heads)
+        call = self.base.replace(view=self.map, state=state, method=bound.name, pool=pool, owner=bound.index)
+        key = self.first_key(bound, door)
         first = key not in self.runtime.checked and not torch.compiler.is_compiling()
         before = self._shown(first, args)
-        edit = getattr(bound.method, door)(call, *args)
+        self.asked, view = (door, first), self.map
+        if first:
+            view.watch(True)
+        try:
+            edit = getattr(bound.method, door)(call, *args)
+        except Exception as error:
+            error.add_note(f"attnsteer: raised in {bound.name}.{door} at {site}.")
+            raise
         altered = self._altered(before, args)
-        if edit is not None and door != "output":
+        if first:
+            view.watch(False)
+        if edit is not None and door != "output" and gather:
             # Gathered here in every call, so that a checkpoint that computes one again, unchecked, finds the same order.
             self.map.att  # noqa: B018
         if first and state:
             check_state(f"{bound.name}.{door} at {site}", state, self.whole.att.shape[0])
         if not altered and (edit is None or not first):
+            if bound.method.observes:
+                # Nothing of it will ever be checked; copies for it in each call would be.
+                self.runtime.checked.add(key)
             return edit
-        check = Check(bound.name, door, site, args[0] if door == "output" else self.map.att)
         # Nothing of it is kept for a gradient, for the same reason.
         with torch.no_grad():
+            shown = self.map.att if gather or self.map.gathered else self.whole.att.select(self.local)
+            check = Check(bound.name, door, site, args[0] if door == "output" else shown)
             check.left_alone(altered)
             getattr(check, door)(edit)
         self.runtime.checked.add(key)
         return edit
+
+    def first_key(self, bound: Bound, door: str) -> tuple[int, str, str, Heads]:
+        """Under which a first edit is remembered as looked at."""
+        return bound.index, door, self.base.phase, self.heads
 
     def _shown(self, first: bool, args: tuple[Tensor, ...]) -> list[tuple[str, Tensor, Any]]:
         """What a method must leave as it is, with its mark: the model's q, k and v, those of its heads, and `out`."""
@@ -349,15 +433,14 @@ class _HeadGroup:
             found += [(name, getattr(self.map.att, name)) for name in "qkv"]
         if first:
             # What all methods and layers of this forward read; made here if it is not there yet.
-            tracks = (("call.rows", self.base.rows), ("call.keys", self.base.keys))
-            found += [
-                (name, t) for name, track in tracks for t in (track.index, track.slot, track.valid, track.request)
-            ]
-        return [(name, t, _mark(t, first)) for name, t in found]
+            for name, track in (("call.rows", self.base.rows), ("call.keys", self.base.keys)):
+                found += [(name, t) for t in track.tensors()]
+            found += [(f"call.{name}", t) for name, fact in self.base.facts.items() for t in _tensors(fact)]
+        return [(name, t, in_place.mark(t, first)) for name, t in found]
 
     def _altered(self, before: list[tuple[str, Tensor, Any]], args: tuple[Tensor, ...]) -> list[str]:
         """Names of what was changed in place."""
-        names = [name for name, t, mark in before if not _same(t, mark)]
+        names = [name for name, t, marked in before if not in_place.same(t, marked)]
         shown = sum(1 for name, _, _ in before if not name.startswith("call."))
         if shown and shown == 3 + len(args) and self.map.gathered and self.map.att is not self.whole.att:
             # Gathered by the method itself: new tensors, of version zero.
@@ -367,15 +450,34 @@ class _HeadGroup:
             names.append("an answer of call.map")
         return list(dict.fromkeys(names))
 
-    def mark(self, bound: Bound, path: str, differs: Tensor | None) -> None:
-        """Something was edited by `path`; `differs`: bool, [B, ...] where rows are shared; None: nothing can have changed."""
+    def mark(self, bound: Bound, path: str, *moved: Flag) -> None:
         if self.runtime.rows is None:
-            self.marks[bound.index].edited(path, None if differs is None else differs.any())
-            return
-        own = self.runtime.rows[id(bound)]
-        flags = [None] * len(own.owners) if differs is None else own.flags(differs.flatten(1).any(dim=1))
-        for index, flag in zip(own.owners, flags, strict=True):
-            self.marks[index].edited(path, flag)
+            self.marks[bound.index].edited(path, *moved)
+        else:
+            self._mark_owners(self.runtime.rows[id(bound)], path, moved)
+        door, first = self.asked
+        if first and door != "output":
+            self.fresh.append((bound, door, self.map))
+
+    def _mark_owners(self, rows: Rows, path: str, moved: tuple[Flag, ...]) -> None:
+        """Each intervention behind a shared one is told of its own rows."""
+        flags: list[list[Tensor]] = [[] for _ in rows.owners]
+        for m in moved:
+            differs = m if isinstance(m, Tensor) else m[0] != m[1]
+            for own, flag in zip(flags, rows.flags(differs.flatten(1).any(dim=1)), strict=True):
+                own.append(flag)
+        for index, own in zip(rows.owners, flags, strict=True):
+            self.marks[index].edited(path, *own)
+
+    def check_result(self, plain: AttentionMap) -> None:
+        """Refuse first edits after which outputs are infinite in the model's dtype, where the model's own are finite."""
+        for bound, door, view in self.fresh:
+            if bool((view.out.detach().isfinite().logical_not() & plain.out.detach().isfinite()).any()):
+                self.runtime.checked.discard(self.first_key(bound, door))
+                raise Check(bound.name, door, self.runtime.site.path, view.out).refuse(
+                    f"the edited attention has NaN or infinite outputs in {view.out.dtype}, in which the model takes them, where "
+                    "the model's own has none."
+                )
 
     def chosen(self, bound: Bound) -> Tensor | None:
         """bool [B or 1, H or 1, n or 1]: where the method acts, by `where` and by its values per sample; None for all."""
@@ -445,12 +547,8 @@ class _HeadGroup:
             q = torch.where(mask[..., None], q, att.q)
             k, v = (torch.where(mask[:, :, :1, None], new, old) for new, old in ((k, att.k), (v, att.v)))
         self.rescore(att.replace(q=q, k=k, v=v))
-        changed = None
-        for new, old in ((q, att.q), (k, att.k), (v, att.v)):
-            if new is not old:
-                differs = (new != old).flatten(1).any(dim=1)
-                changed = differs if changed is None else changed | differs
-        self.mark(bound, "inputs", changed)
+        pairs = ((q, att.q), (k, att.k), (v, att.v))
+        self.mark(bound, "inputs", *(new != old for new, old in pairs if new is not old))
 
     def bias(self, bound: Bound) -> None:
         term = self.ask(bound, "bias")
@@ -462,20 +560,32 @@ class _HeadGroup:
         if isinstance(term, KeyBias) and mask is None:
             old = att.key_bias
             self.rescore(att.replace(key_bias=term.bias if old is None else old + term.bias))
-            changed = term.bias != 0
+            moved = term.bias != 0
         else:
             full = term.bias[:, :, None] if isinstance(term, KeyBias) else term
             full = full if mask is None else torch.where(mask[..., None], full, torch.zeros_like(full))
             self.rescore(_with_bias(att, full))
-            changed = full != 0
-        self.mark(bound, "bias", changed)
+            moved = full != 0
+        self.mark(bound, "bias", moved)
 
     def weights(self, bound: Bound) -> None:
         edit = self.ask(bound, "weights")
-        if edit is None:
-            return
+        if edit is not None:
+            self.reweight(bound, edit)
+
+    def reweight(self, bound: Bound, edit: Reweight | Share) -> None:
+        """The map from here on."""
         mask = self.chosen(bound)
+        if self.forms is not None and type(self.map) is AttentionMap and self.forms.takes_bias(edit, mask):
+            found = self.forms.rescored(self.form_key(bound), self.map.att, edit, mask)
+            if found is not None:
+                below = self.map.unweighted_att or self.map.att
+                self.rescore(found[0])
+                self.map.unweighted_att = below
+                self.mark(bound, "bias", self.of_bias(bound, found[1]))
+                return
         if mask is not None:
+            edit = self.map.weights_of_share(edit) if isinstance(edit, Share) else edit
             edit = _masked(edit, mask, self.map.att.stat_dtype)
         self.map = self.map.reweighted(edit)
         if self.runtime.run.measure:
@@ -483,12 +593,13 @@ class _HeadGroup:
             keep = self.base.rows.valid[:, None].to(moved.dtype).expand_as(moved)
             self.marks[bound.index].record.measure((moved * keep).sum() / keep.sum().clamp_min(1.0))
         compiling = torch.compiler.is_compiling()
-        self.mark(bound, self.map.path, None if compiling else self.map.moved())
+        self.mark(bound, self.map.path, *(() if compiling else (self.map.moved(),)))
 
     def weights_apart(self, bounds: list[Bound]) -> None:
         """The edits of interventions that act on rows of different requests, as one."""
         assert self.runtime.rows is not None
-        asked = [(b, self.runtime.rows[id(b)], self.ask(b, "weights")) for b in bounds]
+        given = [(b, self.runtime.rows[id(b)], self.ask(b, "weights")) for b in bounds]
+        asked = [(b, rows, self.map.weights_of_share(e) if isinstance(e, Share) else e) for b, rows, e in given]
         for normalise in (True, False):
             own = [(b, rows, edit) for b, rows, edit in asked if edit is not None and edit.normalise == normalise]
             if not own:
@@ -515,11 +626,17 @@ class _HeadGroup:
             return out
         if edited is before:
             # It has read the map and leaves the output as it is.
-            self.mark(bound, "read", None)
+            self.mark(bound, "read")
             return out
         mask, edited = self.chosen(bound), edited.to(before.dtype)
         edited = edited if mask is None else torch.where(mask[..., None], edited, before)
-        self.mark(bound, "output", None if torch.compiler.is_compiling() else edited != before)
+        if torch.compiler.is_compiling():
+            self.mark(bound, "output")
+            return edited
+        # Of a decode step, compared when somebody looks.
+        small = before.shape[2] <= FEW_ROWS and before.numel() <= SMALL
+        keep = (lambda t: t.detach()) if edited.requires_grad else (lambda t: t)
+        self.mark(bound, "output", (keep(edited), keep(before)) if small else edited != before)
         return edited
 
 
@@ -551,17 +668,11 @@ def _late(entries: list[tuple[Bound, Heads | None]]) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-def _mark(tensor: Tensor, values: bool) -> Any:
-    """What tells whether a tensor was changed in place: its version, or a copy where it counts none."""
-    if tensor.is_inference():
-        return tensor.clone() if values else None
-    return tensor._version
-
-
-def _same(tensor: Tensor, mark: Any) -> bool:
-    if mark is None:
-        return True
-    return torch.equal(tensor, mark) if isinstance(mark, Tensor) else tensor._version == mark
+def _tensors(fact: Any) -> list[Tensor]:
+    """The tensors of a fact of the call: itself, or those that it holds."""
+    if isinstance(fact, Tensor):
+        return [fact]
+    return [t for t in vars(fact).values() if isinstance(t, Tensor)] if isinstance(fact, Tokens) else []
 
 
 def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:
@@ -573,7 +684,7 @@ def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:
 def _masked(edit: Reweight, mask: Tensor, dtype: torch.dtype) -> Reweight:
     """Weight one outside the selected rows."""
     keep = lambda w: torch.where(mask, torch.as_tensor(w, dtype=dtype, device=mask.device), 1.0)  # noqa: E731
-    return Reweight(tuple((keys, keep(w)) for keys, w in edit.groups), keep(edit.rest), edit.normalise)
+    return Reweight(tuple((keys, keep(w)) for keys, w in edit.groups), keep(edit.rest), edit.normalise, edit.positive)
 
 
 def _with_bias(att: Attention, bias: Tensor) -> Attention:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from typing import Any
 import torch
 
 from .errors import SelectionError, SerializationError, brief
-from .parameters import PerSample, parsed, plain, whole
+from .parameters import Named, PerSample, declared, parsed, plain, whole
 
 SCHEMA_VERSION = 1
 
 
-class HeadSet:
+class HeadSet(Named):
     """An immutable, ordered set of attention heads.
 
     Args:
@@ -29,7 +30,8 @@ class HeadSet:
         provenance: JSON-able facts about where the set comes from (method, data hash, versions).
 
     Raises:
-        SelectionError: an index is negative or not an integer, or outside `shape`; a score is not a number.
+        SelectionError: an index is negative or not an integer, or outside `shape`; a score is not a number; a parameter does not
+            exist or is missing.
     """
 
     __slots__ = ("_heads", "_provenance", "_scores", "_shape")
@@ -148,10 +150,14 @@ class HeadSet:
         return HeadSet(best, scores=self._scores, shape=self._shape, provenance=self._provenance)
 
     def save(self, path: str | Path) -> Path:
-        """Write `heads` [N, 2] int64, `scores` [N] float64 (NaN: none) and the provenance as safetensors."""
+        """Write `heads` [N, 2] int64, `scores` [N] float64 (NaN: none) and the provenance as safetensors.
+
+        Raises:
+            SerializationError: `path` is none.
+        """
         from safetensors.torch import save_file
 
-        path = Path(path)
+        path = checked_path("HeadSet.save", path)
         heads = torch.tensor(self._heads, dtype=torch.int64).reshape(-1, 2)
         scores = torch.tensor([self._scores.get(p, float("nan")) for p in self._heads], dtype=torch.float64)
         meta = {
@@ -172,7 +178,7 @@ class HeadSet:
         """
         from safetensors import SafetensorError, safe_open
 
-        path = Path(path)
+        path = checked_path("HeadSet.load", path)
         if not path.is_file():
             raise SerializationError(f"HeadSet.load: there is no file {path}.")
         try:
@@ -216,6 +222,13 @@ class HeadSet:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def checked_path(function: str, path: Any) -> Path:
+    """`path` as a Path; a SerializationError that names the `function` where it is none."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise SerializationError(f"{function}({brief(path)}): give a path, as a string or a Path.")
+    return Path(path)
+
+
 def _pairs(heads: Iterable[Any]) -> list[tuple[Any, ...]]:
     try:
         return [tuple(plain(i) for i in plain(pair)) for pair in plain(heads)]
@@ -242,6 +255,11 @@ def _check_shape(shape: Any) -> None:
 def head_set(*, kw_only: bool = False) -> Any:
     """The field of a method's own heads, or a list of such sets, one for each sample; None: all that `where` selects."""
     return parsed(_one_or_each, "HeadSet or {layer: [head, ...]}", None, kw_only=kw_only)
+
+
+def takes_sets(cls: type) -> bool:
+    """Whether a method's own `heads` may be a list of sets, one for each sample (see `head_set`)."""
+    return getattr(declared(cls, "heads"), "parse", None) is _one_or_each
 
 
 def _one_or_each(given: Any) -> HeadSet | PerSample:

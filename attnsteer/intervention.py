@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .errors import RegistrationError, SelectionError, SerializationError, brief, did_you_mean
-from .heads import HeadSet, union
+from .heads import HeadSet, checked_path, union
 from .parameters import Named, PerSample, check_fields, declared, parsed, sample_values
 from .registry import base_of, get_method, registered_name
 from .where import Where
@@ -25,7 +26,14 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 RECORD, HEADS = "steer.json", "heads.safetensors"
-DOORS = ("inputs", "bias", "weights", "output", "around")
+# The methods of the contract, and what each is called with.
+DOORS = {
+    "inputs": ("call",),
+    "bias": ("call",),
+    "weights": ("call",),
+    "output": ("call", "out"),
+    "around": ("forward", "inputs", "run"),
+}
 
 
 def _where(value: Any) -> Where:
@@ -39,7 +47,8 @@ def _where(value: Any) -> Where:
 class Intervention(Named):
     """Base of all methods: a frozen dataclass of hyper-parameters and a `where`.
 
-    Hyper-parameters are declared with their ranges (see `parameters`), and checked when the object is made. A method's own
+    Hyper-parameters are declared with their ranges (see `parameters`), and checked when the object is made. Every strength, target,
+    scale and gate takes one number, or a list with one for each sample (None: it is left alone). A method's own
     `__post_init__` calls this one first; it is for checks that tie fields together.
 
     A method overrides any of `inputs`, `bias`, `weights`, `output` (inside attention; pure tensor maths on the
@@ -88,7 +97,8 @@ class Intervention(Named):
         """Check what the class says of itself.
 
         Raises:
-            RegistrationError: `needs` is no tuple of names; a string would be taken for its letters.
+            RegistrationError: `needs` is no tuple of names; a string would be taken for its letters. Or a door takes other
+                parameters than the contract's.
         """
         super().__init_subclass__(**kwargs)
         if "row_local" not in vars(cls) and any(door in vars(cls) for door in DOORS):
@@ -100,6 +110,17 @@ class Intervention(Named):
             raise RegistrationError(
                 f'{cls.__name__}.needs is {brief(cls.needs)}; give a tuple of names, e.g. needs = ("tokens",).'
             )
+        for door, arguments in DOORS.items():
+            function = vars(cls).get(door)
+            if inspect.isfunction(function):
+                signature = inspect.signature(function)
+                try:
+                    signature.bind(None, *arguments)
+                except TypeError:
+                    raise RegistrationError(
+                        f"{cls.__name__}.{door}{signature} is called as {door}({', '.join(arguments)}); give it these parameters "
+                        "after self."
+                    ) from None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -191,11 +212,11 @@ class Intervention(Named):
 
         Raises:
             UnknownName: the class is not registered, so that it could not be found again.
-            SerializationError: a value has no form in JSON, or there are two different head sets.
+            SerializationError: a value has no form in JSON, there are two different head sets, or `directory` is no path.
         """
         from .versions import library_versions
 
-        directory = Path(directory)
+        directory = checked_path(f"{type(self).__name__}.save_pretrained", directory)
         values, sets = {}, []
         for f in _saved(type(self)):
             value = getattr(self, f.name)
@@ -328,7 +349,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _directory(source: str | Path, revision: str | None) -> Path:
-    if Path(source).is_dir():
+    if checked_path("from_pretrained", source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -6,6 +6,7 @@ field another default keeps the declaration of its base. Fields without one take
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -515,20 +516,37 @@ class Named:
     It looks before `__init__` does, which each dataclass has of its own.
     """
 
+    __slots__ = ()
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         signature = inspect.signature(cls.__init__)
-        try:
-            signature.bind(None, *args, **kwargs)
-        except TypeError as error:
-            taken = list(signature.parameters.values())[1:]
-            raise SelectionError(
-                _wrong_arguments(cls.__name__, taken, args, kwargs) or f"{cls.__name__}: {error}."
-            ) from None
+        taken = list(signature.parameters.values())[1:]
+        _check_arguments(cls.__name__, signature.replace(parameters=taken), args, kwargs)
         return super().__new__(cls)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy or a pickle sets the fields afterwards, so there are no arguments to look at.
         return object.__new__, (type(self),), self.__getstate__()
+
+
+def named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose wrong arguments are a SelectionError, as those of `Named` are."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _check_arguments(f"{function.__name__}()", signature, args, kwargs)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _check_arguments(name: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        taken = [p for p in signature.parameters.values() if p.kind is not p.VAR_POSITIONAL]
+        raise SelectionError(_wrong_arguments(name, taken, args, kwargs) or f"{name}: {error}.") from None
 
 
 def _wrong_arguments(

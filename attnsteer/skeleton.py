@@ -83,7 +83,8 @@ def _folder(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=list(CONFIGS)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UnknownName(
-            f"there is no folder {source!r}, and no hub repository of that name can be reached ({type(error).__name__})."
+            f"there is no folder {source!r}, and no hub repository of that name can be reached "
+            f"({type(error).__name__}).{did_you_mean(source, zoo.NAMES)}"
         ) from error
 
 

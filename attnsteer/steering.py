@@ -16,8 +16,18 @@ from .audit import Audit
 from .bound import Bound
 from .choices import NAME, NOTHING, Choice, Choices, Part
 from .engine import SiteRuntime
-from .errors import CompositionError, NeverFired, NothingChanged, SelectionError, UnsupportedHost, brief, listing
+from .errors import (
+    CompositionError,
+    NeverFired,
+    NothingChanged,
+    SelectionError,
+    UnsupportedHost,
+    brief,
+    did_you_mean,
+    listing,
+)
 from .intervention import Intervention
+from .parameters import Flag, named
 from .registry import get_host, hosts
 from .scope import PLAIN, SCOPES, Scope
 from .site import Site, SiteList
@@ -54,6 +64,7 @@ class Steering:
         measure: bool = False,
         reference: bool = False,
         control: bool = False,
+        host: Any = None,
         names: Mapping[str, tuple[int, ...]] | None = None,
     ):
         self.target = target
@@ -66,7 +77,7 @@ class Steering:
         self._journal = Journal()
         self._lock = threading.RLock()
         self.attached = True
-        self.host = find_host(target)
+        self.host = find_host(target) if host is None else host
         if names and "requests" not in self.host.provides:
             raise UnsupportedHost(
                 f"a {type(target).__name__} has no requests that could choose among named steerings; language models of "
@@ -316,6 +327,7 @@ def _modules(target: Any) -> Iterator[Any]:
             yield from part.modules()
 
 
+@named
 def steer(
     target: Any,
     *interventions: Intervention,
@@ -340,7 +352,7 @@ def steer(
         A `Steering`: use it as a context manager, or call `remove()`.
 
     Raises:
-        SelectionError: a selection matches nothing or names what does not exist.
+        SelectionError: a selection matches nothing or names what does not exist; a parameter does not exist, or is no bool.
         UnsupportedHost: the target, its backend or a processor cannot be steered exactly.
         CompositionError: a site is steered already.
         NeverFired: on leaving the context without an error, an intervention had changed nothing.
@@ -348,6 +360,10 @@ def steer(
     names = None
     if named is not None:
         names, interventions = _named(named, interventions)
+    # What is asked of comes first: what is said of the interventions would be beside the point.
+    host = None if isinstance(target, Intervention) else find_host(target)
+    for name, value in (("measure", measure), ("reference", reference), ("control", control)):
+        Flag().check("steer", name, value)
     if not interventions:
         raise SelectionError("steer() got no intervention; give at least one, e.g. steer(model, HeadGate({...})).")
     for method in interventions:
@@ -360,7 +376,7 @@ def steer(
             if len(shown) > 80:
                 shown = f"a {type(method).__name__}"
             raise SelectionError(f"steer() got {shown}, which is no Intervention.{hint}")
-    return Steering(target, interventions, measure, reference, control, names)
+    return Steering(target, interventions, measure, reference, control, host, names)
 
 
 def _named(named: Any, interventions: tuple[Any, ...]) -> tuple[dict[str, tuple[int, ...]], tuple[Any, ...]]:
@@ -486,8 +502,13 @@ def _check_host(method: Intervention, host: Any) -> None:
             raise UnsupportedHost(f"{name} needs {need}: {absent[need]}")
     lacking = [need for need in method.needs if need not in host.provides]
     if lacking:
+        given = sorted(host.provides - {*CLOCKS, "around", "requests"})
+        every = {need for known in hosts() for need in get_host(known).provides}
+        # One that some other host has is no slip.
+        hint = "".join(did_you_mean(need, every) for need in lacking if need not in every)
         raise UnsupportedHost(
-            f"{name} needs {', '.join(lacking)}, which {type(host).__name__} does not provide for a {target}."
+            f"{name} needs {listing(lacking)}, which a call of a {target} does not give; it gives "
+            f"{listing(given) or 'nothing beyond q, k and v'}.{hint}"
         )
 
 

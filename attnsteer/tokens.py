@@ -28,6 +28,7 @@ class Tokens:
         more_to_come: a chunked prefill is under way, so spans may lie in later chunks.
         virtual: slots in front that an adapter fills with learned vectors (prompt and prefix tuning of peft): no ids of the user's,
             so that spans and indices begin behind them.
+        request: int [B or 1, T], which of the sequences packed into its row each token belongs to; None: there is one.
         repeats: which sample each row belongs to, where samples were repeated or rows moved; None: each row is one.
     """
 
@@ -39,6 +40,7 @@ class Tokens:
     prompt: int | None = None
     more_to_come: bool = False
     virtual: int = 0
+    request: Tensor | None = None
     repeats: Samples | None = field(default=None, repr=False)
     _resolved: dict[int, tuple[Any, list[list[Range]]]] = field(default_factory=dict, repr=False)
 
@@ -112,9 +114,9 @@ class Tokens:
 
     def take(self, index: Tensor) -> None:
         """Keep the rows `index` [b], in that order: beams that were reordered, samples that were repeated or dropped."""
-        for name in ("valid", "ids", "image"):
+        for name in ("valid", "ids", "image", "request"):
             tensor = getattr(self, name)
-            if tensor is not None:
+            if tensor is not None and len(tensor) == self.batch:
                 setattr(self, name, tensor[index.to(tensor.device)])
         rows = index.tolist()
         self.repeats = self.samples.taken(rows)
@@ -126,7 +128,7 @@ class Tokens:
 
         What reaches beyond the first `upto` slots, which both share (the cache was cut back), is looked for again.
         """
-        counts = self.count(upto).tolist()
+        counts = self._longest(upto)
         same = before.batch == self.batch
         for key, (spans, found) in before._resolved.items():
             if same and all(stop <= counts[b] for b, row in enumerate(found) for _, stop in row):
@@ -156,7 +158,7 @@ class Tokens:
             spans_list = [list(spans)] * self.batch
         else:
             spans_list = self._per_sample(spans)
-        counts = self.count().tolist()
+        counts = self._longest(self.length)
         out = []
         for b, wanted in enumerate(spans_list):
             row: list[Range] = []
@@ -172,6 +174,34 @@ class Tokens:
             out.append(row)
         self._resolved[id(spans)] = (spans, out)
         return out
+
+    def _longest(self, upto: int) -> list[int]:
+        """Valid tokens of each row, or of the longest sequence packed into it, among the first `upto` slots; no virtual ones."""
+        if self.request is None:
+            return self.count(upto).tolist()
+        return [max((size for _, size in self._sequences(b, upto)), default=0) for b in range(self.batch)]
+
+    def _sequences(self, b: int, upto: int) -> list[tuple[Tensor, int]]:
+        """(bool [upto], number of tokens) of each sequence packed into row `b`."""
+        row = lambda t: t[b if len(t) > 1 else 0, :upto].cpu()  # noqa: E731
+        request = row(self.request)
+        valid = torch.ones_like(request, dtype=torch.bool) if self.valid is None else row(self.valid)
+        found = [valid & (request == i) for i in request[valid].unique().tolist()]
+        return [(tokens, int(tokens.sum())) for tokens in found]
+
+    def _text(self, b: int, text: str, upto: int) -> Tensor:
+        """bool [upto]: the slots of row `b` whose tokens are the text in which a string is looked for."""
+        if self.request is None:
+            every = torch.ones(upto, dtype=torch.bool)
+            return every if self.valid is None else self.valid[b if len(self.valid) > 1 else 0, :upto].cpu()
+        # A row that sees itself only may be padding, and has no text that a span could be in.
+        long = [tokens for tokens, size in self._sequences(b, upto) if size > 1]
+        if len(long) != 1:
+            raise SelectionError(
+                f"the span {text!r} is a string, and row {b} holds {len(long)} packed sequences. Give token ranges, which count in "
+                "each of them, or put each in a batch row of its own."
+            )
+        return long[0]
 
     def _per_sample(self, spans: Any) -> list[Any]:
         if not isinstance(spans, (list, tuple)) or not spans or not all(isinstance(s, (list, tuple)) for s in spans):
@@ -196,8 +226,7 @@ class Tokens:
             )
         stop = self.length if self.prompt is None else min(self.prompt, self.length)
         ids = self.ids[b, :stop]
-        if self.valid is not None:
-            ids = ids[self.valid[b if len(self.valid) > 1 else 0, :stop].to(ids.device)]
+        ids = ids[self._text(b, text, stop).to(ids.device)]
         offsets, prompt = char_offsets(ids[self.virtual :].tolist(), tokenizer)
         places = _places(prompt, text)
         shown = prompt if len(prompt) <= 200 else prompt[:200] + "..."

@@ -14,7 +14,8 @@ from torch import Tensor
 from attnsteer import ACT, HeadGate, HeadSet, Intervention, SpotLight, Where, ZeroTuning, steer
 from attnsteer.audit import MANY, Audit, Flags
 from attnsteer.call import AttnCall, KeyBias, Reweight
-from attnsteer.errors import NeverFired, NothingChanged
+from attnsteer.errors import NeverFired, NothingChanged, SelectionError
+from attnsteer.parameters import number
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 
 
@@ -105,23 +106,31 @@ def test_head_groups_of_one_call_are_one_call(model: Any, inputs: Any) -> None:
     with steer(model, tuned, gated) as run:
         model(**inputs)
     record = run.audit.record(0, site(0))
-    assert (record.calls, record.edits, record.rows, record.heads, record.path) == (1, 1, 2 * 7, 4, "fused")
+    assert (record.calls, record.edits, record.rows, record.heads, record.path) == (1, 1, 2 * 7, 4, "bias")
     assert run.audit.record(1, site(0)).heads == 1
 
 
 @torch.no_grad()
 def test_the_path_of_an_edit_is_said(model: Any, inputs: Any) -> None:
-    """Two reweightings need no map either; the explicit one is built in a reference run only."""
+    """Weights without a row are a bias of the keys; two reweightings need no map; that is built in a reference run only."""
+    lifted = SpotLight([[(0, 2)]] * len(inputs["input_ids"]), 0.9, where=Where(layers=0))
     first, second = ZeroTuning(gamma=2.0, where=Where(layers=0)), ZeroTuning(HeadSet({0: [3]}), 3.0)
-    with steer(model, first, second) as run:
+    with steer(model, first, second, lifted) as run:
         model(**inputs)
-    assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["fused", "fused"]
+    assert [run.audit.record(i, site(0)).path for i in (0, 1, 2)] == ["bias", "bias", "fused"]
+    with steer(model, lifted, first, second) as run:
+        model(**inputs)
+    assert [run.audit.record(i, site(0)).path for i in (0, 1, 2)] == ["fused", "fused", "fused"]
     with steer(model, first, second, reference=True) as run:
         model(**inputs)
     assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["dense", "dense"]
-    with steer(model, first) as run:
+    with steer(model, lifted, first) as run:
         model(inputs["input_ids"][:, :3])
     assert run.audit.record(0, site(0)).path == "rows"
+    with steer(model, lifted) as run:
+        cache = model(**inputs, use_cache=True).past_key_values
+        model(inputs["input_ids"][:, :1], past_key_values=cache)
+    assert run.audit.record(0, site(0)).path == "shares"
     with steer(model, Neutral("bias", 0.5), Neutral("inputs", 0.5)) as run:
         model(**inputs)
     assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["bias", "inputs"]
@@ -217,3 +226,125 @@ def test_many_calls_are_counted_in_full(model: Any) -> None:
     for i in range(2 * MANY + 3):
         flags.add(torch.tensor(i % 3 == 0))
     assert flags.count() == sum(i % 3 == 0 for i in range(2 * MANY + 3)) == flags.count()
+
+
+def no_key(call: AttnCall) -> Tensor:
+    """[1, 1, m]: empty."""
+    return torch.zeros(1, 1, call.keys.size, dtype=torch.bool)
+
+
+# Reweightings that leave each row as it is, since each sees keys of one weight only.
+ONE_WEIGHT: dict[str, Any] = {
+    "no group": lambda call: Reweight((), rest=3.0),
+    "no group, by row": lambda call: Reweight((), rest=torch.rand(call.rows.size) + 0.1),
+    "no group, none left": lambda call: Reweight((), rest=0.0),
+    "no key": lambda call: Reweight(((no_key(call), 3.0),)),
+    "no key beside others": lambda call: Reweight(((no_key(call), 7.0), (no_key(call), 5.0)), rest=49.0),
+    "no key, by row": lambda call: Reweight(((no_key(call), 7.0),), rest=torch.rand(call.rows.size) + 0.1),
+    "the same for two": lambda call: Reweight(((call.first_key(), 7.0),), rest=7.0),
+    "padding": lambda call: Reweight(((call.padding_keys(), 7.0),), rest=0.3),
+}
+
+
+@dataclass(frozen=True)
+class OneWeight(Intervention):
+    """One of `ONE_WEIGHT`."""
+
+    name: str
+
+    def weights(self, call: AttnCall) -> Reweight:
+        return ONE_WEIGHT[self.name](call)
+
+
+@pytest.mark.parametrize("heads", [None, [0, 3]], ids=["all heads", "two heads"])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("name", ONE_WEIGHT)
+@torch.no_grad()
+def test_one_weight_for_all_keys_changes_nothing(
+    model: Any, inputs: Any, name: str, reference: bool, heads: Any
+) -> None:
+    """Renormalising takes it out again: bit for bit, in a prompt and in steps, in the fast form and in the explicit one."""
+    plain = model.generate(**inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    method = OneWeight(name, where=Where(heads=heads))
+    with steer(model, method, reference=reference, control=True) as run:
+        out = model.generate(**inputs, max_new_tokens=4, output_logits=True, return_dict_in_generate=True)
+    assert all(torch.equal(a, b) for a, b in zip(out.logits, plain.logits, strict=True))
+    assert all((r.calls, r.edits, r.changed) == (4, 4, 0) for r in run.audit.records.values())
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@torch.no_grad()
+def test_a_learned_sink_keeps_its_weight(reference: bool) -> None:
+    """So that one weight for all keys moves their shares."""
+    model = tiny_transformers("gpt_oss")
+    inputs = tiny_transformers_inputs("gpt_oss", model, batch=2, length=7)
+    with steer(model, OneWeight("no group"), reference=reference) as run:
+        model(**inputs)
+    assert all(r.changed == 1 for r in run.audit.records.values())
+
+
+# ------------------------------------------------------------------------------------------------ parts of a batch
+
+
+def parts(model: Any, ids: Tensor, count: int, method: Intervention) -> list[dict[str, Any]]:
+    """The counts of each part at the first layer, of one forward."""
+    with steer(model, method, control=True) as run:
+        run.audit.divide(count)
+        model(ids)
+    found = [run.audit.to_dict(part)["interventions"][0]["sites"] for part in range(count)]
+    return [own[site(0)] for own in found]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("door", ["inputs", "bias", "weights", "output"])
+def test_what_changes_is_counted_for_each_part_of_the_batch(model: Any, inputs: Any, door: str) -> None:
+    """As if each were a batch by itself: the second part is left alone, the third has a neutral strength."""
+
+    @dataclass(frozen=True)
+    class Some(Neutral):
+        strength: float = number(1.0, per_sample=True)
+
+        def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor]:
+            return call.q * call.each(self.strength)[..., None], call.k, call.v
+
+        def bias(self, call: AttnCall) -> KeyBias:
+            return KeyBias(call.keys.slot[None, None] * call.each(self.strength).log())
+
+        def output(self, call: AttnCall, out: Tensor) -> Tensor:
+            return out * call.each(self.strength)[..., None]
+
+        def weights(self, call: AttnCall) -> Reweight:
+            return Reweight(((call.first_key(), call.each(self.strength)),))
+
+    ids = inputs["input_ids"].repeat(4, 1)
+    found = parts(model, ids, 4, Some(door, [0.5, 1.0, None, None, 1.0, 1.0, 1.0, 2.0]))
+    assert [part["changed"] for part in found] == [1, 0, 0, 1]
+    assert all((part["calls"], part["edits"], part["rows"]) == (1, 1, 2 * 7) for part in found)
+    assert [part["phases"]["prefill"]["changed"] for part in found] == [1, 0, 0, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [3, 7], ids=["rows", "fused"])
+def test_parts_of_reweightings_are_counted_by_their_heads(model: Any, inputs: Any, tokens: int) -> None:
+    heads = [HeadSet({0: [1]}), HeadSet({1: [0]}), None]
+    ids = inputs["input_ids"][:1, :tokens].repeat(3, 1)
+    found = parts(model, ids, 3, ZeroTuning(heads, 3.0))
+    assert [part["changed"] for part in found] == [1, 0, 0]
+
+
+@torch.no_grad()
+def test_repeated_and_reordered_rows_count_for_their_part(model: Any, inputs: Any) -> None:
+    ids = inputs["input_ids"][:1].repeat(2, 1)
+    with steer(model, ZeroTuning(gamma=[None, 3.0], where=Where(phases="decode"))) as run:
+        run.audit.divide(2)
+        cache = model(ids, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([1, 0, 0]))
+        with run.freeze():
+            model(ids[:1, :1].repeat(3, 1), past_key_values=cache)
+    sites = [run.audit.to_dict(part)["interventions"][0]["sites"][site(0)] for part in range(2)]
+    assert [s["changed"] for s in sites] == [0, 1] and [s["calls"] for s in sites] == [1, 1]
+
+
+def test_a_batch_that_has_no_such_parts_is_refused(model: Any, inputs: Any) -> None:
+    with pytest.raises(SelectionError, match="batch of 2 samples cannot be divided into 3 equal parts"):
+        parts(model, inputs["input_ids"], 3, ZeroTuning(gamma=2.0))

@@ -361,6 +361,48 @@ def test_the_target_comes_first(model: Any, unchanged: None) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (lambda: steer(None), r"nothing here can steer a builtins\.NoneType"),
+        (lambda: steer("x", "y"), r"nothing here can steer a builtins\.str"),
+        (lambda: steer(nn.Linear(2, 2), ACT), r"nothing here can steer a torch\.nn\.modules\.linear\.Linear"),
+        (lambda: steer(None, ACT(), measure="yes"), r"nothing here can steer a builtins\.NoneType"),
+        (lambda: steer(ACT(), ACT()), r"nothing here can steer a attnsteer\.methods\.act\.ACT"),
+    ],
+)
+def test_the_target_is_looked_at_first(act: Any, words: str) -> None:
+    refused(UnsupportedHost, words, act)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"mesure": True}, r"steer\(\) has no parameter 'mesure'; .* Did you mean 'measure'\?"),
+        ({"measure": "yes"}, r"steer\(measure='yes'\): give True or False"),
+        ({"reference": 1}, r"steer\(reference=1\): give True or False"),
+        ({"control": None}, r"steer\(control=None\): give True or False"),
+    ],
+)
+def test_a_wrong_option_of_steer(options: Any, words: str, model: Any, unchanged: None) -> None:
+    refused(SelectionError, words, lambda: steer(model, ZeroTuning(gamma=2.0), **options))
+    refused(SelectionError, r"steer\(\) needs target", lambda: steer(**options) if "mesure" not in options else steer())
+
+
+@pytest.mark.parametrize("method", [ACT, lambda **more: ACT(decode="prefill_only", **more)], ids=["frozen", "prefill"])
+def test_a_selection_without_the_prompt(method: Any, model: Any, inputs: Any, unchanged: None) -> None:
+    """What is found in the prompt is not known where it is left out; that the prompt ran inside does not help."""
+    with steer(model, method(where=Where(phases="decode")), control=True):
+        cache = model(**inputs, use_cache=True).past_key_values
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        act = lambda: model(inputs["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)  # noqa: E731
+        if method is ACT:
+            words = r"^ACT at model\.layers\.0\.self_attn: Where\(phases=\('decode',\)\) leaves the prompt out.*Select both phases"
+            refused(UnsupportedHost, words, act)
+        else:
+            act()
+
+
 def test_a_string_span_without_token_ids(model: Any, inputs: Any, unchanged: None) -> None:
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     act = run(model, SpotLight("x", tokenizer=Letters()), inputs_embeds=embeds, attention_mask=inputs["attention_mask"])

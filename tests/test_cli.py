@@ -257,6 +257,7 @@ def test_a_config_that_makes_no_model_is_one_line(tmp_path: Path, record: dict[s
     [
         (["nobody/nothing"], "no hub repository of that name can be reached"),
         (["/nowhere"], "there is no folder '/nowhere'"),
+        (["shapes-sdd"], "Did you mean 'shapes-sd'?"),
         (["{sd}", "--component", "texr_encoder"], "Did you mean 'text_encoder'?"),
         (["{sd}", "--component", "scheduler"], "has no config.json"),
         (["{sd}", "--component", "tokenizer"], "so it is no model"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnsteer import Intervention, Where, ZeroTuning, steer
 from attnsteer.call import FEW_ROWS, AttnCall, KeyBias, Reweight
-from attnsteer.errors import ContractError
+from attnsteer.errors import ContractError, RegistrationError, UnsupportedHost
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from attnsteer.testing.fingerprint import fingerprint
 
@@ -124,6 +124,7 @@ BIAS: dict[str, tuple[Answer, str]] = {
     "NaN": (lambda c: KeyBias(torch.full((1, 1, c.keys.size), NAN)), "NaN or plus infinity"),
     "plus infinity": (lambda c: torch.full((1, 1, 1, c.keys.size), INF), "NaN or plus infinity"),
     "q in place": (lambda c: in_place(c, "q"), "changed q in place"),
+    "out in place": (lambda c: doubled(c.map.out), "changed an answer of call.map in place"),
     "keys beyond float32": (lambda c: KeyBias(keys(c).double() * 1e300), "plus infinity in torch.float32"),
     "beyond float32": (lambda c: keys(c)[:, :, None].double() * 1e300, "plus infinity in torch.float32"),
 }
@@ -279,6 +280,74 @@ def test_an_output_is_looked_at_in_the_dtype_of_the_model(model: nn.Module) -> N
         assert bool(model(**inputs).logits.isfinite().all())
 
 
+@pytest.mark.parametrize("heads", [None, [0, 3]], ids=["all heads", "two heads"])
+@pytest.mark.parametrize("reference", [False, True])
+@torch.no_grad()
+def test_weights_that_overflow_the_dtype_of_the_model_are_refused(reference: bool, heads: Any) -> None:
+    """Finite as they are returned, infinite in the half-precision outputs that they make; in each call that is looked at."""
+    half = tiny_transformers("llama").half()
+    inputs = tiny_transformers_inputs("llama", half, batch=2, length=9)
+    where = Where(layers=[1], heads=heads)
+    much = Wrong("weights", lambda c: Reweight(((keys(c), 1e30),), normalise=False), where=where)
+    right = Wrong("weights", RIGHT["weights"], where=where)
+    for methods in ((much,), (right, much)):
+        with steer(half, *methods, reference=reference, control=True):
+            for _ in range(2):
+                with pytest.raises(ContractError, match=r"^Wrong\.weights at .*infinite outputs in torch.float16"):
+                    half(**inputs)
+    # What renormalising makes of it is finite, at once or by the method behind.
+    for methods in ((Wrong("weights", lambda c: Reweight(((keys(c), 1e30),)), where=where),), (much, right)):
+        with steer(half, *methods, reference=reference, control=True):
+            assert bool(half(**inputs).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("door", DOORS)
+@torch.no_grad()
+def test_an_exception_of_a_method_says_where(model: nn.Module, door: str) -> None:
+    def fails(call: AttnCall, *args: Any) -> None:
+        raise ZeroDivisionError("its own")
+
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=9)
+    with pytest.raises(ZeroDivisionError, match="its own") as caught, steer(model, Wrong(door, fails)):
+        model(**inputs)
+    assert caught.value.__notes__ == [f"attnsteer: raised in Wrong.{door} at model.layers.0.self_attn."]
+
+
+@pytest.mark.parametrize(
+    ("door", "function"),
+    [
+        ("output", lambda self, call: None),
+        ("weights", lambda call: None),
+        ("bias", lambda self, call, *, more: None),
+        ("inputs", lambda self, call, out: None),
+        ("around", lambda self, forward, inputs: None),
+    ],
+)
+def test_a_door_with_other_parameters_is_refused_when_its_class_is_made(door: str, function: Answer) -> None:
+    with pytest.raises(RegistrationError, match=rf"Bad\.{door}\(.* is called as {door}\("):
+        type("Bad", (Intervention,), {door: function})
+    type("Good", (Intervention,), {door: lambda self, *args, **more: None})
+
+
+def test_a_need_that_is_misspelt_gets_a_suggestion(model: nn.Module) -> None:
+    def needing(*names: str) -> Intervention:
+        doors = {"needs": names, "weights": lambda self, call: None}
+        return dataclass(frozen=True)(type("Needy", (Intervention,), doors))()
+
+    with pytest.raises(UnsupportedHost) as caught:
+        steer(model, needing("token"))
+    assert str(caught.value) == (
+        "Needy needs token, which a call of a LlamaForCausalLM does not give; it gives image_free, images, residual, tokens. "
+        "Did you mean 'tokens'?"
+    )
+    with pytest.raises(UnsupportedHost, match=r"needs grid, which .* residual, tokens\.$"):
+        steer(model, needing("grid"))
+    with pytest.raises(
+        RegistrationError, match=r'Needy.needs is .tokens.; give a tuple of names, e.g. needs = \("tokens",\)'
+    ):
+        type("Needy", (Intervention,), {"needs": "tokens"})
+
+
 @pytest.mark.parametrize("door", DOORS)
 @torch.no_grad()
 def test_right_answers_pass(model: nn.Module, door: str) -> None:
@@ -343,16 +412,24 @@ ANSWERS: dict[str, Answer] = {
 @pytest.mark.parametrize("behind", ["nothing", "another method"])
 @pytest.mark.parametrize("rows", [9, 3])
 @pytest.mark.parametrize("name", ANSWERS)
-@torch.no_grad()
-def test_an_answer_of_the_map_that_is_changed_in_place(model: nn.Module, name: str, rows: int, behind: str) -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_answer_of_the_map_that_is_changed_in_place(
+    model: nn.Module, mode: Any, name: str, rows: int, behind: str
+) -> None:
     """Of the model's own map, and of the one that an earlier method left: it raises, or does nothing at all."""
+    with mode():
+        changed_answer(model, name, rows, behind)
+
+
+def changed_answer(model: nn.Module, name: str, rows: int, behind: str) -> None:
     inputs = tiny_transformers_inputs("llama", model, batch=2, length=rows)
     where = Where(layers=[1], heads=[0, 3])
-    twice = Wrong("weights", RIGHT["weights"], where=where)
+    # By row, so that it is not among the scores.
+    twice = Wrong("weights", lambda c: Reweight(((keys(c), torch.full((c.rows.size,), 2.0)),)), where=where)
     before, method = [twice] if behind == "another method" else [], Careless(ANSWERS[name], where=where)
     if before and rows > FEW_ROWS and name in ("mass", "partial output"):
         # Put together anew at each question.
-        with steer(model, *before, twice):
+        with steer(model, *before, Wrong("weights", RIGHT["weights"], where=where)):
             expected = model(**inputs).logits
         with steer(model, *before, method):
             assert torch.equal(model(**inputs).logits, expected)
@@ -406,21 +483,41 @@ def test_a_state_that_cannot_follow_its_sequence_is_refused(value: Any) -> None:
         model(torch.arange(4, 18).reshape(2, 7))
 
 
+@dataclass(frozen=True)
 class TurnsTheAccount(Intervention):
     """Changes what all methods and layers of a forward read."""
 
+    change: Answer
+
     kinds = ("self",)
+    needs = ("tokens", "residual")
 
     def weights(self, call: AttnCall) -> Reweight:
-        call.key_index().zero_()
+        self.change(call)
         return Reweight(((call.first_key(), 2.0),))
 
 
-@torch.no_grad()
-def test_an_account_that_is_changed_in_place_is_refused() -> None:
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda c: c.key_index().zero_(), "call.keys"),
+        (lambda c: c.keys.slot.add_(1), "call.keys"),
+        (lambda c: c.first_key().logical_not_(), "call.keys"),
+        (lambda c: c.prompt_keys().logical_not_(), "call.keys"),
+        (lambda c: c.rows.last.logical_not_(), "call.rows"),
+        (lambda c: c.prompt_end.logical_not_(), "call.rows"),
+        (lambda c: c.tokens.valid.logical_not_(), "call.tokens"),
+        (lambda c: c.residual.zero_(), "call.residual"),
+    ],
+)
+def test_an_account_that_is_changed_in_place_is_refused(change: Answer, name: str, mode: Any) -> None:
     model = tiny_transformers("llama")
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=7, padding="left")
+    words = rf"TurnsTheAccount.weights at model.layers.0.*changed .*{name}"
     with (
-        pytest.raises(ContractError, match=r"TurnsTheAccount.weights at model.layers.0.*call.keys"),
-        steer(model, TurnsTheAccount(where=Where(layers=[0]))),
+        mode(),
+        pytest.raises(ContractError, match=words),
+        steer(model, TurnsTheAccount(change, where=Where(layers=[0]))),
     ):
-        model(torch.arange(4, 18).reshape(2, 7))
+        model(**inputs)

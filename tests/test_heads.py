@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from attnsteer import HeadSet
+from attnsteer import ACT, HeadSet
 from attnsteer.errors import SelectionError, SerializationError
 
 PAIRS = st.sets(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12)
@@ -220,3 +220,28 @@ def test_a_missing_file_a_folder_and_a_pickle_are_refused(tmp_path: Path) -> Non
     for name in ("heads.pt", "heads.json"):
         with pytest.raises(SerializationError, match="not a whole safetensors file"):
             HeadSet.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: HeadSet({0: [0]}, scroes={}), "HeadSet has no parameter 'scroes'; .* Did you mean 'scores'?"),
+        (lambda: HeadSet(), "HeadSet needs heads; it has heads, scores, shape, provenance"),
+        (lambda: HeadSet([], [], []), "HeadSet takes 1 values by position"),
+    ],
+)
+def test_wrong_parameters_are_named(make: Any, words: str) -> None:
+    with pytest.raises(SelectionError, match=words):
+        make()
+
+
+@pytest.mark.parametrize("path", [3, None, 1.5, b"heads", ["a"]])
+def test_what_is_no_path_is_refused(path: Any) -> None:
+    with pytest.raises(SerializationError, match=r"HeadSet.load\(.*give a path"):
+        HeadSet.load(path)
+    with pytest.raises(SerializationError, match=r"HeadSet.save\(.*give a path"):
+        HeadSet({0: [0]}).save(path)
+    with pytest.raises(SerializationError, match=r"ACT.save_pretrained\(.*give a path"):
+        ACT().save_pretrained(path)
+    with pytest.raises(SerializationError, match=r"from_pretrained\(.*give a path"):
+        ACT.from_pretrained(path)

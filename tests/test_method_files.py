@@ -86,6 +86,7 @@ def test_a_file_that_changed_meanwhile_is_refused(hush: Path) -> None:
         ("x = 1", "registers neither a method nor a host"),
         ("x = 1\ny = x / 0", r"line 2: ZeroDivisionError"),
         ("x = (", r"line 1: SyntaxError"),
+        ("import sys\nsys.exit(0)", r"line 2: SystemExit: 0"),
         (SOURCE.replace("class Hush", "class ACT"), "the name 'ACT' is taken"),
     ],
 )

@@ -1,22 +1,24 @@
 """Exact attention algebra: pure functions of q, k, v and a mask, in the model's own terms."""
 
 from .groups import KeyIndex, index_keys, leftover, mass, partial
-from .lse import attend, attend_lse, lse_source
+from .lse import attend, attend_lse, causal_with_mask, lse_source
 from .merge import held, merge, reweight
-from .problem import Attention, dense, dense_with_sink
-from .statistics import column_mass, entropy, rows, seen_by
+from .problem import Attention, dense, dense_with_sink, visible
+from .statistics import column_mass, entropy, keys_seen, rows, seen_by
 
 __all__ = [
     "Attention",
     "KeyIndex",
     "attend",
     "attend_lse",
+    "causal_with_mask",
     "column_mass",
     "dense",
     "dense_with_sink",
     "entropy",
     "held",
     "index_keys",
+    "keys_seen",
     "leftover",
     "lse_source",
     "mass",
@@ -25,4 +27,5 @@ __all__ = [
     "reweight",
     "rows",
     "seen_by",
+    "visible",
 ]

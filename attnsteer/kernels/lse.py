@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Attention, assemble, exponential
+from .problem import Attention, assemble, exponential, visible
 
 HALF = (torch.float16, torch.bfloat16)
 # A key bias of minus infinity as the kernels get it: the exponential is zero, and no product is NaN.
@@ -39,10 +40,11 @@ def attend(att: Attention) -> Tensor:
 
     Rows that see no key are left to torch: zero, or the mean value where the mask is a finite float.
     """
-    if att.softcap is not None or att.sinks is not None or (att.causal and att.mask is not None):
+    mask = att.mask4()
+    both = att.causal and mask is not None and not _takes_both(att)
+    if att.softcap is not None or att.sinks is not None or both:
         return attend_lse(att)[0]
     q, k, v = _lanes(att)
-    mask = att.mask4()
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(_mask_dtype(att))
     out = F.scaled_dot_product_attention(
@@ -51,14 +53,50 @@ def attend(att: Attention) -> Tensor:
     return out[..., : att.v.shape[-1]]
 
 
-def attend_lse(att: Attention) -> tuple[Tensor, Tensor]:
+@functools.cache
+def causal_with_mask() -> bool:
+    """Whether torch's CPU kernel takes the causal flag beside a mask that is the same for all rows; tried once."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, 4, 8, generator=draw) for _ in range(3))
+    bias = torch.randn(1, 1, 1, 4, generator=draw)
+    seen = torch.ones(4, 4, dtype=torch.bool).tril()
+    with torch.no_grad():
+        want = torch.softmax((q @ k.mT * 0.5 + bias).masked_fill(~seen, -torch.inf), dim=-1) @ v
+        try:
+            own = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=True, scale=0.5)
+            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, True, attn_mask=bias.expand(1, 1, 4, 4), scale=0.5
+            )[0]
+        except (RuntimeError, AttributeError):
+            return False
+    return bool(torch.allclose(own, want, atol=1e-5) and torch.allclose(fused, want, atol=1e-5))
+
+
+def _takes_both(att: Attention) -> bool:
+    """Whether the causal flag may stand beside the mask of this call."""
+    return (
+        att.q.device.type == "cpu"
+        and att.mask4().shape[2] == 1
+        and att.mask.dtype != torch.bool
+        and att.shape[2] == att.shape[3]
+        and causal_with_mask()
+    )
+
+
+def attend_lse(att: Attention, blind: Tensor | bool | None = None) -> tuple[Tensor, Tensor]:
     """Output [B, H, n, dv] and row log-sum-exp [B, H, n] in fp32 (natural log, mask and scale included).
 
     Rows that see no key have output zero and log-sum-exp minus infinity.
+
+    Args:
+        blind: where the caller knows which rows see no key: bool [B or 1, H or 1, n or 1], or False for none. Its mask is
+            additive then, with true minus infinities.
     """
     source = lse_source(att)
     if source == "cpu-flash":
-        out, lse = _cpu_flash(att)
+        out, lse = _cpu_flash(att, att.additive(_mask_dtype(att)) if blind is None else att.mask)
+        if blind is not None:
+            return out, lse if blind is False else lse.masked_fill(blind, -torch.inf)
     elif source == "cuda-flash":
         out, lse = _cuda_flash(att)
     elif source == "cuda-efficient":
@@ -105,17 +143,18 @@ def _mask_dtype(att: Attention) -> torch.dtype:
     return att.stat_dtype if exact else att.q.dtype
 
 
-def _cpu_flash(att: Attention) -> tuple[Tensor, Tensor]:
+def _cpu_flash(att: Attention, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     q, k, v = _kernel_inputs(att)
-    mask, causal = att.additive(_mask_dtype(att)), att.causal
-    if mask is not None and causal:
+    causal = att.causal
+    if mask is not None and causal and not _takes_both(att):
         mask, causal = _fold_causal(att, mask), False
-    if mask is not None:
+    if mask is not None and mask.shape[2:] != att.shape[2:]:
         mask = mask.expand(-1, -1, att.shape[2], att.shape[3])
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, causal, attn_mask=mask, scale=att.scale
     )
-    return out[..., : att.v.shape[-1]], lse.to(att.stat_dtype)
+    width = att.v.shape[-1]
+    return out if out.shape[-1] == width else out[..., :width], lse.to(att.stat_dtype)
 
 
 def _fold_causal(att: Attention, mask: Tensor) -> Tensor:
@@ -154,11 +193,16 @@ def _blind_rows(att: Attention, out: Tensor, lse: Tensor) -> tuple[Tensor, Tenso
     """Zero output and minus infinity for rows without a visible key: kernels report 0, NaN or infinity there."""
     blind, mask = None, att.mask4()
     if mask is not None:
-        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        if att.causal:
+        seen = visible(mask)
+        if att.causal and mask.shape[2] == 1 and att.shape[2] == att.shape[3]:
+            # Row i sees the keys up to i.
+            blind = seen[:, :, 0].long().cumsum(dim=-1) == 0
+        elif att.causal:
             _, _, n, m = att.shape
             seen = seen & torch.ones(n, m, dtype=torch.bool, device=mask.device).tril()
-        blind = ~seen.any(dim=-1)
+            blind = ~seen.any(dim=-1)
+        else:
+            blind = ~seen.any(dim=-1)
     if att.key_bias is not None:
         removed = lse < FLOOR / 2
         blind = removed if blind is None else blind | removed

@@ -57,7 +57,9 @@ def reweight(
     rest = torch.as_tensor(rest, dtype=dtype, device=out.device).expand_as(total)
     gains = [torch.as_tensor(w, dtype=dtype, device=out.device) - rest for _, w, _, _ in groups]
     norm = sink + rest * total + sum(g * m for g, (_, _, m, _) in zip(gains, groups, strict=True))
-    same, shrunk = rest == 1, torch.zeros_like(total, dtype=torch.bool)
+    # Renormalising undoes a weight that all keys have, but for a learned sink.
+    same = rest > 0 if normalise and att.sinks is None else rest == 1
+    shrunk = torch.zeros_like(total, dtype=torch.bool)
     for g in gains:
         same, shrunk = same & (g == 0), shrunk | (g < 0)
     # A row that stays has the gradient of one that does not.
@@ -67,8 +69,9 @@ def reweight(
     risky = shrunk & ~stays & (rest != 0) & (rest.abs() > LIMIT[out.dtype] * norm.clamp_min(0.0))
     if normalise:
         stays = stays | ((norm <= 0) & ~risky)
-        share = 1.0 / norm.masked_fill(stays | risky, 1.0)
-        rest_share, gains = rest * share, [g * share for g in gains]
+        # Divided itself, so that it is one in rows that see no key of a group.
+        norm = norm.masked_fill(stays | risky, 1.0)
+        rest_share, gains = rest / norm, [g / norm for g in gains]
     else:
         rest_share = rest
     # Coefficients of one and zero return a row bit for bit.

@@ -261,6 +261,11 @@ def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.to(dtype).masked_fill(mask <= torch.finfo(mask.dtype).min / 2, -torch.inf)
 
 
+def visible(mask: Tensor) -> Tensor:
+    """Where a boolean or float mask lets a row see a key, bool of its shape."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
 def exponential(z: Tensor) -> Tensor:
     """exp(z), in place. On CPU base two takes a third of the time, and a fortieth where results are subnormal."""
     return z.mul_(LOG2E).exp2_() if z.device.type == "cpu" else z.exp_()

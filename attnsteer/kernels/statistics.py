@@ -49,6 +49,23 @@ def seen_by(att: Attention, row_weight: Tensor) -> Tensor:
     return torch.einsum("bhnm,bn->bhm", seen.to(att.stat_dtype).expand(B, -1, -1, -1), weight.expand(B, -1))
 
 
+def keys_seen(att: Attention) -> Tensor:
+    """How many keys each row may see, whatever it gives them, int64 [B or 1, H or 1, n]."""
+    _, _, n, m = att.shape
+    mask, bias, device = att.mask4(), att.key_bias, att.q.device
+    causal = (torch.arange(n, device=device) + 1).clamp_max(m) if att.causal else torch.full((n,), m, device=device)
+    if mask is None and bias is None:
+        return causal[None, None]
+    seen = torch.ones(1, 1, 1, m, dtype=torch.bool, device=device)
+    if mask is not None:
+        seen = seen & additive(mask, att.stat_dtype).isneginf().logical_not_()
+    if bias is not None:
+        seen = seen & bias.isneginf().logical_not_()[:, :, None]
+    if att.causal:
+        seen = seen & torch.ones(n, m, dtype=torch.bool, device=device).tril()
+    return seen.sum(dim=-1).expand(-1, -1, n)
+
+
 def rows(att: Attention, lse: Tensor, index: Tensor) -> Tensor:
     """The rows `index` [r] of the map, [B, H, r, m], in fp32."""
     sub = att.take(index)
@@ -70,16 +87,24 @@ def entropy(
     B, H, n, m = att.shape
     if 0 in att.shape:
         return torch.zeros(att.shape[:3], dtype=att.stat_dtype, device=att.q.device)
-    tiles, parts = att.tiles(), []
+    tiles, parts, total = att.tiles(), [], att.visible_total(lse)
     for batch, kv, block in tiles:
         heads, keys = att.heads(kv), att.seen_keys(block)
         # exp(-1000) is zero, in fp64 too; minus infinity would make a NaN of the product.
         s = att.scores(block, keys, batch, kv, lse).clamp_(min=-1000.0)
-        if rest is not None:
-            factor = rest[batch, heads, block, None].expand(s.shape)
-            for chosen, c in cells:
-                inside = chosen.expand(B, H, m)[batch, heads, None, keys]
-                factor = torch.where(inside, c[batch, heads, block, None], factor)
-            s = (s + factor.log()).clamp(min=-1000.0)
-        parts.append(-(exponential(s.clone()) * s).sum(dim=-1))
+        p = exponential(s.clone())
+        # What rounding of the lse leaves of a row's sum: it would enter the entropy times (entropy - 1), so it is taken out.
+        found, known = p.sum(dim=-1), total[batch, heads, block]
+        blind = (found <= 0) | (known <= 0)
+        scale = torch.where(blind, 1.0, known / found.masked_fill(blind, 1.0))
+        if rest is None:
+            parts.append(-scale * ((p * s).sum(dim=-1) + found * scale.log()))
+            continue
+        factor = rest[batch, heads, block, None].expand(s.shape)
+        for chosen, c in cells:
+            inside = chosen.expand(B, H, m)[batch, heads, None, keys]
+            factor = torch.where(inside, c[batch, heads, block, None], factor)
+        edited = p * factor
+        terms = edited * s + p * torch.xlogy(factor, factor)
+        parts.append(-scale * (terms.sum(dim=-1) + edited.sum(dim=-1) * scale.log()))
     return assemble(tiles, parts)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..call import AttnCall, Reweight
+from ..call import AttnCall, Share
 from ..errors import SelectionError, UnsupportedHost
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
@@ -22,6 +22,7 @@ from ..parameters import PerSample, choice, integer, number
 from ..registry import register_method
 from ..site import Site
 from ..where import Where
+from ._prompt import prompt_unseen
 
 MODES = ("frozen", "running", "prefill_only")
 EXCLUDED = ("first_token", "first_hit")
@@ -43,7 +44,7 @@ class ACT(Intervention):
         threshold: absolute tau on the column mean. alpha: tau = alpha / N instead, N the valid tokens seen;
             give one of the two (threshold 0.1 when neither is given).
         decode: what happens to tokens after the prompt: "frozen" keeps the prompt's sinks, "running" moves the
-            means with each new row, "prefill_only" edits nothing (all published numbers).
+            means with each new row (one in a call), "prefill_only" edits nothing (all published numbers).
         min_rows: a column needs this many rows behind its mean. exclude: "first_token", or "first_hit" as in
             the official code; then, without heads and `where`, its layers as well (see `released_code`).
 
@@ -105,51 +106,51 @@ class ACT(Intervention):
         """Sums over rows that a cache crop removes cannot be taken back."""
         return self.decode != "running"
 
-    def weights(self, call: AttnCall) -> Reweight | None:
-        # With values per sample, neutral ones come out as weights of exactly one.
+    def weights(self, call: AttnCall) -> Share | None:
+        # With values per sample, neutral ones come out as shares of exactly the same.
         if self.beta == 1.0 or (call.phase == "decode" and self.decode == "prefill_only"):
             return None
-        sinks = self._sinks(call)
-        if not bool(sinks.any()):
-            return None
-        mass, outside = call.map.mass(sinks), call.map.outside(sinks)
-        # Where nothing else is seen there is nothing to hand the freed mass to: 0 / 0, NaN in the official code. A mass that is
-        # subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
-        least = torch.finfo(mass.dtype).tiny
-        edit = outside > least
+        # A row that sees nothing else has nobody to hand the freed mass to: 0 / 0, NaN in the official code. It stays.
+        sinks, beta = self._sinks(call), call.each(self.beta)
         if call.mixed and self.decode == "prefill_only":
-            edit = edit & ~call.generates[:, None]
-        edited, freed = edit.to(mass.dtype), 1.0 - call.each(self.beta)
-        rest = 1.0 + freed * (mass / outside.clamp_min(least)) * edited
-        return Reweight(((sinks, 1.0 - freed * edited),), rest, normalise=False)
+            spared = call.generates[:, None]
+            return Share(sinks, lambda share: torch.where(spared, share, beta * share))
+        return Share(sinks, lambda share: beta * share)
 
     def _sinks(self, call: AttnCall) -> Tensor:
         """S as a key set [B, H, m] of this call."""
         state, (_, _, n, m) = call.state, call.map.shape
         length = call.past + n
-        moving = call.phase == "prefill" or (self.decode == "running" and not call.frozen)
-        if not moving and "sinks" not in state:
+        running = self.decode == "running" and not call.frozen
+        if running and (call.mixed or (call.phase == "decode" and n > 1)):
             raise UnsupportedHost(
-                f"ACT(decode={self.decode!r}) at {call.site.path}: the cache was filled before steering began, so the prompt's "
-                "sinks are not known. Run the prefill inside the steering context."
+                f"ACT(decode='running') at {call.site.path}: its means move with each generated token, and this call has "
+                "several (no cache, or candidates of assisted decoding). Decode over a cache token by token, or use another mode."
             )
+        moving = call.phase == "prefill" or running
+        if "sinks" not in state and (not moving or call.phase == "decode"):
+            raise prompt_unseen(self, call, "the prompt's sinks are not known")
         if moving:
             self._update(call, length)
         sinks = state["sinks"]
-        return _grown(sinks, length) if m == length else _at(sinks, call.keys.slot)
+        if m != length:
+            return _at(sinks, call.keys.slot)
+        # Longer where the cache was cut; the very tensor otherwise, so that what is made of it is found again.
+        return sinks[..., :length] if sinks.shape[-1] > length else sinks
 
     def _update(self, call: AttnCall, length: int) -> None:
         """Add the rows of this call to the sums by slot, and look again which columns are sinks."""
         state, keys = call.state, call.keys
-        counted = call.row_valid
-        if self.decode != "running" or call.frozen:
-            counted = counted & ~call.rows.generated
+        counted_all = self.decode == "running" and not call.frozen
+        counted = call.row_valid if counted_all else call.row_valid & ~call.rows.generated
         column, seen = call.map.column_mass(counted), call.map.seen_by(counted)
         B = column.shape[0]
         put = lambda name, values: _added(state.get(name), values, keys.slot, length)  # noqa: E731
         state["sum"] = put("sum", column)
         state["rows"] = put("rows", seen.expand(B, -1, -1))
-        for name, flags in (("valid", call.key_valid), ("first", keys.first)):
+        # As many tokens as the rows that are counted belong to: those of a mixed call go on behind the prompt.
+        tokens = call.key_valid if counted_all else call.key_valid & ~keys.generated
+        for name, flags in (("valid", tokens), ("first", keys.first)):
             state[name] = _set(state.get(name), flags.expand(B, -1), keys.slot, length)
         if keys.packed:
             state["request"] = _set(state.get("request"), keys.request.expand(B, -1), keys.slot, length)
@@ -164,13 +165,18 @@ class ACT(Intervention):
         else:
             tau = call.each(self.alpha) / _count(valid, state.get("request")).clamp_min(1).to(mean.dtype)[:, None]
         hits = (mean > tau) & valid[:, None] & (rows >= self.min_rows)
-        spared = state["first"][:, None] if self.exclude == "first_token" else _first(hits)
+        spared = state["first"][:, None] if self.exclude == "first_token" else _first(hits, state.get("request"))
         return hits & ~spared
 
 
-def _first(mask: Tensor) -> Tensor:
-    """One-hot of the first True along the last axis (nothing where there is none)."""
-    return mask & (mask.to(torch.int32).cumsum(dim=-1) == 1)
+def _first(mask: Tensor, request: Tensor | None) -> Tensor:
+    """The first True along the last axis of each request (nothing where there is none): of `mask` [B, H, T], `request` [B, T]."""
+    count = mask.to(torch.int32).cumsum(dim=-1)
+    if request is None:
+        return mask & (count == 1)
+    begins = torch.nn.functional.pad(request.diff(dim=-1) != 0, (1, 0), value=True)[:, None]
+    before = torch.where(begins, count - mask.to(torch.int32), 0).cummax(dim=-1).values
+    return mask & (count - before == 1)
 
 
 def _count(valid: Tensor, request: Tensor | None) -> Tensor:
@@ -202,7 +208,6 @@ def _added(old: Tensor | None, values: Tensor, slot: Tensor, length: int) -> Ten
 
 def _set(old: Tensor | None, values: Tensor, slot: Tensor, length: int) -> Tensor:
     """Values [B, T] by slot with those of `slot` replaced."""
-    whole = values.new_zeros(values.shape[0], length) if old is None else _grown(old, length).clone()
-    inside = slot < length
-    whole[:, slot[inside]] = values[:, inside]
-    return whole
+    # What slots behind the last hold falls into one of their own.
+    whole = values.new_zeros(values.shape[0], length + 1) if old is None else _grown(_grown(old, length), length + 1)
+    return whole.index_copy(1, slot.clamp_max(length), values)[:, :length]

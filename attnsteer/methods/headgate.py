@@ -6,6 +6,7 @@ Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?" (NeurIPS 2019)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,14 @@ class HeadGate(Intervention):
         if all(is_all(g, 1.0) for g in gates):
             return None
         if not self.sample_values:
-            return out * out.new_tensor(gates)[:, None, None]
+            make = _factors.__wrapped__ if torch.compiler.is_compiling() else _factors
+            return out * make(tuple(gates), out.dtype, out.device)
         own = {"key": "gate", "each": lambda gate: 1.0 if gate is None else gate}
         rows = [call.each_row(g, out, **own) if isinstance(g, PerSample) else out.new_tensor([g]) for g in gates]
         return out * torch.stack([r.expand(out.shape[0]) for r in rows], dim=1)[:, :, None, None]
+
+
+@functools.lru_cache(maxsize=1024)
+def _factors(gates: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The gates as a tensor [h, 1, 1], made once: a transfer at each layer and step would cost more than the edit."""
+    return torch.tensor(gates, dtype=dtype, device=device)[:, None, None]

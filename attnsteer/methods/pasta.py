@@ -71,14 +71,14 @@ class PASTA(Intervention):
 
     def weights(self, call: AttnCall) -> Reweight | None:
         check_prompt(call)
-        generated = call.keys.generated[:, None]
-        if is_all(self.alpha, 1.0):
-            return None
-        alpha = call.each(self.alpha)
+        return None if is_all(self.alpha, 1.0) else call.once("edit", lambda: self._edit(call))
+
+    def _edit(self, call: AttnCall) -> Reweight:
+        generated, alpha = call.keys.generated[:, None], call.each(self.alpha)
         if self.released:
             return self._each_span(call, generated, alpha)
         alpha = alpha if self.scale_position == "exclude" else 1.0 / alpha
-        return Reweight(((span_keys(call, self.spans, self.tokenizer) | generated, 1.0),), alpha)
+        return Reweight(((span_keys(call, self.spans, self.tokenizer) | generated, 1.0),), alpha, positive=True)
 
     def _each_span(self, call: AttnCall, generated: Tensor, alpha: float | Tensor) -> Reweight:
         """Keys by the number of spans that they are in."""
@@ -87,4 +87,4 @@ class PASTA(Intervention):
         power = (lambda k: spans - k) if self.scale_position == "exclude" else (lambda k: torch.full_like(spans, k - 1))
         weight = lambda k: (alpha ** power(k).double()).to(call.map.att.stat_dtype)  # noqa: E731
         groups = [(inside == k, weight(k)) for k in range(1, int(inside.max()) + 1)]
-        return Reweight(((generated.expand_as(inside), 1.0), *groups), weight(0))
+        return Reweight(((generated.expand_as(inside), 1.0), *groups), weight(0), positive=True)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..call import AttnCall, Reweight
+from ..call import AttnCall, Reweight, Share
 from ..intervention import Intervention
 from ..parameters import flag, is_all, number
 from ..registry import register_method
@@ -31,7 +32,8 @@ class SpotLight(Intervention):
         spans: strings to find in the text (then give a tokenizer), or per sample a list of (start, stop) token
             ranges counted from the sample's first valid token.
         target: share t in (0, 1); 0 changes nothing.
-        pooled: one psi per sample, the mean over the selected heads and the valid rows of the call.
+        pooled: one psi per sample (of packed ones, for each), the mean over the selected heads and the valid rows of the call.
+            The rows of a prompt then look ahead; generated tokens, which may come several in a call, have one each.
         tokenizer: for spans that are strings; not saved.
     """
 
@@ -52,6 +54,11 @@ class SpotLight(Intervention):
         return cls(spans, target, pooled=True, **other)
 
     @property
+    def looks_ahead(self) -> bool:  # type: ignore[override]
+        """One share is a mean over the prompt's rows."""
+        return self.pooled
+
+    @property
     def pools_heads(self) -> bool:  # type: ignore[override]
         """One share is a mean over heads."""
         return self.pooled
@@ -64,16 +71,39 @@ class SpotLight(Intervention):
     def check_tokens(self, tokens: Tokens) -> None:
         check_spans(tokens, self.spans, self.tokenizer)
 
-    def weights(self, call: AttnCall) -> Reweight | None:
-        keys = span_keys(call, self.spans, self.tokenizer)
+    def weights(self, call: AttnCall) -> Reweight | Share | None:
+        keys = call.once("keys", lambda: span_keys(call, self.spans, self.tokenizer))
         if is_all(self.target, 0.0):
             return None
         target = call.each(self.target)
+        if not self.pooled:
+            return Share(keys, lambda share: _lifted(share, target), scale_sinks=True)
         share = call.map.mass(keys)
-        if self.pooled:
-            valid = call.row_valid[:, None].to(share.dtype)
-            whole = call.over_heads((share * valid).sum(dim=2, keepdim=True), "mean")
-            share = (whole / valid.sum(dim=2, keepdim=True)).expand_as(share)
+        share = self._pooled(call, share)
         low = (share > 0) & (share < target)
         weight = torch.where(low, target / share.clamp_min(torch.finfo(share.dtype).tiny), 1.0)
         return Reweight(((keys, weight),))
+
+    @staticmethod
+    def _pooled(call: AttnCall, share: Tensor) -> Tensor:
+        """The mean of `share` [B, H, n] over heads, and over the rows of the prompt, in the same shape."""
+        own = call.over_heads(share, "mean")
+        if call.phase == "decode":
+            return own.expand_as(share)
+        prompt = call.rows.prompt[:, None].to(share.dtype)
+        whole = _sums(call, own * prompt) / _sums(call, prompt).clamp_min(1.0)
+        return torch.where(call.rows.generated[:, None], own, whole).expand_as(share)
+
+
+def _sums(call: AttnCall, values: Tensor) -> Tensor:
+    """`values` [B or 1, 1, n] summed over the rows of each request, for each row of it [B or 1, 1, n or 1]."""
+    if not call.packed:
+        return values.sum(dim=2, keepdim=True)
+    request = call.rows.request[:, None].expand(max(len(values), len(call.rows.request)), -1, -1)
+    sums = values.new_zeros(len(request), 1, int(request.max()) + 1)
+    return sums.scatter_add(2, request, values.expand(len(request), -1, -1)).gather(2, request)
+
+
+def _lifted(share: Tensor, target: float | Tensor) -> Tensor:
+    """psi t / psi of psi t / psi + (1 - psi), where psi is below t."""
+    return torch.where(share < target, target / (1.0 + target - share), share)

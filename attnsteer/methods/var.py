@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..call import AttnCall, Reweight
-from ..errors import SelectionError, UnsupportedHost
+from ..errors import SelectionError
 from ..intervention import Intervention
 from ..parameters import flag, is_all, number, parsed, plain, whole
 from ..registry import register_method
@@ -25,6 +25,7 @@ from ..site import Site
 from ..tokens import Tokens
 from ..where import Where
 from ._images import check_images, image_tokens
+from ._prompt import prompt_unseen
 
 RMS_EPSILON = 1e-6
 # The official code adds this to each image token's attention before it takes the share.
@@ -32,6 +33,12 @@ SHARE_EPSILON = 1e-6
 
 
 def _dims(given: Any) -> tuple[int, ...]:
+    # Of a search that found none.
+    reason = getattr(given, "reason", "")
+    if reason:
+        raise SelectionError(
+            f"{reason}. Search with eight varied prompts or more and a smaller tau or drop, or give dimensions by hand."
+        )
     given = plain(given)
     listed = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
     dims = tuple(whole(d) for d in given) if listed else ()
@@ -136,10 +143,7 @@ class VAR(Intervention):
         state, past = call.state, call.past
         decoding = call.phase == "decode" or call.frozen
         if past and ("sinks" not in state or (not decoding and state["sinks"].shape[1] < past)):
-            raise UnsupportedHost(
-                f"VAR at {call.site.path}: the cache was filled before steering began, so which of the {past} tokens in it are "
-                "sinks is not known. Run the whole prefill inside the steering context."
-            )
+            raise prompt_unseen(self, call, f"which of the {past} tokens in the cache are sinks is not known")
         # Where the cache was cut back, other tokens now stand behind the cut.
         known = state["sinks"][:, :past] if past else None
         if decoding:

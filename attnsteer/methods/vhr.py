@@ -23,6 +23,7 @@ from ..site import Site
 from ..tokens import Tokens
 from ..where import Where
 from ._images import check_images, image_tokens
+from ._prompt import prompt_unseen
 
 ROWS = ("all", "last")
 
@@ -79,9 +80,11 @@ class VHR(Intervention):
         if factor is not None:
             return out * factor
         if call.phase == "decode" or call.frozen:
-            raise UnsupportedHost(
-                f"VHR at {call.site.path}: heads are chosen at the prompt's last token, which was not seen. Run the prefill "
-                "inside the steering context; if it comes in chunks, say how long it is: run.chunked_prefill(tokens=...)."
+            raise prompt_unseen(
+                self,
+                call,
+                "heads, which are chosen at its last token, are not known",
+                "If it comes in chunks, say how long it is: run.chunked_prefill(tokens=...).",
             )
         image_tokens(call, "VHR")
         if call.tokens.more_to_come:
@@ -161,6 +164,11 @@ def _far(x: Tensor) -> Tensor:
 
 def _last_row(call: AttnCall, out: Tensor) -> Tensor:
     """Index [B] of each sample's last prompt row in this call."""
+    if call.packed:
+        raise UnsupportedHost(
+            f"VHR at {call.site.path}: a batch row holds several sequences, and heads are chosen at the end of one. Put each "
+            "sequence in a batch row of its own."
+        )
     n = out.shape[2]
     valid = call.rows.prompt.expand(out.shape[0], -1)
     if not bool(valid.any(dim=-1).all()):

@@ -39,4 +39,4 @@ class ZeroTuning(Intervention):
     def weights(self, call: AttnCall) -> Reweight | None:
         if is_all(self.gamma, 1.0):
             return None
-        return Reweight(((call.first_key(), call.each(self.gamma)),))
+        return call.once("edit", lambda: Reweight(((call.first_key(), call.each(self.gamma)),), positive=True))

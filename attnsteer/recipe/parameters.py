@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import AttnSteerError, RecipeError, did_you_mean, listing
 from ..heads import HeadSet
 from ..intervention import Intervention
+from ..parameters import Choice, Flag, Number, declared
 from ..registry import get_method
 from ..where import Where
 from .schema import InterventionSpec, ModelSpec
@@ -65,7 +66,7 @@ class Method:
             RecipeError: a sample lacks a key, or the values do not make the method.
         """
         values = {name: value(v, samples, f"{self.place}.params.{name}") for name, v in self.params.items()}
-        return self._built(values, context)
+        return self.built(values, context, self.heads)
 
     def placeholder(self) -> Intervention | None:
         """The method with made-up values in place of samples'; None where nothing is known to stand for them."""
@@ -74,16 +75,21 @@ class Method:
             if is_sample(given) and name not in PLACEHOLDERS:
                 return None
             values[name] = [PLACEHOLDERS[name]] if is_sample(given) else value(given, (), name)
-        return self._built(values, None)
+        return self.built(values, None, self.heads)
 
-    def _built(self, values: dict[str, Any], context: Any) -> Intervention:
+    def built(self, values: dict[str, Any], context: Any, heads: Any) -> Intervention:
+        """The intervention with these values of its parameters, and these heads (or a set for each sample).
+
+        Raises:
+            RecipeError: they do not make the method.
+        """
         names = {f.name for f in fields(self.cls)}
         where = self.where
-        if self.heads is not None and "heads" in names:
-            values["heads"] = self.heads
+        if heads is not None and "heads" in names:
+            values["heads"] = heads
         try:
-            if self.heads is not None and "heads" not in names:
-                where = where & Where(heads=self.heads)
+            if heads is not None and "heads" not in names:
+                where = where & Where(heads=heads)
             if "tokenizer" in names:
                 values["tokenizer"] = _tokenizer(context)
             return self.cls(**values, where=where)
@@ -181,6 +187,11 @@ def check_names(cls: type[Intervention], name: str, params: Mapping[str, Any], p
         if is_sample(given):
             if not isinstance(given["sample"], str):
                 raise RecipeError(f"{place}.{key}: {{sample: {given['sample']!r}}}: give the name of a key.")
+            form = declared(cls, key)
+            if isinstance(form, (Number, Choice, Flag)) and not form.per_sample:
+                raise RecipeError(
+                    f"{place}.{key}: {name} takes one {key} for all samples ({form.describe()}), not one for each."
+                )
             continue
         _check_form(given, f"{place}.{key}")
         _check_type(known[key], given, f"{place}.{key}")

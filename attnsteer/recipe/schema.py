@@ -168,7 +168,8 @@ class InterventionSpec(Spec):
         {}, description="Hyper-parameters by name; {sample: KEY} takes the value from each sample of the batch."
     )
     zero: Options | None = Field(
-        None, description="What is changed in params for the zero-strength control; null: the method's own rest."
+        None,
+        description="What is changed in params for the zero-strength control; null: what turns a shipped method off.",
     )
     heads: Name | dict[str, list[int]] | None = Field(
         None, description='A HeadSet file relative to the recipe, {layer: [head, ...]}, "calibrated", or "zoo:act".'
@@ -276,6 +277,9 @@ class Recipe(Spec):
     )
     seeds: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([0], min_length=1, max_length=100, description="Seeds.")
     batch_size: int = Field(16, ge=1, le=10_000, description="Samples per batch.")
+    share: Literal["off", "auto"] = Field(
+        "off", description="Whether arms that differ in values per sample answer together, in one batch: off or auto."
+    )
     sweep: dict[str, list[JsonValue]] = Field(
         {}, description="Values by path (interventions.0.params.beta): every combination is a point."
     )

@@ -80,6 +80,11 @@ def method_unchanged(folder: str | Path) -> bool:
     return "method" in unchanged_roles(json.loads((Path(folder) / store.METRICS).read_text(encoding="utf-8")))
 
 
+def control_differs(folder: str | Path) -> bool:
+    """Whether the control at zero strength of a run gave other answers than the baseline; False without such a control."""
+    return json.loads((Path(folder) / store.METRICS).read_text(encoding="utf-8"))["zero_equals_baseline"] is False
+
+
 def interval(value: Mapping[str, float | None] | None, sign: str = "") -> str:
     """ "0.662 [0.632, 0.691]"."""
     if value is None or value["value"] is None:

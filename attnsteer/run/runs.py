@@ -7,19 +7,20 @@ import json
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import RunError, listing
 from ..recipe.arms import Arm
 from ..recipe.checks import check_call
 from ..recipe.schema import Recipe
-from . import scorers, store
+from . import scorers, sharing, store
 from .build import Plan, plan
-from .cost import environment, measured_cost
+from .cost import Reading, environment, measured_cost
 from .data.sample import Sample
 from .job import Job, prepare
 from .loaded import Loaded
@@ -287,6 +288,14 @@ def _subject(job: Job, loaded: Loaded) -> Any:
     return Subject(loaded.target, loaded.tokenizer, inputs)
 
 
+class Answers(NamedTuple):
+    """What one arm gave for a batch: the records, the units of each, and the audit of its interventions."""
+
+    records: list[dict[str, Any]]
+    units: list[int]
+    audit: list[dict[str, Any]]
+
+
 class Work:
     """The batches of one process."""
 
@@ -296,6 +305,7 @@ class Work:
         self.progress = progress and ranks.first
         self.score_pictures = scorers.load(job.recipe, tiny=job.tiny, device=loaded.device)
         self._begun: set[str] = set()
+        self.groups = sharing.groups(job, loaded, arms)
 
     def all(self, done: dict[str, dict[tuple[int, str], Any]]) -> None:
         """Do what is not done: for each seed, for each batch, each arm, so that a stopped run has pairs."""
@@ -311,66 +321,122 @@ class Work:
         try:
             for seed in recipe.seeds:
                 for number, part in own:
-                    for arm in self.arms:
-                        there = done.get(arm.id, {})
-                        missing = {s["id"] for s in part if (seed, s["id"]) not in there}
+                    for group in sharing.of_batch(self.groups, part, self.loaded, self.task.DECODING):
+                        missing = {
+                            (arm.id, s["id"])
+                            for arm in group
+                            for s in part
+                            if (seed, s["id"]) not in done.get(arm.id, {})
+                        }
                         if missing:
-                            self._batch(arm, seed, number, part, missing, files)
-                            self.status.more(len(missing))
-                        bar.update(len(part))
+                            self._group(group, seed, number, part, missing, files)
+                        bar.update(len(part) * len(group))
         finally:
             bar.close()
             for file in files.values():
                 file.close()
 
-    def _batch(
-        self, arm: Arm, seed: int, number: int, part: list[Sample], missing: set[str], files: dict[str, store.Lines]
+    def _group(
+        self,
+        group: list[Arm],
+        seed: int,
+        number: int,
+        part: list[Sample],
+        missing: set[tuple[str, str]],
+        files: dict[str, store.Lines],
     ) -> None:
-        """One batch of one arm. It is computed whole, whatever is missing of it, so that a resumed run has the same numbers."""
-        with measured_cost(self.loaded.device) as reading:
-            answers, units, audit = self._answers(arm, seed, part)
-        head = {"arm": arm.id, "seed": seed}
-        records = [{**head, "id": s["id"], **a} for s, a in zip(part, answers, strict=True)]
-        timing = {
-            **head,
-            "batch": number,
-            "samples": len(part),
-            "seconds": reading.seconds,
-            self.task.UNIT: units,
-            "peak_memory": reading.peak_memory,
-            "edits": sum(site["edits"] for entry in audit for site in entry["sites"].values()),
-            "first": arm.id not in self._begun,
-        }
-        # Records come last: they say that a batch is done. What a stop leaves of the others is superseded.
-        files[store.AUDIT].append([{**head, "batch": number, "interventions": audit}])
-        files[store.TIMINGS].append([timing])
-        files[store.RECORDS].append([r for r in records if r["id"] in missing])
-        self._begun.add(arm.id)
+        """One batch of the arms of a group: together, or where that fails each by itself from here on."""
+        try:
+            with measured_cost(self.loaded.device) as reading:
+                answers = self._answers(group, seed, part)
+        except Exception as error:
+            if len(group) == 1:
+                raise
+            told = _one_line(error)
+        else:
+            self._write(group, seed, number, part, missing, answers, reading, files)
+            return
+        # By itself each arm says what is wrong with it, and the answers of the others are kept.
+        self.groups = [g for own in self.groups for g in ([[a] for a in own] if group[0] in own else [own])]
+        for arm in group:
+            own = {(a, i) for a, i in missing if a == arm.id}
+            if own:
+                self._group([arm], seed, number, part, own, files)
+        warnings.warn(
+            f"{sharing.named(group)} did not answer in one batch ({told}), so each runs by itself.", stacklevel=2
+        )
 
-    def _answers(self, arm: Arm, seed: int, part: list[Sample]) -> tuple[list[dict[str, Any]], int, list[Any]]:
+    def _write(
+        self,
+        group: list[Arm],
+        seed: int,
+        number: int,
+        part: list[Sample],
+        missing: set[tuple[str, str]],
+        answers: list[Answers],
+        reading: Reading,
+        files: dict[str, store.Lines],
+    ) -> None:
+        """What a batch gave. It was computed whole, whatever is missing of it, so that a resumed run has the same numbers."""
+        audits, timings, records = [], [], []
+        for arm, own in zip(group, answers, strict=True):
+            head = {"arm": arm.id, "seed": seed}
+            audits.append({**head, "batch": number, "interventions": own.audit})
+            timings.append(
+                {
+                    **head,
+                    "batch": number,
+                    "samples": len(part),
+                    # Equal shares: what each arm took of a batch with others is not known.
+                    "seconds": reading.seconds / len(group),
+                    self.task.UNIT: sum(own.units),
+                    "peak_memory": reading.peak_memory,
+                    "edits": sum(site["edits"] for entry in own.audit for site in entry["sites"].values()),
+                    "first": arm.id not in self._begun,
+                    **({"shared": len(group)} if len(group) > 1 else {}),
+                }
+            )
+            ids = [s["id"] for s in part]
+            records += [{**head, "id": i, **r} for i, r in zip(ids, own.records, strict=True) if (arm.id, i) in missing]
+        # Records come last: they say that a batch is done. What a stop leaves of the others is superseded.
+        files[store.AUDIT].append(audits)
+        files[store.TIMINGS].append(timings)
+        files[store.RECORDS].append(records)
+        self._begun |= {arm.id for arm in group}
+        self.status.more(len(records))
+
+    def _answers(self, group: list[Arm], seed: int, part: list[Sample]) -> list[Answers]:
+        """The answers of each arm, from one batch that has the samples once for each."""
         from ..steering import steer
 
-        decoding = {**self.task.DECODING, **arm.decoding}
+        # Only arms by themselves make pictures.
         request = partial(
             Request,
-            part,
+            part * len(group),
             self.job.data,
-            decoding,
+            {**self.task.DECODING, **group[0].decoding},
             seed,
             score_pictures=self.score_pictures,
             folder=self.job.folder,
-            images=f"{store.IMAGES}/{arm.id}/{seed}",
+            images=f"{store.IMAGES}/{group[0].id}/{seed}",
         )
-        methods = arm.make(part, self.loaded)
+        methods = sharing.make(group, part, self.loaded)
         if not methods:
-            return (*self.task.answer(self.loaded, request(run=None)), [])
+            return [Answers(*self.task.answer(self.loaded, request(run=None)), [])]
         # What changes nothing is told by the report; a batch of it is no error.
         steering = steer(self.loaded.target, *methods, control=True)
+        if len(group) > 1:
+            steering.audit.divide(len(group))
         try:
-            answers, units = self.task.answer(self.loaded, request(run=steering))
+            records, units = self.task.answer(self.loaded, request(run=steering))
         finally:
             steering.remove()
         # At zero strength a method may have nothing to do.
-        if arm.kind != "zero":
+        if any(arm.kind not in ("zero", "baseline") for arm in group):
             steering.check_fired(changed=False)
-        return answers, units, steering.audit.to_dict()["interventions"]
+        audits = sharing.audits(group, steering)
+        size = len(part)
+        return [
+            Answers(records[i : i + size], units[i : i + size], audit)
+            for i, audit in zip(range(0, len(records), size), audits, strict=True)
+        ]

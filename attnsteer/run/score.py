@@ -21,6 +21,8 @@ Records = Mapping[str, Mapping[Key, Mapping[str, Any]]]
 SCHEMA_VERSION = 1
 # Keys in which equal answers of two arms differ.
 OWN = ("arm", "image")
+# Up to which log-likelihoods of equal answers differ where arms share batches: a kernel may round the rows of one differently.
+ROUNDING = 1e-4
 
 
 def measures(recipe: Recipe, there: Sequence[str] | None = None) -> dict[str, Metric]:
@@ -65,6 +67,7 @@ class Scores:
         self.recipe, self.plan, self.records, self.timings = recipe, plan, records, timings
         self.audits = audits or {}
         self.arms = [a["id"] for a in plan["arms"]]
+        self.shared = [a for a in self.arms if any("shared" in t for t in timings if t["arm"] == a)]
         self.measures = measures(recipe)
         self.warnings: list[str] = []
         every = [(seed, s["id"]) for seed in recipe.seeds for s in samples]
@@ -115,6 +118,10 @@ class Scores:
         out["changed_calls"] = {arm: changed_calls(audit) for arm, audit in self.audits.items() if audit}
         out["unchanged"] = self._unchanged(out["changed_calls"])
         out["cost"] = self.cost()
+        if self.shared:
+            self.warnings.append(
+                f"{listing(self.shared)} answered in shared batches: their cost is an equal share of these, and not what each takes"
+            )
         out["claims"] = self._claims(arms)
         told = [str(w.message) for w in caught]
         out["warnings"] = list(dict.fromkeys([*self.warnings, *told]))
@@ -216,7 +223,10 @@ class Scores:
         return dict(self._compared[arm, other, m])
 
     def _zero(self) -> bool | None:
-        """Whether the method at zero strength answered as the baseline, record for record; None without such an arm."""
+        """Whether the method at zero strength answered as the baseline, record for record; None without such an arm.
+
+        In shared batches that is up to rounding, and the audit tells whether it changed anything.
+        """
         pairs = {
             (p["arms"]["zero"], p["arms"]["baseline"])
             for p in self.plan["points"]
@@ -236,8 +246,8 @@ class Scores:
 
     def _differing(self, arm: str, other: str) -> int:
         """In how many records two arms differ."""
-        answer = lambda a, key: {k: v for k, v in self.records[a][key].items() if k not in OWN}  # noqa: E731
-        return sum(answer(arm, key) != answer(other, key) for key in self.keys)
+        rounding = ROUNDING if arm in self.shared or other in self.shared else 0.0
+        return sum(not _same(self.records[arm][k], self.records[other][k], rounding) for k in self.keys)
 
     def _unchanged(self, changed: Mapping[str, int | None]) -> list[str]:
         """The arms whose interventions changed nothing, although they should have; a control at zero strength should not.
@@ -268,7 +278,8 @@ class Scores:
     def cost(self) -> dict[str, Any]:
         """Per arm: seconds per sample, units per second, peak memory, and time relative to the baseline.
 
-        The first batch of an arm in a process warms things up, and is left out where there are others.
+        The first batch of an arm in a process warms things up, and is left out where there are others. Arms that answered in
+        one batch have equal shares of its time, and no time relative to each other.
         """
         out: dict[str, Any] = {}
         for arm in self.arms:
@@ -284,12 +295,13 @@ class Scores:
                 "unit": unit,
                 "peak_memory_mb": max(t["peak_memory"] for t in lines) / 2**20,
                 "relative": None,
+                **({"shared": True} if arm in self.shared else {}),
             }
         for arm, own in out.items():
             # Settings of decoding give each point a baseline of its own.
             bases = (p["arms"].get("baseline") for p in self.plan["points"] if arm in p["arms"].values())
             base = next((b for b in bases if b in out), None)
-            if base is not None:
+            if base is not None and not own.get("shared") and not out[base].get("shared"):
                 own["relative"] = own["seconds_per_sample"] / out[base]["seconds_per_sample"]
         return out
 
@@ -310,3 +322,11 @@ class Scores:
                 }
             out.append(entry)
         return out
+
+
+def _same(one: Mapping[str, Any], two: Mapping[str, Any], rounding: float) -> bool:
+    """Whether two records say the same, log-likelihoods up to `rounding`."""
+    scores = [r.get("scores", []) for r in (one, two)]
+    rest = [{k: v for k, v in r.items() if k not in (*OWN, "scores")} for r in (one, two)]
+    near = len(scores[0]) == len(scores[1]) and all(abs(a - b) <= rounding for a, b in zip(*scores, strict=True))
+    return near and rest[0] == rest[1]

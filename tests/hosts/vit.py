@@ -82,12 +82,46 @@ class BySuper(Attention):
         return self.join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
+class ByOwnImport(Attention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        import torch.nn.functional as inside
+
+        q, k, v = self.split(x)
+        return self.join(inside.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+
+class ByOwnImportOfTheName(Attention):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        from torch.nn.functional import scaled_dot_product_attention as inside
+
+        q, k, v = self.split(x)
+        return self.join(inside(q, k, v, attn_mask=mask))
+
+
+def _closed(module: object, function: object) -> tuple[type[Attention], type[Attention]]:
+    class ByClosedModule(Attention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            q, k, v = self.split(x)
+            return self.join(module.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+
+    class ByClosedName(Attention):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            q, k, v = super().split(x)
+            return self.join(function(q, k, v, attn_mask=mask))
+
+    return ByClosedModule, ByClosedName
+
+
+ByClosedModule, ByClosedName = _closed(F, renamed)
+
+
 class Inherited(Attention):
     pass
 
 
 SPELLINGS = (
-    Attention, ByFunctional, ByNn, ByTorch, ByOtherTorch, ByName, ByOtherName, ByLocalName, BySuper, Inherited,
+    Attention, ByFunctional, ByNn, ByTorch, ByOtherTorch, ByName, ByOtherName, ByLocalName, BySuper, ByOwnImport,
+    ByOwnImportOfTheName, ByClosedModule, ByClosedName, Inherited,
 )  # fmt: skip
 
 

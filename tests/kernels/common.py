@@ -202,6 +202,9 @@ def errors(att: Attention) -> dict[str, float]:
     found["out attend"] = error(plain.masked_fill(blind(t.z)[..., None], 0.0), t.out)
     found["dense"] = error(kernels.dense(att), t.A)
     found["entropy"] = error(kernels.entropy(att, lse), identities.entropy(t.A))
+    found["keys seen"] = error(
+        kernels.keys_seen(att).double().expand(B, H, n), t.z.isneginf().logical_not().sum(-1).double()
+    )
     found["column_mass"] = error(kernels.column_mass(att, lse), identities.column_mass(t.A))
     keep = torch.rand(B, n) < 0.7
     found["column_mass valid"] = error(kernels.column_mass(att, lse, keep), identities.column_mass(t.A, keep))

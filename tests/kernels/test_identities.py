@@ -280,3 +280,20 @@ def test_vf10_one_head_for_all() -> None:
     expected = reference.dense_out(A[:, 3:4].expand(-1, 6, -1, -1), att.v)
     close(kernels.attend(broadcast), expected, OUTPUT[torch.float32])
     close(kernels.attend_lse(broadcast)[0], expected, OUTPUT[torch.float32])
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_the_entropy_does_not_hang_on_the_last_digits_of_the_lse(sinks: bool) -> None:
+    """A row of many keys would magnify them; also of a map whose keys were given weights."""
+    att = problem("none", B=2, H=4, Hkv=2, n=64, m=256, d=16, dtype=torch.float32)
+    att = att.replace(q=0.3 * att.q, sinks=torch.randn(4) if sinks else None)
+    lse = kernels.attend_lse(att)[1]
+    A = kernels.dense(att.replace(q=att.q.double(), k=att.k.double(), v=att.v.double()))
+    half = (torch.arange(256) < 128)[None, None]
+    factors = torch.tensor(1.5).expand(lse.shape), torch.tensor(0.5).expand(lse.shape)
+    for cells, rest, own in (((), None, A), ([(half, factors[0])], factors[1], torch.where(half, 1.5, 0.5) * A)):
+        truth = torch.special.entr(own).sum(-1)
+        assert float((kernels.entropy(att, lse, cells, rest) - truth).abs().max()) < 2e-6
+        # A learned sink's share is read from the lse, too.
+        if not sinks:
+            assert float((kernels.entropy(att, lse + 2e-5, cells, rest) - truth).abs().max()) < 4e-6

@@ -13,6 +13,7 @@ from attnsteer import VAR, VHR, HeadGate, Intervention, Where, steer
 from attnsteer.errors import AttnSteerError, CompositionError, SelectionError, UnsupportedHost
 from attnsteer.methods.var import sink_tokens
 from attnsteer.methods.vhr import above_median, divergence
+from attnsteer.search.sink_dims import SinkDims
 from attnsteer.site import Site
 from attnsteer.testing.fingerprint import fingerprint
 from tests.hosts.transformers.vision_families import VOCAB, build, prompts
@@ -82,6 +83,10 @@ def test_divergence_and_outliers() -> None:
         (lambda: VAR(()), r"sink_dims=\(\)"),
         (lambda: VAR("12"), "sink_dims"),
         (lambda: VAR((1.5,)), "find_sink_dims"),
+        (
+            lambda: VAR(SinkDims((), {}, {}, 7.1, 1, (2,), "no sink dimensions: so it is")),
+            "no sink dimensions: so it is. Search",
+        ),
         (lambda: VAR((-1,)), "hidden dimensions"),
         (lambda: VAR(DIMS, tau=0.0), "tau=0.0"),
         (lambda: VAR(DIMS, tau=float("nan")), "tau=nan"),

@@ -35,6 +35,7 @@ def refused(data: Any) -> str:
     ("changes", "words"),
     [
         ({"seed": [0]}, ["seed: unknown field", "Did you mean 'seeds'"]),
+        ({"share": "on"}, ["share: ", "'off' or 'auto'"]),
         ({"model.zooo": "a"}, ["model.zooo: unknown field", "Did you mean 'zoo'"]),
         ({"interventions.0.parms": {}}, ["interventions.0.parms: unknown field", "Did you mean 'params'"]),
         ({"calibration": CALIBRATION | {"topp": 1}}, ["calibration.topp: unknown field", "Did you mean 'top'"]),

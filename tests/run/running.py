@@ -55,6 +55,20 @@ READING: dict[str, Any] = {
 }
 
 
+# Choices of several tokens, spans, and a strength of each sample.
+PROMPTS = ["a red circle is above a blue star .", "two blue stars .", "a square is red . is it blue ?", "one star ."]
+FORCES = [0.1, None, 4.0, 1.0]
+ROWS = [
+    {"id": f"r{i}", "prompt": p, "choices": ["yes it is", "no"], "answer": i % 2, "marks": [[0, 2 + i % 2]], "force": f}
+    for i, (p, f) in enumerate(zip(PROMPTS, FORCES, strict=True))
+]
+MARKED = {
+    "method": "PASTA",
+    "params": {"spans": {"sample": "marks"}, "alpha": {"sample": "force"}},
+    "heads": {"0": [1]},
+}
+
+
 def written(folder: Path, **changes: Any) -> Path:
     """The file of the recipe of reading passages, with fields changed."""
     path = folder / "recipe.yaml"
@@ -67,6 +81,24 @@ def written(folder: Path, **changes: Any) -> Path:
 def recipe(folder: Path, **changes: Any) -> Any:
     """That recipe."""
     return load_recipe(written(folder, **changes))
+
+
+def tiny(folder: Path) -> dict[str, Any]:
+    """The fields of a recipe for a random model in a folder, with the rows above."""
+    import torch
+
+    from attnsteer.recipe.schema import ModelSpec
+    from attnsteer.run.data.sample import Data
+    from attnsteer.run.tiny import tiny_model
+
+    stand_in = ModelSpec(hub="owner/name", kind="lm", architecture="llama")
+    loaded = tiny_model(stand_in, Data(ROWS, lambda s: None), torch.float32, "cpu")
+    loaded.target.save_pretrained(folder / "model")
+    loaded.tokenizer.save_pretrained(folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    model = {"path": "model", "kind": "lm", "architecture": "llama", "device": "cpu"}
+    data = {"file": "rows.jsonl", "format": "choices"}
+    return {"data": data, "model": model, "interventions": [MARKED], "batch_size": 2}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

@@ -128,6 +128,24 @@ def test_values_of_samples_are_taken_batch_by_batch() -> None:
         method.make([{"id": "d", "marks": 3}])
 
 
+def test_a_number_of_each_sample_is_a_strength_of_its_own() -> None:
+    spec = {"method": "ACT", "params": {"beta": {"sample": "force"}, "threshold": {"sample": "limit"}}}
+    source = recipe(interventions=[spec])
+    assert check(source) == []
+    _, zero, method = plan(source, SIZES).arms
+    samples = [{"id": "a", "force": 0.2, "limit": 0.1}, {"id": "b", "force": None, "limit": 0.3}]
+    assert method.make(samples) == [ACT(beta=[0.2, None], threshold=[0.1, 0.3])]
+    assert zero.make(samples) == [ACT(beta=1.0, threshold=[0.1, 0.3])]
+    for wrong, words in (
+        (2.0, r"ACT\(beta=\[2.0\]\): give a number from 0 to 1, or one per sample"),
+        ("much", "not str"),
+    ):
+        with pytest.raises(RecipeError, match=rf"interventions\.0 \(ACT\): .*{words}"):
+            method.make([{**samples[0], "force": wrong}])
+    with pytest.raises(RecipeError, match=r"interventions\.0\.params\.beta: sample 'c' has no 'force'"):
+        method.make([{"id": "c"}])
+
+
 def test_keys_that_are_no_texts_and_infinities() -> None:
     gate = {
         "method": "HeadGate",
@@ -193,6 +211,8 @@ GATE = {"method": "HeadGate", "params": {"gates": {"$pairs": [[[0, 0], 0.5]]}}}
         ({"interventions.0.params": {"beta": {"$pairs": [[{}, 1]]}}}, ["a key of $pairs is a text"]),
         ({"interventions.0.params": {"beta": [{"sample": "x"}]}}, ["stands for a whole parameter"]),
         ({"interventions.0.params": {"beta": {"sample": 3}}}, ["give the name of a key"]),
+        ({"interventions.0.params": {"min_rows": {"sample": "x"}}}, ["ACT takes one min_rows for all samples (integer"]),
+        ({"interventions.0.params": {"decode": {"sample": "x"}}}, ["ACT takes one decode for all samples (one of"]),
         ({"interventions.0.zero": {"gamma": 1.0}}, ["interventions.0.zero.gamma: ACT has no such parameter"]),
         ({"interventions.0.zero": {"beta": 7.0}}, ["interventions.0 (ACT): ACT(beta=7.0"]),
         ({"interventions.0.where": {"layer": 1}}, ["interventions.0.where.layer: Where has", "Did you mean 'layers'"]),

@@ -95,6 +95,18 @@ def test_the_command_says_so_and_exits_with_1(tmp_path: Path) -> None:
     assert CliRunner().invoke(cli.app, tiny).exit_code == 0
 
 
+def test_a_control_that_differs_has_a_status_of_its_own(tmp_path: Path) -> None:
+    """Here the user's zero is none."""
+    acting = {
+        **IDLE["interventions"][0],
+        "params": {"spans": {"sample": "spans"}, "target": 0.9},
+        "zero": {"target": 0.5},
+    }
+    path = written(tmp_path, **{**IDLE, "interventions": [acting], "controls": {"zero": True}})
+    done = CliRunner().invoke(cli.app, ["run", str(path), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 3 and "at zero strength the method DIFFERS from the baseline" in done.output, done.output
+
+
 def test_comparisons_and_tables_say_so(idle: Path, tmp_path: Path) -> None:
     acting = {**IDLE["interventions"][0], "params": {"spans": {"sample": "spans"}, "target": 0.9}}
     other = run(

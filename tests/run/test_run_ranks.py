@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_files_of_one(tmp_path: Path) -> None:
-    changes = {"data": {**READING["data"], "limit": 22}}
+@pytest.mark.parametrize("share", ["off", "auto"])
+def test_two_processes_make_the_files_of_one(tmp_path: Path, share: str) -> None:
+    changes = {"data": {**READING["data"], "limit": 22}, "share": share}
     path = written(tmp_path, **changes)
     # What `accelerate launch` starts on several devices; on CPUs it starts one process.
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -45,3 +46,4 @@ def test_two_processes_make_the_files_of_one(tmp_path: Path) -> None:
         assert (tmp_path / "two" / name).read_bytes() == (one / name).read_bytes(), name
     assert figures(tmp_path / "two") == figures(one)
     assert not list((tmp_path / "two").glob("*-*.jsonl"))
+    assert ('"shared": 3' in (tmp_path / "two" / "timings.jsonl").read_text()) == (share == "auto")

@@ -9,7 +9,19 @@ from typing import Any
 import pytest
 
 from attnsteer.run import run
-from tests.run.running import CAPTIONS, EXISTENCE, LAYOUTS, figures, load, recipe, records, written
+from tests.run.running import (
+    CAPTIONS,
+    EXISTENCE,
+    FORCES,
+    LAYOUTS,
+    MARKED,
+    figures,
+    load,
+    recipe,
+    records,
+    tiny,
+    written,
+)
 
 # ------------------------------------------------------------------------------------------------ the folder
 
@@ -260,6 +272,22 @@ def test_choices_of_several_tokens_are_scored_exactly(tmp_path: Path) -> None:
             count = len(choice.split())
             at = range(ids.shape[1] - count, ids.shape[1])
             assert score == pytest.approx(float(sum(p[i - 1, ids[0, i]] for i in at)), abs=1e-4)
+
+
+def test_a_strength_of_a_sample_is_that_strength_for_all(tmp_path: Path) -> None:
+    """Each sample's record under values of samples, and in a run that has its value for all of them."""
+    changes = tiny(tmp_path)
+    each = run(recipe(tmp_path, **changes, controls={}), tmp_path / "each", progress=False)
+    found = {r["id"]: r["scores"] for r in records(each) if r["arm"] == "method"}
+    for row in (0, 2):
+        fixed = {**MARKED, "params": {**MARKED["params"], "alpha": FORCES[row]}}
+        own = run(recipe(tmp_path, **{**changes, "interventions": [fixed]}), tmp_path / str(row), progress=False)
+        same = {
+            r["id"]: r["scores"] == pytest.approx(found[r["id"]], abs=1e-5)
+            for r in records(own)
+            if r["arm"] == "method"
+        }
+        assert same == {f"r{i}": i == row for i in range(4)}
 
 
 def test_choices_of_several_tokens_about_a_picture_are_scored_exactly(tmp_path: Path) -> None:

@@ -52,6 +52,23 @@ def test_seeds_with_equal_answers_are_no_further_evidence(tmp_path: Path) -> Non
         assert found["mcnemar"] == McNemar(3, 0, 0.25)._asdict() and found["p_holm"] == 0.25
 
 
+@pytest.mark.parametrize(
+    ("change", "shared", "equal"),
+    [(0.0, False, True), (5e-5, False, False), (5e-5, True, True), (1e-3, True, False)],
+)
+def test_a_zero_control_of_shared_batches_equals_the_baseline_up_to_rounding(
+    tmp_path: Path, change: float, shared: bool, equal: bool
+) -> None:
+    records = choices({"baseline": [[1, 0]], "zero": [[1, 0]], "method": [[1, 1]]})
+    records["zero"][0, "s1"]["scores"][0] += change
+    lines = [
+        {"arm": a, "seconds": 1.0, "samples": 2, "peak_memory": 0, **({"shared": 3} if shared else {})} for a in records
+    ]
+    roles = {"values": {}, "arms": {a: a for a in records}}
+    found = Scores(recipe(tmp_path), plan(roles), samples(2), records, lines).to_dict()
+    assert found["zero_equals_baseline"] is equal
+
+
 SWEEP = {"interventions.0.params.beta": [0.2, 0.4, 0.6]}
 POINTS = [
     {"values": {"interventions.0.params.beta": b}, "arms": {"baseline": "baseline", "method": f"method@{i}"}}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ... import in_place
 from ...bound import Bound
 from ...branches import BranchInputs, Prediction
 from ...edits import Check
@@ -136,12 +137,16 @@ class GuidedForward:
                 return prefix.replay(weak, given)
             plain.append(prefix.record(strong, given))
             asked.append(given)
-            marks.append(_mark(plain[-1].sample, first))
+            marks.append(in_place.mark(plain[-1].sample, first))
             return plain[-1]
 
         self.run.audit.count(bound.index, "guided calls")
-        result = bound.method.around(forward, inputs, self.run)
-        if any(not _same(p.sample, mark) for p, mark in zip(plain, marks, strict=True)):
+        try:
+            result = bound.method.around(forward, inputs, self.run)
+        except Exception as error:
+            error.add_note(f"attnsteer: raised in {bound.name}.around of {type(self.model).__name__}.")
+            raise
+        if any(not in_place.same(p.sample, marked) for p, marked in zip(plain, marks, strict=True)):
             raise self.refuse(bound, "changed a strong prediction in place; give with_sample a new tensor.")
         if not isinstance(result, Prediction):
             raise self.refuse(bound, f"returned {_kind(result)}; return a prediction, e.g. p.with_sample(tensor).")
@@ -206,19 +211,6 @@ class GuidedForward:
             warnings.warn(
                 f"{name} may normalise the combined prediction; the guidance term is added before that.", stacklevel=5
             )
-
-
-def _mark(tensor: Tensor, values: bool) -> Any:
-    """What tells whether a tensor was changed in place: its version, or a copy where it counts none."""
-    if tensor.is_inference():
-        return tensor.clone() if values else None
-    return tensor._version
-
-
-def _same(tensor: Tensor, mark: Any) -> bool:
-    if mark is None:
-        return True
-    return torch.equal(tensor, mark) if isinstance(mark, Tensor) else tensor._version == mark
 
 
 def _kind(value: Any) -> str:

@@ -120,9 +120,15 @@ def counting(site: Site, primitive: Callable[..., Tensor], acting: Callable[[], 
         calls.count = 0
         out = copied(*args, **kwargs)
         if calls.count != 1 and acting():
+            why = (
+                "it took another path (call it without output_attentions), or reaches SDPA through an object or a helper function, "
+                "whose code is not exchanged (in compiled code also by an import inside the forward)"
+                if calls.count == 0
+                else "which of them is its attention cannot be told"
+            )
             raise UnsupportedHost(
                 f"{site.path}: one forward of {type(site.module).__name__} called SDPA {calls.count} times by a name that can be "
-                "exchanged; exactly one is needed. Call it without output_attentions, or leave this site out of Where."
+                f"exchanged; exactly one is needed. Here {why}. Leave this site out of Where otherwise."
             )
         return out
 
@@ -181,7 +187,7 @@ def sdpa_primitive(
         att = problem(query, key, value, attn_mask, is_causal, scale)
         # Without `enable_gqa` the broadcast of one kv head runs another kernel than ours.
         same = functools.partial(same_kernel, att) if enable_gqa or query.shape[1] == key.shape[1] else None
-        return runtime(att, run_base, call, active, same)
+        return runtime(att, run_base, call, active, same, sdpa=same is not None)
 
     return primitive
 

@@ -110,7 +110,7 @@ def _steered(
         forward.stack.exact.add(id(module))
     maps: list[Any] | None = [] if name == "eager" else None
     same = functools.partial(same_kernel, att) if name == "sdpa" and n > FEW_ROWS else None
-    out = runtime(att, run_base, call, active, same, maps)
+    out = runtime(att, run_base, call, active, same, maps, sdpa=name == "sdpa", packs=True)
     if maps and weights[0] is None:
         # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.
         run_base()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ...intervention import Intervention
 from ...scope import PLAIN, SCOPES, Scope
 from ...tokens import Tokens
 from .cache_state import STATE, Memory, Sequence
-from .masks import packed_requests, padding_mask, roles_of_mask, whole_mask
+from .masks import looks_both_ways, packed_requests, padding_mask, roles_of_mask, whole_mask
 from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls, Prepared, entry
 
 
@@ -37,6 +37,7 @@ class Forward:
         valid, request, prompt, phase, mixed, virtual: see `Account`. tokens: roles of the tokens so far, or None.
         encoder: bool [B, S], validity of an encoder's tokens, or None. frozen: statistics must not move.
         beside: the prompt without its images, where a method needs it. residual: hidden states that enter the layer.
+        memo: what was made once for all layers.
     """
 
     stack: Stack
@@ -56,6 +57,7 @@ class Forward:
     frozen: bool = False
     beside: Any = None
     residual: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @functools.cached_property
     def account(self) -> Account:
@@ -74,7 +76,8 @@ class Forward:
         if self.batch != batch or self.new != rows:
             # The stack folds other axes into the batch, or has no tokens.
             check_no_samples(runtime)
-            return AttnCall(site, plain(rows, device), plain(keys, device), host="transformers", phase=self.phase)
+            own = plain(rows, device), plain(keys, device)
+            return AttnCall(site, *own, host="transformers", phase=self.phase)
         facts: dict[str, Any] = {"tokens": self.tokens, "residual": self.residual}
         if self.beside is not None:
             facts["image_free"] = functools.partial(self.beside.at, site.path, self.tokens)
@@ -100,6 +103,7 @@ class Forward:
             packed=self.request is not None,
             states=states,
             facts=facts,
+            memo=self.memo,
         )
 
     def _encoder_keys(self, keys: int) -> Track:
@@ -302,9 +306,14 @@ class Stack:
             valid = padding_mask(outer.mask)
         if valid is None and mask is not None:
             seen = whole_mask(mask)
-            if seen is not None and seen.shape[2] >= length:
+            if seen is not None:
                 old = None if before is None else before.valid
-                return roles_of_mask(seen[:, :, :length].expand(batch, -1, -1), past, old, packed)
+                # A window cache hands out its last slots; of those before nothing is seen.
+                seen = torch.nn.functional.pad(seen[:, :, :length], (max(0, length - seen.shape[2]), 0))
+                seen = seen.expand(batch, new, -1)
+                roles = roles_of_mask(seen, past, old, packed, self._hidden(values))
+                self._check_causal(seen[:, :, past:], roles[0])
+                return roles
         if packed is not None:
             raise UnsupportedHost(
                 "the cache holds several sequences packed into a row, and this call does not say which of them its tokens see. "
@@ -320,13 +329,30 @@ class Stack:
         if past:
             if mask is None or before is None or before.valid is None:
                 return None, None
-            # The mask of a window counts other slots; what is padding was learnt at the prefill.
+            # Of several masks none hides anything; what is padding was learnt at the prefill.
             old = before.valid[:, :past]
             return torch.cat([old, old.new_ones(len(old), new)], dim=1), None
         uses = values.get("use_cache")
         uses = getattr(self.module.config, "use_cache", False) if uses is None else uses
         cached = values.get("past_key_values") is not None or bool(uses)
         return None, packed_requests(values, batch, new, cached)
+
+    def _check_causal(self, seen: Tensor, valid: Tensor | None) -> None:
+        """`seen`: bool [B, n, n], the rows and keys of this call."""
+        # Of a vision-language model the mask may be the library's, made of its arguments; images in it are what they are.
+        causal = [b.name for b in self.bounds if b.method.causal_only and self.outer.family is None]
+        if causal and looks_both_ways(seen, None if valid is None else valid[:, -seen.shape[1] :]):
+            raise UnsupportedHost(
+                f"attention_mask lets tokens see later ones, and {causal[0]} is defined on causal attention. If they are padding, "
+                "let them see nothing or themselves only."
+            )
+
+    def _hidden(self, values: dict[str, Any]) -> Tensor | None:
+        """The positions [B or 1, n] that were given beside a mask of which windows may have hidden a part; or None."""
+        positions, config = values.get("position_ids"), getattr(self.module, "config", None)
+        windows = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        whole = isinstance(values.get("attention_mask"), dict) or not windows
+        return None if whole or not isinstance(positions, Tensor) or positions.ndim != 2 else positions
 
     def _virtual(self, values: dict[str, Any], sequence: Sequence, past: int) -> int:
         """Slots in front that an adapter filled: as embeddings before those of the prompt, or as a cache."""
@@ -372,6 +398,7 @@ class Stack:
         if forward.virtual and before is None:
             ids = self._behind_virtual(forward, outer, ids)
         tokens = Tokens(batch=forward.batch, length=length, valid=forward.valid, ids=ids, virtual=forward.virtual)
+        tokens.request = forward.request
         tokens.repeats = self._repeats(forward.batch, outer, before if past else None)
         tokens.more_to_come = length < total if total is not None else scope.chunked
         if forward.phase == "prefill":

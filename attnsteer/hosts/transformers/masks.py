@@ -64,19 +64,25 @@ def _of_blocks(mask: Any) -> Tensor:
 
 
 def roles_of_mask(
-    seen: Tensor, past: int = 0, valid: Tensor | None = None, request: Tensor | None = None
+    seen: Tensor,
+    past: int = 0,
+    valid: Tensor | None = None,
+    request: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(valid, request) of all slots so far, bool and int [B, T], each None where there is nothing to say.
 
     Args:
         seen: bool [B, n, past + n], whether each row sees each key. valid, request: of the `past` slots, as returned before.
+        positions: int [B or 1, n], `position_ids` of a model in which a window may hide all that a token has before it.
 
     A row is padding where it does not see itself, or sees a later row that does not see it back: padding that a library lets
     see everything, so that no row is empty. A row that sees nothing before itself starts a request; others belong to that of the
     last token before them that they see.
 
     Raises:
-        UnsupportedHost: a row sees tokens of several requests, or the requests are interleaved.
+        UnsupportedHost: a row sees tokens of several requests, or the requests are interleaved, or a request would begin where
+            positions do not.
     """
     B, n, length = seen.shape
     like: dict[str, Any] = {"dtype": torch.bool, "device": seen.device}
@@ -88,8 +94,17 @@ def roles_of_mask(
     earlier = seen & valid[:, None] & (slot < slot[past:, None])
     starts = new & ~earlier.any(dim=-1)
     told = None if bool(valid.all()) else valid
-    if request is None and bool((starts.sum(dim=-1) <= (past == 0)).all()):
+    if request is None and bool((starts.sum(dim=-1) + old.any(dim=-1) <= 1).all()):
         return told, None
+    if positions is not None:
+        # Padding that sees itself only is no sequence that others go on with; before the first one anything may stand.
+        begun = old.any(dim=-1, keepdim=True) | ((new & ~starts).long().cumsum(dim=-1) > 0)
+        if bool((starts & begun & (positions.to(seen.device) != 0)).any()):
+            raise UnsupportedHost(
+                "attention_mask shows some token nothing before itself, as if a sequence began there, but its position is not 0: a "
+                "window hides what it belongs to (behind a hole, or in a tree). Give a padding mask [B, T], or begin the positions "
+                "of each sequence with 0."
+            )
     before = torch.zeros(B, past, dtype=torch.long, device=seen.device) if request is None else request[:, :past]
     top = before.amax(dim=-1, keepdim=True) if past else before.new_full((B, 1), -1)
     named = torch.cat([before.expand(B, -1), top + starts.long().cumsum(dim=-1)], dim=1)
@@ -105,9 +120,15 @@ def roles_of_mask(
     if bool((valid & (request != filled)).any()) or bool(other.any()):
         raise UnsupportedHost(
             "attention_mask packs several sequences into a row and interleaves them, or lets a token see several of them. Put each "
-            "sequence in one piece, or in a batch row of its own."
+            "sequence in one piece, or in a batch row of its own; let padding inside and behind sequences see nothing."
         )
     return told, filled
+
+
+def looks_both_ways(seen: Tensor, valid: Tensor | None) -> bool:
+    """Whether a token sees a later token, in a call with the mask `seen` [B, n, n]; `valid`: bool [B, n], None: no padding."""
+    later = seen.triu(1)
+    return bool((later if valid is None else later & valid[:, None] & valid[:, :, None]).any())
 
 
 def packed_requests(values: dict[str, Any], batch: int, new: int, uses_cache: bool) -> Tensor | None:

@@ -49,8 +49,8 @@ class Task(Protocol):
     UNIT: str
     DECODING: dict[str, Any]
 
-    def answer(self, loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]:
-        """The records of a batch (without arm, seed and id), and how many units were made."""
+    def answer(self, loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], list[int]]:
+        """The records of a batch (without arm, seed and id), and how many units were made for each."""
 
 
 def get_task(name: str) -> Task:

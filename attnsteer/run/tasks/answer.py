@@ -14,7 +14,7 @@ UNIT = "tokens"
 DECODING: dict[str, Any] = {"max_new_tokens": 16}
 
 
-def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]:
+def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], list[int]]:
     """Records with `generated`."""
     rows, written = generate(loaded, request)
     return [{**sample_fields(s, SAMPLE_KEYS), **r} for s, r in zip(request.samples, rows, strict=True)], written

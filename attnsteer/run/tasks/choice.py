@@ -1,8 +1,8 @@
 """Multiple choice by likelihood: log p(choice | prompt) of every choice, in nats.
 
 Where every choice of a batch is one token, the batch is one padded forward that computes the last row's logits alone. Else
-each sample is scored by itself: its prompt is prefilled, the statistics of methods are frozen, and the choices are scored
-over its cache, so that no choice can move them.
+the prompts are prefilled, the statistics of methods are frozen, and the choices are scored over the cache, so that no choice
+can move them; prompts with images one by one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DECODING: dict[str, Any] = {}
 LEAST = -1e9
 
 
-def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]:
+def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], list[int]]:
     """Records with `choices`, `scores`, `answer`."""
     import torch
 
@@ -32,6 +32,8 @@ def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]
     with torch.inference_mode():
         if all(len(c) == 1 for own in every for c in own):
             scores = _at_once(loaded, request, every)
+        elif loaded.kind == "lm":
+            scores = _over_the_cache(loaded, request, every)
         else:
             scores = [_one_by_one(loaded, request, i, own) for i, own in enumerate(every)]
     bad = [s["id"] for s, own in zip(request.samples, scores, strict=True) if any(map(math.isnan, own))]
@@ -43,7 +45,7 @@ def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]
         {**sample_fields(s, SAMPLE_KEYS), "scores": [max(float(v), LEAST) for v in own]}
         for s, own in zip(request.samples, scores, strict=True)
     ]
-    return records, len(records)
+    return records, [1] * len(records)
 
 
 def _at_once(loaded: Loaded, request: Request, every: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
@@ -52,6 +54,14 @@ def _at_once(loaded: Loaded, request: Request, every: Sequence[Sequence[Sequence
         batch = {**batch, **positions(loaded.target, batch["attention_mask"])}
     logits = loaded.target(**batch, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)
     return [logits[i, [c[0] for c in own]].tolist() for i, own in enumerate(every)]
+
+
+def _over_the_cache(loaded: Loaded, request: Request, every: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+    from ...evals.continuations import score_continuations
+
+    contexts = [loaded.tokenizer(s["prompt"].rstrip()).input_ids for s in request.samples]
+    found = score_continuations(loaded.target, contexts, every, request.run)
+    return [[score.log_likelihood for score in own] for own in found]
 
 
 def _one_by_one(loaded: Loaded, request: Request, index: int, own: Sequence[Sequence[int]]) -> list[float]:

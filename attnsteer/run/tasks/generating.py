@@ -10,8 +10,8 @@ from . import Request
 from .prompts import encode
 
 
-def generate(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], int]:
-    """`generated` and `finished` (whether the model ended by itself) of each sample, and the tokens written."""
+def generate(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], list[int]]:
+    """`generated` and `finished` (whether the model ended by itself) of each sample, and the tokens written for each."""
     import torch
 
     batch = encode(loaded, request)
@@ -24,11 +24,11 @@ def generate(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], in
         out = loaded.target.generate(**batch, **{"pad_token_id": loaded.tokenizer.pad_token_id, **options})
     new = out[:, batch["input_ids"].shape[1] :]
     ends = _ends(loaded)
-    rows, written = [], 0
+    rows, written = [], []
     for ids in new.tolist():
         stop = next((i for i, token in enumerate(ids) if token in ends), None)
         own = ids if stop is None else ids[:stop]
-        written += len(own) + (stop is not None)
+        written.append(len(own) + (stop is not None))
         text = loaded.tokenizer.decode(own, skip_special_tokens=True)
         rows.append({"generated": text.strip(), "finished": stop is not None})
     return rows, written

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-HOSTS = ("llama", "mistral", "qwen3", "gemma2", "gpt_oss", "gpt2", "gemma3_text")
-# With layers of two kinds of masks, and with windows at all.
-MIXED, WINDOWED = ("gemma2", "gpt_oss", "gemma3_text"), ("mistral", "gemma2", "gpt_oss", "gemma3_text")
-WINDOW = 5
-METHODS = ("ZeroTuning", "ACT", "SpotLight", "PASTA", "HeadGate")
-FORMS = ("none", "2d", "positions", "bool", "float", "tree")
-WAYS = ("whole", "decode", "chunks", "crop", "reorder")
+from .hosts import GENERATE, HOSTS, Host
+
+# The forms of each method.
+METHODS = {
+    "ZeroTuning": ("plain",),
+    "ACT": ("plain", "plain", "alpha", "first_hit", "running", "prefill_only"),
+    "SpotLight": ("plain", "pooled", "words"),
+    "PASTA": ("plain", "include", "words"),
+    "HeadGate": ("plain",),
+}
+STRENGTHS = {
+    "ZeroTuning": (0.2, 3.0, 9.0),
+    "ACT": (0.0, 0.3, 0.7),
+    "SpotLight": (0.2, 0.6, 0.9),
+    "PASTA": (0.02, 0.5, 3.0),
+    "HeadGate": (-0.5, 0.0, 2.0),
+}
+# Masks of rows and keys.
+SQUARE = ("bool", "float", "bias", "tree")
 Picker = Callable[[str, Sequence[Any]], Any]
 
 
@@ -22,23 +35,29 @@ class Case:
     """What is run.
 
     Attributes:
-        host, method: names. strength: of the method. layer, heads: where it acts. phases: "all", "prefill" or "decode".
-        form: of the mask. rows: the layout. blind: what padding rows see. parents: of a tree.
-        way: the calls. cuts: their edges. seed: of the tokens.
+        host, method: names. variant: form of the method. strength: of the method, one for all or one for each sample.
+        layer, heads: where it acts. phases: "all", "prefill" or "decode". region: query rows: "all", "last", or "some".
+        form: of the mask. packed: pieces of a row are sequences of their own. rows: the layout. blind: what padding rows see.
+        parents: of a tree. way: the calls. cuts: their edges. threads: two at once, each with tokens of its own.
+        seed: of the tokens.
     """
 
     host: str
     method: str
-    strength: float
+    variant: str
+    strength: tuple[float, ...]
     layer: int
     heads: tuple[int, ...]
     phases: str
+    region: str
     form: str
+    packed: bool
     rows: tuple[tuple[int, ...], ...]
     blind: str
     parents: tuple[int, ...]
     way: str
     cuts: tuple[int, ...]
+    threads: bool
     seed: int
 
     def __str__(self) -> str:
@@ -51,75 +70,87 @@ class Case:
         return Case(**{name: frozen(value) for name, value in json.loads(text).items()})
 
 
-STRENGTHS = {
-    "ZeroTuning": (0.2, 3.0, 9.0),
-    "ACT": (0.0, 0.3, 0.7),
-    "SpotLight": (0.2, 0.6, 0.9),
-    "PASTA": (0.02, 0.5, 3.0),
-    "HeadGate": (-0.5, 0.0, 2.0),
-}
+def cases(seed: int) -> Iterator[Case]:
+    """Cases without an end, the same ones for a seed."""
+    source = random.Random(seed)
+    while True:
+        yield draw(lambda _, options: source.choice(options))
 
 
 def draw(pick: Picker) -> Case:
     """A case; `pick(name, options)` chooses one of the options."""
-    host, method, form = pick("host", HOSTS), pick("method", METHODS), pick("form", FORMS)
-    if form == "tree" and host in WINDOWED:
-        # A window hides ancestors: a token that then sees itself only cannot be told from the first of another sequence.
-        form = "none"
-    ways = [w for w in WAYS if form in ("none", "2d") or w == "whole" or (form != "positions" and w != "reorder")]
-    if form in ("positions", "tree") or (host in WINDOWED and form in ("bool", "float")):
-        # A mask for a window cache counts other slots.
-        ways = ["whole"]
-    if host in WINDOWED:
-        # The library cannot cut a window cache back.
-        ways = [w for w in ways if w != "crop"]
-    way = pick("way", ways)
-    packed = form in ("positions", "bool", "float")
-    rows = _rows(pick, form, packed, way)
+    name, method = pick("host", tuple(HOSTS)), pick("method", tuple(METHODS))
+    host, variant = HOSTS[name], pick("variant", METHODS[method])
+    way, form = pick("way", host.ways), pick("form", host.forms)
+    if way in GENERATE and form not in ("none", "2d"):
+        form = "2d"
+    if (way == "reorder" and form in SQUARE) or (form == "tree" and way not in ("whole", "chunks", "crop")):
+        way = "whole"
+    if way == "crop" and variant == "words":
+        # The words of other tokens stand elsewhere.
+        variant = "plain"
+    packed = form == "positions" or (form in SQUARE and form != "tree" and pick("packed", (True, True, False)))
+    rows = _rows(pick, host, form, packed, way)
     length = sum(map(abs, rows[0]))
-    blinds = ["none"]
-    if form in ("bool", "float"):
-        # Padding at the end of a call that sees itself and all before it cannot be told from a token.
-        blinds = (
-            ["none"]
-            if way != "whole"
-            else ["none", "self", "all"]
-            if all(row[-1] > 0 for row in rows)
-            else ["none", "self"]
-        )
+    blind = pick("blind", ("none", "self", "all")) if form in SQUARE and form != "tree" else "none"
+    if way in ("decode", "score", "rewind"):
+        # Padding at the end of a prompt that goes on sees nothing, or the tokens behind it would be of two sequences.
+        blind = "none"
     parents = tuple(pick("parent", range(max(1, t))) for t in range(length)) if form == "tree" else ()
-    steps = pick("steps", (1, 2, 3))
-    if way == "chunks":
-        cuts = tuple(sorted({pick("cut", range(1, length)), pick("cut", range(1, length))}))
-    elif way == "crop":
-        cuts = (pick("cut", range(1, length)), pick("back", (1, 2)))
-    else:
-        cuts = (steps,)
+    # The last row is that of each call, and here calls are divided otherwise.
+    regions = (
+        ("all", "all", "some")
+        if way in ("lookup", "assisted", "uncached", "crop", "score")
+        else ("all", "all", "some", "last")
+    )
+    strengths = STRENGTHS[method]
+    many = pick("per sample", (False, False, True))
     return Case(
-        host, method, pick("strength", STRENGTHS[method]), pick("layer", (0, 1, 2)),
-        pick("heads", ((0, 1, 2, 3), (0, 2), (3,))), pick("phases", ("all", "prefill", "decode")), form, rows,
-        pick("blind", blinds), parents, way, cuts, pick("seed", range(1000)),
+        name, method, variant,
+        tuple(pick("strength", strengths) for _ in rows) if many else (pick("strength", strengths),),
+        pick("layer", (0, 1, 2)), pick("heads", ((0, 1, 2, 3), (0, 2), (3,))),
+        pick("phases", ("all", "all", "prefill", "decode")), pick("region", regions), form, packed, rows, blind, parents,
+        way, _cuts(pick, host, way, rows), variant != "words" and pick("threads", (False, False, False, True)),
+        pick("seed", range(1000)),
     )  # fmt: skip
 
 
-def _rows(pick: Picker, form: str, packed: bool, way: str) -> tuple[tuple[int, ...], ...]:
-    length = pick("length", (8, 11, 13, 17))
+def _cuts(pick: Picker, host: Host, way: str, rows: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+    """Edges of calls, or the number of generated tokens. A first call holds the whole image."""
+    length = sum(map(abs, rows[0]))
+    first = 2 + len(host.image) + max(0, *(-row[0] for row in rows)) if host.image else 1
+    first = max(1, min(first, length - 2))
+    inside = range(first, length)
+    if way == "chunks":
+        return tuple(sorted({pick("cut", inside), pick("cut", inside)}))
+    if way == "crop":
+        return (pick("cut", inside), pick("to", inside), pick("back", (1, 2)))
+    if way == "rewind":
+        steps = pick("steps", (2, 3))
+        return (steps, pick("to", range(steps)))
+    return (pick("steps", (1, 2, 3)),)
+
+
+def _rows(pick: Picker, host: Host, form: str, packed: bool, way: str) -> tuple[tuple[int, ...], ...]:
+    length = pick("length", (8, 11, 13, 17)) + len(host.image)
+    batch = 1 if way in ("lookup", "assisted") else pick("batch", (1, 2, 3))
     if form in ("none", "tree"):
-        return ((length,),) * pick("batch", (1, 2, 3))
-    if form == "2d":
-        return tuple(_padded(pick, length, way) for _ in range(pick("batch", (1, 2, 3))))
-    return tuple(_packed(pick, length, form) for _ in range(pick("batch", (1, 2))))
+        return ((length,),) * batch
+    if packed:
+        return tuple(_packed(pick, length, form) for _ in range(batch))
+    return tuple(_padded(pick, host, length, way) for _ in range(batch))
 
 
-def _padded(pick: Picker, length: int, way: str) -> tuple[int, ...]:
+def _padded(pick: Picker, host: Host, length: int, way: str) -> tuple[int, ...]:
     """One sequence with padding on the left, on the right, or in a hole."""
-    side = pick("side", ("none", "left", "right", "hole", "both"))
+    sides = ("none", "left") if way in GENERATE or host.image else ("none", "left", "right", "hole", "both")
+    side = pick("side", sides)
     if side == "none":
         return (length,)
-    size = pick("padding", (1, 2, length - 6))
+    size = pick("padding", (1, 2, length - len(host.image) - 6))
     if side == "left":
         return (-size, length - size)
-    if side == "right" and way == "whole":
+    if side == "right" and way in ("whole", "chunks", "crop"):
         return (length - size, -size)
     if side == "hole":
         return (3, -size, length - size - 3)

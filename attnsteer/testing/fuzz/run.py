@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import AttnSteerError
 from ...methods.act import ACT
@@ -21,159 +19,167 @@ from ...methods.spotlight import SpotLight
 from ...methods.zerotuning import ZeroTuning
 from ...steering import steer
 from ...where import Where
-from ..transformers_models import tiny_transformers
-from .case import MIXED, WINDOW, WINDOWED, Case
-from .layout import Layout
-from .oracle import SPANS, THRESHOLD, Oracle, instead
+from .calls import Generated, Inputs, both, expected, generate, run, steps, valid
+from .case import Case
+from .hosts import GENERATE, model_of
+from .oracle import ALPHA, SOME, SPANS, THRESHOLD
 
 EXACT = 1e-5
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case: "exact", "refused" or "wrong"; `difference` is relative to the largest logit."""
+    """What came of a case: "exact", "refused", "impossible" (the model itself does not run it) or "wrong".
+
+    `difference` is relative to the largest logit.
+    """
 
     kind: str
     difference: float = 0.0
     message: str = ""
 
 
-@functools.cache
-def model_of(host: str) -> nn.Module:
-    """The tiny model, built once."""
-    return tiny_transformers(host)
-
-
 @torch.no_grad()
 def check(case: Case) -> Outcome:
-    """Run a case. What the library refuses is a result; any other exception is a wrong one."""
-    model, batch = model_of(case.host), len(case.rows)
-    results = {}
+    """Run a case. What the library refuses is a result; any other exception is a wrong one, unless the model raises it itself."""
+    every, results = list(both(case)), {}
     for name, options in (("steered", {}), ("by the explicit map", {"reference": True})):
         try:
-            with contextlib.ExitStack() as stack:
-                run = steer(model, _method(case, batch), control=True, **options)
-                stack.callback(run.remove)
-                results[name] = _Calls(case, model, lambda total, run=run: run.chunked_prefill(tokens=total)).run()
+            with steered(case, options) as attached:
+                results[name] = _at_once(every, lambda inputs, run=attached: _found(inputs, run))
         except AttnSteerError as error:
             return Outcome("refused", message=f"{type(error).__name__}: {error}")
         except Exception as error:
-            return Outcome("wrong", float("inf"), f"{name}: {type(error).__name__}: {error}")
-    oracle = Oracle(case.method, case.strength, case.layer, case.heads, case.phases)
-    with instead(model, oracle):
-        expected = _Calls(case, model, None, oracle).run()
+            return _raised(every[0], name, error)
+    if any(inputs.roles is None for inputs in every):
+        text = "not refused was a mask that leaves open whose token a row is, or what the method means"
+        return Outcome("wrong", float("inf"), text)
     worst = Outcome("exact")
-    for name, found in results.items():
-        size = max(float(e.abs().max()) for e in expected if e.numel())
-        far = max((float((a - b).abs().max()) for a, b in zip(found, expected, strict=True) if a.numel()), default=0.0)
-        if not far <= EXACT * size:
-            return Outcome("wrong", far / size, name)
-        worst = Outcome("exact", max(worst.difference, far / size))
+    for name, outs in results.items():
+        for inputs, found in zip(every, outs, strict=True):
+            try:
+                far = _far(inputs, found)
+            except Exception as error:
+                return Outcome("wrong", float("inf"), f"oracle: {type(error).__name__}: {error}")
+            if not far <= EXACT:
+                return Outcome("wrong", far, name)
+            worst = Outcome("exact", max(worst.difference, far))
     return worst
 
 
-def _method(case: Case, batch: int) -> Any:
-    heads, spans = {case.layer: list(case.heads)}, [list(SPANS)] * batch
-    where = Where(phases=None if case.phases == "all" else case.phases)
+def _raised(inputs: Inputs, name: str, error: Exception) -> Outcome:
+    said = f"{type(error).__name__}: {error}"
+    try:
+        _found(inputs, None)
+    except Exception as own:
+        if type(own) is type(error):
+            return Outcome("impossible", message=said)
+    return Outcome("wrong", float("inf"), f"{name}: {said}")
+
+
+def _found(inputs: Inputs, attached: Any) -> Any:
+    """The logits of a case, or what `generate` gave."""
+    if inputs.case.way in GENERATE:
+        return generate(inputs)
+    return run(inputs, steps(inputs), steered=attached)
+
+
+def _at_once(every: list[Inputs], work: Callable[[Inputs], Any]) -> list[Any]:
+    """`work` on each, in a thread of its own where there are several."""
+    if len(every) == 1:
+        return [work(every[0])]
+
+    def alone(inputs: Inputs) -> Any:
+        # Gradients are switched off by thread.
+        with torch.no_grad():
+            return work(inputs)
+
+    with ThreadPoolExecutor(len(every)) as pool:
+        return list(pool.map(alone, every))
+
+
+def _far(inputs: Inputs, found: Any) -> float:
+    """The largest difference from the oracle, relative to its largest logit."""
+    if isinstance(found, Generated):
+        wanted, found = expected(inputs, found), found.scores
+    else:
+        rows = valid(inputs, steps(inputs))
+        only = lambda outs: [out[at] for out, at in zip(outs, rows, strict=True)]  # noqa: E731
+        wanted, found = only(expected(inputs, None)), only(found)
+    far = [(_gap(a, b), float(b.abs().max())) for a, b in zip(found, wanted, strict=True) if b.numel()]
+    # After a cut there may be padding only.
+    return max(gap for gap, _ in far) / max(size for _, size in far) if far else 0.0
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    return float("inf") if a.shape != b.shape or bool(a.isnan().any()) else float((a - b).abs().max())
+
+
+@contextlib.contextmanager
+def steered(case: Case, options: dict[str, Any]) -> Iterator[Any]:
+    """The model of a case, steered in this block."""
+    attached = steer(model_of(case.host), method(case), control=True, **options)
+    try:
+        yield attached
+    finally:
+        attached.remove()
+
+
+def method(case: Case) -> Any:
+    """The method of a case."""
+    heads, spans = {case.layer: list(case.heads)}, [list(SPANS[b % 2]) for b in range(len(case.rows))]
+    where = Where(
+        phases=None if case.phases == "all" else case.phases,
+        rows={"all": None, "some": SOME, "last": "last"}[case.region],
+    )
     here = where & Where(heads=heads)
+    if case.variant == "words":
+        spans = words(case)
+    tokenizer = Letters() if case.variant == "words" else None
+    strength: Any = case.strength[0] if len(case.strength) == 1 else list(case.strength)
+    other = {
+        "alpha": {"alpha": ALPHA},
+        "running": {"threshold": THRESHOLD, "decode": "running"},
+        "prefill_only": {"threshold": THRESHOLD, "decode": "prefill_only"},
+        "first_hit": {"threshold": THRESHOLD, "exclude": "first_hit"},
+        "plain": {"threshold": THRESHOLD},
+    }
     made: dict[str, Callable[[], Any]] = {
-        "ZeroTuning": lambda: ZeroTuning(heads, case.strength, where=where),
-        "ACT": lambda: ACT(heads, case.strength, THRESHOLD, where=where),
-        "SpotLight": lambda: SpotLight(spans, case.strength, where=here),
-        "PASTA": lambda: PASTA(spans, heads, case.strength, where=where),
-        "HeadGate": lambda: HeadGate({(case.layer, h): case.strength for h in case.heads}, where=where),
+        "ZeroTuning": lambda: ZeroTuning(heads, strength, where=where),
+        "ACT": lambda: ACT(heads, strength, where=where, **other[case.variant]),
+        "SpotLight": lambda: SpotLight(
+            spans, strength, pooled=case.variant == "pooled", where=here, tokenizer=tokenizer
+        ),
+        "PASTA": lambda: PASTA(
+            spans,
+            heads,
+            strength,
+            "include" if case.variant == "include" else "exclude",
+            where=where,
+            tokenizer=tokenizer,
+        ),
+        "HeadGate": lambda: HeadGate({(case.layer, h): strength for h in case.heads}, where=where),
     }
     return made[case.method]()
 
 
-class _Calls:
-    """The calls of a case on a model; each gives the logits [rows, V] of its valid rows."""
+class Letters:
+    """A tokenizer: one letter for each id."""
 
-    def __init__(self, case: Case, model: nn.Module, chunked: Any, oracle: Oracle | None = None):
-        self.case, self.model, self.chunked, self.oracle = case, model, chunked, oracle
-        steps = case.cuts[0] if case.way in ("decode", "reorder") else 0
-        # Generated tokens go on with the last sequence of each row.
-        self.prompt = Layout(case.rows, case.form in ("positions", "bool", "float"))
-        rows = tuple(
-            (*row[:-1], row[-1] + steps) if row[-1] > 0 else (*row, *(steps,) * bool(steps)) for row in case.rows
-        )
-        self.all = Layout(rows, self.prompt.packed)
-        g = torch.Generator().manual_seed(case.seed)
-        self.ids = torch.randint(8, 99, (len(rows), self.all.length), generator=g).masked_fill(~self.all.valid, 0)
-        self.cache: Any = None
-        self.order = torch.arange(len(rows))
+    is_fast = False
 
-    def run(self) -> list[Tensor]:
-        case, n, end = self.case, self.prompt.length, self.all.length
-        if case.way == "whole":
-            return [self.call(0, n, cached=False)]
-        if case.way == "chunks":
-            edges = [0, *case.cuts, n]
-            with contextlib.nullcontext() if self.chunked is None else self.chunked(n):
-                return [self.call(a, b) for a, b in itertools.pairwise(edges)]
-        if case.way == "crop":
-            return self._crop(*case.cuts)
-        out = [self.call(0, n)]
-        for t in range(n, end):
-            if case.way == "reorder":
-                self._reorder()
-            out.append(self.call(t, t + 1))
-        return out
-
-    def _crop(self, cut: int, back: int) -> list[Tensor]:
-        """Two calls over the prompt, cut back to the end of the first, and the second part again."""
-        n = self.prompt.length
-        with contextlib.nullcontext() if self.chunked is None else self.chunked(n):
-            first = self.call(0, cut)
-            state = {} if self.oracle is None else copy.deepcopy(self.oracle.state)
-            self.call(cut, n)
-            self.cache.crop(-(n - cut))
-            if self.oracle is not None:
-                self.oracle.state = state
-            again = [self.call(a, b) for a, b in ((cut, n - back), (n - back, n)) if a < b]
-        return [first, *again] if cut < n - back else [first]
-
-    def _reorder(self) -> None:
-        """Batch rows change places, as beams do."""
-        order = torch.arange(len(self.order)).roll(1)
-        self.cache.reorder_cache(order)
-        self.order = self.order[order]
-        if self.oracle is not None:
-            self.oracle.state = {name: t[order] for name, t in self.oracle.state.items()}
-
-    def call(self, start: int, stop: int, cached: bool = True) -> Tensor:
-        case, order = self.case, self.order
-        at = slice(start, stop)
-        valid, index = self.all.valid[order, :stop], self.all.index[order, :stop]
-        given: dict[str, Any] = {"input_ids": self.ids[order, at]}
-        if case.form not in ("none",) or case.host == "gpt2":
-            given["position_ids"] = index[:, at]
-        if case.form == "2d":
-            given["attention_mask"] = valid.long()
-        elif case.form in ("bool", "float", "tree"):
-            given["attention_mask"] = self._mask(at)
-        if self.oracle is not None:
-            o = self.oracle
-            o.valid, o.index, o.past, o.prompt = valid, index, start, self.prompt.length
-        if cached:
-            given |= {"past_key_values": self.cache, "use_cache": True}
-        else:
-            given["use_cache"] = False
-        out = self.model(**given)
-        self.cache = out.past_key_values if cached else None
-        return out.logits[self.all.valid[order, at]]
-
-    def _mask(self, at: slice) -> Any:
-        case = self.case
-        shape = lambda seen: seen[:, :, at, : at.stop]  # noqa: E731
-        # Eager attention adds its mask, whatever it is.
-        eager = self.model.config._attn_implementation == "eager" and self.oracle is None
-        form = lambda seen: _floats(shape(seen)) if eager or case.form == "float" else shape(seen)  # noqa: E731
-        whole = lambda window: form(self.all.mask(case.blind, case.parents, window))  # noqa: E731
-        if case.host in MIXED:
-            return {"full_attention": whole(None), "sliding_attention": whole(WINDOW)}
-        return whole(WINDOW if case.host in WINDOWED else None)
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(200 + i) for i in ids)
 
 
-def _floats(seen: Tensor) -> Tensor:
-    return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+def words(case: Case) -> list[list[str]]:
+    """The spans of each sample as strings."""
+    inputs = Inputs.of(case)
+    roles, out = inputs.layout.roles, []
+    for b in range(len(case.rows)):
+        at = [
+            roles.valid[b] & (roles.request[b] == 0) & (roles.index[b] >= i) & (roles.index[b] < j)
+            for i, j in SPANS[b % 2]
+        ]
+        out.append([Letters().decode(inputs.ids[0, b, m].tolist()) for m in at])
+    return out

@@ -85,7 +85,8 @@ LAWS: dict[str, Law] = {
         Law(
             "batch",
             "a sample in a batch is the sample alone",
-            "a statistic was taken over all samples, or the first sample's value was used for all; keep the batch axis",
+            "a statistic was taken over all samples, or the first sample's value was used for all; keep the batch axis. Just above "
+            "the tolerance: a statistic that loses digits, such as a difference of large numbers",
             batches.batch,
         ),
         Law(
@@ -118,7 +119,8 @@ LAWS: dict[str, Law] = {
         Law(
             "cache",
             "decoding over a cache, and a prefill in chunks, equals one call over all tokens",
-            "a row or key was numbered within the call; use call.row_position and call.key_index(). If the prompt is treated "
+            "a row or key was numbered within the call; use call.row_position and call.key_index(), and call.map.keys_seen() for "
+            "how many keys a row sees. If the prompt is treated "
             "otherwise than generated tokens by definition, say `MethodCase(prompt_bound=True)`",
             sequences.cache,
         ),

@@ -216,7 +216,7 @@ class Bench:
     @property
     def call_bound(self) -> bool:
         """Whether running all tokens in one call is by definition something else than decoding the last ones."""
-        return self.case.prompt_bound or self.case.method.looks_ahead or not self.prefills or self.last_row_only
+        return self.case.prompt_bound or self.make(1).looks_ahead or not self.prefills or self.last_row_only
 
 
 def _edits(run: Steering) -> int:

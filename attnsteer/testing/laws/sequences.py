@@ -153,6 +153,6 @@ def generate(bench: Bench) -> None:
         EXACT,
         "generate over a static and a growing cache",
     )
-    if not (bench.case.method.looks_ahead or bench.last_row_only or "pixel_values" in alone):
+    if not (bench.make(1).looks_ahead or bench.last_row_only or "pixel_values" in alone):
         more = logits(0, alone, 1, prefill_chunk_size=5)
         close(more, expected, EXACT, "generate with the prompt in chunks and in one call")

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from attnsteer import HeadGate, Where, steer
 from attnsteer.call import AttnCall, Reweight
+from attnsteer.errors import UnsupportedHost
 from attnsteer.intervention import Intervention
-from tests.hosts.vit import SPELLINGS, TOKENS, Attention, ByName, Vit, vit
+from tests.hosts.vit import SPELLINGS, TOKENS, Attention, ByName, ByOwnImport, Vit, vit
 
 
 def dense(model: Vit, layer: int, x: Tensor, change: Any, mask: Tensor | None = None) -> Tensor:
@@ -118,6 +119,19 @@ def test_compiled(reweighting: bool, steer_first: bool) -> None:
     run.remove()
     torch.testing.assert_close(compiled(x), plain)
     assert (expected - plain).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_an_import_inside_a_compiled_forward_is_refused() -> None:
+    """The compiler resolves it by itself; eagerly it is exchanged (`test_gates_in_every_spelling`)."""
+    torch._dynamo.reset()
+    model, x = vit(Attention, ByOwnImport)
+    compiled = torch.compile(model, backend="eager")
+    with (
+        pytest.raises(UnsupportedHost, match=r"0 times .*in compiled code also by an import inside the forward"),
+        steer(model, HeadGate({(1, 0): 0.0})),
+    ):
+        compiled(x)
 
 
 @pytest.mark.parametrize("unhook_first", [False, True])

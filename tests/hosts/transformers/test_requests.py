@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import StoppingCriteria
 
-from attnsteer import ACT, PASTA, SpotLight, Where, ZeroTuning, detach, steer
-from attnsteer.errors import CompositionError, UnsupportedHost
+from attnsteer import ACT, PASTA, HeadGate, SpotLight, Where, ZeroTuning, detach, steer
+from attnsteer.errors import CompositionError, SelectionError, UnsupportedHost
 from attnsteer.hosts.transformers.masks import roles_of_mask, whole_mask
 from attnsteer.testing import tiny_transformers
 from attnsteer.testing.fingerprint import fingerprint
@@ -142,6 +142,107 @@ def test_padding_that_sees_everything() -> None:
     mask[:2] = True
     valid, request = roles_of_mask(mask[None])
     assert valid.tolist() == [[False, False, True, True, True]] and request is None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        SpotLight([[(8, 10)]], 0.6, where=Where(heads=HEADS)),
+        PASTA([[(8, 10)]], HEADS, 0.05),
+        HeadGate({(1, 0): 0.0}, where=Where(rows=(8, 10))),
+    ],
+)
+def test_masks_of_a_window_cache_say_what_is_padding(method: Any) -> None:
+    """They have fewer columns than there are slots; padding in a later chunk, and behind it, is known from them all the same."""
+    model, valid = tiny_transformers("mistral"), torch.tensor([[True] * 7 + [False] * 2 + [True] * 4])
+    ids, positions, slot = tokens(1, 13), (valid.cumsum(dim=-1) - 1), torch.arange(13)
+    seen = (slot <= slot[:, None]) & (slot > slot[:, None] - 5) & valid[0] & valid[0][:, None]
+
+    def logits(square: bool) -> Tensor:
+        cache, out = None, []
+        for start, stop in ((0, 6), (6, 9), (9, 13)):
+            given = seen[None, None, start:stop, max(0, start - 4) : stop] if square else valid[:, :stop].long()
+            made = model(
+                input_ids=ids[:, start:stop], attention_mask=given, position_ids=positions[:, start:stop],
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            cache = made.past_key_values
+            out.append(made.logits[valid[:, start:stop]])
+        return torch.cat(out)
+
+    with controlled(model, method) as run, run.chunked_prefill(tokens=13):
+        assert far(logits(square=True), logits(square=False)) <= 1e-5
+
+
+@each_method
+def test_a_mask_of_keys_alone_is_one_for_all_rows(llama: nn.Module, method: Any) -> None:
+    ids, valid = tokens(1, 10), torch.tensor([[False] * 3 + [True] * 7])
+    keys = valid[:, None, None]
+    with controlled(llama, method):
+        if isinstance(method, ACT):
+            with pytest.raises(UnsupportedHost, match="see later ones, and ACT is defined on causal attention"):
+                llama(input_ids=ids, attention_mask=keys)
+            return
+        found = llama(input_ids=ids, attention_mask=keys).logits
+        rows = llama(input_ids=ids, attention_mask=keys & valid[:, None, :, None]).logits
+        alone = llama(input_ids=ids[:, 3:], attention_mask=torch.ones(1, 1, 7, 7, dtype=torch.bool)).logits
+    assert far(found[:, 3:], rows[:, 3:]) <= 1e-5 and far(found[:, 3:], alone) <= 1e-5
+
+
+def test_a_window_that_hides_what_a_token_belongs_to_is_refused() -> None:
+    """Behind a hole as wide as the window, or as a branch of a tree, a token sees itself only: no beginning, by its position."""
+    model, ids, slot = tiny_transformers("mistral"), tokens(1, 11), torch.arange(11)
+    line = torch.tensor([0] * 7 + [1] * 4)
+    seen = (slot <= slot[:, None]) & (slot > slot[:, None] - 5) & (line == line[:, None])
+    branch, packed = torch.tensor([[*range(7), 1, 2, 3, 4]]), torch.tensor([[*range(7), *range(4)]])
+    method = METHODS["zerotuning"]
+    with controlled(model, method):
+        with pytest.raises(UnsupportedHost, match="a window hides what it belongs to"):
+            model(input_ids=ids, attention_mask=seen[None, None], position_ids=branch)
+        found = model(input_ids=ids, attention_mask=seen[None, None], position_ids=packed, use_cache=False).logits
+        alone = model(input_ids=ids[:, 7:]).logits
+    assert far(found[:, 7:], alone) <= 1e-5
+    # Padding that sees itself only, in front, has any position.
+    padded = torch.eye(11, dtype=torch.bool) | ((slot <= slot[:, None]) & (slot > 2) & (slot[:, None] > 2))
+    valid, request = roles_of_mask(padded[None], positions=torch.tensor([[1, 1, 1, *range(8)]]))
+    assert valid is None and request.tolist() == [[0, 1, 2, *[3] * 8]]
+
+
+def test_padding_at_the_end_that_sees_everything_is_refused_by_statistics(llama: nn.Module) -> None:
+    """Two rows that see each other and all tokens are padding, or an image: a mean over rows has no one meaning."""
+    ids, slot = tokens(1, 9), torch.arange(9)
+    seen = ((slot <= slot[:, None]) & (slot < 7)) | (slot[:, None] >= 7)
+    with controlled(llama, METHODS["act"]), pytest.raises(UnsupportedHost, match="ACT is defined on causal attention"):
+        llama(input_ids=ids, attention_mask=seen[None, None])
+    with controlled(llama, METHODS["zerotuning"]):
+        found = llama(input_ids=ids, attention_mask=seen[None, None]).logits[:, :7]
+        assert far(found, llama(input_ids=ids[:, :7]).logits) <= 1e-5
+
+
+class Letters:
+    """A tokenizer: one letter for each id."""
+
+    is_fast = False
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(chr(200 + i) for i in ids)
+
+
+def test_a_string_in_packed_rows_is_found_in_the_one_text_or_refused(llama: nn.Module) -> None:
+    """Ranges count in each packed sequence; padding that sees itself only has no text."""
+    ids, slot = tokens(1, 12), torch.arange(12)
+    method = SpotLight(Letters().decode(ids[0, 6:8].tolist()), 0.8, tokenizer=Letters(), where=Where(heads=HEADS))
+    valid = slot > 2
+    seen = ((slot <= slot[:, None]) & valid & valid[:, None]) | torch.eye(12, dtype=torch.bool)
+    with controlled(llama, method):
+        found = llama(input_ids=ids, attention_mask=seen[None, None]).logits[:, 3:]
+        assert far(found, llama(input_ids=ids[:, 3:]).logits) <= 1e-5
+        positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+        with pytest.raises(SelectionError, match="row 0 holds 2 packed sequences"):
+            llama(input_ids=ids, position_ids=positions, use_cache=False)
+    # A range that ends after each of them, though not after all of them together.
+    with controlled(llama, SpotLight([[(7, 9)]], 0.8)), pytest.raises(SelectionError, match="after its 7 tokens"):
+        llama(input_ids=ids, position_ids=positions, use_cache=False)
 
 
 def test_of_several_masks_that_of_full_attention_counts() -> None:

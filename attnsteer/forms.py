@@ -1,0 +1,245 @@
+"""The cheapest exact form of an edit: heads whose weights do not depend on the row share one biased call of the model's kernel,
+and a share of a few rows is one interpolation between two calls of it. Heads that are not edited take part in these calls as they
+are, bit for bit, so that none is gathered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import kernels
+from .attention_map import FEW_ROWS
+from .edits import Reweight, Share
+from .kernels import Attention
+
+# Slots that a split key set is extended by at a time while its cache grows.
+STEP = 64
+# Beyond so many keys a second pass over the cache costs more than the operators that it saves.
+SHORT_CACHE = 1024
+# A bias that has to be written out for each row takes at most so many numbers.
+LARGEST = 1 << 24
+# Split key sets by the tensor that says which keys; freed with it.
+_SPLITS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+# Whether an edit moves anything: 0-d bool, and by batch row, bool [B or 1].
+Moves = tuple[Tensor, Tensor]
+
+
+@dataclass
+class WholeForms:
+    """The edits of one attention call that all heads can take together.
+
+    Args:
+        att: the call. memo: what is the same for all calls of this forward.
+        packs: whether the model hands one masked row of the query heads of a key head to its kernel as so many rows of one
+            head, which comes out with other last bits.
+    """
+
+    att: Attention
+    memo: dict[Any, Any]
+    packs: bool = False
+    biased: list[tuple[Any, tuple[int, ...] | None, Reweight, Tensor | None]] = field(default_factory=list)
+    shared: Tensor | None = None
+
+    def takes_bias(self, edit: Any, chosen: Tensor | None) -> bool:
+        """Whether an edit is a bias of the keys that a kernel takes as its mask."""
+        if not isinstance(edit, Reweight) or not edit.normalise or self.shared is not None:
+            return False
+        if chosen is not None and chosen.shape[-1] > 1:
+            return False
+        if not all(self._constant(w, edit.positive) for w in (edit.rest, *(w for _, w in edit.groups))):
+            return False
+        if self.att.causal:
+            return self.att.shape[2] == self.att.shape[3] and kernels.causal_with_mask()
+        return True
+
+    @staticmethod
+    def _constant(weight: Tensor | float, positive: bool) -> bool:
+        if isinstance(weight, Tensor):
+            return positive and not weight.requires_grad and (weight.ndim == 0 or weight.shape[-1] == 1)
+        return weight > 0
+
+    def rescored(
+        self, key: Any, att: Attention, edit: Reweight, chosen: Tensor | None
+    ) -> tuple[Attention, Tensor] | None:
+        """(the call of some heads with such an edit among its scores, whether it moves anything); for edits that come after."""
+        bias, moves = self._once(("bias", key, id(edit)), lambda: self._log_weights(edit, chosen), edit)
+        mask = att.mask4()
+        if mask is not None and torch.broadcast_shapes(bias[:, :, None].shape, mask.shape).numel() > LARGEST:
+            return None
+        make = lambda: bias[:, :, None] if mask is None else bias[:, :, None] + att.additive(att.stat_dtype)  # noqa: E731
+        return att.replace(mask=self._once(("rescored", key, id(edit), id(mask)), make, edit, mask)), moves
+
+    def add_bias(self, key: Any, heads: tuple[int, ...] | None, edit: Reweight, chosen: Tensor | None) -> Moves | None:
+        """Take such an edit of some heads (None: all), and say whether it moves anything. None: too large, not taken.
+
+        Args:
+            key: what tells `chosen` apart in this forward. chosen: where the edit acts, [B or 1, h or 1, 1]; None: all.
+        """
+        bias, moves = self._once(("bias", key, id(edit)), lambda: self._log_weights(edit, chosen), edit)
+        _, H, n, m = self.att.shape
+        mask = self.att.mask4()
+        if mask is not None and n > FEW_ROWS:
+            by_head = H if heads is not None or bias.shape[1] > 1 else mask.shape[1]
+            if max(len(bias), len(mask)) * by_head * n * m > LARGEST:
+                return None
+        self.biased.append(((key, id(edit)), heads, edit, bias))
+        return moves
+
+    def _log_weights(self, edit: Reweight, chosen: Tensor | None) -> tuple[Tensor, Moves]:
+        """(log w [b, h, m] in the dtype of statistics, whether it moves anything)."""
+        # Over the weight of the rest, so that rows which see nothing else stay to the last bit.
+        rest = self._log(edit.rest)
+        bias = torch.zeros((1, 1, 1), dtype=self.att.stat_dtype, device=self.att.q.device)
+        for keys, weight in edit.groups:
+            bias = torch.where(keys, self._log(weight) - rest, bias)
+        if chosen is not None:
+            bias = torch.where(chosen, bias, 0.0)
+        bias = bias.expand(*bias.shape[:2], self.att.shape[3])
+        return bias, self._moves(bias)
+
+    def _log(self, weight: Tensor | float) -> Tensor | float:
+        """The logarithm of a weight, three-dimensional where it is a tensor."""
+        if not isinstance(weight, Tensor):
+            return math.log(weight)
+        return weight.to(self.att.stat_dtype).reshape((1,) * (3 - weight.ndim) + weight.shape).log()
+
+    def _moves(self, bias: Tensor) -> Moves:
+        """Whether some row sees keys with unlike weights: at all, 0-d bool, and by batch row, [B or 1]."""
+        if self.att.mask is None:
+            # Under causality the last row sees all of them.
+            moves = bias != bias[..., :1]
+        else:
+            seen, bias = kernels.visible(self.att.mask4()), bias[:, :, None]
+            most = torch.where(seen, bias, -torch.inf).amax(dim=-1)
+            moves = most > torch.where(seen, bias, torch.inf).amin(dim=-1)
+        by_row = moves.flatten(1).any(dim=1)
+        return by_row.any(), by_row
+
+    def share(self, heads: tuple[int, ...] | None, edit: Any) -> tuple[Tensor, Tensor] | None:
+        """Take a `Share` of few rows; the shares before and after, [B, H, n]. None: not taken."""
+        att = self.att
+        n, m = att.shape[2:]
+        if not isinstance(edit, Share) or self.biased or self.shared is not None:
+            return None
+        if n > FEW_ROWS or att.causal or m > SHORT_CACHE or att.requires_grad:
+            return None
+        if kernels.lse_source(att) == "blockwise":
+            return None
+        kept = ("split", id(edit.keys), heads)
+        inside, outside, empty, full, stays = self._once(kept, lambda: self._split(heads, edit.keys), edit.keys)
+        out_in, lse_in = self._attend(inside, empty)
+        out, lse = self._attend(outside, full)
+        before = torch.sigmoid(lse_in - lse)
+        if stays is None:
+            # NaN where a row sees no key at all.
+            before = before.masked_fill(torch.isneginf(lse_in), 0.0)
+            stays = (before <= 0) | (before >= 1)
+        after = torch.where(stays, before, edit.of(before))
+        if out.dtype != after.dtype:
+            out, out_in = out.to(after.dtype), out_in.to(after.dtype)
+        self.shared = torch.lerp(out, out_in, after[..., None]).to(att.v.dtype)
+        return before, after
+
+    def _split(self, heads: tuple[int, ...] | None, keys: Tensor) -> tuple[Any, ...]:
+        """(mask of the keys, mask of the others, rows [B, H, 1] that see none of the first, of the second, of either).
+
+        None for the rows: to be seen from the mask. False: none.
+        """
+        m, split = self.att.shape[3], split_keys(keys, heads, self.att)
+        inside, outside = split.masks(m)
+        mask = self.att.additive(self.att.stat_dtype)
+        if mask is not None:
+            return inside + mask, outside + mask, None, None, None
+        if keys.shape[-1] < m:
+            # A row sees its own token, which is in no set that ends before it.
+            return inside, outside, split.empty, False, split.empty
+        return inside, outside, split.empty, split.full, split.empty | split.full
+
+    def out(self) -> Tensor | None:
+        """The output of all heads with the edits taken, [B, H, n, dv]; None where there is none."""
+        if self.shared is not None or not self.biased:
+            return self.shared
+        key = ("mask", *(found[0] for found in self.biased))
+        mask = self._once(key, self._mask, self.att.mask)
+        # One operator; what torch puts around it takes as much time as a small call.
+        return self._attend(mask, False)[0]
+
+    def _attend(self, mask: Tensor, blind: Tensor | bool | None) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the model's kernel with an additive mask in place of the model's own."""
+        att = self.att.replace(mask=mask)
+        B, H, n, d = att.q.shape
+        if kernels.lse_source(att) == "blockwise":
+            # For a gradient, torch's own.
+            return kernels.attend(att), None
+        if not (self.packs and n == 1 and att.groups > 1 and self.att.mask is not None):
+            return kernels.attend_lse(att, blind)
+        rows = (B, H // att.groups, att.groups, -1)
+        mask = mask if mask.shape[1] == 1 else mask.reshape(len(mask), *rows[1:])
+        out, lse = kernels.attend_lse(att.replace(q=att.q.reshape(rows), mask=mask), blind)
+        return out.reshape(B, H, 1, -1), lse.reshape(B, H, 1)
+
+    def _mask(self) -> Tensor:
+        """The model's mask and all biases, as the kernel takes them."""
+        whole: Tensor | None = None
+        for _, heads, _, bias in self.biased:
+            if heads is not None:
+                full = bias.new_zeros(len(bias), self.att.shape[1], bias.shape[-1])
+                full[:, list(heads)] = bias
+                bias = full
+            whole = bias if whole is None else whole + bias
+        mask = self.att.additive(self.att.stat_dtype)
+        return whole[:, :, None] if mask is None else whole[:, :, None] + mask
+
+    def _once(self, key: Any, make: Any, *kept: Any) -> Any:
+        """What is made of tensors that other calls of this forward may bring as well; those are kept with it."""
+        att = self.att
+        key = (*key, att.shape, att.q.dtype, att.causal, id(att.mask))
+        found = self.memo.get(key)
+        if found is None:
+            found = self.memo[key] = (make(), att.mask, kept)
+        return found[0]
+
+
+class _Split:
+    """A key set as two masks, of its keys and of the others, for a cache that grows."""
+
+    def __init__(self, keys: Tensor, heads: Sequence[int] | None, att: Attention):
+        if heads is not None:
+            full = keys.new_zeros(len(keys), att.shape[1], keys.shape[-1])
+            full[:, list(heads)] = keys
+            keys = full
+        # Another object than the one that it is kept under, which could not be freed otherwise.
+        self.keys, self.dtype = keys.detach(), att.stat_dtype
+        self.empty = ~keys.any(dim=-1, keepdim=True)
+        self.full = keys.all(dim=-1, keepdim=True)
+        self._masks: tuple[Tensor, Tensor] | None = None
+
+    def masks(self, size: int) -> tuple[Tensor, Tensor]:
+        """(mask of the keys, mask of the others), [B or 1, H or 1, 1, size] additive; slots behind the set are others."""
+        if self._masks is None or self._masks[0].shape[-1] < size:
+            room = -(-size // STEP) * STEP
+            keys = torch.nn.functional.pad(self.keys, (0, room - self.keys.shape[-1]))[:, :, None]
+            zero = torch.zeros(keys.shape, dtype=self.dtype, device=keys.device)
+            self._masks = zero.masked_fill(~keys, -torch.inf), zero.masked_fill(keys, -torch.inf)
+        inside, outside = self._masks
+        return inside.narrow(-1, 0, size), outside.narrow(-1, 0, size)
+
+
+def split_keys(keys: Tensor, heads: Sequence[int] | None, att: Attention) -> _Split:
+    """The split of a key set [B or 1, h or 1, s] of some heads, made once for each tensor of keys."""
+    version = 0 if keys.is_inference() else keys._version
+    key = (None if heads is None else tuple(heads), att.shape[1], att.stat_dtype, version)
+    known = _SPLITS.get(keys)
+    if known is None:
+        known = _SPLITS[keys] = {}
+    found = known.get(key)
+    if found is None:
+        found = known[key] = _Split(keys, heads, att)
+    return found
