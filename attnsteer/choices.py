@@ -116,10 +116,14 @@ class Order:
 
     def __init__(self) -> None:
         self.parts: dict[bytes, dict[int, Part]] = {}
+        self._form_of: dict[int, bytes] = {}
         self.size = 0
 
     def take(self, choice: Choice) -> bool:
         """Add the choice of one more row; False where its order is against that of others, and nothing was added."""
+        # What is kept of an intervention in a call is kept under its number, so it has one form there.
+        if any(self._form_of.get(p.bound.index, p.form) != p.form for p in choice.parts):
+            return False
         order, at = list(self.parts), -1
         for part in choice.parts:
             if part.form not in order:
@@ -130,6 +134,7 @@ class Order:
         self.parts = {form: self.parts.get(form, {}) for form in order}
         for part in choice.parts:
             self.parts[part.form][self.size] = part
+            self._form_of[part.bound.index] = part.form
         self.size += 1
         return True
 

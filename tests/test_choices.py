@@ -57,9 +57,13 @@ def test_forms_leave_out_what_may_differ_from_row_to_row() -> None:
 
 def test_an_order_keeps_that_of_each_row() -> None:
     zero, gate, spot = ZeroTuning(gamma=2.0), HeadGate({(0, 0): 0.5}), SpotLight(SPAN)
+    numbers = {"ZeroTuning": 0, "HeadGate": 1, "SpotLight": 2}
+    of = lambda *methods: Choice(tuple(part(m, numbers[type(m).__name__]) for m in methods))  # noqa: E731
     order = Order()
-    assert order.take(choice(zero, gate)) and order.take(Choice()) and order.take(choice(spot, gate))
-    assert not order.take(choice(gate, zero))
+    assert order.take(of(zero, gate)) and order.take(Choice()) and order.take(of(spot, gate))
+    assert not order.take(of(gate, zero))
+    # One intervention has one form in a batch.
+    assert not order.take(of(ZeroTuning({0: [1]}, 2.0)))
     assert order.size == 3
     names = [next(iter(own.values())).bound.name for own in order.parts.values()]
     assert names.index("HeadGate") == 2 and not order.uniform

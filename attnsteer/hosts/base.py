@@ -20,7 +20,7 @@ class Host:
     Attributes:
         target: the object that the user gave. main: the modalities that an empty `Where` selects.
         provides: names of `Intervention.needs` that its calls carry; of phases, steps and branches, those that it
-            can tell; and "around" where methods may call the model several times.
+            can tell; "around" where methods may call the model several times; "requests" where those of a batch may choose.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset()
