@@ -235,11 +235,11 @@ class AttentionMap:
         mass = self.mass(keys)
         new = edit.of(mass)
         if edit.scale_sinks:
-            stays = (mass <= 0) | (mass >= 1) | (new == mass)
-            weight = new * (1.0 - mass) / (mass * (1.0 - new)).masked_fill(stays, 1.0)
-            one = torch.ones_like(weight)
+            dead, one = (mass <= 0) | (mass >= 1), torch.ones_like(mass)
+            weight = new * (1.0 - mass) / (mass * (1.0 - new)).masked_fill(dead, 1.0)
+            # A share that stays is a weight of one to the bit, with its gradient.
             kept = kernels.held(one, weight) if weight.requires_grad else one
-            return Reweight(((keys, torch.where(stays, kept, weight)),), grows=True)
+            return Reweight(((keys, torch.where(dead, one, torch.where(new == mass, kept, weight))),), grows=True)
         outside = self.outside(keys)
         # A mass that is subnormal has no reciprocal in the dtype, and counts as the zero that it rounds to.
         stays = (mass <= 0) | (outside <= torch.finfo(mass.dtype).tiny)

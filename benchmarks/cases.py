@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsteer import ACT, PAG, AttendAndExcite, HeadSet, Intervention, SpotLight, Where, ZeroTuning, steer
-from attnsteer.call import AttnCall, Reweight
+from attnsteer.call import AttnCall, Share
 from benchmarks import dense, vision
 from benchmarks.measure import Times, interleaved, peak_memory
 from benchmarks.models import LlamaShape, UNetShape, excite_call, excite_pipelines, llama, prompt, twin, unet
@@ -25,11 +25,11 @@ BETA, THRESHOLD, SINKS = 0.4, 0.02, 12
 class CountedACT(ACT):
     """ACT that notes how many sinks each edited head had."""
 
-    def weights(self, call: AttnCall) -> Reweight | None:
+    def weights(self, call: AttnCall) -> Share | None:
         """As ACT."""
         edit = super().weights(call)
         if edit is not None:
-            COUNTS.extend(edit.groups[0][0].sum(dim=-1).flatten().tolist())
+            COUNTS.extend(edit.keys.sum(dim=-1).flatten().tolist())
         return edit
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnsteer import VAR, VHR, HeadGate, Intervention, Where, steer
+from attnsteer import VAR, VHR, Intervention, Where, ZeroTuning, steer
 from attnsteer.errors import AttnSteerError, CompositionError, SelectionError, UnsupportedHost
 from attnsteer.methods.var import sink_tokens
 from attnsteer.methods.vhr import above_median, divergence
@@ -258,8 +258,8 @@ def test_the_image_free_prompt_needs_token_ids() -> None:
 
 def test_heads_that_are_compared_must_not_be_divided() -> None:
     model, (inputs, _) = build("llava"), prompts("llava", [[2, "image", 3]])
-    with pytest.raises(CompositionError, match=r"VHR compares all of its heads .* HeadGate acts on some"):
-        steer(model, METHODS["VHR"], HeadGate({(0, 1): 0.5}))
+    with pytest.raises(CompositionError, match=r"VHR compares all of its heads .* ZeroTuning acts on some"):
+        steer(model, METHODS["VHR"], ZeroTuning({0: [1]}, 3.0))
     both = [METHODS["VAR"], METHODS["VHR"]]
     with steer(model, *both) as run:
         fast = model(**inputs).logits

@@ -63,7 +63,7 @@ def test_a_model_without_sinks_is_said_to_have_none() -> None:
     inputs = [tiny_transformers_inputs("llama", model, batch=4, seed=s) for s in range(2)]
     found = find_sink_dims(model, inputs, tau=4.5)
     assert found.dims == () and "no sink dimensions" in found.reason and len(found.strength) == 10
-    with pytest.raises(SelectionError, match="find_sink_dims"):
+    with pytest.raises(SelectionError, match=r"no sink dimensions: .* give dimensions"):
         VAR(found)
     # Here the strongest dimension is the strongest by chance; asked for next to no gap, the search returns one.
     assert len(find_sink_dims(model, inputs, tau=1.0, drop=1.0)) == 1

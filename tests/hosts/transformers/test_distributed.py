@@ -325,10 +325,11 @@ def test_a_pool_is_not_divided_by_another_method() -> None:
     model = tiny_transformers("llama")
     pooled = SpotLight(SPANS, 0.6, pooled=True, where=Where(layers=[1]))
     with pytest.raises(CompositionError, match="compares all of its heads"):
-        steer(model, pooled, HeadGate({(1, 0): 0.5}))
-    # Each row's own share has no part in that.
-    steer(model, pooled.new(pooled=False), HeadGate({(1, 0): 0.5}))._detach()
-    steer(model, pooled, HeadGate({(2, 0): 0.5}))._detach()
+        steer(model, pooled, ZeroTuning({1: [0]}, 3.0))
+    # Each row's own share has no part in that, nor has a gate behind the map, nor another layer.
+    steer(model, pooled.new(pooled=False), ZeroTuning({1: [0]}, 3.0))._detach()
+    steer(model, pooled, HeadGate({(1, 0): 0.5}))._detach()
+    steer(model, pooled, ZeroTuning({2: [0]}, 3.0))._detach()
 
 
 @dataclass(frozen=True)
