@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .audit import mark_of, unchanged
 from .edits import Reweight, Share
-from .in_place import mark, same
 from .kernels import Attention
 
 # Up to this many query rows (decoding), the rows themselves are cheaper than any identity.
@@ -72,18 +72,18 @@ class AttentionMap:
     def _keep(self, answer: Tensor) -> Tensor:
         """An answer that will be given again."""
         if not torch.compiler.is_compiling():
-            self._kept.append((answer, mark(answer, self._watched)))
+            self._kept.append((answer, mark_of(answer, self._watched)))
         return answer
 
     def touched(self) -> bool:
         """Whether an answer of this map, or of one below it, was changed in place; of inference tensors, while watched."""
-        own = any(not same(answer, marked) for answer, marked in self._kept)
+        own = any(not unchanged(answer, marked) for answer, marked in self._kept)
         return own or (self.before is not None and self.before.touched())
 
     def watch(self, on: bool) -> None:
         """Whether copies of answers that count no versions (of inference mode) are kept from now on, to compare with."""
         self._watched = on
-        self._kept = [(t, mark(t, on) if t.is_inference() else marked) for t, marked in self._kept]
+        self._kept = [(t, mark_of(t, on) if t.is_inference() else marked) for t, marked in self._kept]
         if self.before is not None:
             self.before.watch(on)
 

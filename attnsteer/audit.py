@@ -1,4 +1,5 @@
-"""The audit: what each intervention saw, returned and changed, per site; kept without reading the device."""
+"""The audit: what each intervention saw, returned and changed, per site; kept without reading the device. And whether a tensor was
+changed where it stands."""
 
 from __future__ import annotations
 
@@ -289,3 +290,26 @@ class Audit:
                 moved += ", compiled: calls not counted" if r.compiled else ""
                 lines.append(f"  {path}: {', '.join(parts)}; {r.rows} rows x {r.heads} heads, {r.path or '-'}{moved}")
         return "\n".join(lines)
+
+
+def mark_of(tensor: Tensor, values: bool) -> Any:
+    """What `unchanged` compares with: the tensor's version.
+
+    Args:
+        values: whether to copy a tensor that counts no versions (of inference mode); without, nothing is noticed of it.
+    """
+    if tensor.is_inference():
+        return tensor.clone() if values else None
+    return tensor._version
+
+
+def unchanged(tensor: Tensor, marked: Any) -> bool:
+    """Whether a tensor is as it was when it was marked."""
+    if marked is None:
+        return True
+    if not isinstance(marked, Tensor):
+        return tensor._version == marked
+    if torch.equal(tensor, marked):
+        return True
+    # NaN, as in rows of a model that see no key, equals nothing.
+    return tensor.is_floating_point() and torch.allclose(tensor, marked, rtol=0.0, atol=0.0, equal_nan=True)

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import in_place, kernels
+from . import kernels
 from .account import Samples
 from .attention_map import FEW_ROWS, AttentionMap, DenseMap
-from .audit import Audit, Flag, Mark
+from .audit import Audit, Flag, Mark, mark_of, unchanged
 from .bound import Bound, Heads
 from .call import AttnCall
 from .edits import Check, KeyBias, Reweight, Share, check_state
@@ -214,6 +214,9 @@ class SiteRuntime:
 
     def _index(self, local: Heads, device: torch.device) -> Tensor:
         """These heads as a tensor, made once."""
+        if torch.compiler.is_compiling():
+            # A memory that grows would be compiled for anew.
+            return torch.tensor(local, device=device)
         key = (local, device)
         found = self._indices.get(key)
         if found is None:
@@ -435,7 +438,7 @@ class _HeadGroup:
                 found += [(name, t) for t in track.tensors()]
             found += [(f"call.{name}", t) for name, fact in self.base.facts.items() for t in _tensors(fact)]
         if first:
-            return [(name, t, in_place.mark(t, True)) for name, t in found]
+            return [(name, t, mark_of(t, True)) for name, t in found]
         return [(name, t, None if t.is_inference() else t._version) for name, t in found]
 
     def _altered(self, before: list[tuple[str, Tensor, Any]], args: tuple[Tensor, ...]) -> list[str]:
@@ -444,7 +447,7 @@ class _HeadGroup:
         names = [
             name
             for name, t, marked in before
-            if not (marked is None or (t._version == marked if isinstance(marked, int) else in_place.same(t, marked)))
+            if not (marked is None or (t._version == marked if isinstance(marked, int) else unchanged(t, marked)))
         ]
         shown = sum(1 for name, _, _ in before if not name.startswith("call."))
         if shown and shown == 3 + len(args) and self.map.gathered and self.map.att is not self.whole.att:

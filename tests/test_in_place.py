@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from attnsteer.in_place import mark, same
+from attnsteer.audit import mark_of as mark
+from attnsteer.audit import unchanged as same
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,6 @@ from attnsteer.run import run, store
 from tests.run.running import READING, figures, load, recipe, written
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _interrupts() -> Iterator[None]:
-    """A shell that starts the tests in the background lets them ignore Ctrl-C."""
-    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, kept)
 
 
 KILLS = 20
@@ -127,11 +118,14 @@ def stopped(base: Any, out: Path, after: int) -> None:
         return real(*args)
 
     choice.answer = ask
+    # A shell that starts the tests in the background lets them ignore Ctrl-C.
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             run(base, out, progress=False)
     finally:
         choice.answer = real
+        signal.signal(signal.SIGINT, kept)
 
 
 def test_ctrl_c_keeps_and_scores_what_is_complete(tmp_path: Path, whole: Path) -> None:

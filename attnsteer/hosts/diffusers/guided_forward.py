@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ... import in_place
+from ...audit import mark_of, unchanged
 from ...bound import Bound
 from ...branches import BranchInputs, Prediction
 from ...edits import Check
@@ -137,7 +137,7 @@ class GuidedForward:
                 return prefix.replay(weak, given)
             plain.append(prefix.record(strong, given))
             asked.append(given)
-            marks.append(in_place.mark(plain[-1].sample, first))
+            marks.append(mark_of(plain[-1].sample, first))
             return plain[-1]
 
         self.run.audit.count(bound.index, "guided calls")
@@ -146,7 +146,7 @@ class GuidedForward:
         except Exception as error:
             error.add_note(f"attnsteer: raised in {bound.name}.around of {type(self.model).__name__}.")
             raise
-        if any(not in_place.same(p.sample, marked) for p, marked in zip(plain, marks, strict=True)):
+        if any(not unchanged(p.sample, marked) for p, marked in zip(plain, marks, strict=True)):
             raise self.refuse(bound, "changed a strong prediction in place; give with_sample a new tensor.")
         if not isinstance(result, Prediction):
             raise self.refuse(bound, f"returned {_kind(result)}; return a prediction, e.g. p.with_sample(tensor).")
