@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -53,9 +52,20 @@ def attend(att: Attention) -> Tensor:
     return out[..., : att.v.shape[-1]]
 
 
-@functools.cache
 def causal_with_mask() -> bool:
     """Whether torch's CPU kernel takes the causal flag beside a mask that is the same for all rows; tried once."""
+    global _BOTH
+    if _BOTH is None:
+        # Compiled code cannot try it; a steering does before.
+        _BOTH = not torch.compiler.is_compiling() and _try_both()
+    return _BOTH
+
+
+# Whether the kernel takes both; None: not tried yet.
+_BOTH: bool | None = None
+
+
+def _try_both() -> bool:
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, 4, 8, generator=draw) for _ in range(3))
     bias = torch.randn(1, 1, 1, 4, generator=draw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..call import AttnCall
@@ -12,7 +13,7 @@ from ..tokens import Tokens
 def check_images(tokens: Tokens, name: str) -> None:
     """Raise a SelectionError where a sample of a whole prompt has no image, or where its images are is not known."""
     image = tokens.image_mask()
-    if tokens.more_to_come:
+    if tokens.more_to_come or torch.compiler.is_compiling():
         return
     rows = (~image.any(dim=-1)).nonzero()[:, 0].tolist()
     if rows:

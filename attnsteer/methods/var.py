@@ -152,7 +152,8 @@ class VAR(Intervention):
         flags = sink_tokens(call.residual, self.sink_dims, self.tau)
         flags = flags & call.rows.prompt
         state["sinks"] = torch.cat([known, flags], dim=1) if past else flags
-        state["any"] = bool(state["sinks"].any())
+        # Whether there are any is not asked in compiled code.
+        state["any"] = torch.compiler.is_compiling() or bool(state["sinks"].any())
 
     def _rows(self, call: AttnCall, image: Tensor) -> Tensor:
         """bool [B, n]: text rows behind an image token (a visual sink that they see, in the official code)."""

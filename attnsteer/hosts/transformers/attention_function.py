@@ -20,8 +20,9 @@ from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
 from ..sdpa.host import same_kernel
+from . import traced
 from .forward import Forward, forward_of
-from .outer_calls import KEY
+from .outer_calls import KEY, UNTRACED
 
 # The name under which our attention function is registered.
 NAME = "attnsteer"
@@ -33,12 +34,26 @@ _LOCK = threading.Lock()
 _RUNTIMES: weakref.WeakKeyDictionary[nn.Module, SiteRuntime] = weakref.WeakKeyDictionary()
 
 
-# Traced code would bake in whether a run is attached; a graph break here keeps compiled models honest.
-@torch.compiler.disable
 def steered_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The base function, edited where a run asks for it."""
+    if torch.compiler.is_compiling():
+        seam = module.config._attnsteer_seam
+        own = kwargs.get(KEY, {}).get(id(seam.runtime.run))
+        if isinstance(own, traced.Traced):
+            kwargs.pop(KEY)
+            name = module.config._attn_implementation_internal or "eager"
+            options = _options(args) | kwargs
+            return traced.attend(own, seam, problem, name, module, query, key, value, attention_mask, options)
+    return _untraced(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+# Traced code would bake in what this forward is; a graph break here keeps compiled models honest.
+@torch.compiler.disable(reason=UNTRACED)
+def _untraced(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     name = module.config.__dict__.get("_attn_implementation_internal") or "eager"
     base = _base_function(module, name)
     runtime = _RUNTIMES.get(module)
@@ -114,22 +129,12 @@ def _steered(
     if maps and weights[0] is None:
         # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.
         run_base()
-    return out.transpose(1, 2).contiguous(), _edited_weights(weights[0], maps) if maps else weights[0]
+    return out.transpose(1, 2).contiguous(), traced.edited_weights(weights[0], maps) if maps else weights[0]
 
 
 def _options(args: tuple[Any, ...]) -> dict[str, Any]:
     # The library names its arguments; positional extras exist only in old third-party code.
     return dict(zip(("dropout", "scaling"), args, strict=False))
-
-
-def _edited_weights(weights: Tensor | None, maps: list[Any] | None) -> Tensor | None:
-    """The map that an eager model hands out, as edited: `output_attentions` must not show the unedited one."""
-    if weights is None or not maps:
-        return weights
-    weights = weights.clone()
-    for heads, A in maps:
-        weights[:, slice(None) if heads is None else list(heads)] = A.to(weights.dtype)
-    return weights
 
 
 def problem(
@@ -243,7 +248,12 @@ def attach_module(runtime: SiteRuntime, journal: Any) -> None:
             _register()
         _RUNTIMES[module] = runtime
     journal.add(lambda: _release(module))
-    journal.set_attr(module, "config", view(module.config))
+    own = home(module)
+    table = getattr(own, "ALL_ATTENTION_FUNCTIONS", None)
+    if table is None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
+    seam = traced.Seam(runtime, table, getattr(own, "eager_attention_forward", None))
+    journal.set_attr(module, "config", view(module.config, seam))
 
 
 def _release(module: nn.Module) -> None:
@@ -265,7 +275,7 @@ def _unregister() -> None:
     AttentionInterface._global_mapping.pop(NAME, None)
 
 
-def view(config: Any) -> Any:
+def view(config: Any, seam: traced.Seam | None = None) -> Any:
     """A live view of `config` with our implementation's name.
 
     Only attention modules see it, so model code, library checks and mask functions read what they always read; a later change of
@@ -277,6 +287,7 @@ def view(config: Any) -> Any:
         (kind,),
         {
             "__module__": kind.__module__,
+            "_attnsteer_seam": seam,
             "_attn_implementation": property(lambda self: NAME, lambda self, value: None),
             "__deepcopy__": lambda self, memo: copy.deepcopy(config, memo),
             # A builtin, so that a pickle can be read where this library is not installed.

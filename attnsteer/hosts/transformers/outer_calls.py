@@ -28,6 +28,17 @@ UNTRACED = (
 )
 
 
+class OuterFacts:
+    """What the outer model of a vision-language type says of one compiled call.
+
+    Attributes:
+        image: bool [B, n], the image tokens of the call, or None. total: slots of the prompt that `generate` was given, or None.
+    """
+
+    def __init__(self, image: Tensor | None, total: int | None):
+        self.image, self.total = image, total
+
+
 class Prepared:
     """An account that was drawn up before its forward began, by what batches requests; it travels in place of a `Forward`."""
 
@@ -117,6 +128,8 @@ class OuterCalls:
         # An adapter that puts learned vectors in front of the prompt (prompt and prefix tuning).
         kinds = imported("peft", "PeftModel")
         self.adapted: Any = next((m for m in outer[:1] if kinds and isinstance(m, kinds)), None)
+        # The stacks inside.
+        self.stacks: list[Any] = []
         # The length of a prompt is that of `generate`'s input only where no encoder reads it.
         self._lengths = not any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in outer)
 
@@ -187,6 +200,21 @@ class OuterCalls:
                 if image is not None and around.generation is None:
                     check_whole(self.family, self.model.config, values, image)
         return replace(around, ids=ids, image=image, roles=roles, mask=mask)
+
+    def untraceable(self) -> bool:
+        """Whether compiled code must not hold the outer forwards."""
+        return bool(self.run.scopes) or self.adapted is not None or any(s.untraceable for s in self.stacks)
+
+    def traced(self, module: nn.Module, values: Mapping[str, Any], own: Any) -> OuterFacts:
+        """What one outer forward says in compiled code; `own`: what was said above it, or what `generate` has prepared."""
+        image, total = getattr(own, "image", None), getattr(own, "total", None)
+        if not isinstance(own, OuterFacts):
+            # The image tokens of a whole `generate` are not those of this call.
+            image = None
+        if image is None and self._ours(module):
+            data = next((v for v in (values.get("input_ids"), values.get("inputs_embeds")) if v is not None), None)
+            image = None if data is None else self._images(values, data.shape[1])
+        return OuterFacts(image, total)
 
     def check_generate(self, values: Mapping[str, Any]) -> None:
         """Raise where a way of decoding is known to be refused later, after the library has changed the model's config for it."""
@@ -266,8 +294,18 @@ class _Forwards:
         self.calls, self.module = calls, module
         self.names = list(inspect.signature(module.forward).parameters)
 
-    @torch.compiler.disable(reason=UNTRACED)
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not self.calls.untraceable():
+            own = kwargs.get(KEY, {}).get(id(self.calls.run))
+            if not isinstance(own, Prepared):
+                values = dict(zip(self.names, args, strict=False)) | kwargs
+                facts = self.calls.traced(self.module, values, own)
+                kwargs[KEY] = {**kwargs.get(KEY, {}), id(self.calls.run): facts}
+                return inner(*args, **kwargs)
+        return self._untraced(inner, *args, **kwargs)
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def _untraced(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_tracing()
         calls = self.calls
         if calls.silent() or isinstance(kwargs.get(KEY, {}).get(id(calls.run)), Prepared):
