@@ -275,6 +275,10 @@ class Audit:
             found = self.records.setdefault((index, path), Record())
         return found
 
+    def _seen(self, index: int) -> dict[str, Record]:
+        """The records of intervention number `index`, by site; of sites that ran."""
+        return {path: r for (i, path), r in self.records.items() if i == index and (r.calls or r.compiled)}
+
     def count(self, index: int, what: str, by: int = 1) -> None:
         """Count an event that belongs to no site, such as weak-branch passes."""
         counts = self.extra.setdefault(index, {})
@@ -313,7 +317,7 @@ class Audit:
         """JSON-able form: a list of interventions with their sites; of one part of the batch (see `divide`), or of all."""
         out, parts = [], 1 if part is None else self.parts
         for index, name in enumerate(self.names):
-            sites = {path: r.to_dict(part, parts) for (i, path), r in self.records.items() if i == index}
+            sites = {path: r.to_dict(part, parts) for path, r in self._seen(index).items()}
             around = {"changed": self.changed(index)} if index in self._around else {}
             out.append({"intervention": name, "sites": sites, **self.extra.get(index, {}), **around})
         return {"interventions": out}
@@ -321,7 +325,7 @@ class Audit:
     def __str__(self) -> str:
         lines = ["calls seen / edits returned / calls in which something changed"]
         for index, name in enumerate(self.names):
-            own = {path: r for (i, path), r in self.records.items() if i == index}
+            own = self._seen(index)
             extra = "".join(f", {n} {what}" for what, n in self.extra.get(index, {}).items())
             if index in self._around:
                 extra += f", {self.changed(index)} changed"

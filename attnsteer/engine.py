@@ -394,11 +394,15 @@ class _HeadGroup:
         self.asked, view = (door, first), self.map
         if first:
             view.watch(True)
-        try:
+        if torch.compiler.is_compiling():
+            # An error ends the compilation, which says where it was.
             edit = getattr(bound.method, door)(call, *args)
-        except Exception as error:
-            error.add_note(f"attnsteer: raised in {bound.name}.{door} at {site}.")
-            raise
+        else:
+            try:
+                edit = getattr(bound.method, door)(call, *args)
+            except Exception as error:
+                error.add_note(f"attnsteer: raised in {bound.name}.{door} at {site}.")
+                raise
         altered = self._altered(before, args)
         if first:
             view.watch(False)

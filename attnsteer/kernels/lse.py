@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import Attention, assemble, exponential, visible
+from .sources import find_source, source_named
 
 HALF = (torch.float16, torch.bfloat16)
 # A key bias of minus infinity as the kernels get it: the exponential is zero, and no product is NaN.
@@ -16,10 +17,20 @@ FLOOR = -(2.0**14)
 
 
 def lse_source(att: Attention) -> str:
-    """The kernel that will give (out, lse): "cpu-flash", "cuda-flash", "cuda-efficient" or "blockwise"."""
+    """The kernel that will give (out, lse): "cpu-flash", "cuda-flash", "cuda-efficient", "blockwise", or that of a source."""
     d, dv = att.q.shape[-1], att.v.shape[-1]
-    if att.softcap is not None or att.sinks is not None or att.requires_grad or d != dv or 0 in att.shape:
+    if att.sinks is not None or att.requires_grad or d != dv or 0 in att.shape:
         return "blockwise"
+    own = "blockwise" if att.softcap is not None else _own_source(att)
+    if own != "blockwise":
+        return own
+    # Where none of torch's own serves.
+    further = find_source(att)
+    return own if further is None else further.name
+
+
+def _own_source(att: Attention) -> str:
+    d = att.q.shape[-1]
     device, dtype = att.q.device.type, att.q.dtype
     if device == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         return "cpu-flash"
@@ -111,8 +122,10 @@ def attend_lse(att: Attention, blind: Tensor | bool | None = None) -> tuple[Tens
         out, lse = _cuda_flash(att)
     elif source == "cuda-efficient":
         out, lse = _cuda_efficient(att)
+    elif source == "blockwise":
+        return own_pass(att)
     else:
-        return _blockwise(att)
+        return source_named(source).attend(att)
     return _blind_rows(att, out, lse)
 
 
@@ -223,7 +236,7 @@ def _blind_rows(att: Attention, out: Tensor, lse: Tensor) -> tuple[Tensor, Tenso
     return out, lse.masked_fill(blind, -torch.inf)
 
 
-def _blockwise(att: Attention) -> tuple[Tensor, Tensor]:
+def own_pass(att: Attention) -> tuple[Tensor, Tensor]:
     """Our own pass over row tiles: any device, dtype, soft-capping and learned sinks; differentiable."""
     B, H, n, _ = att.shape
     dtype = att.stat_dtype

@@ -145,7 +145,9 @@ class VAR(Intervention):
         if past and ("sinks" not in state or (not decoding and state["sinks"].shape[1] < past)):
             raise prompt_unseen(self, call, f"which of the {past} tokens in the cache are sinks is not known")
         # Where the cache was cut back, other tokens now stand behind the cut.
-        known = state["sinks"][:, :past] if past else None
+        known = state["sinks"] if past else None
+        if past and known.shape[1] > past:
+            known = known[:, :past]
         if decoding:
             state["sinks"] = known
             return

@@ -27,6 +27,8 @@ from .outer_calls import KEY, UNTRACED
 # The name under which our attention function is registered.
 NAME = "attnsteer"
 BASES = ("sdpa", "eager", "flex_attention")
+# Bases that have not run where this library is tested: the check of each site decides (docs/backends.md).
+FLASH = ("flash_attention_2", "flash_attention_3")
 # From this many rows on, the check of a site runs the model's own kernel on the rows that it looks at only.
 LONG = 256
 _LOCK = threading.Lock()
@@ -92,8 +94,7 @@ def _steered(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     options = _options(args) | kwargs
-    if name not in BASES:
-        check_base(runtime.site, name)
+    check_base(runtime.site, name)
     if module.training and options.get("dropout"):
         raise UnsupportedHost(
             f"{runtime.site.path} runs with attention dropout {options['dropout']} in training mode; "
@@ -114,7 +115,7 @@ def _steered(
         return out.transpose(1, 2)
 
     def base_rows(index: Tensor) -> Tensor:
-        if att.shape[2] < LONG or name == "flex_attention" or options.get("position_bias") is not None:
+        if att.shape[2] < LONG or name not in ("sdpa", "eager") or options.get("position_bias") is not None:
             return run_base().index_select(2, index)
         # A long prompt is not computed a second time for a few of its rows.
         part = att.take(index)
@@ -154,6 +155,8 @@ def problem(
         if causal and k.shape[2] > n:
             # As the library does: an empty static cache is longer than what it holds.
             k, v = k[:, :, :n], v[:, :, :n]
+    elif name in FLASH:
+        mask, causal = _flash_mask(module, mask, options, q, k)
     elif name == "flex_attention" and mask is not None and not isinstance(mask, Tensor):
         mask = _flex_mask(mask, q, k)
     if isinstance(mask, Tensor) and mask.shape[-1] > k.shape[2]:
@@ -179,11 +182,33 @@ def _flex_mask(block_mask: Any, q: Tensor, k: Tensor) -> Tensor:
     return create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device=q.device)
 
 
+def _flash_mask(
+    module: nn.Module, mask: Any, options: dict[str, Any], q: Tensor, k: Tensor
+) -> tuple[Tensor | None, bool]:
+    """(mask, causal flag) of what flash-attention computes: padding [B, m] or None, its causal flag lower-right aligned."""
+    n, m, window = q.shape[2], k.shape[2], options.get("sliding_window")
+    if "cu_seq_lens_q" in options or (mask is not None and mask.shape != (q.shape[0], m)):
+        raise UnsupportedHost(
+            "flash attention is steered on padded batches [B, tokens] only: not on packed sequences, nor on a cache of fixed size. "
+            'Call model.set_attn_implementation("sdpa").'
+        )
+    given = options.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if given is None else given)
+    valid = None if mask is None else mask[:, None, None].to(torch.bool)
+    if window is None or window >= m:
+        if not causal or n in (1, m):
+            return valid, causal and n > 1
+        window = m
+    behind = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)
+    seen = (behind < window) & ((behind >= 0) if causal else (behind > -window))
+    return seen[None, None] if valid is None else seen & valid, False
+
+
 def check_base(site: Site, name: str) -> None:
     """Raise where the model's attention hides what an exact edit needs."""
-    if name not in BASES:
+    if name not in BASES + FLASH:
         raise UnsupportedHost(
-            f"{site.path} runs {name!r} attention, which hides what an exact edit needs; attnsteer handles {BASES}. "
+            f"{site.path} runs {name!r} attention, which hides what an exact edit needs; attnsteer handles {BASES + FLASH}. "
             'Call model.set_attn_implementation("sdpa") first.'
         )
 

@@ -32,6 +32,8 @@ NEEDS = frozenset({"tokens", "images", "residual"})
 class Kept:
     """What a sequence whose prompt ran in compiled code keeps: as `Sequence`, with the prompt's slots only."""
 
+    compiled = False
+
     def __init__(self, batch: int, prompt: int, valid: Tensor | None, image: Tensor | None, states: States):
         self.batch_rows, self.prompt, self.valid, self.image, self.states = batch, prompt, valid, image, states
         self.repeats: Samples | None = None
@@ -119,6 +121,8 @@ class Traced:
         self.stack, self.batch, self.past, self.known, self.new, self.device = stack, batch, past, known, new, device
         self.valid, self.border, self.phase, self.tokens = valid, border, phase, tokens
         self.states, self.residual = states, residual
+        # What the sequence kept before this forward.
+        self.before: States = {}
 
     def entering(self, hidden: Tensor) -> Traced:
         """The same with the hidden states that enter a layer."""
@@ -188,6 +192,10 @@ def untraceable(stack: Stack, direct: bool) -> str | None:
         lacking = [need for need in bound.method.needs if need not in NEEDS]
         if lacking or bound.method.observes or bound.method.pools_heads:
             return f"{bound.name} needs {lacking or 'what it reads'} of each call"
+        if bound.doors != {"output"} and any(
+            r.site.kind == "cross" and any(b is bound for b, _ in r.entries) for r in stack.runtimes.values()
+        ):
+            return f"{bound.name} acts on cross-attention, whose padding travels with the encoder"
     if direct:
         return "modules call SDPA by themselves"
     if any(r.shards is not None for r in stack.runtimes.values()):
@@ -221,7 +229,8 @@ def begin(stack: Stack, values: dict[str, Any], own: Any) -> Traced | None:
     given = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
     # The image tokens of a whole `generate` are not those of this call.
     image = image if isinstance(own, OuterFacts) else None
-    needs = any("tokens" in b.method.needs for b in stack.bounds)
+    # What edits head outputs alone asks nothing of rows and keys.
+    needs = any("tokens" in b.method.needs or b.doors != {"output"} for b in stack.bounds)
     timed = any(b.timed or b.where.rows is not None for b in stack.bounds)
     if not filled:
         if mask is not None and given is None and (needs or timed):
@@ -250,9 +259,11 @@ def begin(stack: Stack, values: dict[str, Any], own: Any) -> Traced | None:
         states = {key: dict(state) for key, state in kept.states.items()}
         given = kept.valid if given is None else given
         image, repeats, resolved = kept.image, kept.repeats, kept.resolved
-    return _made(
+    made = _made(
         stack, batch, past, known, new, data.device, given, border, "decode", prompt, image, states, repeats, resolved
     )
+    made.before = {} if kept is None else kept.states
+    return made
 
 
 def _made(
@@ -279,6 +290,7 @@ def _kept(stack: Stack, cache: Any) -> Any:
 def finish(stack: Stack, forward: Traced, values: dict[str, Any], output: Any) -> None:
     """After a compiled forward over a prompt: its cache keeps what the next ones need."""
     if forward.phase != "prefill":
+        _check_still(stack, forward)
         return
     cache = values.get("past_key_values")
     if cache is None and not isinstance(output, (tuple, list)):
@@ -294,6 +306,19 @@ def finish(stack: Stack, forward: Traced, values: dict[str, Any], output: Any) -
                 setattr(cache, name, Follower(cache, name))
     else:
         store[stack.memory.key] = kept
+
+
+def _check_still(stack: Stack, forward: Traced) -> None:
+    """Raise where a step that decodes has changed what its sequence keeps: the next step would not find it."""
+    for (index, site, heads), state in forward.states.items():
+        before = forward.before.get((index, site, heads), {})
+        for name, value in state.items():
+            old = before.get(name)
+            if value is not old and (isinstance(value, Tensor) or value != old):
+                raise UnsupportedHost(
+                    f"method {index} at {site} changes call.state[{name!r}] at each generated token, which compiled code does not "
+                    "carry on. Decode uncompiled, or use a mode that keeps the prompt's."
+                )
 
 
 class Seam:
@@ -326,8 +351,8 @@ def attend(
     active = runtime.active(forward.phase, None, None, False)
     if not active:
         return base(module, query, key, value, mask, **options)
-    if name == "flex_attention":
-        raise UnsupportedHost(f"{runtime.site.path}: flex attention is not steered inside compiled code; use sdpa.")
+    if name not in ("sdpa", "eager"):
+        raise UnsupportedHost(f"{runtime.site.path}: {name} is not steered inside compiled code; use sdpa.")
     if query.shape[0] != forward.batch or query.shape[2] != forward.new:
         raise UnsupportedHost(f"{runtime.site.path}: its rows are not those of its model; steer it uncompiled.")
     weights: list[Tensor | None] = [None]
