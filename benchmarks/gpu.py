@@ -281,7 +281,9 @@ def method_part(bench: Bench) -> list[dict[str, Any]]:
             with steer(model, method, control=True):
                 own = logits(model, ids)
             limit = max(MODEL_LIMITS[dtype], 4 * lost)
-            found.append(bench.judge(f"{name}, {str(dtype)[6:]}", own, wanted[name], limit, plain))
+            # Whether it acts is seen where rounding does not hide it.
+            moved = plain if dtype == torch.float32 else None
+            found.append(bench.judge(f"{name}, {str(dtype)[6:]}", own, wanted[name], limit, moved))
     model.float()
     return found
 
