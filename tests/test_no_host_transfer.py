@@ -1,4 +1,4 @@
-"""What would run on a GPU, by tensors that have a device and no values: nothing is read back, and nothing meets a tensor of the CPU."""
+"""What a GPU would run, by tensors that have a device and no values: nothing is read back, nothing meets a tensor of the CPU."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def lse_source(att: Attention) -> str:
     if own != "blockwise":
         return own
     # Where none of torch's own serves.
-    further = find_source(att)
+    further = find_source(att, own_pass)
     return own if further is None else further.name
 
 

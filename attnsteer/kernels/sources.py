@@ -23,6 +23,8 @@ HALF = (torch.float16, torch.bfloat16)
 # Of outputs and log-sum-exps in units of one; the kernels round probabilities to half precision.
 LIMIT = 2e-2
 
+Attend = Callable[[Attention], tuple[Tensor, Tensor]]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -35,7 +37,7 @@ class Source:
 
     name: str
     takes: Callable[[Attention], bool]
-    attend: Callable[[Attention], tuple[Tensor, Tensor]]
+    attend: Attend
 
 
 _SOURCES: dict[str, Source] = {}
@@ -55,13 +57,13 @@ def remove_source(name: str) -> None:
     _SOURCES.pop(name, None)
 
 
-def find_source(att: Attention) -> Source | None:
-    """The first source that takes the problem and agrees with our own pass on one of its form."""
+def find_source(att: Attention, reference: Attend) -> Source | None:
+    """The first source that takes the problem and agrees with `reference`, our own pass, on one of its form."""
     _look_once(att)
     if not _SOURCES or att.requires_grad:
         return None
     for source in list(_SOURCES.values()):
-        if source.takes(att) and _agrees(source, att):
+        if source.takes(att) and _agrees(source, att, reference):
             return source
     return None
 
@@ -99,22 +101,20 @@ def _form(att: Attention) -> tuple[Any, ...]:
     )
 
 
-def _agrees(source: Source, att: Attention) -> bool:
+def _agrees(source: Source, att: Attention, reference: Attend) -> bool:
     key = (source.name, *_form(att))
     found = _AGREED.get(key)
     if found is None:
         if torch.compiler.is_compiling():
             # Nothing can be tried there.
             return False
-        found = _AGREED[key] = _tried(source, att)
+        found = _AGREED[key] = _tried(source, att, reference)
     return found
 
 
 @torch.no_grad()
-def _tried(source: Source, att: Attention) -> bool:
+def _tried(source: Source, att: Attention, reference: Attend) -> bool:
     """Whether a source computes what our own pass does, on a small problem of the form of `att`."""
-    from .lse import own_pass
-
     draw, n = torch.Generator().manual_seed(0), 24
     make = lambda h, d: torch.randn(2, h, n, d, generator=draw).to(att.q.device, att.q.dtype)  # noqa: E731
     d, mask = att.q.shape[-1], att.mask4()
@@ -136,7 +136,7 @@ def _tried(source: Source, att: Attention) -> bool:
     except Exception as error:  # whatever a foreign kernel may raise: it is not used then
         warnings.warn(f"attnsteer does not use {source.name} for this form of attention: {error}", stacklevel=2)
         return False
-    wanted, wanted_lse = own_pass(small)
+    wanted, wanted_lse = reference(small)
     blind = torch.isneginf(wanted_lse)
     error = torch.where(blind, 0.0, (lse - wanted_lse).abs()).amax()
     error = torch.maximum(error, (out.float() - wanted.float()).abs().amax())

@@ -25,7 +25,19 @@ from ...tokens import Tokens
 from . import traced
 from .cache_state import STATE, Memory, Sequence
 from .masks import looks_both_ways, packed_requests, padding_mask, roles_of_mask, whole_mask
-from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls, Prepared, entry
+from .outer_calls import (
+    CURRENT,
+    GENERATION,
+    KEY,
+    OUTER,
+    UNTOLD,
+    UNTRACED,
+    Outer,
+    OuterCalls,
+    OuterFacts,
+    Prepared,
+    entry,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +178,11 @@ class Stack:
             told = UNTOLD
         # An outer stack hands its own account on to the towers inside.
         prepared = self.outer.taken(kwargs) if KEY in kwargs else None
+        if isinstance(prepared, OuterFacts):
+            # The outer model runs compiled, this stack does not.
+            told, prepared = prepared.outer(), None
+        elif isinstance(prepared, traced.Traced):
+            prepared = None
         values = dict(zip(self.names, args, strict=False)) | kwargs
         if told is None:
             told = self.outer.of_call(self.module, values, None if isinstance(prepared, Forward) else prepared)

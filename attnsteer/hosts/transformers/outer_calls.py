@@ -32,11 +32,17 @@ class OuterFacts:
     """What the outer model of a vision-language type says of one compiled call.
 
     Attributes:
-        image: bool [B, n], the image tokens of the call, or None. total: slots of the prompt that `generate` was given, or None.
+        image: bool [B, n], the image tokens of the call, or None. ids, mask: its token ids and padding mask, or None.
+        generation: the `generate` that prepared it, or None. total: slots of the prompt of that, or None.
     """
 
-    def __init__(self, image: Tensor | None, total: int | None):
-        self.image, self.total = image, total
+    def __init__(self, image: Tensor | None, ids: Tensor | None, mask: Tensor | None, generation: Any):
+        self.image, self.ids, self.mask, self.generation = image, ids, mask, generation
+        self.total = None if generation is None else generation.total
+
+    def outer(self) -> Outer:
+        """The same for a stack that does not run compiled."""
+        return Outer(self.ids, self.image, mask=self.mask, generation=self.generation)
 
 
 class Prepared:
@@ -207,14 +213,15 @@ class OuterCalls:
 
     def traced(self, module: nn.Module, values: Mapping[str, Any], own: Any) -> OuterFacts:
         """What one outer forward says in compiled code; `own`: what was said above it, or what `generate` has prepared."""
-        image, total = getattr(own, "image", None), getattr(own, "total", None)
-        if not isinstance(own, OuterFacts):
-            # The image tokens of a whole `generate` are not those of this call.
-            image = None
+        facts = own if isinstance(own, OuterFacts) else OuterFacts(None, None, None, own)
+        image, ids, mask = facts.image, facts.ids, facts.mask
+        ids = values.get("input_ids") if ids is None else ids
+        given = values.get("attention_mask")
+        mask = given if mask is None and isinstance(given, Tensor) and given.ndim == 2 else mask
         if image is None and self._ours(module):
-            data = next((v for v in (values.get("input_ids"), values.get("inputs_embeds")) if v is not None), None)
+            data = ids if ids is not None else values.get("inputs_embeds")
             image = None if data is None else self._images(values, data.shape[1])
-        return OuterFacts(image, total)
+        return OuterFacts(image, ids, mask, facts.generation)
 
     def check_generate(self, values: Mapping[str, Any]) -> None:
         """Raise where a way of decoding is known to be refused later, after the library has changed the model's config for it."""
