@@ -13,9 +13,14 @@ if TYPE_CHECKING:
     from .intervention import Intervention
     from .methods import (
         ACT,
+        ADHH,
+        HGAI,
         PAG,
+        PAI,
+        PAINT,
         PASTA,
         SEG,
+        SPIN,
         VAR,
         VHR,
         AttendAndExcite,
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
         HeadGate,
         SoftPAG,
         SpotLight,
+        VisualKnockout,
         ZeroTuning,
     )
     from .methods.bases.latent_loss import LatentLoss
@@ -63,6 +69,12 @@ __getattr__, _names, __all__ = lazy(
         "SpotLight": "methods",
         "VAR": "methods",
         "VHR": "methods",
+        "ADHH": "methods",
+        "HGAI": "methods",
+        "PAI": "methods",
+        "PAINT": "methods",
+        "SPIN": "methods",
+        "VisualKnockout": "methods",
         "ZeroTuning": "methods",
     },
 )

@@ -8,13 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .act import ACT
+    from .adhh import ADHH
     from .attend_and_excite import AttendAndExcite
     from .attention_refocusing import AttentionRefocusing
     from .headgate import HeadGate
+    from .hgai import HGAI
+    from .knockout import VisualKnockout
     from .pag import PAG
+    from .pai import PAI
+    from .paint import PAINT
     from .pasta import PASTA
     from .seg import SEG
     from .softpag import SoftPAG
+    from .spin import SPIN
     from .spotlight import SpotLight
     from .var import VAR
     from .vhr import VHR

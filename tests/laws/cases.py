@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from attnsteer import (
     ACT,
+    ADHH,
+    HGAI,
     PAG,
+    PAI,
+    PAINT,
     PASTA,
     SEG,
+    SPIN,
     VAR,
     VHR,
     AttendAndExcite,
@@ -14,6 +19,7 @@ from attnsteer import (
     HeadGate,
     SoftPAG,
     SpotLight,
+    VisualKnockout,
     Where,
     ZeroTuning,
 )
@@ -68,6 +74,43 @@ VISION = [
         VHR,
         lambda s: VHR(1.7, where=narrow(s)),
         lambda s: VHR(1.0, where=narrow(s)),
+    ),
+    # What acts in the rows that speak: to a run without a cache, where all tokens are prompt, only the last one does.
+    MethodCase(
+        PAI,
+        lambda s: PAI(0.8, where=narrow(s)),
+        lambda s: PAI(0.0, where=narrow(s)),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        HGAI,
+        lambda s: HGAI(0.8, where=narrow(s)),
+        lambda s: HGAI(0.0, where=narrow(s)),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        PAINT,
+        lambda s: PAINT([[0, 3, 5]] * s.batch, [[3, 7]] * s.batch, 0.9, 1.4, where=narrow(s)),
+        lambda s: PAINT([[0, 3, 5]] * s.batch, [[3, 7]] * s.batch, 0.0, 0.0, where=narrow(s)),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        ADHH,
+        lambda s: ADHH(s.heads, 0.1, where=s.where),
+        lambda s: ADHH(s.heads, 1.1, where=s.where),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        SPIN,
+        lambda s: SPIN(0.5, 0.1, where=narrow(s)),
+        lambda s: SPIN(0.5, 1.0, where=narrow(s)),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        VisualKnockout,
+        lambda s: VisualKnockout([("last", "image"), ("generated", "image")], where=narrow(s)),
+        lambda s: VisualKnockout([], where=narrow(s)),
+        prompt_bound=True,
     ),
 ]
 GUIDANCE = [
