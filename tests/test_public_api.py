@@ -16,16 +16,22 @@ from attnsteer import Intervention, errors
 
 METHODS = [
     "ACT",
+    "ADHH",
     "AttendAndExcite",
     "AttentionRefocusing",
+    "HGAI",
     "HeadGate",
     "PAG",
+    "PAI",
+    "PAINT",
     "PASTA",
     "SEG",
+    "SPIN",
     "SoftPAG",
     "SpotLight",
     "VAR",
     "VHR",
+    "VisualKnockout",
     "ZeroTuning",
 ]
 NAMES = [
@@ -54,6 +60,12 @@ SIGNATURES = {
     "SoftPAG": "scale=3.0, strength=1.0, joint='joint_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "SpotLight": "spans, target=0.2, pooled=False, *, where, tokenizer=None",
     "VAR": "sink_dims=None, tau=20.0, rho=0.5, min_image_mass=0.2, move_fraction=0.6, *, where, released=False",
+    "ADHH": "heads=None, threshold=0.4, *, where",
+    "HGAI": "alpha=0.5, *, where",
+    "PAI": "alpha=0.5, heads=None, *, where",
+    "PAINT": "local, summary, alpha=0.7, beta=0.3, heads=None, *, where",
+    "SPIN": "keep=0.95, scale=0.08, *, where, by='scores'",
+    "VisualKnockout": "blocks=(('last', 'image'), ('generated', 'image')), *, where",
     "VHR": "alpha=2.0, *, where, rows='all', last=14, outliers=True, reinforce_both=True",
     "ZeroTuning": "heads=None, gamma=1.0, *, where",
     "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "

@@ -1,4 +1,4 @@
-"""AD-HH: switches off, in hallucination heads, the attention to the text behind the image where it dominates.
+"""ADHH: switches off, in hallucination heads, the attention to the text behind the image where it dominates.
 
 Yang et al., "Understanding and Mitigating Hallucination in Large Vision-Language Models via Modular Attribution and
 Intervention" (ICLR 2025); official code TianyunYoung/Hallucination-Attribution, which sums the share over the batch (one

@@ -1,4 +1,4 @@
-"""Visual knock-out: blocks attention between parts of a prompt, to find where the image's information goes.
+"""VisualKnockout: blocks attention between parts of a prompt, to find where the image's information goes.
 
 Kaduri, Bagon, Dekel, "What's in the Image? A Deep-Dive into the Vision of Vision Language Models" (CVPR 2025, arXiv 2411.17491;
 no official code was found), and Zhang et al., "Cross-modal Information Flow in Multimodal Large Language Models" (CVPR 2025,

@@ -1,7 +1,8 @@
 """PAINT: raises the scores of two sets of image patches, chosen by the vision encoder's own attention.
 
-Arif et al., "Fixing Imbalanced Attention to Mitigate In-Context Hallucination of Large Vision-Language Model" (arXiv 2501.12206);
-official code hasanar1f/PAINT. The abstract speaks of a strength for each head; the code has the same for all, and so has this.
+Arif et al., "Fixing Imbalanced Attention to Mitigate In-Context Hallucination of Large Vision-Language Model" (2025, arXiv
+2501.12206); official code hasanar1f/PAINT.
+The abstract speaks of a strength for each head; the code has one for all, and so has this.
 """
 
 from __future__ import annotations
