@@ -9,6 +9,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import errors, methods, zoo
+    from .captured import Captured
+    from .capturing import capture
     from .heads import HeadSet
     from .intervention import Intervention
     from .methods import (
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __getattr__, _names, __all__ = lazy(
     __name__,
     {
+        "Captured": "captured",
         "HeadSet": "heads",
         "Intervention": "intervention",
         "LatentLoss": "methods.bases.latent_loss",
@@ -43,6 +46,7 @@ __getattr__, _names, __all__ = lazy(
         "Steering": "steering",
         "Tokens": "tokens",
         "Where": "where",
+        "capture": "capturing",
         "detach": "steering",
         "errors": "errors",
         "get_method": "registry",

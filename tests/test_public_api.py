@@ -29,12 +29,13 @@ METHODS = [
     "ZeroTuning",
 ]
 NAMES = [
-    "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "detach", "errors", "get_method",
-    "methods", "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
+    "Captured", "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "capture", "detach", "errors",
+    "get_method", "methods", "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
 ]  # fmt: skip
 ERRORS = [
-    "AttnSteerError", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite", "RecipeError", "RecordError",
-    "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName", "UnsupportedHost", "ZooError",
+    "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite",
+    "RecipeError", "RecordError", "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName",
+    "UnsupportedHost", "ZooError",
 ]  # fmt: skip
 WARNINGS = ["NothingChanged"]
 # Positional parameters and defaults that code and saved recipes rely on.
@@ -59,6 +60,8 @@ SIGNATURES = {
     "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "
     "modalities=None",
     "HeadSet": "heads, *, scores=None, shape=None, provenance=None",
+    "capture": "target, where=None, *interventions, rows=None, what='map', keys=None, to='cpu', gradients=False, limit=None, "
+    "tokenizer=None",
     "steer": "target, *interventions, measure=False, reference=False, control=False, named=None",
     "detach": "target",
     "sites": "target",
