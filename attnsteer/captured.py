@@ -162,7 +162,8 @@ class Take:
 
     Attributes:
         site, layer, kind: of the site. heads: those that were taken; kv_heads: the key heads that these read.
-        phase, step, branch: of the call. scale: the factor on q k^T; softcap: of the scores, or None.
+        groups: heads that read one key head. phase, step, branch: of the call.
+        scale: the factor on q k^T; softcap: of the scores, or None.
         rows: int64 [B, r], the number of each row in its sequence, -1 where a sample has fewer. keys: int64 [B or 1, m] likewise
             of the keys, -1 for padding and unused slots; of "k" and "v", those that were taken. first: slot of the first key.
         tensors: by what was taken: "map" [B, H, r, m] and "mass" [B, H, r] in fp32, "output" [B, H, r, dv] and "q" [B, H, r, d],
@@ -174,6 +175,7 @@ class Take:
     kind: str
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
+    groups: int
     phase: str
     step: int | None
     branch: str | None
@@ -214,7 +216,20 @@ class Take:
 
     def describe(self) -> dict[str, Any]:
         """All but the tensors, JSON-able."""
-        names = ("site", "layer", "kind", "heads", "kv_heads", "phase", "step", "branch", "scale", "softcap", "first")
+        names = (
+            "site",
+            "layer",
+            "kind",
+            "heads",
+            "kv_heads",
+            "groups",
+            "phase",
+            "step",
+            "branch",
+            "scale",
+            "softcap",
+            "first",
+        )
         return {name: getattr(self, name) for name in names}
 
     def write(self, file: Path) -> None:

@@ -307,6 +307,7 @@ class Recorder(Intervention):
             call.site.kind,
             call.heads,
             kv,
+            groups,
             call.phase,
             call.step,
             call.branch,

@@ -10,9 +10,14 @@ if TYPE_CHECKING:
     from .act import ACT
     from .attend_and_excite import AttendAndExcite
     from .attention_refocusing import AttentionRefocusing
+    from .attentionbuckets import AttentionBuckets
+    from .freezemaps import FreezeMaps
     from .headgate import HeadGate
+    from .injectmap import InjectMap
+    from .instaboost import InstABoost
     from .pag import PAG
     from .pasta import PASTA
+    from .patchheads import PatchHeads
     from .seg import SEG
     from .softpag import SoftPAG
     from .spotlight import SpotLight
