@@ -9,6 +9,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import errors, methods, zoo
+    from .captured import Captured
+    from .capturing import capture
     from .heads import HeadSet
     from .intervention import Intervention
     from .methods import (
@@ -24,8 +26,13 @@ if TYPE_CHECKING:
         VAR,
         VHR,
         AttendAndExcite,
+        AttentionBuckets,
         AttentionRefocusing,
+        FreezeMaps,
         HeadGate,
+        InjectMap,
+        InstABoost,
+        PatchHeads,
         SoftPAG,
         SpotLight,
         VisualKnockout,
@@ -42,6 +49,7 @@ if TYPE_CHECKING:
 __getattr__, _names, __all__ = lazy(
     __name__,
     {
+        "Captured": "captured",
         "HeadSet": "heads",
         "Intervention": "intervention",
         "LatentLoss": "methods.bases.latent_loss",
@@ -49,6 +57,7 @@ __getattr__, _names, __all__ = lazy(
         "Steering": "steering",
         "Tokens": "tokens",
         "Where": "where",
+        "capture": "capturing",
         "detach": "steering",
         "errors": "errors",
         "get_method": "registry",
@@ -60,8 +69,13 @@ __getattr__, _names, __all__ = lazy(
         "zoo": "zoo",
         "ACT": "methods",
         "AttendAndExcite": "methods",
+        "AttentionBuckets": "methods",
         "AttentionRefocusing": "methods",
         "HeadGate": "methods",
+        "FreezeMaps": "methods",
+        "InjectMap": "methods",
+        "InstABoost": "methods",
+        "PatchHeads": "methods",
         "PAG": "methods",
         "PASTA": "methods",
         "SEG": "methods",

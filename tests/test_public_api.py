@@ -18,13 +18,18 @@ METHODS = [
     "ACT",
     "ADHH",
     "AttendAndExcite",
+    "AttentionBuckets",
     "AttentionRefocusing",
     "HGAI",
+    "FreezeMaps",
     "HeadGate",
+    "InjectMap",
+    "InstABoost",
     "PAG",
     "PAI",
     "PAINT",
     "PASTA",
+    "PatchHeads",
     "SEG",
     "SPIN",
     "SoftPAG",
@@ -35,12 +40,13 @@ METHODS = [
     "ZeroTuning",
 ]
 NAMES = [
-    "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "detach", "errors", "get_method",
-    "methods", "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
+    "Captured", "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "capture", "detach", "errors",
+    "get_method", "methods", "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
 ]  # fmt: skip
 ERRORS = [
-    "AttnSteerError", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite", "RecipeError", "RecordError",
-    "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName", "UnsupportedHost", "ZooError",
+    "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite",
+    "RecipeError", "RecordError", "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName",
+    "UnsupportedHost", "ZooError",
 ]  # fmt: skip
 WARNINGS = ["NothingChanged"]
 # Positional parameters and defaults that code and saved recipes rely on.
@@ -54,6 +60,13 @@ SIGNATURES = {
     "LatentLoss": f"*, where, step_size=20.0, decay=0.5, until=0.5, {LATENT}",
     "ACT": "heads=None, beta=0.4, threshold=None, alpha=None, decode='frozen', min_rows=1, *, where, exclude='first_token'",
     "HeadGate": "gates, *, where",
+    "AttentionBuckets": "bases=(10000.0, 17500.0, 18000.0, 19000.0, 20000.0, 25000.0), mix='logits', *, where",
+    "FreezeMaps": "source, heads=None, new='live', *, where, same_tokens=True",
+    "InjectMap": "source, heads=None, mode='replace', strength=1.0, *, where, rows=None, keys=None, share=None, sums='refuse', "
+    "spans=None, sentence_ends=(), head_map=None, tokenizer=None",
+    "PatchHeads": "source=None, heads=None, what='output', *, where, rows=None, strength=1.0, basis=None, head_map=None, "
+    "tokenizer=None",
+    "InstABoost": "spans, factor=3.0, *, where, exclude_first_token=True, tokenizer=None",
     "PAG": "scale=3.0, strength=1.0, joint='ii_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "PASTA": "spans, heads=None, alpha=0.01, scale_position='exclude', *, where, released=False, tokenizer=None",
     "SEG": "scale=3.0, sigma=inf, *, where, adaptive=0.0, heads=None",
@@ -71,6 +84,8 @@ SIGNATURES = {
     "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "
     "modalities=None",
     "HeadSet": "heads, *, scores=None, shape=None, provenance=None",
+    "capture": "target, where=None, *interventions, rows=None, what='map', keys=None, to='cpu', gradients=False, limit=None, "
+    "tokenizer=None",
     "steer": "target, *interventions, measure=False, reference=False, control=False, named=None",
     "detach": "target",
     "sites": "target",

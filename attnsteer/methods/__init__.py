@@ -11,13 +11,18 @@ if TYPE_CHECKING:
     from .adhh import ADHH
     from .attend_and_excite import AttendAndExcite
     from .attention_refocusing import AttentionRefocusing
+    from .attentionbuckets import AttentionBuckets
+    from .freezemaps import FreezeMaps
     from .headgate import HeadGate
     from .hgai import HGAI
+    from .injectmap import InjectMap
+    from .instaboost import InstABoost
     from .knockout import VisualKnockout
     from .pag import PAG
     from .pai import PAI
     from .paint import PAINT
     from .pasta import PASTA
+    from .patchheads import PatchHeads
     from .seg import SEG
     from .softpag import SoftPAG
     from .spin import SPIN

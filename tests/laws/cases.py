@@ -17,6 +17,8 @@ from attnsteer import (
     AttendAndExcite,
     AttentionRefocusing,
     HeadGate,
+    InjectMap,
+    InstABoost,
     SoftPAG,
     SpotLight,
     VisualKnockout,
@@ -60,7 +62,19 @@ METHODS = [
         lambda s: PASTA([SPAN] * s.batch, s.heads, 1.0, where=s.where),
         prompt_bound=True,
     ),
+    MethodCase(
+        InstABoost,
+        lambda s: InstABoost([SPAN] * s.batch, 5.0, where=narrow(s)),
+        lambda s: InstABoost([SPAN] * s.batch, 1.0, where=narrow(s)),
+    ),
+    MethodCase(
+        InjectMap,
+        lambda s: InjectMap("previous", s.heads, strength=0.6, where=s.where),
+        lambda s: InjectMap("previous", s.heads, strength=0.0, where=s.where),
+    ),
 ]
+# Another method in the same form: a few hosts tell all.
+FEW_HOSTS = {"InjectMap": ("llama", "gpt_oss"), "InstABoost": ("llama", "gpt_oss", "t5")}
 # On hosts whose prompts have images.
 VISION = [
     MethodCase(

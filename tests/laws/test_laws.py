@@ -11,7 +11,7 @@ from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.testing import HOSTS, LAWS, HostCase, MethodCase, NotApplicable, Setting, check_law
 from attnsteer.testing.fingerprint import fingerprint
 
-from .cases import GUIDANCE, LATENT, METHODS, VISION
+from .cases import FEW_HOSTS, GUIDANCE, LATENT, METHODS, VISION
 
 SKIPS = (Path(__file__).parents[1] / "SKIPS.md").read_text(encoding="utf-8")
 LANGUAGE, DENOISERS, PIPELINES = (
@@ -23,7 +23,12 @@ COMPILED = {("HeadGate", h) for h in ("llama", "bert", "t5", "llava", "sd", "flu
     ("PASTA", "gpt_oss"),
 }
 PAIRS = [
-    *((m, h) for h in LANGUAGE for m in [*METHODS, *(VISION if h.images else [])]),
+    *(
+        (m, h)
+        for h in LANGUAGE
+        for m in [*METHODS, *(VISION if h.images else [])]
+        if h.name in FEW_HOSTS.get(m.name, (h.name,))
+    ),
     *((METHODS[0], h) for h in DENOISERS),
     *((m, h) for h in PIPELINES for m in [*GUIDANCE, METHODS[0]]),
     *((LATENT[0], HOSTS[f"{name}-pipeline"]) for name in ("sd", "sdxl", "sd3", "flux")),
