@@ -9,6 +9,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import errors, methods, zoo
+    from .baking import bake
     from .heads import HeadSet
     from .intervention import Intervention
     from .methods import (
@@ -43,6 +44,7 @@ __getattr__, _names, __all__ = lazy(
         "Steering": "steering",
         "Tokens": "tokens",
         "Where": "where",
+        "bake": "baking",
         "detach": "steering",
         "errors": "errors",
         "get_method": "registry",

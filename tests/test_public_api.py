@@ -29,7 +29,7 @@ METHODS = [
     "ZeroTuning",
 ]
 NAMES = [
-    "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "detach", "errors", "get_method",
+    "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "bake", "detach", "errors", "get_method",
     "methods", "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
 ]  # fmt: skip
 ERRORS = [
@@ -59,6 +59,7 @@ SIGNATURES = {
     "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "
     "modalities=None",
     "HeadSet": "heads, *, scores=None, shape=None, provenance=None",
+    "bake": "model, gates, *, inputs=None, inplace=False, save_to=None",
     "steer": "target, *interventions, measure=False, reference=False, control=False, named=None",
     "detach": "target",
     "sites": "target",
