@@ -393,7 +393,8 @@ def _weights_of(
 
 
 def _slices(t: Tensor, seen: Seen, layers: dict[str, Linear]) -> tuple[str, Tensor, Tensor | None] | None:
-    """(layer, weights [H, D, d], biases [H, d] or None) of the slices of one linear layer's output that t [1, H, 1, d] is made of."""
+    """(layer, weights [H, D, d], biases [H, d] or None) of the slices of one linear layer's output that t [1, H, 1, d] is
+    made of."""
     H, d = t.shape[1], t.shape[3]
     wanted = t[0, :, 0]
     for name, outputs in seen.outputs.items():

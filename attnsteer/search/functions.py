@@ -2,8 +2,8 @@
 
 Elhelo, Geva, "Inferring Functionality of Attention Heads from their Parameters" (ACL 2025, arXiv 2412.11965), MAPS; official code
 amitelhelo/MAPS at 5f4799d (src/maps.py): M = E W_V W_O U, without norms and biases; a relation's score is the share of its pairs
-(s, t) with t among the k largest of e_s M, its suppression score the same of -M. From layer 1 on, e_s is what the first MLP makes of
-the embedding, MLP_0(LN2_0(e_s)), alone.
+(s, t) with t among the k largest of e_s M, its suppression score the same of -M. From layer 1 on, e_s is what the first MLP
+makes of the embedding, MLP_0(LN2_0(e_s)), alone.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def maps(
     weights, readout = head_weights(model, where=Where(kinds="self") if where is None else where)
     if readout is None:
         raise UnsupportedHost(
-            f"{type(model).__name__} has no unembedding or no embedding, so its heads map no tokens to tokens. Give the model with its "
-            "language head."
+            f"{type(model).__name__} has no unembedding or no embedding, so its heads map no tokens to tokens. Give the model "
+            "with its language head."
         )
     vocabulary = readout.unembedding.shape[1]
     kept = _single(pairs, tokenizer, vocabulary)
@@ -120,8 +120,8 @@ def _single(pairs: Sequence[tuple[Any, Any]], tokenizer: Any, vocabulary: int) -
     wrong = [i for pair in kept for i in pair if not 0 <= i < vocabulary]
     if wrong or not kept:
         raise SelectionError(
-            f"maps: of {len(pairs)} pairs {len(kept)} have one token on either side, tokens outside of the vocabulary: {wrong[:3]}. "
-            "Give pairs of single tokens."
+            f"maps: of {len(pairs)} pairs {len(kept)} have one token on either side, tokens outside of the vocabulary: "
+            f"{wrong[:3]}. Give pairs of single tokens."
         )
     return kept
 
@@ -145,8 +145,8 @@ def _after_first_mlp(
     norms = norms or [getattr(block, n) for n in ("input_layernorm", "ln_1", "ln_attn") if hasattr(block, n)]
     if mlp is None or not norms:
         raise UnsupportedHost(
-            f"{type(block).__name__} has no mlp behind a norm of a known name; give first_mlp= as a function of embeddings [N, D], or "
-            "False for the raw embeddings."
+            f"{type(block).__name__} has no mlp behind a norm of a known name; give first_mlp= as a function of embeddings [N, D], "
+            "or False for the raw embeddings."
         )
     dtype = next(block.parameters()).dtype
 

@@ -248,15 +248,20 @@ class _Long(Batch):
             # A selection of phases leaves out the one or the other.
             a, b = first.get(key), rest.get(key)
             known = a or b
-            shape = known.plain.shape
-            empty = lambda B, n, s=shape, t=known.plain: t.new_zeros(B, s[1], n, s[3])  # noqa: E731
-            of = lambda e, B, n, name: empty(B, n) if e is None else getattr(e, name).expand(B, -1, -1, -1)  # noqa: E731
+            sizes = (prompt.shape[1], fed.shape[1])
             parts = [
-                [of(a, len(fed), prompt.shape[1], name), of(b, len(fed), fed.shape[1], name)]
+                [_part(e, name, known.plain, len(fed), n) for e, n in zip((a, b), sizes, strict=True)]
                 for name in ("plain", "edited")
             ]
             found[key] = Edit(known.heads, torch.cat(parts[0], dim=2), torch.cat(parts[1], dim=2))
         return found
+
+
+def _part(edit: Edit | None, name: str, like: Tensor, batch: int, rows: int) -> Tensor:
+    """Outputs of an edit for all batch rows; zeros where there is none, which change nothing."""
+    if edit is None:
+        return like.new_zeros(batch, like.shape[1], rows, like.shape[3])
+    return getattr(edit, name).expand(batch, -1, -1, -1)
 
 
 def batches(samples: Iterable[Any], metric: Metric, size: int) -> tuple[list[tuple[Batch, list[int]]], dict[str, Any]]:
@@ -337,7 +342,7 @@ def last_rows(model: nn.Module, count: int) -> dict[str, int]:
 
 
 def _value(totals: Tensor, answer: int, metric: str) -> Tensor:
-    """Of the candidates' log-likelihoods [C]: the right one's; its share of the candidates, in nats; its lead over the best foil."""
+    """Of the candidates' log-likelihoods [C]: the right one's; log of its share of the candidates; its lead over the best foil."""
     if metric == "choice":
         totals = totals.log_softmax(-1)
     elif metric == "difference":

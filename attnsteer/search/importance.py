@@ -49,8 +49,9 @@ def michel(
     Args:
         samples, metric, batch, progress: of `screen_heads`; the loss of the paper is the negative metric, which has the same
             absolute gradient.
-        abs_over: "example": |sum over tokens| for each sample (the paper's formula); "token": sum over tokens of |.|, over the number
-            of tokens that have a gradient (the official code: by tokens, and by examples in the last layer, where only one has).
+        abs_over: "example": |sum over tokens| for each sample (the paper's formula); "token": sum over tokens of |.|, over the
+            number of tokens that have a gradient (the official code: by tokens, and by examples in the last layer, where
+            only one has).
         normalise: divide each layer by its L2 norm (recommended by the authors; the scores are then no means of the samples).
         where: the heads to score; None: all of the model's main stack.
 
