@@ -41,10 +41,10 @@ def gating_effects(
 ) -> HeadTable:
     """What the metric loses or gains when each head alone is gated, with paired values for each sample.
 
-    Readings: prune_effect (metric gated less metric), deviation (mean |difference|), importance (Michel's, by example); facts:
-    "specialisation", the mean over samples of the standard deviation over heads of their |difference|, and "alike", the mean
-    pairwise Jaccard overlap between samples of the ten heads with the largest |difference|. The last three are our definitions: formulas of
-    the paper that names them (DARTS-GT, arXiv 2510.14336) could not be read.
+    Readings: prune_effect (metric gated less metric), deviation (mean |difference|), importance (Michel's, by example). Facts:
+    "specialisation" is the mean over samples of the standard deviation of |difference| over heads, "alike" the mean Jaccard overlap
+    between samples of their ten heads with the largest |difference|. Deviation and both facts are our definitions: the formulas
+    of the paper that names them (DARTS-GT, arXiv 2510.14336) could not be read.
 
     Args:
         samples, metric, batch: of `screen_heads`. gate: 0 removes. where: the heads; None: all of the main stack.

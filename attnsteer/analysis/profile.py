@@ -281,16 +281,16 @@ def head_profile(
 ) -> HeadTable:
     """Profile every head: one row a head, one column a reading, intervals over inputs.
 
-    Readings (range): first, self, previous, duplicate, induction ([0, 1], mass on the pattern in the rows that have one;
-    of chance the
-    uniform map's), agreement_NAME (share of entries >= theta that have the property; none below 100 pairs), entropy (nats), eff
-    (effective number of keys), dispersion (eff over the visible), sensitivity (Frobenius norm of the softmax's Jacobian in
-    z, [0, 1/2]),
-    top_mass_5, distance (tokens; patches with a grid), sink_first, sink_largest, sinks (column means by the causal
-    divisor; number above
-    0.3), separable_5 and gap_5 at the last row, mass_SPAN and concentration_SPAN, score_image (mass times concentration), ring_K,
-    ring_density_K and to_first of a grid; from weights: copying ([-1, 1]), ov_rank and qk_rank (participation ratio of
-    singular values; of qk at offset 0), ov_largest; direct_logit of a target.
+    Readings (range):
+
+    - first, self, previous, duplicate, induction ([0, 1]): mass on the pattern, in the rows that have one; chance is the uniform
+      map's. agreement_NAME: share of the entries of theta or more that have the property; none below 100 such entries.
+    - entropy (nats), eff (effective number of keys), dispersion (eff over the visible), top_mass_5, distance (tokens, or patches),
+      sensitivity (Frobenius norm of the softmax's Jacobian in the scores, [0, 1/2]).
+    - sink_first, sink_largest, sinks: column means by the causal divisor, and how many are above 0.3.
+    - separable_5 ([0, 1]) and gap_5, at the last row; direct_logit of a target (logits).
+    - mass_SPAN, concentration_SPAN ([0, 1]), score_image (mass times concentration); ring_K, ring_density_K, to_first of a grid.
+    - from weights: copying ([-1, 1]), ov_rank and qk_rank (participation ratio of singular values; qk at offset 0), ov_largest.
 
     Args:
         model: a model whose attention is steered.

@@ -127,18 +127,19 @@ class Sinks:
         figure = new_figure(11.0, max(3.4, 0.22 * len(rows) + 2.0))
         left, middle, right = figure.subplots(1, 3, width_ratios=(1.6, 1.0, 0.9))
         shown = torch.stack(list(rows.values()))[:, :tokens]
-        drawn = left.imshow(shown.tolist(), aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0)
+        most = max(self.threshold, float(self.alpha.nan_to_num(0.0).max()))
+        drawn = left.imshow(shown.tolist(), aspect="auto", cmap="viridis", vmin=0.0, vmax=most)
         left.set(xlabel="token (from the first)", ylabel="layer", title="column mean, mean of heads")
         left.set_yticks(
             range(0, len(rows), max(1, len(rows) // 16)),
             [str(layer) for layer in list(rows)[:: max(1, len(rows) // 16)]],
         )
-        figure.colorbar(drawn, ax=left, fraction=0.05, pad=0.02)
+        figure.colorbar(drawn, ax=[left, middle], fraction=0.03, pad=0.02)
         grid = [[math.nan] * self.shape[1] for _ in range(self.shape[0])]
         for (layer, head), value in zip(self.heads, self.alpha[:, 0].tolist(), strict=True):
             grid[layer][head] = value
         middle.set_facecolor("#dddddd")
-        middle.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, vmax=1.0)
+        middle.imshow(grid, aspect="auto", cmap="viridis", vmin=0.0, vmax=most)
         middle.set(xlabel="head", ylabel="layer", title="column mean of token 0")
         if self.activations:
             at = sorted(self.activations)
