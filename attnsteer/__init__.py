@@ -9,6 +9,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import errors, methods, zoo
+    from .baking import bake
     from .captured import Captured
     from .capturing import capture
     from .heads import HeadSet
@@ -58,6 +59,7 @@ __getattr__, _names, __all__ = lazy(
         "Tokens": "tokens",
         "Where": "where",
         "capture": "capturing",
+        "bake": "baking",
         "detach": "steering",
         "errors": "errors",
         "get_method": "registry",

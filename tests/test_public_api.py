@@ -42,6 +42,8 @@ METHODS = [
 NAMES = [
     "Captured", "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "capture", "detach", "errors",
     "get_method", "methods", "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
+    "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "bake", "detach", "errors", "get_method",
+    "methods", "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
 ]  # fmt: skip
 ERRORS = [
     "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite",
@@ -86,6 +88,7 @@ SIGNATURES = {
     "HeadSet": "heads, *, scores=None, shape=None, provenance=None",
     "capture": "target, where=None, *interventions, rows=None, what='map', keys=None, to='cpu', gradients=False, limit=None, "
     "tokenizer=None",
+    "bake": "model, gates, *, inputs=None, inplace=False, save_to=None",
     "steer": "target, *interventions, measure=False, reference=False, control=False, named=None",
     "detach": "target",
     "sites": "target",
