@@ -46,6 +46,7 @@ class BranchInputs:
         loop: the sampling loop and its latent, where the host provides "latent" (see `Intervention.needs`).
         latent: what the model is asked on, where that is another latent than the loop's.
         prompts: of how many prompts the rows of each part are images, where that is known.
+        step, steps: which step of the schedule this is, from 0, and how many there are, where that is known.
     """
 
     values: dict[str, Any]
@@ -56,6 +57,8 @@ class BranchInputs:
     loop: Any = None
     latent: Tensor | None = None
     prompts: int | None = None
+    step: int | None = None
+    steps: int | None = None
 
     @property
     def samples(self) -> Samples:

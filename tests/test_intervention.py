@@ -15,6 +15,7 @@ from attnsteer import (
     PAG,
     PASTA,
     SEG,
+    SLG,
     VAR,
     VHR,
     AttendAndExcite,
@@ -56,6 +57,8 @@ GUIDANCE: dict[str, Intervention] = {
     "softpag": SoftPAG(3.0, 0.4, "ii_identity", target="uniform", where=Where(modules=r"unet\.mid_block\..*attn1")),
     "seg": SEG(),
     "seg-blur": SEG(2.5, sigma=1.5, where=Where(modules=r".*mid_block.*attn1", branches="cond", steps=[0, 2])),
+    "slg": SLG(2.0, stop=None, where=Where(layers=[1, 2])),
+    "slg-heads": SLG.released_code(heads={1: [0]}, where=Where()),
     "seg-adaptive": SEG(adaptive=0.001, heads=HeadSet({3: [0]})),
 }
 BOXES = {"red cube": (0.0, 0.0, 0.5, 0.5), ("ball", 1): [(0.5, 0.5, 1.0, 1.0), (0.0, 0.5, 0.5, 1.0)]}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .pag import PAG
     from .pasta import PASTA
     from .seg import SEG
+    from .slg import SLG
     from .softpag import SoftPAG
     from .spotlight import SpotLight
     from .var import VAR

@@ -25,6 +25,7 @@ ZERO: dict[str, dict[str, float]] = {
     "PAG": {"scale": 0.0},
     "PASTA": {"alpha": 1.0},
     "SEG": {"scale": 0.0},
+    "SLG": {"scale": 0.0},
     "SoftPAG": {"scale": 0.0},
     "SpotLight": {"target": 0.0},
     "VAR": {"move_fraction": 0.0},

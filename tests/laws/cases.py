@@ -7,6 +7,7 @@ from attnsteer import (
     PAG,
     PASTA,
     SEG,
+    SLG,
     VAR,
     VHR,
     AttendAndExcite,
@@ -78,6 +79,11 @@ GUIDANCE = [
         lambda s: SoftPAG(0.0, 0.5, heads=s.heads, where=s.where),
     ),
     MethodCase(SEG, lambda s: SEG(2.0, where=s.where), lambda s: SEG(0.0, where=s.where)),
+    MethodCase(
+        SLG,
+        lambda s: SLG(2.0, None, None, heads=s.heads, where=s.where),
+        lambda s: SLG(0.0, None, None, where=s.where),
+    ),
 ]
 # Moves of the latent, with words as positions, because the prompts are embeddings; two steps.
 LATENT = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
@@ -16,6 +17,7 @@ from ...bound import Bound
 from ...branches import BranchInputs, Prediction
 from ...edits import Check
 from ...errors import ContractError, UnsupportedHost
+from .bypass import Bypass, blocks_of
 from .clock import DenoiserClock
 from .latent_loop import Loop
 from .prefix import PrefixReuse, modules_down_to
@@ -42,6 +44,12 @@ def guide(clock: DenoiserClock, journal: Journal) -> None:
         raise UnsupportedHost(
             f"{declared.latent[0].name} takes gradients through {type(model).__name__} and cuts its forward short, which "
             "compiled code does not allow. Steer the model before it is compiled, or without torch.compile."
+        )
+    skipping = [b.name for b in declared.around if b.method.skips_blocks]
+    if skipping and declared.whole:
+        raise UnsupportedHost(
+            f"{skipping[0]} leaves blocks of {type(model).__name__} out, which it cannot inside a model that is compiled as a "
+            "whole. Compile its blocks instead (compile_repeated_blocks), or steer it uncompiled."
         )
     guided = GuidedForward(clock)
     guided.check_cache(declared.around)
@@ -71,9 +79,14 @@ class GuidedForward:
         # Methods whose first prediction has been checked.
         self._checked: set[int] = set()
         self._names = list(inspect.signature(type(clock.model).forward).parameters)[1:]
+        # What a weak pass leaves out, by method.
+        left_out = {
+            b.index: blocks_of(self.declared.edits[b.index]) for b in self.declared.around if b.method.skips_blocks
+        }
+        self._bypasses = {index: Bypass(clock.model, names) for index, names in left_out.items()}
         # Nothing is replayed inside a model that is compiled as a whole, nor is a pass for gradients shared.
         self._ways: dict[int, list[nn.Module]] = {
-            b.index: modules_down_to(clock.model, self.declared.edits[b.index])
+            b.index: modules_down_to(clock.model, left_out.get(b.index, self.declared.edits[b.index]))
             for b in self.declared.around
             if not self.declared.whole and b not in self.declared.latent
         }
@@ -99,7 +112,15 @@ class GuidedForward:
             call = functools.partial(self.guided, bound, call, predict)
         loop = Loop(clock) if self.declared.latent else None
         inputs = BranchInputs(
-            values, clock.layout, clock.batch, sampling.timestep, sampling.memory, loop, prompts=sampling.prompts.count
+            values,
+            clock.layout,
+            clock.batch,
+            sampling.timestep,
+            sampling.memory,
+            loop,
+            prompts=sampling.prompts.count,
+            step=sampling.step,
+            steps=sampling.steps,
         )
         prediction = call(inputs)
         if prediction.shift is not None and len(clock.layout) > 1 and sampling.rescales:
@@ -128,13 +149,14 @@ class GuidedForward:
         asked: list[BranchInputs] = []
         marks: list[Any] = []
         prefix = PrefixReuse(self.run, self._ways.get(bound.index), inputs)
-        first = bound.index not in self._checked
+        first, bypass = bound.index not in self._checked, self._bypasses.get(bound.index)
 
         def forward(given: Any = None) -> Prediction:
             if not isinstance(given, BranchInputs):
                 raise self.refuse(bound, f"called forward with {_kind(given)}; give it `inputs`, or inputs.only(name).")
             if self.run.is_open(bound):
-                return prefix.replay(weak, given)
+                with contextlib.nullcontext() if bypass is None else bypass.on():
+                    return prefix.replay(weak, given)
             plain.append(prefix.record(strong, given))
             asked.append(given)
             marks.append(mark_of(plain[-1].sample, first))
