@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .intervention import Intervention
     from .methods import (
         ACT,
+        CONFORM,
+        NAG,
         PAG,
         PASTA,
         SEG,
@@ -56,7 +58,9 @@ __getattr__, _names, __all__ = lazy(
         "ACT": "methods",
         "AttendAndExcite": "methods",
         "AttentionRefocusing": "methods",
+        "CONFORM": "methods",
         "HeadGate": "methods",
+        "NAG": "methods",
         "PAG": "methods",
         "PASTA": "methods",
         "SEG": "methods",

@@ -18,7 +18,9 @@ METHODS = [
     "ACT",
     "AttendAndExcite",
     "AttentionRefocusing",
+    "CONFORM",
     "HeadGate",
+    "NAG",
     "PAG",
     "PASTA",
     "SEG",
@@ -46,9 +48,12 @@ LATENT = (
 SIGNATURES = {
     "AttendAndExcite": "words, thresholds, max_refinements=20, *, where, step_size=20.0, decay=0.5, until=0.5, "
     f"{LATENT}, sharpness=100.0, compete=None, smooth=True",
+    "CONFORM": "groups, refine_at=(0.0, 0.2, 0.4), refinements=20, *, where, step_size=20.0, decay=0.5, until=0.6, "
+    f"{LATENT}, temperature=0.5, form='ntxent', anchor=None, sharpness=None, compete=None, smooth=True",
     "LatentLoss": f"*, where, step_size=20.0, decay=0.5, until=0.5, {LATENT}",
     "ACT": "heads=None, beta=0.4, threshold=None, alpha=None, decode='frozen', min_rows=1, *, where, exclude='first_token'",
     "HeadGate": "gates, *, where",
+    "NAG": "negative, scale=4.0, tau=2.5, alpha=0.25, *, where, norm='l1'",
     "PAG": "scale=3.0, strength=1.0, joint='ii_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "PASTA": "spans, heads=None, alpha=0.01, scale_position='exclude', *, where, released=False, tokenizer=None",
     "SEG": "scale=3.0, sigma=inf, *, where, adaptive=0.0, heads=None",

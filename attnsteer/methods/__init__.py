@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from .act import ACT
     from .attend_and_excite import AttendAndExcite
     from .attention_refocusing import AttentionRefocusing
+    from .conform import CONFORM
     from .headgate import HeadGate
+    from .nag import NAG
     from .pag import PAG
     from .pasta import PASTA
     from .seg import SEG

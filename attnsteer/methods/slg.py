@@ -1,7 +1,7 @@
 """SLG: guidance away from a branch that leaves whole blocks out, or some of their heads.
 
-Skip-layer guidance has no paper; official code Stability-AI/sd3.5 (SD3.5-medium), of which diffusers'
-StableDiffusion3Pipeline has a form. Switching single heads off is HeadHunter's zero target (arXiv 2506.10978).
+Stability AI, skip-layer guidance of Stable Diffusion 3.5 Medium (2024, no paper); official code Stability-AI/sd3.5, of which
+diffusers' StableDiffusion3Pipeline has a form. Switching single heads off is HeadHunter's zero target (arXiv 2506.10978).
 """
 
 from __future__ import annotations

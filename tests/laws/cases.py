@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from attnsteer import (
     ACT,
+    CONFORM,
+    NAG,
     PAG,
     PASTA,
     SEG,
@@ -97,6 +99,15 @@ LATENT = [
         AttentionRefocusing,
         lambda s: AttentionRefocusing(BOXES, compete="all", schedule=[(0.0, 0.5, 4.0, 2)], where=s.where),
         lambda s: AttentionRefocusing(BOXES, step_size=0.0, where=s.where),
+    ),
+]
+# On the pipeline with a text encoder and a UNet.
+ON_UNET = [
+    MethodCase(NAG, lambda s: NAG("dark photo", where=s.where), lambda s: NAG("dark photo", 0.0, where=s.where)),
+    MethodCase(
+        CONFORM,
+        lambda s: CONFORM([[(2, 3), (3, 4)], [(5, 6)]], (0,), 1, until=2, where=narrow(s)),
+        lambda s: CONFORM([(2, 3), (5, 6)], step_size=0.0, where=narrow(s)),
     ),
 ]
 BOXES = {(2, 4): (0.0, 0.0, 0.5, 0.5), (5, 6): (0.25, 0.5, 1.0, 1.0)}

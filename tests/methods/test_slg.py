@@ -79,9 +79,9 @@ def test_heads_switched_off_are_the_zero_target(name: str) -> None:
     call = call_of(name, steps=2)
     with steer(pipe, SoftPAG(2.0, 1.0, target="zero", where=where)):
         expected = pipe(**call)[0]
-    with steer(pipe, SLG(2.0, None, None, where=where)) as run:
+    with steer(pipe, SLG(2.0, None, None, where=where)):
         ours = pipe(**call)[0]
-    assert torch.equal(ours, expected) and not run.runtimes == {}
+    assert torch.equal(ours, expected)
     assert relative(pipe(**call)[0], expected) > 1e-4
 
 

@@ -34,6 +34,7 @@ class DenoiserClock:
         layout: names of the equal parts of the batch, e.g. ("uncond", "cond"); None when not known.
         batch: rows in all. image_tokens: rows of an image in its sequences, where the input tells.
         size: (height, width) of the latent, in units whose ratio is that of the token grid.
+        contrast: the negative prompt of the running pass. collecting: attention runs for its output alone, which is raised.
         capture: where the maps of the running pass go. cut: whether that pass ends as soon as all are there.
     """
 
@@ -49,6 +50,8 @@ class DenoiserClock:
         self.batch = 0
         self.image_tokens: int | None = None
         self.size: tuple[int, int] | None = None
+        self.contrast: Any = None
+        self.collecting = False
         self.capture: Capture | None = None
         self.cut = False
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...steering import Steering
 
 # What a method may need of a call that only the denoiser's own arguments tell.
-OF_ARGUMENTS = frozenset({"segments", "grid", "steps"})
+OF_ARGUMENTS = frozenset({"segments", "grid", "steps", "contrast"})
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Declarations:
 
     Attributes:
         edits: per intervention that has sites here, the names of those, by its number.
+        contrast: those of them that compare with a negative prompt.
         around: those of them that call the denoiser several times, in order. latent: those of these that move the latent.
         watched: whether the arguments of the denoiser must be read at each call.
         steps: whether a method reads the step. branches: whether a selection is by branch.
@@ -34,6 +35,7 @@ class Declarations:
     """
 
     edits: dict[int, list[str]]
+    contrast: tuple[Bound, ...]
     around: tuple[Bound, ...]
     latent: tuple[Bound, ...]
     watched: bool
@@ -62,6 +64,7 @@ class Declarations:
         whole = owner is not model or model._compiled_call_impl is not None
         return cls(
             edits=edits,
+            contrast=tuple(b for b in run.bounds if "contrast" in b.method.needs and b.index in edits),
             around=around,
             latent=tuple(b for b in around if "latent" in b.method.needs),
             watched=bool(around or selects or needs & OF_ARGUMENTS or sampled),

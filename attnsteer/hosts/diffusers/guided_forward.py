@@ -17,8 +17,10 @@ from ...bound import Bound
 from ...branches import BranchInputs, Prediction
 from ...edits import Check
 from ...errors import ContractError, UnsupportedHost
+from ...site import Site
 from .bypass import Bypass, blocks_of
 from .clock import DenoiserClock
+from .contrast import ContrastPasses
 from .latent_loop import Loop
 from .prefix import PrefixReuse, modules_down_to
 
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 Predict = Callable[[BranchInputs], Prediction]
 
 
-def guide(clock: DenoiserClock, journal: Journal) -> None:
-    """Put a `GuidedForward` around the denoiser of `clock`, where a method of its run needs one."""
+def guide(clock: DenoiserClock, sites: Sequence[Site], journal: Journal) -> None:
+    """Put a `GuidedForward` around the denoiser of `clock`, where a method of its run needs one; `sites`: all of the denoiser."""
     declared, model = clock.declared, clock.model
     if declared.compiled:
         # A record that comes into being at the first call would compile the second anew.
@@ -51,9 +53,10 @@ def guide(clock: DenoiserClock, journal: Journal) -> None:
             f"{skipping[0]} leaves blocks of {type(model).__name__} out, which it cannot inside a model that is compiled as a "
             "whole. Compile its blocks instead (compile_repeated_blocks), or steer it uncompiled."
         )
-    guided = GuidedForward(clock)
+    guided = GuidedForward(clock, sites)
     guided.check_cache(declared.around)
-    clock.sampling.watch(model, journal, declared.latent_moves, declared.sampled)
+    prompts = declared.sampled or bool(declared.contrast)
+    clock.sampling.watch(model, journal, declared.latent_moves, prompts)
     clock.sampling.prompts.listeners += [b.method.prepare for b in declared.latent]
     # A whole model that is compiled is entered by this name.
     compiled = vars(clock.owner).get("_compiled_call_impl") is not None
@@ -73,9 +76,10 @@ class GuidedForward:
             predict                  the model with the inside edits on, from the first edited block on: a weak pass
     """
 
-    def __init__(self, clock: DenoiserClock):
+    def __init__(self, clock: DenoiserClock, sites: Sequence[Site]):
         self.clock, self.run, self.model, self.declared = clock, clock.run, clock.model, clock.declared
         self.sampling = clock.sampling
+        self.contrast = ContrastPasses(clock, sites, self.declared.contrast) if self.declared.contrast else None
         # Methods whose first prediction has been checked.
         self._checked: set[int] = set()
         self._names = list(inspect.signature(type(clock.model).forward).parameters)[1:]
@@ -103,9 +107,10 @@ class GuidedForward:
         working = [
             b for b in self.declared.around if not b.timed or b.where.active(None, sampling.step, sampling.steps)
         ]
-        if not working:
+        contrasts = self.contrast is not None and self.contrast.acts
+        if not working and not contrasts:
             return inner(*args, **kwargs)
-        self.check_cache(working)
+        self.check_cache([*working, *self.declared.contrast])
         self.check_rows()
         predict = call = functools.partial(self.predict, inner)
         for bound in reversed(working):
@@ -131,6 +136,11 @@ class GuidedForward:
         """One pass of the model itself; containers are copied, because some models empty the lists that they get."""
         if self.declared.latent_moves:
             inputs = self.sampling.latents.applied(inputs)
+        if self.contrast is not None:
+            return self.contrast.predict(functools.partial(self._predict, inner), inputs)
+        return self._predict(inner, inputs)
+
+    def _predict(self, inner: Callable[..., Any], inputs: BranchInputs) -> Prediction:
         with self.clock.on_rows(inputs.layout, inputs.batch):
             return Prediction(inner(**{name: _copied(value) for name, value in inputs.values.items()}))
 
