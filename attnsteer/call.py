@@ -18,6 +18,7 @@ from .shards import Pool
 from .site import Site
 
 if TYPE_CHECKING:
+    from .maps.phrases import Prompt
     from .maps.words_to_image import Capture
     from .tokens import Tokens
 
@@ -60,7 +61,7 @@ class AttnCall:
         host: name of the host. method: name of the method that this call is shown to.
 
     What only some hosts give is read through properties, which raise where it is missing: `tokens`, `residual`,
-    `image_free`, `grid`, `capture`, `contrast`; `gives(name)` asks.
+    `image_free`, `grid`, `capture`, `prompt`, `contrast`; `gives(name)` asks.
     """
 
     site: Site
@@ -214,7 +215,7 @@ class AttnCall:
     # What is a fact of some hosts only.
 
     def gives(self, name: str) -> bool:
-        """Whether the host gives "tokens", "residual", "image_free", "grid", "capture" or "contrast" in this call."""
+        """Whether the host gives "tokens", "residual", "image_free", "grid", "capture", "prompt" or "contrast"."""
         return self.facts.get(name) is not None
 
     def _fact(self, name: str) -> Any:
@@ -251,6 +252,11 @@ class AttnCall:
     def capture(self) -> Capture:
         """Where the maps of the running pass go (need "latent")."""
         return self._fact("capture")
+
+    @property
+    def prompt(self) -> Prompt:
+        """Where the words of the prompts are among the text keys (need "prompt")."""
+        return self._fact("prompt")
 
     @property
     def contrast(self) -> Contrast:

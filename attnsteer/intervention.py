@@ -60,8 +60,9 @@ class Intervention(Named):
         kinds: the kinds of site the method is defined on; others are refused (or left out when `where`
             names no kind).
         needs: names of what the host must provide: "tokens", "images" (their image roles), "residual", "image_free",
-            "segments", "grid", "steps" as attributes of the call (see `AttnCall`); "contrast" as one, the negative prompt that the
-            method names in `negative`, while its `on` holds; "latent" in `inputs.loop`, the latent of the sampling loop.
+            "segments", "grid", "steps", "prompt" as attributes of the call (see `AttnCall`); "contrast" as one, the negative
+            prompt that the method names in `negative`, while its `on` holds; "latent" in `inputs.loop`, the latent of the
+            sampling loop.
         causal_only: the method is defined on causal self-attention only.
         follows_crop: whether the state stays right when the cache is cut back behind the prompt.
         linear: whether the method only edits values and outputs, so that linear attention can take it.

@@ -22,6 +22,7 @@ from attnsteer import (
     VHR,
     AttendAndExcite,
     AttentionRefocusing,
+    AttentionRegulation,
     HeadGate,
     HeadSet,
     Intervention,
@@ -68,6 +69,7 @@ BOXES = {"red cube": (0.0, 0.0, 0.5, 0.5), ("ball", 1): [(0.5, 0.5, 1.0, 1.0), (
 LATENT: dict[str, Intervention] = {
     "excite": AttendAndExcite(("cube",), {0.0: 0.1, 3: 0.2}, include="last+1", where=Where(layers=[0])),
     "excite-released": AttendAndExcite.released_code([["cube", ("ball", 2)], [(3, 5)]]),
+    "regulation": AttentionRegulation([["cube"], [("ball", 2), (3, 5)]], 5, seed=3, where=Where(layers=[0])),
     "conform": CONFORM([("red", ("cube", 1)), "ball"], temperature=0.2),
     "conform-released": CONFORM.released_code([[[(2, 3)], ["dog"]], ["cube", "ball"]]),
     "refocusing": AttentionRefocusing(BOXES, stop_share=0.6, schedule=[(0.0, 0.5, 4.0, 2)]),

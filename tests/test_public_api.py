@@ -18,6 +18,7 @@ METHODS = [
     "ACT",
     "AttendAndExcite",
     "AttentionRefocusing",
+    "AttentionRegulation",
     "CONFORM",
     "HeadGate",
     "NAG",
@@ -50,6 +51,8 @@ SIGNATURES = {
     f"{LATENT}, sharpness=100.0, compete=None, smooth=True",
     "CONFORM": "groups, refine_at=(0.0, 0.2, 0.4), refinements=20, *, where, step_size=20.0, decay=0.5, until=0.6, "
     f"{LATENT}, temperature=0.5, form='ntxent', anchor=None, sharpness=None, compete=None, smooth=True",
+    "AttentionRegulation": "words, until=0.5, strength=1.0, *, where, iterations=20, rate=100.0, momentum=0.25, decay=0.99, "
+    "keep=True, seed=0",
     "LatentLoss": f"*, where, step_size=20.0, decay=0.5, until=0.5, {LATENT}",
     "ACT": "heads=None, beta=0.4, threshold=None, alpha=None, decode='frozen', min_rows=1, *, where, exclude='first_token'",
     "HeadGate": "gates, *, where",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .act import ACT
     from .attend_and_excite import AttendAndExcite
     from .attention_refocusing import AttentionRefocusing
+    from .attention_regulation import AttentionRegulation
     from .conform import CONFORM
     from .headgate import HeadGate
     from .nag import NAG

@@ -22,6 +22,7 @@ ZERO: dict[str, dict[str, float]] = {
     "ACT": {"beta": 1.0},
     "AttendAndExcite": {"step_size": 0.0},
     "AttentionRefocusing": {"step_size": 0.0},
+    "AttentionRegulation": {"strength": 0.0},
     "CONFORM": {"step_size": 0.0},
     "NAG": {"scale": 0.0},
     "PAG": {"scale": 0.0},

@@ -14,6 +14,7 @@ from attnsteer import (
     VHR,
     AttendAndExcite,
     AttentionRefocusing,
+    AttentionRegulation,
     HeadGate,
     SoftPAG,
     SpotLight,
@@ -103,6 +104,11 @@ LATENT = [
 ]
 # On the pipeline with a text encoder and a UNet.
 ON_UNET = [
+    MethodCase(
+        AttentionRegulation,
+        lambda s: AttentionRegulation([(2, 3)], 1.0, keep=False, where=s.where & Where(kinds="cross")),
+        lambda s: AttentionRegulation([(2, 3)], 1.0, 0.0, keep=False, where=s.where & Where(kinds="cross")),
+    ),
     MethodCase(NAG, lambda s: NAG("dark photo", where=s.where), lambda s: NAG("dark photo", 0.0, where=s.where)),
     MethodCase(
         CONFORM,

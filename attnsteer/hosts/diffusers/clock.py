@@ -140,6 +140,9 @@ class DenoiserClock:
         compiling = torch.compiler.is_compiling()
         roles = segments(self._orders[site.path], rows, self.image_tokens if image is None else image)
         facts: dict[str, Any] = {"capture": self.capture}
+        states: dict[Any, Any] = {}
+        if self.declared.prompt:
+            facts["prompt"], states = self.sampling.prompts.current, self.sampling.memory.setdefault("states", {})
         found = roles.get("image")
         if found is not None and self.size is not None:
             facts["grid"] = _grid_of(found.stop - found.start, self.size)
@@ -159,6 +162,7 @@ class DenoiserClock:
             branch_rows=branch_rows,
             samples=self.samples if self.declared.sampled else None,
             facts=facts,
+            states=states,
         )
 
     def _branch_rows(self, batch: int, module: nn.Module) -> dict[str, Tensor]:

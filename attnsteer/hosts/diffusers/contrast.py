@@ -193,10 +193,12 @@ class ContrastPasses:
         if found is None:
             found = memory["contrast"] = {n: self._text(n, own[n]) for n in names}
         for n in names:
-            if found[n].shape != own[n].shape:
+            # Beside cross-attention the two texts never meet, so there the number of tokens is free.
+            same = (0, 2) if self.unet and found[n].ndim == 3 else range(found[n].ndim)
+            if found[n].ndim != own[n].ndim or any(found[n].shape[d] != own[n].shape[d] for d in same):
                 raise UnsupportedHost(
-                    f"{self.bound.name}: the negative {n} is {list(found[n].shape)}, that of the prompt {list(own[n].shape)}. Both "
-                    "must have the same number of tokens."
+                    f"{self.bound.name}: the negative {n} is {list(found[n].shape)}, that of the prompt {list(own[n].shape)}. They "
+                    "must agree in samples and channels, and in transformers in tokens too."
                 )
         return {n: found[n].to(own[n]) for n in names}
 

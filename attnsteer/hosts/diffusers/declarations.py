@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...steering import Steering
 
 # What a method may need of a call that only the denoiser's own arguments tell.
-OF_ARGUMENTS = frozenset({"segments", "grid", "steps", "contrast"})
+OF_ARGUMENTS = frozenset({"segments", "grid", "steps", "contrast", "prompt"})
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Declarations:
         around: those of them that call the denoiser several times, in order. latent: those of these that move the latent.
         watched: whether the arguments of the denoiser must be read at each call.
         steps: whether a method reads the step. branches: whether a selection is by branch.
+        prompt: whether a method reads the prompt, and keeps its state from step to step.
         sampled: whether a method has values per sample.
         latent_moves: whether a method of the run moves the latent, at this denoiser or at another one of the pipeline.
         compiled: whether the denoiser was compiled, as a whole or in parts. whole: as a whole, so that none of its blocks is
@@ -41,6 +42,7 @@ class Declarations:
     watched: bool
     steps: bool
     branches: bool
+    prompt: bool
     sampled: bool
     latent_moves: bool
     compiled: bool
@@ -69,7 +71,8 @@ class Declarations:
             latent=tuple(b for b in around if "latent" in b.method.needs),
             watched=bool(around or selects or needs & OF_ARGUMENTS or sampled),
             steps="steps" in needs,
-            branches="branches" in selects,
+            branches="branches" in selects or "prompt" in needs,
+            prompt="prompt" in needs,
             sampled=sampled,
             latent_moves="latent" in needs,
             compiled=whole or any(m._compiled_call_impl is not None for m in model.modules()),

@@ -55,9 +55,16 @@ def guide(clock: DenoiserClock, sites: Sequence[Site], journal: Journal) -> None
         )
     guided = GuidedForward(clock, sites)
     guided.check_cache(declared.around)
-    prompts = declared.sampled or bool(declared.contrast)
+    prompts = declared.sampled or declared.prompt or bool(declared.contrast)
     clock.sampling.watch(model, journal, declared.latent_moves, prompts)
     clock.sampling.prompts.listeners += [b.method.prepare for b in declared.latent]
+    readers = [b for b in clock.run.bounds if "prompt" in b.method.needs and b.index in declared.edits]
+    clock.sampling.prompts.listeners += [b.method.prepare for b in readers]
+    if readers and declared.compiled:
+        raise UnsupportedHost(
+            f"{readers[0].name} keeps what it found from step to step, which compiled code of {type(model).__name__} does not "
+            "allow. Steer the model uncompiled."
+        )
     # A whole model that is compiled is entered by this name.
     compiled = vars(clock.owner).get("_compiled_call_impl") is not None
     journal.add(clock.stop)

@@ -31,7 +31,7 @@ DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 class DiffusersHost(Host):
     """Pipelines and denoisers of diffusers: UNets and every transformer with attention processors."""
 
-    provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent", "contrast"})
+    provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent", "contrast", "prompt"})
 
     def __init__(self, target: nn.Module | DiffusionPipeline):
         super().__init__(target)
