@@ -168,8 +168,8 @@ class AttentionRegulation(Intervention):
             best, loss = descended(S.clone(), targets, bumps.clone(), start.clone(), self.iterations, self.rate)
         if not bool(loss.isfinite()):
             raise NotFinite(
-                f"AttentionRegulation: the loss at {call.site.path} is not finite at step {call.step} of {call.steps}; its scores are "
-                "not, or rate is too large.",
+                f"AttentionRegulation: the loss at {call.site.path} is not finite at step {call.step} of {call.steps}; its scores "
+                "are not, or rate is too large.",
                 index=call.step,
             )
         return best, torch.einsum("cn,hct->hnt", bumps, start)
