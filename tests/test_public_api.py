@@ -25,6 +25,10 @@ METHODS = [
     "HeadGate",
     "InjectMap",
     "InstABoost",
+    "AttentionRegulation",
+    "CONFORM",
+    "HeadGate",
+    "NAG",
     "PAG",
     "PAI",
     "PAINT",
@@ -32,6 +36,7 @@ METHODS = [
     "PatchHeads",
     "SEG",
     "SPIN",
+    "SLG",
     "SoftPAG",
     "SpotLight",
     "VAR",
@@ -59,6 +64,10 @@ LATENT = (
 SIGNATURES = {
     "AttendAndExcite": "words, thresholds, max_refinements=20, *, where, step_size=20.0, decay=0.5, until=0.5, "
     f"{LATENT}, sharpness=100.0, compete=None, smooth=True",
+    "CONFORM": "groups, refine_at=(0.0, 0.2, 0.4), refinements=20, *, where, step_size=20.0, decay=0.5, until=0.6, "
+    f"{LATENT}, temperature=0.5, form='ntxent', anchor=None, sharpness=None, compete=None, smooth=True",
+    "AttentionRegulation": "words, until=0.5, strength=1.0, *, where, iterations=20, rate=100.0, momentum=0.25, decay=0.99, "
+    "keep=True, seed=0",
     "LatentLoss": f"*, where, step_size=20.0, decay=0.5, until=0.5, {LATENT}",
     "ACT": "heads=None, beta=0.4, threshold=None, alpha=None, decode='frozen', min_rows=1, *, where, exclude='first_token'",
     "HeadGate": "gates, *, where",
@@ -69,9 +78,11 @@ SIGNATURES = {
     "PatchHeads": "source=None, heads=None, what='output', *, where, rows=None, strength=1.0, basis=None, head_map=None, "
     "tokenizer=None",
     "InstABoost": "spans, factor=3.0, *, where, exclude_first_token=True, tokenizer=None",
+    "NAG": "negative, scale=4.0, tau=2.5, alpha=0.25, *, where, norm='l1'",
     "PAG": "scale=3.0, strength=1.0, joint='ii_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "PASTA": "spans, heads=None, alpha=0.01, scale_position='exclude', *, where, released=False, tokenizer=None",
     "SEG": "scale=3.0, sigma=inf, *, where, adaptive=0.0, heads=None",
+    "SLG": "scale=2.8, start=0.01, stop=0.2, *, where, adaptive=0.0, heads=None",
     "SoftPAG": "scale=3.0, strength=1.0, joint='joint_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "SpotLight": "spans, target=0.2, pooled=False, *, where, tokenizer=None",
     "VAR": "sink_dims=None, tau=20.0, rho=0.5, min_image_mass=0.2, move_fraction=0.6, *, where, released=False",

@@ -5,17 +5,21 @@ from __future__ import annotations
 from attnsteer import (
     ACT,
     ADHH,
+    CONFORM,
     HGAI,
+    NAG,
     PAG,
     PAI,
     PAINT,
     PASTA,
     SEG,
+    SLG,
     SPIN,
     VAR,
     VHR,
     AttendAndExcite,
     AttentionRefocusing,
+    AttentionRegulation,
     HeadGate,
     InjectMap,
     InstABoost,
@@ -135,6 +139,11 @@ GUIDANCE = [
         lambda s: SoftPAG(0.0, 0.5, heads=s.heads, where=s.where),
     ),
     MethodCase(SEG, lambda s: SEG(2.0, where=s.where), lambda s: SEG(0.0, where=s.where)),
+    MethodCase(
+        SLG,
+        lambda s: SLG(2.0, None, None, heads=s.heads, where=s.where),
+        lambda s: SLG(0.0, None, None, where=s.where),
+    ),
 ]
 # Moves of the latent, with words as positions, because the prompts are embeddings; two steps.
 LATENT = [
@@ -148,6 +157,20 @@ LATENT = [
         AttentionRefocusing,
         lambda s: AttentionRefocusing(BOXES, compete="all", schedule=[(0.0, 0.5, 4.0, 2)], where=s.where),
         lambda s: AttentionRefocusing(BOXES, step_size=0.0, where=s.where),
+    ),
+]
+# On the pipeline with a text encoder and a UNet.
+ON_UNET = [
+    MethodCase(
+        AttentionRegulation,
+        lambda s: AttentionRegulation([(2, 3)], 1.0, keep=False, where=s.where & Where(kinds="cross")),
+        lambda s: AttentionRegulation([(2, 3)], 1.0, 0.0, keep=False, where=s.where & Where(kinds="cross")),
+    ),
+    MethodCase(NAG, lambda s: NAG("dark photo", where=s.where), lambda s: NAG("dark photo", 0.0, where=s.where)),
+    MethodCase(
+        CONFORM,
+        lambda s: CONFORM([[(2, 3), (3, 4)], [(5, 6)]], (0,), 1, until=2, where=narrow(s)),
+        lambda s: CONFORM([(2, 3), (5, 6)], step_size=0.0, where=narrow(s)),
     ),
 ]
 BOXES = {(2, 4): (0.0, 0.0, 0.5, 0.5), (5, 6): (0.25, 0.5, 1.0, 1.0)}

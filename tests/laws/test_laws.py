@@ -11,7 +11,7 @@ from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.testing import HOSTS, LAWS, HostCase, MethodCase, NotApplicable, Setting, check_law
 from attnsteer.testing.fingerprint import fingerprint
 
-from .cases import FEW_HOSTS, GUIDANCE, LATENT, METHODS, VISION
+from .cases import FEW_HOSTS, GUIDANCE, LATENT, METHODS, ON_UNET, VISION
 
 SKIPS = (Path(__file__).parents[1] / "SKIPS.md").read_text(encoding="utf-8")
 LANGUAGE, DENOISERS, PIPELINES = (
@@ -33,6 +33,7 @@ PAIRS = [
     *((m, h) for h in PIPELINES for m in [*GUIDANCE, METHODS[0]]),
     *((LATENT[0], HOSTS[f"{name}-pipeline"]) for name in ("sd", "sdxl", "sd3", "flux")),
     (LATENT[1], HOSTS["sd3-pipeline"]),
+    *((m, HOSTS["sd-pipeline"]) for m in ON_UNET),
 ]
 # All laws of a pair in a row: they share what the first of them computes.
 COMBINATIONS = [(law, m, h) for m, h in PAIRS for law in LAWS if law != "compile" or (m.name, h.name) in COMPILED]
