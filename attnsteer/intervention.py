@@ -351,6 +351,11 @@ def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def needs_of(cls: type[Intervention]) -> tuple[str, ...]:
+    """What a class needs whatever its hyper-parameters are; nothing where they decide it (a property)."""
+    return () if isinstance(cls.needs, property) else cls.needs
+
+
 def _directory(source: str | Path, revision: str | None) -> Path:
     if checked_path("from_pretrained", source).is_dir():
         return Path(source)

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from attnsteer import (
     ACT,
+    ADHH,
     CONFORM,
+    HGAI,
     NAG,
     PAG,
+    PAI,
+    PAINT,
     PASTA,
     SEG,
     SLG,
+    SPIN,
     VAR,
     VHR,
     AttendAndExcite,
     AttentionRefocusing,
     AttentionRegulation,
     HeadGate,
+    InjectMap,
+    InstABoost,
     SoftPAG,
     SpotLight,
+    VisualKnockout,
     Where,
     ZeroTuning,
 )
@@ -58,7 +66,19 @@ METHODS = [
         lambda s: PASTA([SPAN] * s.batch, s.heads, 1.0, where=s.where),
         prompt_bound=True,
     ),
+    MethodCase(
+        InstABoost,
+        lambda s: InstABoost([SPAN] * s.batch, 5.0, where=narrow(s)),
+        lambda s: InstABoost([SPAN] * s.batch, 1.0, where=narrow(s)),
+    ),
+    MethodCase(
+        InjectMap,
+        lambda s: InjectMap("previous", s.heads, strength=0.6, where=s.where),
+        lambda s: InjectMap("previous", s.heads, strength=0.0, where=s.where),
+    ),
 ]
+# Another method in the same form: a few hosts tell all.
+FEW_HOSTS = {"InjectMap": ("llama", "gpt_oss"), "InstABoost": ("llama", "gpt_oss", "t5")}
 # On hosts whose prompts have images.
 VISION = [
     MethodCase(
@@ -72,6 +92,43 @@ VISION = [
         VHR,
         lambda s: VHR(1.7, where=narrow(s)),
         lambda s: VHR(1.0, where=narrow(s)),
+    ),
+    # What acts in the rows that speak: to a run without a cache, where all tokens are prompt, only the last one does.
+    MethodCase(
+        PAI,
+        lambda s: PAI(0.8, where=narrow(s)),
+        lambda s: PAI(0.0, where=narrow(s)),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        HGAI,
+        lambda s: HGAI(0.8, where=narrow(s)),
+        lambda s: HGAI(0.0, where=narrow(s)),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        PAINT,
+        lambda s: PAINT([[0, 3, 5]] * s.batch, [[3, 7]] * s.batch, 0.9, 1.4, where=narrow(s)),
+        lambda s: PAINT([[0, 3, 5]] * s.batch, [[3, 7]] * s.batch, 0.0, 0.0, where=narrow(s)),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        ADHH,
+        lambda s: ADHH(s.heads, 0.1, where=s.where),
+        lambda s: ADHH(s.heads, 1.1, where=s.where),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        SPIN,
+        lambda s: SPIN(0.5, 0.1, where=narrow(s)),
+        lambda s: SPIN(0.5, 1.0, where=narrow(s)),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        VisualKnockout,
+        lambda s: VisualKnockout([("last", "image"), ("generated", "image")], where=narrow(s)),
+        lambda s: VisualKnockout([], where=narrow(s)),
+        prompt_bound=True,
     ),
 ]
 GUIDANCE = [
