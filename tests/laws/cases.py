@@ -78,7 +78,11 @@ METHODS = [
     ),
 ]
 # Another method in the same form: a few hosts tell all.
-FEW_HOSTS = {"InjectMap": ("llama", "gpt_oss"), "InstABoost": ("llama", "gpt_oss", "t5")}
+FEW_HOSTS = {
+    "InjectMap": ("llama", "gpt_oss"),
+    "InstABoost": ("llama", "gpt_oss", "t5"),
+    "SLG": ("sd-pipeline", "sd3-pipeline"),
+}
 # On hosts whose prompts have images.
 VISION = [
     MethodCase(
