@@ -23,7 +23,7 @@ from attnsteer.results import readme_tables as results
 from tests.run.common import changed
 
 NAMES = shipped.names()
-# Tools that others act through (HeadGate of searches, maps and heads of another run), and methods whose evaluation is not written yet.
+# Tools that others act through (searches, maps and heads of another run), and methods whose evaluation is not written yet.
 TOOLS = {"FreezeMaps", "HeadGate", "InjectMap", "PatchHeads", "VisualKnockout"}
 NOT_EVALUATED = {
     "ADHH",
