@@ -492,6 +492,22 @@ def test_another_attention_while_steered_is_followed_and_kept() -> None:
     assert model.config._attn_implementation == "eager"
 
 
+def test_a_handle_that_is_gone_or_entered_already(llama: nn.Module) -> None:
+    """What would run in the block is the plain model, and the audit of earlier calls would hide it."""
+    x, method = tokens(1, 5), ZeroTuning(HEADS, 4.0)
+    handle = steer(llama, method)
+    steered = llama(input_ids=x).logits
+    handle.remove()
+    with pytest.raises(CompositionError, match="was removed"), handle:
+        pass
+    with pytest.raises(CompositionError, match="was removed"), handle.freeze():
+        pass
+    with steer(llama, method) as handle:
+        with pytest.raises(CompositionError, match="entered already"), handle:
+            pass
+        assert torch.equal(llama(input_ids=x).logits, steered)
+
+
 def test_a_lost_handle_is_found_by_its_model() -> None:
     model, x = tiny_transformers("llama"), tokens(1, 8)
     mark, plain = fingerprint(model), model(input_ids=x).logits
