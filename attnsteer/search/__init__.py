@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy(
         "Backbone": ".methods._sink_dims",
         "SinkDims": "sink_dims",
         "find_sink_dims": "sink_dims",
+        "rotary_bases": "bases",
         "inverted": "pursuit",
         "maps": "functions",
         "michel": "importance",
