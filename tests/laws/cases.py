@@ -10,6 +10,7 @@ from attnsteer import (
     VAR,
     VHR,
     AttendAndExcite,
+    AttentionBuckets,
     AttentionRefocusing,
     HeadGate,
     InjectMap,
@@ -62,13 +63,23 @@ METHODS = [
         lambda s: InstABoost([SPAN] * s.batch, 1.0, where=narrow(s)),
     ),
     MethodCase(
+        AttentionBuckets,
+        lambda s: AttentionBuckets((10000.0, 200.0)),
+        lambda s: AttentionBuckets((10000.0,)),
+        whole_model=True,
+    ),
+    MethodCase(
         InjectMap,
         lambda s: InjectMap("previous", s.heads, strength=0.6, where=s.where),
         lambda s: InjectMap("previous", s.heads, strength=0.0, where=s.where),
     ),
 ]
 # Another method in the same form: a few hosts tell all.
-FEW_HOSTS = {"InjectMap": ("llama", "gpt_oss"), "InstABoost": ("llama", "gpt_oss", "t5")}
+FEW_HOSTS = {
+    "AttentionBuckets": ("llama",),
+    "InjectMap": ("llama", "gpt_oss"),
+    "InstABoost": ("llama", "gpt_oss", "t5"),
+}
 # On hosts whose prompts have images.
 VISION = [
     MethodCase(
