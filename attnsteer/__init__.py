@@ -9,20 +9,30 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import errors, methods, zoo
+    from .baking import bake
     from .captured import Captured
     from .capturing import capture
     from .heads import HeadSet
     from .intervention import Intervention
     from .methods import (
         ACT,
+        ADHH,
+        CONFORM,
+        HGAI,
+        NAG,
         PAG,
+        PAI,
+        PAINT,
         PASTA,
         SEG,
+        SLG,
+        SPIN,
         VAR,
         VHR,
         AttendAndExcite,
         AttentionBuckets,
         AttentionRefocusing,
+        AttentionRegulation,
         FreezeMaps,
         HeadGate,
         InjectMap,
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
         PatchHeads,
         SoftPAG,
         SpotLight,
+        VisualKnockout,
         ZeroTuning,
     )
     from .methods.bases.latent_loss import LatentLoss
@@ -52,6 +63,7 @@ __getattr__, _names, __all__ = lazy(
         "Tokens": "tokens",
         "Where": "where",
         "capture": "capturing",
+        "bake": "baking",
         "detach": "steering",
         "errors": "errors",
         "get_method": "registry",
@@ -65,18 +77,28 @@ __getattr__, _names, __all__ = lazy(
         "AttendAndExcite": "methods",
         "AttentionBuckets": "methods",
         "AttentionRefocusing": "methods",
+        "AttentionRegulation": "methods",
+        "CONFORM": "methods",
         "HeadGate": "methods",
         "FreezeMaps": "methods",
         "InjectMap": "methods",
         "InstABoost": "methods",
         "PatchHeads": "methods",
+        "NAG": "methods",
         "PAG": "methods",
         "PASTA": "methods",
         "SEG": "methods",
+        "SLG": "methods",
         "SoftPAG": "methods",
         "SpotLight": "methods",
         "VAR": "methods",
         "VHR": "methods",
+        "ADHH": "methods",
+        "HGAI": "methods",
+        "PAI": "methods",
+        "PAINT": "methods",
+        "SPIN": "methods",
+        "VisualKnockout": "methods",
         "ZeroTuning": "methods",
     },
 )
