@@ -19,6 +19,8 @@ from ..intervention import Intervention
 from ..parameters import whole
 from .calibration import calibrate_heads
 
+HOW = ("intersection", "union")
+
 
 def profile_heads(
     model: nn.Module,
@@ -56,19 +58,25 @@ def profile_heads(
     return shared_heads(found, k)
 
 
-def shared_heads(profiles: Mapping[str, HeadSet], k: int) -> HeadSet:
+def shared_heads(profiles: Mapping[str, HeadSet], k: int, how: str = "intersection") -> HeadSet:
     """The heads among the best `k` of every profile (a scored head set for each task); see `profile_heads`.
+
+    Args:
+        how: "intersection", or "union": among the best of any, which the official configs have too, for small k. (For GPT-J and
+            k = 3 theirs agrees with their lists of the single tasks in 11 heads of 12.)
 
     Raises:
         SelectionError: no profiles, a k beyond their heads, or no head that all of them share.
     """
+    if how not in HOW:
+        raise SelectionError(f"shared_heads(how={how!r}): one of {HOW}.")
     if not profiles:
         raise SelectionError("shared_heads: give scored head sets by task, {name: HeadSet}.")
     least = min(map(len, profiles.values()))
     if whole(k) is None or not 0 < k <= least:
         raise SelectionError(f"shared_heads(k={brief(k)}): give 1 to {least}, the heads of the smallest profile.")
     best = {name: set(heads.top(k)) for name, heads in profiles.items()}
-    shared = set.intersection(*best.values())
+    shared = set.intersection(*best.values()) if how == "intersection" else set.union(*best.values())
     if not shared:
         raise SelectionError(
             f"no head is among the best {k} of all {len(profiles)} tasks; take a larger k (the paper: about a "
@@ -79,6 +87,7 @@ def shared_heads(profiles: Mapping[str, HeadSet], k: int) -> HeadSet:
     provenance = {
         "search": "profile_heads",
         "k": k,
+        "how": how,
         "tasks": {name: heads.provenance | {"best": sorted(map(list, best[name]))} for name, heads in profiles.items()},
     }
     return HeadSet(shared, scores=scores, shape=first.shape, provenance=provenance)

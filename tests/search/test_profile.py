@@ -31,6 +31,26 @@ def test_heads_that_all_tasks_share() -> None:
         shared_heads({}, 1)
 
 
+def test_the_union_of_the_official_configs() -> None:
+    """QingruZhang/PASTA at a6065ac, config/head_config/gptj: task_specific/*/top3_*, and multi_task/union/top3_*."""
+    tasks = {
+        "json": [(1, 10), (5, 8), (23, 11)],
+        "pron": [(3, 15), (8, 4), (13, 10)],
+        "cf": [(22, 5), (16, 10), (19, 12)],
+        "bio": [(18, 13), (17, 12), (19, 0)],
+    }
+    union = {5: [8], 22: [5], 8: [4, 9], 16: [10], 18: [13], 13: [10], 19: [0, 12], 1: [10], 3: [15], 17: [12]}
+    every = sorted({pair for own in tasks.values() for pair in own})
+    profiles = {
+        name: HeadSet(every, scores={p: float(p in own) for p in every}, shape=(28, 16)) for name, own in tasks.items()
+    }
+    found, theirs = shared_heads(profiles, 3, "union"), HeadSet(union)
+    # Their list for JSON is of another run than what went into their union.
+    assert set(found) - set(theirs) == {(23, 11)} and set(theirs) - set(found) == {(8, 9)}
+    with pytest.raises(SelectionError, match="how='all'"):
+        shared_heads(profiles, 3, "all")
+
+
 @torch.no_grad()
 def test_each_head_alone_on_each_task() -> None:
     model = tiny_transformers("llama")
