@@ -168,6 +168,8 @@ def test_models_without_one_base_are_refused() -> None:
     inputs = prompts()
     with steer(model, method, control=True), pytest.raises(UnsupportedHost, match="compute the loss from the logits"):
         model(**inputs, labels=inputs["input_ids"])
+    with steer(model, method, control=True), pytest.raises(UnsupportedHost, match="share one paged cache"):
+        model(**inputs, cache=object())
     for bases in ((), (0.5,), "many", (True,)):
         with pytest.raises(SelectionError, match="AttentionBuckets"):
             AttentionBuckets(bases)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...bound import Bound
 from ...errors import ContractError, UnsupportedHost
 from .cache_state import STATE, Memory
-from .outer_calls import GENERATION, UNTRACED, entry, refuse_tracing
+from .outer_calls import GENERATION, KEY, UNTRACED, Prepared, entry, refuse_tracing
 
 # The base of the stream that runs, by steering; each thread and task has its own.
 BASE: ContextVar[Mapping[int, float]] = ContextVar("attnsteer_base", default={})  # noqa: B039  never mutated
@@ -166,6 +166,12 @@ class Streams:
         if id(self.run) in BASE.get():
             return inner(*args, **kwargs)
         values = dict(zip(self.names, args, strict=False)) | kwargs
+        prepared = kwargs.get(KEY, {}).get(id(self.run))
+        if values.get("cache") is not None or isinstance(prepared, Prepared):
+            raise UnsupportedHost(
+                f"{self.bound.name}: requests of continuous batching share one paged cache, and each stream needs its own. "
+                "Use generate."
+            )
         if values.get("labels") is not None:
             raise UnsupportedHost(
                 f"{self.bound.name} mixes logits after the model has taken its loss; compute the loss from the logits."
