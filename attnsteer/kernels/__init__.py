@@ -1,5 +1,6 @@
 """Exact attention algebra: pure functions of q, k, v and a mask, in the model's own terms."""
 
+from .blocks import RowBlocks
 from .groups import KeyIndex, index_keys, leftover, mass, partial
 from .lse import attend, attend_lse, causal_with_mask, lse_source
 from .merge import held, merge, reweight
@@ -9,6 +10,7 @@ from .statistics import column_mass, entropy, keys_seen, rows, seen_by
 __all__ = [
     "Attention",
     "KeyIndex",
+    "RowBlocks",
     "attend",
     "attend_lse",
     "causal_with_mask",
