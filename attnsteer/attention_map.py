@@ -413,25 +413,31 @@ class ReweightedMap(AttentionMap):
     @property
     def out(self) -> Tensor:
         if self._out is None:
-            if self._of_blocks():
-                self._from_blocks()
+            if self._of_share():
+                self._from_share()
             else:
                 self._out = self._keep(self._from_rows() if self.few else self._merged())
         return self._out
 
-    def _of_blocks(self) -> bool:
-        """Whether this is a share of a map that is held, and nothing has asked for weights."""
-        if self.before is not self.root or not isinstance(self._edit, Share) or self.root._blocks is None:
+    def _of_share(self) -> bool:
+        """Whether this is a share on the model's own map that needs no weights, for which nothing has asked."""
+        if self.before is not self.root or not isinstance(self._edit, Share) or torch.is_grad_enabled():
             return False
-        return not torch.is_grad_enabled() and (self.att.sinks is None or not self._edit.scale_sinks)
+        if self.root._blocks is not None:
+            return self.att.sinks is None or not self._edit.scale_sinks
+        return self._edit.scale_sinks and not self.few
 
-    def _from_blocks(self) -> None:
-        keys, m = self._edit.keys, self.shape[3]
+    def _from_share(self) -> None:
+        keys, m, kept = self._edit.keys, self.shape[3], self.root.out
         if keys.shape[-1] < m:
             keys = torch.nn.functional.pad(keys, (0, m - keys.shape[-1]))
-        before, after, out = self.root._blocks.share(keys, self._edit.of)
-        self._moved, kept = before != after, self.root.out
-        self._out = self._keep(torch.where(self._moved[..., None], out.to(kept.dtype), kept))
+        if self.root._blocks is None:
+            out, self._moved = kernels.lift(kept, *self.root.partial(keys), self._edit.of)
+        else:
+            before, after, out = self.root._blocks.share(keys, self._edit.of)
+            self._moved = before != after
+            out = torch.where(self._moved[..., None], out.to(kept.dtype), kept)
+        self._out = self._keep(out)
 
     def _merged(self) -> Tensor:
         """One merge of the partial outputs of all cells of the root map."""
@@ -439,7 +445,8 @@ class ReweightedMap(AttentionMap):
         if isinstance(self.before, ReweightedMap):
             (groups, rest), normalise = self.cells(), False
         parts = [(keys, weight, *self.root.partial(keys)) for keys, weight in groups]
-        return kernels.reweight(self.att, self.root.out, self.root.lse, parts, rest, normalise)
+        grows = self.edit.grows and self.before is self.root
+        return kernels.reweight(self.att, self.root.out, self.root.lse, parts, rest, normalise, grows)
 
     def _from_rows(self) -> Tensor:
         """From the few rows of the map itself; rows that nothing changed are the model's own."""
@@ -454,8 +461,8 @@ class ReweightedMap(AttentionMap):
 
     def _moved_rows(self) -> Tensor:
         """bool [B, H, n]: the rows that are not those of the root map."""
-        if self._moved is None and self._of_blocks():
-            self._from_blocks()
+        if self._moved is None and self._of_share():
+            self._from_share()
         if self._moved is None:
             self._moved = (self.dense() != self.root.dense()).any(dim=-1)
         return self._moved
@@ -630,7 +637,7 @@ class ReweightedMap(AttentionMap):
 
     def moved(self) -> Tensor:
         if not isinstance(self.before, ReweightedMap):
-            return self._moved_rows() if self.few else super().moved()
+            return self._moved_rows() if self.few or self._of_share() else super().moved()
         if self.few:
             return super().moved()
         # Where the other keys have less than rounding, it is the groups that move, or nothing that shows.

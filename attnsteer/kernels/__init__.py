@@ -3,7 +3,7 @@
 from .blocks import RowBlocks
 from .groups import KeyIndex, index_keys, leftover, mass, partial
 from .lse import attend, attend_lse, causal_with_mask, lse_source
-from .merge import held, merge, reweight
+from .merge import held, lift, merge, reweight
 from .problem import Attention, dense, dense_with_sink, visible
 from .statistics import column_mass, entropy, keys_seen, rows, seen_by
 
@@ -22,6 +22,7 @@ __all__ = [
     "index_keys",
     "keys_seen",
     "leftover",
+    "lift",
     "lse_source",
     "mass",
     "merge",
