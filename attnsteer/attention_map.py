@@ -389,6 +389,9 @@ class ReweightedMap(AttentionMap):
         self.before, self._edit = before, edit
         # The model's own map, and the edits since.
         self.root: AttentionMap = before.root if isinstance(before, ReweightedMap) else before
+        if self.root is not before:
+            # Cells of several edits take many small operators, and gathering them reads back how many keys each has.
+            self.root.hold()
         self._cells: list[tuple[Tensor, Tensor]] | None = None
         self._rest: Tensor | None = None
         self._norm: Tensor | None = None
