@@ -54,7 +54,7 @@ def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: P
     if spec.path is not None:
         source = (Path() if folder is None else folder) / Path(spec.path).expanduser()
         if not source.is_dir():
-            embedded = f" {spec.path} is an embedded model: write zoo: {spec.path}." if spec.path in ZOO_KINDS else ""
+            embedded = f" {spec.path} is a model of the zoo: write zoo: {spec.path}." if spec.path in ZOO_KINDS else ""
             raise RecipeError(
                 f"model.path: there is no folder {source}. A path is relative to the recipe's folder.{embedded}"
             )
