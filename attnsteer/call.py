@@ -121,7 +121,7 @@ class AttnCall:
         """sum of `counted` [B or 1, n] over the rows that may see each key, [B or 1, H or 1, m]; made once for all layers of this
         forward whose masks hide the same keys from rows `counted`."""
         att = self.map.att
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.map.seen_by(counted)
         key = ("seen_by", id(counted), id(att.mask), id(att.key_bias), att.causal, att.shape[2:])
         found = self.memo.get(key)

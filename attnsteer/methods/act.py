@@ -174,6 +174,7 @@ class ACT(Intervention):
     def _flagged(self, call: AttnCall, state: dict[str, Tensor], seen: Tensor) -> Tensor:
         """S by slot, [B, H, T]; `seen`: the number of rows behind each key that this call has counted."""
         valid, fresh = state["valid"], call.past == 0 and state["sum"].shape[-1] == seen.shape[-1]
+        fresh = fresh and not torch.compiler.is_compiling()
         make = lambda: self._columns(state)  # noqa: E731
         rows, allowed = call.once(f"columns {id(seen)}", make) if fresh else make()
         mean = state["sum"] / rows
