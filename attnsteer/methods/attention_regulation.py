@@ -47,8 +47,9 @@ class AttentionRegulation(Intervention):
         seed: of the weights that each descent begins with (uniform, 0 to 1): the same for all samples.
 
     The default sites are the published ones of Stable Diffusion 1 and 2. Maps below 16 x 16, which the official code does not take,
-    have bumps of width 1. D is a constant for methods that take gradients. Joint attention is not supported: what its image
-    keys would do to the loss nobody has looked at.
+    have bumps of width 1. The published rate multiplies rounding: in single precision a sample in a batch may differ from the
+    same sample alone by a hundredth of the latent. D is a constant for methods that take gradients. Joint attention is not
+    supported: what its image keys would do to the loss nobody has looked at.
     """
 
     words: Any = parsed(lambda words: checked("words", words), "words of the prompt, or one list of them per prompt")
@@ -68,10 +69,8 @@ class AttentionRegulation(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.where.rows is not None or self.where.branches is not None:
-            raise SelectionError(
-                f"AttentionRegulation edits all image rows of the conditional branch; leave out {self.where}."
-            )
+        if self.where.branches is not None:
+            raise SelectionError(f"AttentionRegulation edits the conditional branch; leave out {self.where}.")
 
     def default_where(self, sites: Sequence[Site]) -> Where | None:
         found = {m[2] for m in (re.fullmatch(PUBLISHED, s.name) for s in sites) if m is not None}

@@ -63,10 +63,8 @@ class NAG(Intervention):
     def __post_init__(self) -> None:
         super().__post_init__()
         w = self.where
-        if w.heads is not None or w.rows is not None or w.branches is not None:
-            raise SelectionError(
-                f"NAG compares all heads of a site at once, in the image rows of the conditional branch; leave out {w}."
-            )
+        if w.heads is not None or w.branches is not None:
+            raise SelectionError(f"NAG compares all heads of a site at once, in the conditional branch; leave out {w}.")
 
     @classmethod
     def released_code(cls, negative: Any, **changes: Any) -> NAG:

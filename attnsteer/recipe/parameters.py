@@ -42,7 +42,7 @@ ZERO: dict[str, dict[str, float]] = {
 PLACEHOLDERS: dict[str, Any] = {
     "spans": ["word"],
     "words": ["word"],
-    "groups": ["word", "other"],
+    "groups": [["word"], ["other"]],
     "boxes": {"word": [0.0, 0.0, 1.0, 1.0]},
 }
 _SIMPLE = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,), "None": (type(None),)}

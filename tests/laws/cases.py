@@ -78,7 +78,11 @@ METHODS = [
     ),
 ]
 # Another method in the same form: a few hosts tell all.
-FEW_HOSTS = {"InjectMap": ("llama", "gpt_oss"), "InstABoost": ("llama", "gpt_oss", "t5")}
+FEW_HOSTS = {
+    "InjectMap": ("llama", "gpt_oss"),
+    "InstABoost": ("llama", "gpt_oss", "t5"),
+    "SLG": ("sd-pipeline", "sd3-pipeline"),
+}
 # On hosts whose prompts have images.
 VISION = [
     MethodCase(
@@ -163,8 +167,9 @@ LATENT = [
 ON_UNET = [
     MethodCase(
         AttentionRegulation,
-        lambda s: AttentionRegulation([(2, 3)], 1.0, keep=False, where=s.where & Where(kinds="cross")),
-        lambda s: AttentionRegulation([(2, 3)], 1.0, 0.0, keep=False, where=s.where & Where(kinds="cross")),
+        # A slower descent than the published one, which multiplies rounding.
+        lambda s: AttentionRegulation([(2, 3)], 1.0, iterations=4, rate=5.0, keep=False, where=s.where),
+        lambda s: AttentionRegulation([(2, 3)], 1.0, 0.0, keep=False, where=s.where),
     ),
     MethodCase(NAG, lambda s: NAG("dark photo", where=s.where), lambda s: NAG("dark photo", 0.0, where=s.where)),
     MethodCase(

@@ -34,7 +34,7 @@ PAIRS = [
         if h.name in FEW_HOSTS.get(m.name, (h.name,))
     ),
     *((METHODS[0], h) for h in DENOISERS),
-    *((m, h) for h in PIPELINES for m in [*GUIDANCE, METHODS[0]]),
+    *((m, h) for h in PIPELINES for m in [*GUIDANCE, METHODS[0]] if h.name in FEW_HOSTS.get(m.name, (h.name,))),
     *((LATENT[0], HOSTS[f"{name}-pipeline"]) for name in ("sd", "sdxl", "sd3", "flux")),
     (LATENT[1], HOSTS["sd3-pipeline"]),
     *((m, HOSTS["sd-pipeline"]) for m in ON_UNET),

@@ -163,6 +163,8 @@ def test_what_cannot_be_exact_is_refused() -> None:
     text = {"encoder_hidden_states": call["prompt_embeds"], "pooled_projections": call["pooled_prompt_embeds"]}
     with pytest.raises(SelectionError, match="the two streams would part"):
         steer(flux, NAG(text, where=Where(layers=[0])))
+    with pytest.raises(SelectionError, match="rows are left out"):
+        steer(flux, NAG(text, where=Where(rows=(0, 3))))
     with pytest.raises(SelectionError, match="leave out"):
         NAG("dark", where=Where(heads=[0]))
     with pytest.raises(SelectionError, match="give a text"):

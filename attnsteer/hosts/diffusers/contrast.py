@@ -140,6 +140,10 @@ class ContrastPasses:
         clock.sampling.prompts.negative = self.method.negative
 
     def _check_all(self, sites: Sequence[Site], name: str) -> None:
+        if self.bound.where.rows is not None:
+            raise SelectionError(
+                f"{name}: in {type(self.clock.model).__name__} the two streams would part where rows are left out."
+            )
         every = {s.name for s in sites if s.kind in ("cross", "joint")}
         left_out = sorted(every - set(self.clock.declared.edits[self.bound.index]))
         if left_out:

@@ -173,7 +173,8 @@ def prompts(split: str) -> Iterator[Sample]:
 
 
 def _layout(item: Layout) -> Sample:
-    """regions: phrase -> box, as methods take it; words: the nouns of the phrases; texts: the phrases without articles."""
+    """regions: phrase -> box, as methods take it; words: the nouns of the phrases; texts: the phrases without articles;
+    groups: each of these as a group of its own."""
     phrases = [{k: v for k, v in asdict(p).items() if v is not None} for p in item.phrases]
     out: Sample = {
         "prompt": item.prompt,
@@ -181,6 +182,7 @@ def _layout(item: Layout) -> Sample:
         "category": item.category,
         "words": [p.words.split()[-1] for p in item.phrases],
         "texts": [p.words for p in item.phrases],
+        "groups": [[p.words] for p in item.phrases],
     }
     if item.boxes:
         out["boxes"] = [list(b) for b in item.boxes]
