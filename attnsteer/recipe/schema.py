@@ -39,7 +39,8 @@ RESERVED = {
     "caption": ("num_return_sequences", "return_dict_in_generate"),
     "image": ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt"),
 }
-# Embedded models, and those that `attnsteer zoo fetch` gets.
+# Embedded models, and those that `attnsteer zoo fetch` gets, in whose place a random one stands with --tiny.
+FETCHED = ("smollm2-135m", "gemma3-270m")
 ZOO_KINDS = {
     "shapes-lm": "lm",
     "shapes-lvlm": "vlm",
@@ -120,6 +121,11 @@ class ModelSpec(Spec):
         "auto", description="auto (CUDA where there is one), cpu, mps, cuda or cuda:N."
     )
     device_map: Name | None = Field(None, description="auto and the like, for models spread over devices.")
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it comes with the package, and is small already."""
+        return self.zoo is not None and self.zoo not in FETCHED
 
     @model_validator(mode="after")
     def _whole(self) -> ModelSpec:

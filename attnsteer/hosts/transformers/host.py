@@ -81,7 +81,7 @@ class TransformersHost(Host):
             position = order.setdefault(block[1] if block else name, len(order))
             layer = getattr(module, "layer_idx", None)
             cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(name))
-            causal = bool(getattr(module, "is_causal", False)) and not cross
+            causal = bool(getattr(module, "is_causal", _makes_causal_masks(stack))) and not cross
             decoder = causal or cross or "decoder" in name
             self._stacks[name] = stack_name
             if not interface:
@@ -89,7 +89,7 @@ class TransformersHost(Host):
             found.append(
                 Site(
                     name=name,
-                    layer=layer if isinstance(layer, int) else position,
+                    layer=_layer(layer, block[1] if block else "", position),
                     kind="cross" if cross else "self",
                     heads=heads,
                     kv_heads=kv,
@@ -220,6 +220,19 @@ def _modality(stack: nn.Module) -> str:
     return "audio" if name in ("input_features", "input_values") else "text"
 
 
+def _makes_causal_masks(stack: nn.Module) -> bool:
+    """Whether a stack of layers asks the library for causal masks; for attention that does not say so itself."""
+    code = getattr(inspect.unwrap(type(stack).forward), "__code__", None)
+    return code is not None and "create_causal_mask" in code.co_names
+
+
+def _layer(own: Any, block: str, position: int) -> int:
+    """The number of a layer: its own, else that of its block where its own is none (-1 in blocks that share weights)."""
+    if not isinstance(own, int) or isinstance(own, bool):
+        return position
+    return own if own >= 0 or not block else int(block.rpartition(".")[2])
+
+
 def _head_counts(module: nn.Module) -> tuple[int | None, int | None]:
     """Query heads and key-value heads, or (None, None) where the module does not say."""
     config = getattr(module, "config", None)
@@ -229,6 +242,10 @@ def _head_counts(module: nn.Module) -> tuple[int | None, int | None]:
     projection, dim = getattr(module, "q_proj", None), _int(module, "head_dim")
     if heads is None and projection is not None and dim and hasattr(projection, "out_features"):
         heads = projection.out_features // dim
+        # A projection that makes a gate beside the queries is wider than they are.
+        back, told = getattr(module, "o_proj", None), _int(config, "num_attention_heads")
+        if told and told < heads and getattr(back, "in_features", None) == told * dim:
+            heads = told
     for name in ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"):
         heads = heads or _int(config, name)
     if not heads:
