@@ -25,6 +25,7 @@ from .image_tokens import family_of, takes_images
 from .layers import ImageFree, block_of
 from .outer_calls import OuterCalls, outer_modules
 from .streams import Streams
+from .traced import prepare, untraceable
 
 if TYPE_CHECKING:
     from ...steering import Steering
@@ -171,6 +172,9 @@ class TransformersHost(Host):
             stack.beside = functools.partial(ImageFree, stack, list(blocks.items()))
         for block in {*residual, *blocks}:
             journal.wrap(names[block], "forward", functools.partial(block_forward, run, block in residual))
+        stack.untraceable = untraceable(stack, any(path in self._direct for path in runtimes))
+        if stack.untraceable is None:
+            prepare(stack)
         journal.wrap(names[name], "forward", stack)
         journal.add(stack.memory.forget)
 
