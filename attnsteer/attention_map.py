@@ -48,7 +48,7 @@ class AttentionMap:
         self._lse: Tensor | None = None
         self._dense: Tensor | None = None
         self._sink: Tensor | None = None
-        self._groups: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._groups: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
         # Answers that are kept, each with what tells whether it was changed since.
         self._kept: list[tuple[Tensor, Any]] = []
         self._watched = False
@@ -155,7 +155,7 @@ class AttentionMap:
 
     def mass(self, keys: Tensor) -> Tensor:
         """sum of A over `keys` (bool [B or 1, H or 1, m]), [B, H, n]."""
-        if self.few and _name(keys) not in self._groups:
+        if self.few and (torch.compiler.is_compiling() or _name(keys) not in self._groups):
             # Without the partial output: a decoding step should not read all values for it.
             return (self.dense() * keys[:, :, None]).sum(dim=-1)
         return self.partial(keys)[0]
@@ -168,7 +168,10 @@ class AttentionMap:
 
     def partial(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """(mass [B, H, n], sum_j A_ij v_j over `keys` [B, H, n, dv]), fp32."""
-        found = self._groups.get(_name(keys)) or self._equal_set(keys)
+        compiling = torch.compiler.is_compiling()
+        # Compiled code has no names for its tensors.
+        name = len(self._groups) if compiling else _name(keys)
+        found = self._groups.get(name) or self._equal_set(keys)
         if found is None:
             if self.few:
                 p = self.dense() * keys[:, :, None]
@@ -176,11 +179,13 @@ class AttentionMap:
             else:
                 pair = kernels.partial(self.att, self.lse, keys)
             # The tensor is kept with its answer, so that its id cannot be reused meanwhile.
-            found = self._groups[_name(keys)] = (keys, *(self._keep(t) for t in pair))
+            found = self._groups[name] = (keys, *(self._keep(t) for t in pair))
         return found[1], found[2]
 
     def _equal_set(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """The answer for another tensor with the same keys: pieces of several edits often are the same set."""
+        if torch.compiler.is_compiling():
+            return next((f for f in self._groups.values() if f[0] is keys), None)
         if keys.device.type != "cpu":
             # Comparing would wait for the device.
             return None
@@ -376,7 +381,7 @@ class ReweightedMap(AttentionMap):
         self._rest: Tensor | None = None
         self._norm: Tensor | None = None
         self._moved: Tensor | None = None
-        self._parts: dict[tuple[int, int], tuple[Tensor, list[Tensor], Tensor]] = {}
+        self._parts: dict[Any, tuple[Tensor, list[Tensor], Tensor]] = {}
 
     @property
     def few(self) -> bool:
@@ -404,7 +409,7 @@ class ReweightedMap(AttentionMap):
         """From the few rows of the map itself; rows that nothing changed are the model's own."""
         changed = self._moved_rows()[..., None]
         edited = _apply(self.dense(), self.att)
-        cpu = changed.device.type == "cpu"
+        cpu = changed.device.type == "cpu" and not torch.compiler.is_compiling()
         if self.root._out is None and cpu and self.shape[3] > SHORT_CACHE and bool(changed.all()):
             # No row keeps its output, so the model's own kernel need not run (asking costs more than it elsewhere).
             return edited.to(self.att.v.dtype)
@@ -488,7 +493,11 @@ class ReweightedMap(AttentionMap):
 
     def split(self, keys: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """`keys` cut along the cells: [(keys and cell, c)], and the keys that are in no cell."""
-        found = self._parts.get(_name(keys))
+        compiling = torch.compiler.is_compiling()
+        name = len(self._parts) if compiling else _name(keys)
+        found = self._parts.get(name)
+        if compiling:
+            found = next((f for f in self._parts.values() if f[0] is keys), None)
         cells, _ = self.cells()
         if found is None:
             left, pieces = keys, []
@@ -496,7 +505,7 @@ class ReweightedMap(AttentionMap):
                 pieces.append(keys & cell)
                 left = left & ~cell
             # The tensor is kept with its pieces, so that its id cannot be reused meanwhile.
-            found = self._parts[_name(keys)] = (keys, pieces, left)
+            found = self._parts[name] = (keys, pieces, left)
         return [(piece, c) for piece, (_, c) in zip(found[1], cells, strict=True)], found[2]
 
     def total(self) -> Tensor:
@@ -612,7 +621,7 @@ def _apply(p: Tensor, att: Attention) -> Tensor:
 
 def _name(keys: Tensor) -> tuple[int, int]:
     """Under which what is known of a key set is kept: another one once it is changed in place."""
-    return id(keys), 0 if keys.is_inference() or torch.compiler.is_compiling() else keys._version
+    return id(keys), 0 if keys.is_inference() else keys._version
 
 
 def _full(row_weight: Tensor, A: Tensor) -> Tensor:

@@ -108,8 +108,8 @@ class AttnCall:
         For key sets and edits that follow from tokens and hyper-parameters alone: `make` must read nothing of the site, its
         heads, its state or its map. `name` tells several things of one method apart.
         """
-        if torch.is_grad_enabled():
-            # A layer that is computed again for its gradient must find what it found before.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # A layer that is computed again for its gradient must find what it found before; compiled code finds twins itself.
             return make()
         key = (self.owner, name, id(self.rows), id(self.keys))
         found = self.memo.get(key)

@@ -209,7 +209,7 @@ class SiteRuntime:
             and att.sinks is None
             and att.key_bias is None
             and self.rows is None
-            and not (self.run.reference or self.run.measure or torch.compiler.is_compiling())
+            and not (self.run.reference or self.run.measure)
         )
 
     def _index(self, local: Heads, device: torch.device) -> Tensor:
@@ -378,6 +378,8 @@ class _HeadGroup:
 
     def form_key(self, bound: Bound) -> Any:
         """What tells apart where a method acts in the calls of one forward."""
+        if torch.compiler.is_compiling():
+            return None
         return id(bound), self.heads, self.base.site.layer if bound.method.restricting else None
 
     def ask(self, bound: Bound, door: str, *args: Tensor, gather: bool = True) -> Any:
@@ -392,11 +394,15 @@ class _HeadGroup:
         self.asked, view = (door, first), self.map
         if first:
             view.watch(True)
-        try:
+        if torch.compiler.is_compiling():
+            # An error ends the compilation, which says where it was.
             edit = getattr(bound.method, door)(call, *args)
-        except Exception as error:
-            error.add_note(f"attnsteer: raised in {bound.name}.{door} at {site}.")
-            raise
+        else:
+            try:
+                edit = getattr(bound.method, door)(call, *args)
+            except Exception as error:
+                error.add_note(f"attnsteer: raised in {bound.name}.{door} at {site}.")
+                raise
         altered = self._altered(before, args)
         if first:
             view.watch(False)
@@ -437,6 +443,8 @@ class _HeadGroup:
             for name, track in (("call.rows", self.base.rows), ("call.keys", self.base.keys)):
                 found += [(name, t) for t in track.tensors()]
             found += [(f"call.{name}", t) for name, fact in self.base.facts.items() for t in _tensors(fact)]
+            others = ((name, getattr(whole, name)) for name in ("mask", "key_bias", "sinks"))
+            found += [(f"call.map.att.{name}", t) for name, t in others if t is not None]
         if first:
             return [(name, t, mark_of(t, True)) for name, t in found]
         return [(name, t, None if t.is_inference() else t._version) for name, t in found]
@@ -595,8 +603,7 @@ class _HeadGroup:
             moved = self.map.distance()
             keep = self.base.rows.valid[:, None].to(moved.dtype).expand_as(moved)
             self.marks[bound.index].record.measure((moved * keep).sum() / keep.sum().clamp_min(1.0))
-        compiling = torch.compiler.is_compiling()
-        self.mark(bound, self.map.path, *(() if compiling else (self.map.moved(),)))
+        self.mark(bound, self.map.path, self.map.moved())
 
     def weights_apart(self, bounds: list[Bound]) -> None:
         """The edits of interventions that act on rows of different requests, as one."""
@@ -634,9 +641,6 @@ class _HeadGroup:
             return out
         mask, edited = self.chosen(bound), edited.to(before.dtype)
         edited = edited if mask is None else torch.where(mask[..., None], edited, before)
-        if torch.compiler.is_compiling():
-            self.mark(bound, "output")
-            return edited
         # Of a decode step, compared when somebody looks.
         small = before.shape[2] <= FEW_ROWS and before.numel() <= SMALL
         keep = (lambda t: t.detach()) if edited.requires_grad else (lambda t: t)

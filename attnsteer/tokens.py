@@ -54,6 +54,11 @@ class Tokens:
         """Whether it is known where the prompt ends."""
         return self.prompt is not None
 
+    @property
+    def resolved_spans(self) -> dict[int, Any]:
+        """What was found so far, by the `id` of the spans."""
+        return self._resolved
+
     def first(self) -> Tensor:
         """Index of the first valid token of each row, [B]."""
         if self.valid is None:

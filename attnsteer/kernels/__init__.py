@@ -4,11 +4,14 @@ from .groups import KeyIndex, index_keys, leftover, mass, partial
 from .lse import attend, attend_lse, causal_with_mask, lse_source
 from .merge import held, merge, reweight
 from .problem import Attention, dense, dense_with_sink, visible
+from .sources import Source, add_source, flash_source, flex_source, remove_source
 from .statistics import column_mass, entropy, keys_seen, rows, seen_by
 
 __all__ = [
     "Attention",
     "KeyIndex",
+    "Source",
+    "add_source",
     "attend",
     "attend_lse",
     "causal_with_mask",
@@ -16,6 +19,8 @@ __all__ = [
     "dense",
     "dense_with_sink",
     "entropy",
+    "flash_source",
+    "flex_source",
     "held",
     "index_keys",
     "keys_seen",
@@ -24,6 +29,7 @@ __all__ = [
     "mass",
     "merge",
     "partial",
+    "remove_source",
     "reweight",
     "rows",
     "seen_by",

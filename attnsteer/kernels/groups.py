@@ -90,6 +90,8 @@ def leftover(att: Attention, lse: Tensor, keys: Tensor, inside: Tensor) -> Tenso
     Args:
         keys: [B or 1, H or 1, m] bool. inside: their mass, as `mass` returns it.
     """
+    if torch.compiler.is_compiling():
+        return masked_group(att, lse, ~keys)[0]
     outside = (att.visible_total(lse) - inside).clamp_min(0.0)
     close = (outside < NEAR[att.q.dtype]) & ~torch.isneginf(lse)
     if bool(close.any()):
@@ -131,7 +133,18 @@ def complement(
             yield b, h, at, out, torch.exp(part - lse[b, h, at])
 
 
+def masked_group(att: Attention, lse: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """As `partial`, by a pass in which only `keys` are seen: for compiled code, where a set cannot be read to be gathered."""
+    hidden = torch.zeros(keys.shape, dtype=att.stat_dtype, device=lse.device).masked_fill(~keys, -torch.inf)[:, :, None]
+    mask = att.additive(att.stat_dtype)
+    out, part = attend_lse(att.replace(mask=hidden if mask is None else hidden + mask, sinks=None))
+    share = torch.exp(part - lse.masked_fill(torch.isneginf(lse), 0.0))
+    return share, out.to(att.stat_dtype) * share[..., None]
+
+
 def _group(att: Attention, lse: Tensor, keys: Tensor | KeyIndex, want_values: bool) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return masked_group(att, lse, keys)
     chosen = keys if isinstance(keys, KeyIndex) else index_keys(keys)
     if chosen.runs is None or att.requires_grad:
         return _gathered(att, lse, chosen, want_values)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .groups import complement
+from .groups import complement, masked_group
 from .problem import Attention
 
 # How much a subtraction may magnify rounding before the row takes a pass over the other keys instead: the output of a
@@ -52,6 +52,8 @@ def reweight(
         [B, H, n, dv] in the dtype of `out`. Where all weights are one the row is returned bit for bit; where a weight needs
         a gradient, it has the right one there too.
     """
+    if torch.compiler.is_compiling():
+        return _added_up(att, out, lse, groups, rest, normalise)
     dtype = att.stat_dtype
     total, sink = att.visible_total(lse), att.sink_share(lse)
     rest = torch.as_tensor(rest, dtype=dtype, device=out.device).expand_as(total)
@@ -95,3 +97,29 @@ def reweight(
             new[b, h, at] = edited
     new = new.to(out.dtype)
     return torch.where(same[..., None], held(out, new), new) if learned else new
+
+
+def _added_up(
+    att: Attention,
+    out: Tensor,
+    lse: Tensor,
+    groups: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    rest: Tensor | float,
+    normalise: bool,
+) -> Tensor:
+    """`reweight` as a sum of parts that are all computed: nothing cancels, and nothing is read, as compiled code needs it."""
+    dtype = att.stat_dtype
+    union = torch.zeros((1, 1, att.shape[3]), dtype=torch.bool, device=out.device)
+    for keys, _, _, _ in groups:
+        union = union | keys
+    m_rest, u_rest = masked_group(att, lse, ~union)
+    rest = torch.as_tensor(rest, dtype=dtype, device=out.device).expand_as(m_rest)
+    new, norm, same = rest[..., None] * u_rest, att.sink_share(lse) + rest * m_rest, rest == 1
+    for _, w, m, u in groups:
+        w = torch.as_tensor(w, dtype=dtype, device=out.device).expand_as(m_rest)
+        new, norm, same = new + w[..., None] * u, norm + w * m, same & (w == 1)
+    if normalise:
+        same = same | (norm <= 0)
+        new = new / norm.masked_fill(same, 1.0)[..., None]
+    same, new = (same | torch.isneginf(lse))[..., None], new.to(out.dtype)
+    return torch.where(same, held(out, new) if new.requires_grad else out, new)

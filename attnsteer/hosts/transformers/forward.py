@@ -22,9 +22,22 @@ from ...errors import CompositionError, UnsupportedHost, listing
 from ...intervention import Intervention
 from ...scope import PLAIN, SCOPES, Scope
 from ...tokens import Tokens
+from . import traced
 from .cache_state import STATE, Memory, Sequence
 from .masks import looks_both_ways, packed_requests, padding_mask, roles_of_mask, whole_mask
-from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls, Prepared, entry
+from .outer_calls import (
+    CURRENT,
+    GENERATION,
+    KEY,
+    OUTER,
+    UNTOLD,
+    UNTRACED,
+    Outer,
+    OuterCalls,
+    OuterFacts,
+    Prepared,
+    entry,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +99,8 @@ class Forward:
             # Layers that are computed again must find what they found the first time.
             for key in [k for k in states if k[1] == site.path]:
                 del states[key]
+        if self.past:
+            self._check_once(site.path)
         if site.kind == "cross":
             make_keys = functools.partial(self._encoder_keys, keys)
         else:
@@ -105,6 +120,16 @@ class Forward:
             facts=facts,
             memo=self.memo,
         )
+
+    def _check_once(self, path: str) -> None:
+        """Raise where a module runs twice in a forward over a cache: its memory would be that of its last turn for all of them."""
+        ran = self.memo.setdefault("ran", set())
+        if path in ran and any(state and key[1] == path for key, state in self.sequence.states.items()):
+            raise UnsupportedHost(
+                f"{path} runs several times in one forward of its model, and the methods there keep what they learnt from the "
+                "prompt by module. Give each layer a module of its own (copy.deepcopy), or leave this one out."
+            )
+        ran.add(path)
 
     def _encoder_keys(self, keys: int) -> Track:
         valid = None if self.encoder is None else self.encoder[:, :keys]
@@ -128,10 +153,25 @@ class Stack:
         # Sites whose attention was found to be what its arguments say.
         self.exact: set[int] = set()
         self.beside: Any = None
+        # Why compiled code never holds this stack's forward, or None.
+        self.untraceable: str | None = None
+        outer.stacks.append(self)
 
-    @torch.compiler.disable(reason=UNTRACED)
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The stack's forward, with the account of its rows."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and traced.why_not(self) is None:
+            own = kwargs.get(KEY, {}).get(id(self.run))
+            values = dict(zip(self.names, args, strict=False)) | kwargs
+            forward = None if isinstance(own, (Prepared, Forward)) else traced.begin(self, values, own)
+            if forward is not None:
+                kwargs[KEY] = {**kwargs.get(KEY, {}), id(self.run): forward}
+                output = inner(*args, **kwargs)
+                traced.finish(self, forward, values, output)
+                return output
+        return self._untraced(inner, *args, **kwargs)
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def _untraced(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise UnsupportedHost(f"{UNTRACED}. Detach first, or use torch.compile.")
         key = id(self.run)
@@ -150,6 +190,11 @@ class Stack:
             told = UNTOLD
         # An outer stack hands its own account on to the towers inside.
         prepared = self.outer.taken(kwargs) if KEY in kwargs else None
+        if isinstance(prepared, OuterFacts):
+            # The outer model runs compiled, this stack does not.
+            told, prepared = prepared.outer(), None
+        elif isinstance(prepared, traced.Traced):
+            prepared = None
         values = dict(zip(self.names, args, strict=False)) | kwargs
         if told is None:
             told = self.outer.of_call(self.module, values, None if isinstance(prepared, Forward) else prepared)
@@ -263,6 +308,11 @@ class Stack:
         known = vars(cache).get(STATE, {}).get(self.memory.key)
         if known is None:
             return Sequence()
+        if known.compiled and known.tokens is not None and known.prompt is not None:
+            # Compiled calls went on with it; what came in by them was generated.
+            known = traced.Kept.of(known)
+        if isinstance(known, traced.Kept):
+            known = known.sequence(past)
         length = 0 if known.tokens is None else known.tokens.length
         if past > length:
             raise UnsupportedHost(
@@ -371,7 +421,7 @@ class Stack:
             total = scope.chunk_total
         elif outer.generation is not None:
             total = outer.generation.total
-        elif outer.beside is not None:
+        elif outer.beside is not None and outer.beside.guided and (new == 1 or not past):
             # The unconditional stream of `guidance_scale`: its first call is its prompt, also where no cache remembers it.
             border = sequence.prompt if past else outer.beside.prompt_beside(outer.ids, new)
             return border, border
@@ -465,6 +515,11 @@ def block_forward(run: Any, residual: bool, inner: Any, *args: Any, **kwargs: An
     """The forward of a layer: what enters it travels on with the call."""
     own = kwargs.get(KEY, {}).get(id(run))
     if own is None:
+        return inner(*args, **kwargs)
+    if isinstance(own, traced.Traced):
+        if residual:
+            own = own.entering(args[0] if args else kwargs.get("hidden_states"))
+            kwargs[KEY] = {**kwargs[KEY], id(run): own}
         return inner(*args, **kwargs)
     if not isinstance(own, Forward):
         return own.layer(inner, *args, **kwargs)

@@ -25,6 +25,7 @@ from .image_tokens import family_of, takes_images
 from .layers import ImageFree, block_of
 from .outer_calls import OuterCalls, outer_modules
 from .streams import Streams
+from .traced import prepare, untraceable
 
 if TYPE_CHECKING:
     from ...steering import Steering
@@ -81,7 +82,7 @@ class TransformersHost(Host):
             position = order.setdefault(block[1] if block else name, len(order))
             layer = getattr(module, "layer_idx", None)
             cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(name))
-            causal = bool(getattr(module, "is_causal", False)) and not cross
+            causal = bool(getattr(module, "is_causal", _makes_causal_masks(stack))) and not cross
             decoder = causal or cross or "decoder" in name
             self._stacks[name] = stack_name
             if not interface:
@@ -89,7 +90,7 @@ class TransformersHost(Host):
             found.append(
                 Site(
                     name=name,
-                    layer=layer if isinstance(layer, int) else position,
+                    layer=_layer(layer, block[1] if block else "", position),
                     kind="cross" if cross else "self",
                     heads=heads,
                     kv_heads=kv,
@@ -171,6 +172,9 @@ class TransformersHost(Host):
             stack.beside = functools.partial(ImageFree, stack, list(blocks.items()))
         for block in {*residual, *blocks}:
             journal.wrap(names[block], "forward", functools.partial(block_forward, run, block in residual))
+        stack.untraceable = untraceable(stack, any(path in self._direct for path in runtimes))
+        if stack.untraceable is None:
+            prepare(stack)
         journal.wrap(names[name], "forward", stack)
         journal.add(stack.memory.forget)
 
@@ -220,6 +224,19 @@ def _modality(stack: nn.Module) -> str:
     return "audio" if name in ("input_features", "input_values") else "text"
 
 
+def _makes_causal_masks(stack: nn.Module) -> bool:
+    """Whether a stack of layers asks the library for causal masks; for attention that does not say so itself."""
+    code = getattr(inspect.unwrap(type(stack).forward), "__code__", None)
+    return code is not None and "create_causal_mask" in code.co_names
+
+
+def _layer(own: Any, block: str, position: int) -> int:
+    """The number of a layer: its own, else that of its block where its own is none (-1 in blocks that share weights)."""
+    if not isinstance(own, int) or isinstance(own, bool):
+        return position
+    return own if own >= 0 or not block else int(block.rpartition(".")[2])
+
+
 def _head_counts(module: nn.Module) -> tuple[int | None, int | None]:
     """Query heads and key-value heads, or (None, None) where the module does not say."""
     config = getattr(module, "config", None)
@@ -229,6 +246,10 @@ def _head_counts(module: nn.Module) -> tuple[int | None, int | None]:
     projection, dim = getattr(module, "q_proj", None), _int(module, "head_dim")
     if heads is None and projection is not None and dim and hasattr(projection, "out_features"):
         heads = projection.out_features // dim
+        # A projection that makes a gate beside the queries is wider than they are.
+        back, told = getattr(module, "o_proj", None), _int(config, "num_attention_heads")
+        if told and told < heads and getattr(back, "in_features", None) == told * dim:
+            heads = told
     for name in ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"):
         heads = heads or _int(config, name)
     if not heads:

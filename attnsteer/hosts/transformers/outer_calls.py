@@ -28,6 +28,23 @@ UNTRACED = (
 )
 
 
+class OuterFacts:
+    """What the outer model of a vision-language type says of one compiled call.
+
+    Attributes:
+        image: bool [B, n], the image tokens of the call, or None. ids, mask: its token ids and padding mask, or None.
+        generation: the `generate` that prepared it, or None. total: slots of the prompt of that, or None.
+    """
+
+    def __init__(self, image: Tensor | None, ids: Tensor | None, mask: Tensor | None, generation: Any):
+        self.image, self.ids, self.mask, self.generation = image, ids, mask, generation
+        self.total = None if generation is None else generation.total
+
+    def outer(self) -> Outer:
+        """The same for a stack that does not run compiled."""
+        return Outer(self.ids, self.image, mask=self.mask, generation=self.generation)
+
+
 class Prepared:
     """An account that was drawn up before its forward began, by what batches requests; it travels in place of a `Forward`."""
 
@@ -53,6 +70,10 @@ class Generation:
     beside: list[tuple[int, Tensor | None]] = field(default_factory=list)
     # The call that was prepared last and has not reached a stack yet.
     pending: list[Generation] = field(default_factory=list)
+    # Token ids that the decoder behind an encoder begins with; none where there is no encoder.
+    decoder: list[Tensor] = field(default_factory=list)
+    # Whether another stream of one prompt each runs in it (the unconditional one of `guidance_scale`).
+    guided: bool = False
 
     def prompt_beside(self, ids: Tensor | None, new: int) -> int:
         """Slots of the prompt of the other stream that a call over all of its tokens so far belongs to."""
@@ -117,6 +138,8 @@ class OuterCalls:
         # An adapter that puts learned vectors in front of the prompt (prompt and prefix tuning).
         kinds = imported("peft", "PeftModel")
         self.adapted: Any = next((m for m in outer[:1] if kinds and isinstance(m, kinds)), None)
+        # The stacks inside.
+        self.stacks: list[Any] = []
         # The length of a prompt is that of `generate`'s input only where no encoder reads it.
         self._lengths = not any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in outer)
 
@@ -132,8 +155,21 @@ class OuterCalls:
                 journal.wrap(module, "forward", _Forwards(self, module))
             if callable(getattr(type(module), "generate", None)):
                 journal.wrap(module, "generate", _Generates(self, module))
+            if callable(getattr(type(module), "_prepare_decoder_input_ids_for_generation", None)):
+                journal.wrap(module, "_prepare_decoder_input_ids_for_generation", self._decoder_prompt)
             if callable(getattr(type(module), "prepare_inputs_for_generation", None)):
                 journal.wrap(module, "prepare_inputs_for_generation", self._prepared)
+
+    def _decoder_prompt(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a decoder behind an encoder begins with is its prompt; the input of `generate` is the encoder's."""
+        found = inner(*args, **kwargs)
+        generation = GENERATION.get().get(id(self.run))
+        if generation is not None and isinstance(found, tuple) and isinstance(found[0], Tensor):
+            known = generation.decoder
+            # Whisper begins anew for each segment; an assistant that is the model itself goes on.
+            if not known or not _begins(found[0], known[0]):
+                known[:] = [found[0]]
+        return found
 
     def _prepared(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The inputs of the next forward of a `generate` say that they are."""
@@ -143,6 +179,8 @@ class OuterCalls:
             mask = kwargs.get("attention_mask")
             if self._lengths and isinstance(mask, Tensor) and mask.ndim == 2:
                 generation = replace(generation, mask=mask)
+            if generation.decoder:
+                generation = replace(generation, total=generation.decoder[0].shape[1])
             generation.pending[:] = [generation]
             inputs[KEY] = {**inputs.get(KEY, {}), id(self.run): generation}
         return inputs
@@ -188,6 +226,22 @@ class OuterCalls:
                     check_whole(self.family, self.model.config, values, image)
         return replace(around, ids=ids, image=image, roles=roles, mask=mask)
 
+    def untraceable(self) -> bool:
+        """Whether compiled code must not hold the outer forwards."""
+        return bool(self.run.scopes) or self.adapted is not None or any(s.untraceable for s in self.stacks)
+
+    def traced(self, module: nn.Module, values: Mapping[str, Any], own: Any) -> OuterFacts:
+        """What one outer forward says in compiled code; `own`: what was said above it, or what `generate` has prepared."""
+        facts = own if isinstance(own, OuterFacts) else OuterFacts(None, None, None, own)
+        image, ids, mask = facts.image, facts.ids, facts.mask
+        ids = values.get("input_ids") if ids is None else ids
+        given = values.get("attention_mask")
+        mask = given if mask is None and isinstance(given, Tensor) and given.ndim == 2 else mask
+        if image is None and self._ours(module):
+            data = ids if ids is not None else values.get("inputs_embeds")
+            image = None if data is None else self._images(values, data.shape[1])
+        return OuterFacts(image, ids, mask, facts.generation)
+
     def check_generate(self, values: Mapping[str, Any]) -> None:
         """Raise where a way of decoding is known to be refused later, after the library has changed the model's config for it."""
         given = values.get("assistant_early_exit") or getattr(
@@ -200,8 +254,8 @@ class OuterCalls:
                 "Use prompt_lookup_num_tokens or another model as the assistant."
             )
 
-    def of_generate(self, values: Mapping[str, Any]) -> Generation:
-        """What the arguments of a `generate` say."""
+    def of_generate(self, values: Mapping[str, Any], config: Any) -> Generation:
+        """What the arguments of a `generate` say; `config`: the model's own generation config."""
         ids = _ids(values)
         data = next((v for v in (ids, values.get("inputs_embeds")) if isinstance(v, Tensor)), None)
         image = None
@@ -219,6 +273,7 @@ class OuterCalls:
             image,
             data.shape[1] if data is not None and self._lengths else None,
             None if given is None else len(given),
+            guided=_guided(values, config),
         )
 
     def tokens(
@@ -266,8 +321,18 @@ class _Forwards:
         self.calls, self.module = calls, module
         self.names = list(inspect.signature(module.forward).parameters)
 
-    @torch.compiler.disable(reason=UNTRACED)
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not self.calls.untraceable():
+            own = kwargs.get(KEY, {}).get(id(self.calls.run))
+            if not isinstance(own, Prepared):
+                values = dict(zip(self.names, args, strict=False)) | kwargs
+                facts = self.calls.traced(self.module, values, own)
+                kwargs[KEY] = {**kwargs.get(KEY, {}), id(self.calls.run): facts}
+                return inner(*args, **kwargs)
+        return self._untraced(inner, *args, **kwargs)
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def _untraced(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_tracing()
         calls = self.calls
         if calls.silent() or isinstance(kwargs.get(KEY, {}).get(id(calls.run)), Prepared):
@@ -282,7 +347,7 @@ class _Generates:
     """Around `generate` of an outer module; a nested one that goes on with the same prompt (an assistant's) adds nothing."""
 
     def __init__(self, calls: OuterCalls, module: nn.Module):
-        self.calls = calls
+        self.calls, self.module = calls, module
         self.names = list(inspect.signature(module.generate).parameters)
 
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -292,8 +357,18 @@ class _Generates:
         if around is not None and (around.ids is None or ids is None or _begins(ids, around.ids)):
             return inner(*args, **kwargs)
         self.calls.check_generate(values)
-        with entry(GENERATION, run, self.calls.of_generate(values)):
+        with entry(GENERATION, run, self.calls.of_generate(values, getattr(self.module, "generation_config", None))):
             return inner(*args, **kwargs)
+
+
+def _guided(values: Mapping[str, Any], config: Any) -> bool:
+    """Whether a `generate` runs its prompt a second time without its condition."""
+    from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guidance
+
+    configs = (values.get("generation_config"), config)
+    scales = [values.get("guidance_scale"), *(getattr(c, "guidance_scale", None) for c in configs)]
+    scale = next((s for s in scales if s is not None), 1)
+    return scale != 1 or any(isinstance(p, Guidance) for p in values.get("logits_processor") or ())
 
 
 def _ids(values: Mapping[str, Any]) -> Tensor | None:
