@@ -17,6 +17,8 @@ from .kernels import Attention
 FEW_ROWS = 4
 # Beyond so many keys a second pass over a cache costs more than the operators around it.
 SHORT_CACHE = 1024
+# Up to so many scores in all a map is held once its columns were asked for: looking a second time would cost more.
+SHORT_CALL = 1 << 22
 
 
 class AttentionMap:
@@ -48,6 +50,7 @@ class AttentionMap:
         self._lse: Tensor | None = None
         self._dense: Tensor | None = None
         self._sink: Tensor | None = None
+        self._blocks: kernels.RowBlocks | None = None
         self._groups: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
         # Answers that are kept, each with what tells whether it was changed since.
         self._kept: list[tuple[Tensor, Any]] = []
@@ -108,12 +111,12 @@ class AttentionMap:
     @property
     def few(self) -> bool:
         """Whether the rows are so few that the map itself is the cheapest exact form."""
-        return self._dense is not None or self.att.shape[2] <= FEW_ROWS
+        return self._dense is not None or self._blocks is not None or self.att.shape[2] <= FEW_ROWS
 
     @property
     def path(self) -> str:
         """How edits of this map are computed: "rows" or "dense" from the map itself, "fused" from identities."""
-        if self.att.shape[2] <= FEW_ROWS:
+        if self.att.shape[2] <= FEW_ROWS or self._blocks is not None:
             return "rows"
         return "dense" if self._dense is not None else "fused"
 
@@ -149,9 +152,22 @@ class AttentionMap:
     def dense(self) -> Tensor:
         """The whole map [B, H, n, m], fp32, differentiable: the reference, not for the normal path."""
         if self._dense is None:
-            A, sink = kernels.dense_with_sink(self.att)
+            if self._blocks is not None:
+                A = self._blocks.dense()
+                sink = A.new_zeros(()).expand(A.shape[:3]) if self.att.sinks is None else self.att.sink_share(self.lse)
+            else:
+                A, sink = kernels.dense_with_sink(self.att)
             self._dense, self._sink = self._keep(A), self._keep(sink)
         return self._dense
+
+    def hold(self) -> bool:
+        """Keep the map from here on if it is that of a short call; whether it is there."""
+        if self._blocks is None and self._dense is None:
+            B, H, n, m = self.shape
+            if n <= FEW_ROWS or not 0 < B * H * n * m <= SHORT_CALL or torch.is_grad_enabled():
+                return False
+            self._blocks = kernels.RowBlocks.of(self.att, lambda: self.lse)
+        return self._blocks is not None
 
     def mass(self, keys: Tensor) -> Tensor:
         """sum of A over `keys` (bool [B or 1, H or 1, m]), [B, H, n]."""
@@ -195,6 +211,8 @@ class AttentionMap:
 
     def column_mass(self, row_weight: Tensor | None = None) -> Tensor:
         """sum_i w_i A_ij, [B, H, m]; `row_weight` [B or 1, n] is 0 for rows to leave out."""
+        if self.hold():
+            return self._blocks.column_mass(row_weight)
         if self.few:
             A = self.dense()
             return A.sum(dim=2) if row_weight is None else torch.einsum("bhnm,bn->bhm", A, _full(row_weight, A))
@@ -227,7 +245,7 @@ class AttentionMap:
 
     def reweighted(self, edit: Reweight | Share) -> AttentionMap:
         """The map under `edit`: a view like this one, for the methods that come after."""
-        return ReweightedMap(self, self.weights_of_share(edit) if isinstance(edit, Share) else edit)
+        return ReweightedMap(self, edit)
 
     def reweight(self, edit: Reweight | Share) -> Tensor:
         """The output [B, H, n, dv] under `edit`; rows whose weights are all one are `out` bit for bit."""
@@ -372,16 +390,26 @@ class ReweightedMap(AttentionMap):
     partitions, so that any number of them is one reweighting of the model's own map.
     """
 
-    def __init__(self, before: AttentionMap, edit: Reweight):
+    def __init__(self, before: AttentionMap, edit: Reweight | Share):
         super().__init__(before.att)
-        self.before, self.edit = before, edit
+        self.before, self._edit = before, edit
         # The model's own map, and the edits since.
         self.root: AttentionMap = before.root if isinstance(before, ReweightedMap) else before
+        if self.root is not before:
+            # Cells of several edits take many small operators, and gathering them reads back how many keys each has.
+            self.root.hold()
         self._cells: list[tuple[Tensor, Tensor]] | None = None
         self._rest: Tensor | None = None
         self._norm: Tensor | None = None
         self._moved: Tensor | None = None
         self._parts: dict[Any, tuple[Tensor, list[Tensor], Tensor]] = {}
+
+    @property
+    def edit(self) -> Reweight:
+        """What made this map of the one below, as weights."""
+        if isinstance(self._edit, Share):
+            self._edit = self.before.weights_of_share(self._edit)
+        return self._edit
 
     @property
     def few(self) -> bool:
@@ -394,8 +422,31 @@ class ReweightedMap(AttentionMap):
     @property
     def out(self) -> Tensor:
         if self._out is None:
-            self._out = self._keep(self._from_rows() if self.few else self._merged())
+            if self._of_share():
+                self._from_share()
+            else:
+                self._out = self._keep(self._from_rows() if self.few else self._merged())
         return self._out
+
+    def _of_share(self) -> bool:
+        """Whether this is a share on the model's own map that needs no weights, for which nothing has asked."""
+        if self.before is not self.root or not isinstance(self._edit, Share) or torch.is_grad_enabled():
+            return False
+        if self.root._blocks is not None:
+            return self.att.sinks is None or not self._edit.scale_sinks
+        return self._edit.scale_sinks and not self.few
+
+    def _from_share(self) -> None:
+        keys, m, kept = self._edit.keys, self.shape[3], self.root.out
+        if keys.shape[-1] < m:
+            keys = torch.nn.functional.pad(keys, (0, m - keys.shape[-1]))
+        if self.root._blocks is None:
+            out, self._moved = kernels.lift(kept, *self.root.partial(keys), self._edit.of)
+        else:
+            before, after, out = self.root._blocks.share(keys, self._edit.of)
+            self._moved = before != after
+            out = torch.where(self._moved[..., None], out.to(kept.dtype), kept)
+        self._out = self._keep(out)
 
     def _merged(self) -> Tensor:
         """One merge of the partial outputs of all cells of the root map."""
@@ -403,7 +454,8 @@ class ReweightedMap(AttentionMap):
         if isinstance(self.before, ReweightedMap):
             (groups, rest), normalise = self.cells(), False
         parts = [(keys, weight, *self.root.partial(keys)) for keys, weight in groups]
-        return kernels.reweight(self.att, self.root.out, self.root.lse, parts, rest, normalise)
+        grows = self.edit.grows and self.before is self.root
+        return kernels.reweight(self.att, self.root.out, self.root.lse, parts, rest, normalise, grows)
 
     def _from_rows(self) -> Tensor:
         """From the few rows of the map itself; rows that nothing changed are the model's own."""
@@ -418,6 +470,8 @@ class ReweightedMap(AttentionMap):
 
     def _moved_rows(self) -> Tensor:
         """bool [B, H, n]: the rows that are not those of the root map."""
+        if self._moved is None and self._of_share():
+            self._from_share()
         if self._moved is None:
             self._moved = (self.dense() != self.root.dense()).any(dim=-1)
         return self._moved
@@ -560,8 +614,13 @@ class ReweightedMap(AttentionMap):
             mass, out = mass + c * more[0], out + c[..., None] * more[1]
         return mass, out
 
+    def hold(self) -> bool:
+        """Only the model's own map is held; this one is worked out from it."""
+        self.root.hold()
+        return False
+
     def column_mass(self, row_weight: Tensor | None = None) -> Tensor:
-        if self.few:
+        if not self.hold() and self.few:
             return super().column_mass(row_weight)
         cells, rest = self.cells()
         B, H, n, m = self.shape
@@ -591,7 +650,7 @@ class ReweightedMap(AttentionMap):
 
     def moved(self) -> Tensor:
         if not isinstance(self.before, ReweightedMap):
-            return self._moved_rows() if self.few else super().moved()
+            return self._moved_rows() if self.few or self._of_share() else super().moved()
         if self.few:
             return super().moved()
         # Where the other keys have less than rounding, it is the groups that move, or nothing that shows.

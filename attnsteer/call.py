@@ -117,6 +117,18 @@ class AttnCall:
             found = self.memo[key] = (make(), self.rows, self.keys)
         return found[0]
 
+    def seen_by(self, counted: Tensor) -> Tensor:
+        """sum of `counted` [B or 1, n] over the rows that may see each key, [B or 1, H or 1, m]; made once for all layers of this
+        forward whose masks hide the same keys from rows `counted`."""
+        att = self.map.att
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.map.seen_by(counted)
+        key = ("seen_by", id(counted), id(att.mask), id(att.key_bias), att.causal, att.shape[2:])
+        found = self.memo.get(key)
+        if found is None:
+            found = self.memo[key] = (self.map.seen_by(counted), counted, att.mask, att.key_bias)
+        return found[0]
+
     @property
     def rows(self) -> Track:
         """What each of the n rows is."""

@@ -310,7 +310,7 @@ class _HeadGroup:
         self.asked: tuple[str, bool] = ("", False)
         self.fresh: list[tuple[Bound, str, AttentionMap]] = []
         own = tuple(range(size)) if local is None else local
-        self.heads = tuple(h + offset for h in own)
+        self.heads = own if offset == 0 else tuple(h + offset for h in own)
         self.base = call.replace(heads=self.heads, branch=runtime.run.branch)
         self.map: AttentionMap
         if runtime.run.reference and not runtime.site.linear:
@@ -457,8 +457,8 @@ class _HeadGroup:
             for name, t, marked in before
             if not (marked is None or (t._version == marked if isinstance(marked, int) else unchanged(t, marked)))
         ]
-        shown = sum(1 for name, _, _ in before if not name.startswith("call."))
-        if shown and shown == 3 + len(args) and self.map.gathered and self.map.att is not self.whole.att:
+        gathered = self.map.gathered and self.map.att is not self.whole.att
+        if gathered and sum(1 for name, _, _ in before if not name.startswith("call.")) == 3 + len(args):
             # Gathered by the method itself: new tensors, of version zero.
             own = ((name, getattr(self.map.att, name)) for name in "qkv")
             names += [name for name, t in own if not t.is_inference() and t._version]
@@ -684,8 +684,8 @@ def _late(entries: list[tuple[Bound, Heads | None]]) -> tuple[int, ...]:
 
 
 def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:
-    if heads is None:
-        return None
+    if heads is None or (offset == 0 and max(heads, default=0) < size):
+        return heads
     return tuple(h - offset for h in heads if offset <= h < offset + size)
 
 

@@ -1,8 +1,9 @@
 """Exact attention algebra: pure functions of q, k, v and a mask, in the model's own terms."""
 
+from .blocks import RowBlocks
 from .groups import KeyIndex, index_keys, leftover, mass, partial
 from .lse import attend, attend_lse, causal_with_mask, lse_source
-from .merge import held, merge, reweight
+from .merge import held, lift, merge, reweight
 from .problem import Attention, dense, dense_with_sink, visible
 from .sources import Source, add_source, flash_source, flex_source, remove_source
 from .statistics import column_mass, entropy, keys_seen, rows, seen_by
@@ -10,6 +11,7 @@ from .statistics import column_mass, entropy, keys_seen, rows, seen_by
 __all__ = [
     "Attention",
     "KeyIndex",
+    "RowBlocks",
     "Source",
     "add_source",
     "attend",
@@ -25,6 +27,7 @@ __all__ = [
     "index_keys",
     "keys_seen",
     "leftover",
+    "lift",
     "lse_source",
     "mass",
     "merge",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,24 @@ def held(value: Tensor, gradient: Tensor) -> Tensor:
     return value.detach() + (gradient - gradient.detach())
 
 
+def lift(out: Tensor, mass: Tensor, partial: Tensor, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """A set's share of each row lifted to `of(share)`, which is at least what it was and below one; no gradient.
+
+    Args:
+        out: attention output [B, H, n, dv]. mass, partial: of the set, [B, H, n] and [B, H, n, dv].
+
+    Returns:
+        (output in the dtype of `out`, rows that moved bool [B, H, n]). A learned sink shrinks as the other keys do. All
+        coefficients are positive, so that no digits are lost; a row that stays is returned bit for bit.
+    """
+    new = of(mass)
+    moved = (new != mass) & (mass > 0) & (mass < 1)
+    rest = torch.where(moved, (1.0 - new) / (1.0 - mass), 1.0)
+    more = torch.where(moved, new / mass - rest, 0.0)
+    lifted = (out.to(mass.dtype) * rest[..., None]).addcmul_(more[..., None], partial)
+    return lifted.to(out.dtype), moved
+
+
 def reweight(
     att: Attention,
     out: Tensor,
@@ -35,6 +53,7 @@ def reweight(
     groups: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     rest: Tensor | float,
     normalise: bool,
+    grows: bool = False,
 ) -> Tensor:
     """The output of A'_ij = w_{i,g(j)} A_ij, with `rest` for keys in no group; optionally renormalised.
 
@@ -46,7 +65,7 @@ def reweight(
         groups: (keys bool [B or 1, H or 1, m], weight, mass [B, H, n], partial output [B, H, n, dv]) of
             disjoint sets; weights broadcast to [B, H, n].
         rest: weight of the remaining keys, broadcastable to [B, H, n].
-        normalise: divide by the new row sum.
+        normalise: divide by the new row sum. grows: a promise that no group has less weight than the rest.
 
     Returns:
         [B, H, n, dv] in the dtype of `out`. Where all weights are one the row is returned bit for bit; where a weight needs
@@ -80,7 +99,7 @@ def reweight(
     new = out.to(dtype) * rest_share.masked_fill(stays | risky, 1.0)[..., None]
     for g, (_, _, _, u) in zip(gains, groups, strict=True):
         new.addcmul_(g.masked_fill(stays | risky, 0.0)[..., None], u)
-    if bool(risky.any()):
+    if not grows and bool(risky.any()):
         B, H, n, m = att.shape
         union = torch.stack([keys.expand(B, H, m) for keys, _, _, _ in groups]).any(dim=0)
         for b, h, at, o, m_rest in complement(att, lse, union, risky):
