@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 import threading
 import weakref
@@ -243,7 +244,7 @@ def attach_module(runtime: SiteRuntime, journal: Any) -> None:
             _register()
         _RUNTIMES[module] = runtime
     journal.add(lambda: _release(module))
-    journal.set_attr(module, "config", view(module.config))
+    journal.set_attr(module, "config", view(module.config, asks_for_name(module)))
 
 
 def _release(module: nn.Module) -> None:
@@ -265,19 +266,56 @@ def _unregister() -> None:
     AttentionInterface._global_mapping.pop(NAME, None)
 
 
-def view(config: Any) -> Any:
-    """A live view of `config` with our implementation's name.
+class _Name(str):
+    """Our name, which says that it is the base's too: the library's table finds our function, a comparison finds the base."""
+
+    __slots__ = ("_config",)
+
+    def __new__(cls, config: Any) -> _Name:
+        made = super().__new__(cls, NAME)
+        made._config = config
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or base_name(self._config) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def asks_for_name(module: nn.Module) -> bool:
+    """Whether a module's own code compares the implementation's name: sparse attention applies its indexer's mask under some only."""
+    own = [vars(c).values() for c in type(module).__mro__ if c.__module__ != nn.Module.__module__]
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for values in own for f in values if callable(f))
+    return any(
+        "_attn_implementation" in code.co_names and any(base in _words(code.co_consts) for base in BASES)
+        for code in codes
+        if code is not None
+    )
+
+
+def _words(constants: Any) -> set[str]:
+    """The strings among the constants of a code object, also those in tuples."""
+    found = {c for c in constants if isinstance(c, str)}
+    return found.union(*(_words(c) for c in constants if isinstance(c, (tuple, frozenset))))
+
+
+def view(config: Any, asked: bool = False) -> Any:
+    """A live view of `config` with our implementation's name; `asked`: one that equals the base's name as well.
 
     Only attention modules see it, so model code, library checks and mask functions read what they always read; a later change of
     the config is seen through it. Copies and pickles of it are the config itself.
     """
     kind = type(config)
+    name = _Name(config) if asked else NAME
     made = type(
         kind.__name__,
         (kind,),
         {
             "__module__": kind.__module__,
-            "_attn_implementation": property(lambda self: NAME, lambda self, value: None),
+            "_attn_implementation": property(lambda self: name, lambda self, value: None),
             "__deepcopy__": lambda self, memo: copy.deepcopy(config, memo),
             # A builtin, so that a pickle can be read where this library is not installed.
             "__reduce_ex__": lambda self, protocol: (max, ([config],)),

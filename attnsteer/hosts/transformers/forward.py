@@ -24,7 +24,7 @@ from ...scope import PLAIN, SCOPES, Scope
 from ...tokens import Tokens
 from .cache_state import STATE, Memory, Sequence
 from .masks import looks_both_ways, packed_requests, padding_mask, roles_of_mask, whole_mask
-from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls, Prepared, entry
+from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls, Prepared, entry, takes_keywords
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +117,8 @@ class Stack:
     def __init__(self, run: Any, name: str, module: nn.Module, runtimes: dict[int, SiteRuntime], outer: OuterCalls):
         self.run, self.name, self.module, self.runtimes, self.outer = run, name, module, runtimes, outer
         self.names = list(inspect.signature(module.forward).parameters)
+        # One that takes no other keywords than its own has layers that find the account in the running context.
+        self.hands_on = takes_keywords(module)
         bounds = {b.index: b for r in runtimes.values() for b, _ in r.entries}
         self.bounds: list[Bound] = [bounds[i] for i in sorted(bounds)]
         # Those that refuse a batch without the tokens they speak of.
@@ -154,7 +156,8 @@ class Stack:
         if told is None:
             told = self.outer.of_call(self.module, values, None if isinstance(prepared, Forward) else prepared)
         forward = self.begin(values, told)
-        kwargs[KEY] = {**kwargs.get(KEY, {}), key: forward}
+        if self.hands_on:
+            kwargs[KEY] = {**kwargs.get(KEY, {}), key: forward}
         token = CURRENT.set({**running, key: forward})
         try:
             output = inner(*args, **kwargs)

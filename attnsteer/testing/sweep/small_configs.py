@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import re
 from typing import Any
 
@@ -59,7 +60,7 @@ _DIM_HEAD = re.compile(
 # Sizes of latent attention, indexers and state spaces, which go with each other and not with the width.
 _FIXED: dict[str, Any] = {
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "qk_head_dim": 16,
-    "index_topk": 64, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1, "num_expert_group": 1,
+    "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1, "num_expert_group": 1,
     "mamba_n_heads": 4, "n_mamba_heads": 4, "mamba_d_head": 32, "mamba_headdim": 32, "mamba_d_state": 8, "mamba_num_heads": 4,
     "mamba_head_dim": 32, "mamba_n_groups": 1, "mamba_ngroups": 1, "mamba_chunk_size": 16, "chunk_size": 16, "state_size": 8,
     "ssm_state_size": 8, "n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
@@ -68,7 +69,7 @@ _FIXED: dict[str, Any] = {
     "window": 8, "attention_context_left": 8, "first_k_dense_replace": 1, "query_pre_attn_scalar": 16,
     "num_codebooks": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16, "num_queries": 8,
     "num_query_tokens": 4, "num_mel_bins": 16, "num_latents": 8, "relative_attention_num_buckets": 8,
-    "max_bucket_distance": 16, "relative_attention_max_distance": 16, "num_conv_pos_embeddings": 16,
+    "upsample_groups": 16, "max_bucket_distance": 16, "relative_attention_max_distance": 16, "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4, "type_vocab_size": None, "image_seq_length": 16, "audio_seq_length": None,
 }  # fmt: skip
 
@@ -91,7 +92,8 @@ def shrunk(config: Any, hints: dict[str, Any], ids: list[int] | None = None) -> 
     from transformers import PreTrainedConfig
 
     ids = [SPECIAL] if ids is None else ids
-    given = {k: v for k, v in vars(config).items() if not k.startswith("_") and k != "transformers_version"}
+    fields = {f.name for f in dataclasses.fields(config)}
+    given = {k: v for k, v in vars(config).items() if k in fields and k != "transformers_version"}
     layers = _layers(given)
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -99,7 +101,7 @@ def shrunk(config: Any, hints: dict[str, Any], ids: list[int] | None = None) -> 
             own = hints.get(key) if isinstance(hints.get(key), dict) else {}
             values[key] = {**shrunk(value, own, ids), "model_type": value.model_type}
         elif isinstance(value, (list, tuple)) and layers and len(value) == layers[0]:
-            values[key] = [value[i] for i in layers[1]]
+            values[key] = [_value(key, value[i], given, None, ids) for i in layers[1]]
         else:
             values[key] = _value(key, value, given, layers, ids)
     for key, value in hints.items():
@@ -144,6 +146,19 @@ def _value(key: str, value: Any, given: dict[str, Any], layers: Any, ids: list[i
         return 0.0 if "drop" in key else value
     if isinstance(value, int):
         return _integer(key, value, given, layers, ids)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
+        return type(value)(_stage(key, v) for v in value)
+    return value
+
+
+def _stage(key: str, value: int) -> int:
+    """One entry of a list that has one for each stage of a pyramid."""
+    if re.fullmatch(r"(num_)?(attention_)?heads?|num_(attention_)?heads|nheads|(encoder|decoder)_attention_heads", key):
+        return 1 if value == 1 else 2
+    if re.search(r"depths?$|num_(hidden_)?(layers|blocks)|layers$|num_repeats", key):
+        return min(value, 2)
+    if re.search(r"hidden_sizes|dims?$|channels?|embed_dims?|hidden_dims?|dim_per_stage|widths?|embedding_dims|sizes_per_stage", key):
+        return min(value, 32)
     return value
 
 

@@ -49,6 +49,10 @@ def preload() -> None:
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2_vl.modeling_qwen2_vl
 
+    from ... import steering
+    from ...hosts.transformers import host
+    from ...methods import headgate, zerotuning
+
     transformers.logging.set_verbosity_error()
 
 
@@ -267,6 +271,8 @@ def _identity(row: Row, model: nn.Module, call: Call, plain: list[Tensor], ran: 
             return refused
         out = steered(ran)
     row.measured["identity"] = all(map(same, plain, out))
+    # Running statistics move in training.
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
     model.train()
     try:
         before = call()
@@ -278,6 +284,9 @@ def _identity(row: Row, model: nn.Module, call: Call, plain: list[Tensor], ran: 
         row.measured["training"] = _brief(error)[:100]
     finally:
         model.eval()
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
     return refused
 
 

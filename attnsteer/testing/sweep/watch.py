@@ -59,6 +59,8 @@ class Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return self._output(out, "sdpa")
+        if name == "multi_head_attention_forward":
+            return self._output(out, "nn.MultiheadAttention")
         if name == "flex_attention":
             return self._output(out, "flex")
         if name in ("softmax", "_softmax") or name == "softmax_":
@@ -75,12 +77,11 @@ class Watch(TorchFunctionMode):
             self._maps[id(t)] = t
 
     def _carried(self, args: Any) -> bool:
+        """Whether the first tensor among the arguments is a map: values that are multiplied with one from the left are no attention."""
         first = next((a for a in args if not isinstance(a, str)), None)
         if isinstance(first, (tuple, list)):
-            return any(id(t) in self._maps for t in first)
-        if len(args) > 2 and id(args[2]) not in self._maps and id(first) not in self._maps and len(args) == 3:
-            return id(args[1]) in self._maps
-        return any(id(a) in self._maps for a in args if isinstance(a, Tensor))
+            first = next(iter(first), None)
+        return isinstance(first, Tensor) and id(first) in self._maps
 
     def _output(self, out: Any, how: str) -> Any:
         owner = self.running[-1] if self.running else ""
