@@ -42,8 +42,12 @@ def writes_attention(module: nn.Module) -> bool:
 
 
 def heads_of(module: nn.Module) -> int | None:
-    """The number of heads that the module itself has; that of its config may be another module's."""
-    found = (vars(module).get(name) for name in HEADS)
+    """The number of heads that the module itself has, or its config where it projects queries, keys and values: a router does not."""
+    owners = [vars(module)]
+    if sum(isinstance(child, nn.Linear) for child in module.children()) > 2:
+        config = getattr(module, "config", None)
+        owners.append({name: getattr(config, name, None) for name in HEADS})
+    found = (owner.get(name) for owner in owners for name in HEADS)
     return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
 
@@ -56,7 +60,7 @@ def _takes_softmax(cls: type) -> bool:
         if code is None or code in seen:
             continue
         seen.add(code)
-        if "softmax" in code.co_names:
+        if {"softmax", "Softmax"} & set(code.co_names):
             return True
         for name in code.co_names:
             found = function.__globals__.get(name)

@@ -8,11 +8,69 @@ from typing import Any
 # Another class than that of the first mapping.
 CLASSES: dict[str, str] = {}
 
+# A backbone in place of one of timm's.
+_RESNET = {
+    "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic",
+    "out_features": ["stage2", "stage3", "stage4"], "num_channels": 3,
+}  # fmt: skip
+_DETR = {
+    "_start": {"use_timm_backbone": False, "backbone_config": {**_RESNET, "out_features": ["stage4"]}},
+    "use_timm_backbone": False,
+    "backbone_config": {**_RESNET, "out_features": ["stage4"]},
+    "num_queries": 6,
+    "auxiliary_loss": False,
+}
+_DETR3 = {**_DETR, "_start": {"use_timm_backbone": False, "backbone_config": _RESNET}, "backbone_config": _RESNET}
+_SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2], "input_size": 1, "feature_size": 5}
+
 # Values of configs; see `small_configs.small`.
-CONFIGS: dict[str, dict[str, Any]] = {}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "big_bird": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"attention_type": "original_full"},
+    "chameleon": {"vocabulary_map": {"<image>": 150}},
+    "conditional_detr": _DETR,
+    "dab-detr": _DETR,
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "deformable_detr": _DETR3,
+    "detr": _DETR,
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "emu3": {"vocabulary_map": {"<image>": 150, "<|extra_200|>": 151}},
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
+    "lw_detr": {"image_size": 64},
+    "mamba2": {"num_heads": 4, "head_dim": 32},
+    "mpnet": {"relative_attention_num_buckets": 32},
+    "omdet-turbo": {"use_timm_backbone": False},
+    "reformer": {"axial_pos_embds": False},
+    "table-transformer": _DETR,
+    "time_series_transformer": _SERIES,
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "gemma4_assistant": {"_start": {"text_config": {"hidden_size_per_layer_input": 0}}},
+    "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
+    "pocket_tts": {"flow_head_config": {"condition_dim": 64}},
+    "bit": {"num_groups": 8},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "n_routed_experts": 4}},
+    "dots3_note": {"vision_config": {"adapter_in_dim": 64}},
+    "efficientloftr": {"hidden_size": 256},
+    "informer": _SERIES,
+    "autoformer": _SERIES,
+    "xlnet": {"d_head": 16},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"], "attn_layer_period": 2, "attn_layer_offset": 1},
+}
 
 # Arguments of the forward.
 INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {}
+
+# Modules (a pattern of their paths) whose softmax mixes something other than tokens, with what it is.
+MIXTURES: dict[str, tuple[str, str]] = {
+    "deepseek_v4": (r"model\.layers\.\d+", "its softmax mixes residual streams"),
+}
 
 # Types whose models are made of parts that the library does not have, with the reason.
 ELSEWHERE: dict[str, str] = {}

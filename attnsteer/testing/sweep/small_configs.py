@@ -60,12 +60,12 @@ _DIM_HEAD = re.compile(
 # Sizes of latent attention, indexers and state spaces, which go with each other and not with the width.
 _FIXED: dict[str, Any] = {
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "qk_head_dim": 16,
-    "index_topk": 4, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1, "num_expert_group": 1,
+    "index_topk": 4, "rotary_dim": 8, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1, "num_expert_group": 1,
     "mamba_n_heads": 4, "n_mamba_heads": 4, "mamba_d_head": 32, "mamba_headdim": 32, "mamba_d_state": 8, "mamba_num_heads": 4,
     "mamba_head_dim": 32, "mamba_n_groups": 1, "mamba_ngroups": 1, "mamba_chunk_size": 16, "chunk_size": 16, "state_size": 8,
     "ssm_state_size": 8, "n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
     "linear_value_head_dim": 8, "mamba_dt_rank": 4, "time_step_rank": 4, "mamba_expand": 2, "conv_kernel": 4,
-    "sliding_window": 8, "attention_chunk_size": 8, "window_size": None, "local_attention": 8, "attention_window": 8,
+    "sliding_window": 8, "attention_chunk_size": 8, "window_size": 4, "index_kpool": 2, "local_attention": 8, "attention_window": 8,
     "window": 8, "attention_context_left": 8, "first_k_dense_replace": 1, "query_pre_attn_scalar": 16,
     "num_codebooks": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16, "num_queries": 8,
     "num_query_tokens": 4, "num_mel_bins": 16, "num_latents": 8, "relative_attention_num_buckets": 8,
@@ -105,7 +105,7 @@ def shrunk(config: Any, hints: dict[str, Any], ids: list[int] | None = None) -> 
         else:
             values[key] = _value(key, value, given, layers, ids)
     for key, value in hints.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
+        if isinstance(value, dict) and isinstance(values.get(key), dict) and "model_type" not in value:
             values[key] = {**values[key], **{k: v for k, v in value.items() if not isinstance(v, dict)}}
             for k, v in value.items():
                 if isinstance(v, dict):
@@ -140,7 +140,10 @@ def _layers(given: dict[str, Any]) -> tuple[int, list[int]] | None:
 def _value(key: str, value: Any, given: dict[str, Any], layers: Any, ids: list[int]) -> Any:
     if isinstance(value, dict):
         return _rope(copy.deepcopy(value)) if "rope" in key else value
-    if isinstance(value, bool) or value is None:
+    if value is None:
+        # What a class does not work out by itself, though its default says so.
+        return {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}.get(key)
+    if isinstance(value, bool):
         return value
     if isinstance(value, float):
         return 0.0 if "drop" in key else value
@@ -214,7 +217,9 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
         if isinstance(inner, dict):
             value[key] = _rope(inner)
     if isinstance(value.get("mrope_section"), list):
-        value["mrope_section"] = [2, 3, 3] if len(value["mrope_section"]) == 3 else [4, 4]
+        half = int(HEAD_DIM * (value.get("partial_rotary_factor") or 1) / 2)
+        first, count = half // 3, len(value["mrope_section"])
+        value["mrope_section"] = [half // 2] * 2 if count == 2 else [half - 2 * ((half - first) // 2)] + [(half - first) // 2] * 2
     for key in ("original_max_position_embeddings",):
         with contextlib.suppress(KeyError):
             value[key] = min(value[key], 64)

@@ -13,7 +13,7 @@ from ... import HeadGate, Where, ZeroTuning, sites, steer
 from ...errors import AttnSteerError
 from ...site import Site
 from ..weights import randomize_
-from .hints import CLASSES, CONFIGS, ELSEWHERE
+from .hints import CLASSES, CONFIGS, ELSEWHERE, MIXTURES
 from .inputs import candidates
 from .rows import Row
 from .small_configs import small
@@ -186,7 +186,8 @@ def pattern(path: str) -> str:
 
 
 def _measure(row: Row, model: nn.Module, call: Call, watch: Watch) -> None:
-    owners = sorted({s.owner for s in watch.seen})
+    mixes = MIXTURES.get(row.name, ("(?!)", ""))[0]
+    owners = sorted({s.owner for s in watch.seen if not re.fullmatch(mixes, s.owner)})
     try:
         every = {s.path: s for s in sites(model)}
     except AttnSteerError as error:
