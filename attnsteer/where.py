@@ -118,8 +118,8 @@ class Where(Named):
             pool = [s for s in pool if not s.refused or s.layer in self.heads.layers]
         if refused := [s for s in pool if s.refused]:
             raise UnsupportedHost(
-                f"{self} selects {listing(s.path for s in refused)}, which cannot be steered: {refused[0].refused}. Select the others, by "
-                "layers, modules, kinds or modalities; attnsteer.sites(target) lists them."
+                f"{self} selects {listing(s.path for s in refused)}, which cannot be steered: {refused[0].refused}. Select "
+                "the others, by layers, modules, kinds or modalities; attnsteer.sites(target) lists them."
             )
         return [(site, heads) for site, heads in ((s, self._heads(s)) for s in pool) if heads != ()]
 

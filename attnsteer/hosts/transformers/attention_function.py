@@ -286,7 +286,7 @@ class _Name(str):
 
 
 def asks_for_name(module: nn.Module) -> bool:
-    """Whether a module's own code compares the implementation's name: sparse attention applies its indexer's mask under some only."""
+    """Whether a module's own code compares the implementation's name: an indexer's mask is applied under some only."""
     own = [vars(c).values() for c in type(module).__mro__ if c.__module__ != nn.Module.__module__]
     codes = (getattr(inspect.unwrap(f), "__code__", None) for values in own for f in values if callable(f))
     return any(

@@ -67,6 +67,7 @@ class TransformersHost(Host):
         interfaces = {name for name, module in names.items() if _looks_up_attention(module)}
         # Beside layers that use the interface, a call of SDPA is something else: a pooling head, a mix of residuals.
         served = {_nearest_model(name, names)[0] for name in interfaces}
+        modalities = _modalities(names)
         for name, module in names.items():
             how = _reached(module, name in interfaces, lambda name=name: _nearest_model(name, names)[0] in served)
             if how is None:
@@ -92,7 +93,7 @@ class TransformersHost(Host):
                     kind="cross" if cross else "self",
                     heads=heads or 0,
                     kv_heads=kv or 0,
-                    modality=_modality(stack),
+                    modality=modalities[stack_name],
                     stack="decoder" if decoder else "encoder",
                     causal=causal,
                     refused=refused,
@@ -218,6 +219,21 @@ def _nearest_model(name: str, names: dict[str, nn.Module]) -> tuple[str, nn.Modu
         if isinstance(names[name], PreTrainedModel):
             return name, names[name]
     return "", names[""]
+
+
+def _modalities(names: dict[str, nn.Module]) -> dict[str, str]:
+    """Path of each library model in the target -> its modality."""
+    from transformers import PreTrainedModel
+
+    found = {name: _modality(m) for name, m in names.items() if not name or isinstance(m, PreTrainedModel)}
+    # What takes neither token ids nor their embeddings carries on with what a tower made: a resampler, a connector.
+    towers = [kind for kind in ("vision", "audio") if kind in found.values()]
+    for name in found:
+        if name and found[name] == "text" and len(towers) == 1:
+            parameters = inspect.signature(names[name].forward).parameters
+            if not {"input_ids", "inputs_embeds", "decoder_input_ids", "input_embeds"} & set(parameters):
+                found[name] = towers[0]
+    return found
 
 
 def _modality(stack: nn.Module) -> str:

@@ -1,9 +1,9 @@
 """Attention that a module writes out itself, softmax(scores) V: seen and edited as it runs, by what it computes.
 
-While the forward of such a module runs, a torch function mode follows the softmax: what it was taken of are the scores, biases and mask
-included, and what its result is multiplied with are the values. So whatever the module adds to its scores (ALiBi, buckets of relative
-positions, disentangled terms) is in the map that a method sees. Queries and keys are not told apart from it; methods that edit those are
-refused. Another layer of the model, and the model unsteered, run without the mode.
+While the forward of such a module runs, a torch function mode follows the softmax: what it was taken of are the scores, biases and
+mask included, and what its result is multiplied with are the values. So whatever the module adds to its scores (ALiBi, buckets of
+relative positions, disentangled terms) is in the map that a method sees. Queries and keys are not told apart from it; methods that
+edit those are refused. Other layers, and the model unsteered, run without the mode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...bound import Bound
 from ...engine import SiteRuntime
-from ...errors import UnsupportedHost
+from ...errors import AttnSteerError, UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
 from ..sdpa.host import check_copyable
@@ -37,12 +37,12 @@ _CARRY = {
 
 
 def writes_attention(module: nn.Module) -> bool:
-    """Whether the module's own code, or a function of its library that this calls, takes a softmax, and it says how many heads it has."""
+    """Whether the module's own code, or a function beside it that this calls, takes a softmax, and it has heads."""
     return heads_of(module) is not None and _takes_softmax(type(module))
 
 
 def heads_of(module: nn.Module) -> int | None:
-    """The number of heads that the module itself has, or its config where it projects queries, keys and values: a router does not."""
+    """The number of heads that the module has, or its config where it projects queries, keys and values: a router does not."""
     owners = [vars(module)]
     if sum(isinstance(child, nn.Linear) for child in module.children()) > 2:
         config = getattr(module, "config", None)
@@ -75,8 +75,8 @@ def check_written(site: Site, bound: Bound) -> None:
     check_copyable(site)
     if "inputs" in bound.doors:
         raise UnsupportedHost(
-            f"{site.path}: {type(site.module).__name__} writes its attention out, so its queries and keys cannot be told from its scores, "
-            f"and {bound.name} edits them. Leave it out, e.g. by Where(modules=...)."
+            f"{site.path}: {type(site.module).__name__} writes its attention out, so its queries and keys cannot be told "
+            f"from its scores, and {bound.name} edits them. Leave it out, e.g. by Where(modules=...)."
         )
 
 
@@ -91,17 +91,23 @@ def attach_written(runtime: SiteRuntime, journal: Any) -> None:
         active = acting(runtime)
         if not active:
             return inner(*args, **kwargs)
-        if {**dict(zip(names, args, strict=False)), **kwargs}.get("output_attentions"):
+        asked = {**dict(zip(names, args, strict=False)), **kwargs}.get("output_attentions")
+        if asked and not all(runtime.entries[i][0].method.linear for i in active):
             raise UnsupportedHost(
-                f"{runtime.site.path} hands its attention map out before it is edited. Call the model without output_attentions, or leave "
-                "this site out of Where."
+                f"{runtime.site.path} hands its attention map out before it is edited. Call the model without "
+                "output_attentions, or leave this site out of Where."
             )
-        with _Following(runtime, active) as mode:
-            out = inner(*args, **kwargs)
+        mode = _Following(runtime, active)
+        try:
+            with mode:
+                out = inner(*args, **kwargs)
+        finally:
+            if mode.error is not None:
+                raise mode.error
         if not mode.products:
             raise UnsupportedHost(
-                f"{runtime.site.path}: a forward of {type(module).__name__} multiplied no softmax with values, so there was nothing to "
-                "edit. Leave this site out of Where."
+                f"{runtime.site.path}: a forward of {type(module).__name__} multiplied no softmax with values, so there was "
+                "nothing to edit. Leave this site out of Where."
             )
         return out
 
@@ -114,13 +120,24 @@ class _Following(TorchFunctionMode):
     def __init__(self, runtime: SiteRuntime, active: tuple[int, ...]):
         super().__init__()
         self.runtime, self.active, self.products = runtime, active, 0
+        # Kept until the forward ends: an operator takes a TypeError for "not implemented", and ours are such.
+        self.error: AttnSteerError | None = None
         # id of a map -> (the map, which keeps the id its own; its scores).
         self._maps: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
+        if self.error is not None:
+            return out
+        try:
+            return self._follow(getattr(func, "__name__", ""), args, kwargs, out)
+        except AttnSteerError as error:
+            self.error = error
+            return out
+
+    def _follow(self, name: str, args: Any, kwargs: Any, out: Any) -> Any:
+        """What comes out of a function of torch, edited where that is a product with values."""
         if name == "softmax":
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             scores = args[0] if args else kwargs["input"]
@@ -142,8 +159,8 @@ class _Following(TorchFunctionMode):
         rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
         if rate:
             raise UnsupportedHost(
-                f"{self.runtime.site.path} runs with attention dropout {rate} in training mode; an exact edit is not defined there. "
-                "Call model.eval() first."
+                f"{self.runtime.site.path} runs with attention dropout {rate} in training mode; an exact edit is not defined "
+                "there. Call model.eval() first."
             )
 
     def _product(self, maps: Tensor, scores: Tensor, values: Tensor, out: Tensor, equation: str) -> Tensor:
@@ -152,8 +169,8 @@ class _Following(TorchFunctionMode):
         self.products += 1
         if self.products > 1 and not all(runtime.entries[i][0].method.linear for i in self.active):
             raise UnsupportedHost(
-                f"{site.path}: one forward of {type(site.module).__name__} computes its attention in several parts, each with a softmax of "
-                "its own, so a share of a row's attention is not defined. Edits of head outputs (HeadGate) are."
+                f"{site.path}: one forward of {type(site.module).__name__} computes its attention in several parts, each "
+                "with a softmax of its own, so a share of a row's attention is not defined. Edits of head outputs (HeadGate) are."
             )
         form = _Form.of(equation, maps, values, out, site)
         z, v = form.map(scores.reshape(maps.shape)), form.values(values)
@@ -174,25 +191,31 @@ class _Following(TorchFunctionMode):
 class _Form:
     """How a product lies: its map, values and output brought to [B, H, n, m], [B, H, m, d] and [B, H, n, d], and back."""
 
-    def __init__(self, heads: int, flat: bool, axes: tuple[tuple[int, ...], ...] | None):
-        self.heads, self.flat, self.axes = heads, flat, axes
+    def __init__(self, heads: int, axes: tuple[tuple[int, ...], ...] | None = None, batch: tuple[int, ...] = ()):
+        """
+        Args:
+            axes: of map, values and output, in the order batch, head, row or key, key or channel; None: batch and heads are one.
+            batch: the sizes of the axes of the batch, of which windows are some.
+        """
+        self.heads, self.axes, self.batch = heads, axes, batch
 
     @classmethod
     def of(cls, equation: str, maps: Tensor, values: Tensor, out: Tensor, site: Site) -> _Form:
         """Raises where it is none of the known forms."""
-        heads = site.heads
+        heads, axes, ndim = site.heads, None, maps.ndim
         if equation:
-            axes = _einsum_axes(equation, maps.ndim)
-            if axes is not None and maps.shape[axes[0][1]] == heads:
-                return cls(heads, False, axes)
-        elif maps.ndim == values.ndim == 4 and maps.shape[1] == values.shape[1] == heads:
-            return cls(heads, False, None)
-        elif maps.ndim == values.ndim == 3 and maps.shape[0] == values.shape[0] and maps.shape[0] % heads == 0:
-            return cls(heads, True, None)
-        raise UnsupportedHost(
-            f"{site.path}: {type(site.module).__name__} multiplies a map {tuple(maps.shape)} with values {tuple(values.shape)} "
-            f"{equation}, in which its {heads} heads are not to be found. Leave this site out of Where."
-        )
+            axes = _einsum_axes(equation, tuple(maps.shape), heads)
+        elif ndim == values.ndim == 3 and maps.shape[0] == values.shape[0] and maps.shape[0] % heads == 0:
+            return cls(heads)
+        elif ndim == values.ndim > 3 and maps.shape[1] == values.shape[1] == heads:
+            # Windows may lie behind the heads.
+            axes = ((0, *range(2, ndim - 2), 1, ndim - 2, ndim - 1),) * 3
+        if axes is None:
+            raise UnsupportedHost(
+                f"{site.path}: {type(site.module).__name__} multiplies a map {tuple(maps.shape)} with values "
+                f"{tuple(values.shape)} {equation}, in which its {heads} heads are not to be found. Leave this site out of Where."
+            )
+        return cls(heads, axes, tuple(maps.shape[i] for i in axes[0][:-3]))
 
     def map(self, t: Tensor) -> Tensor:
         return self._standard(t, 0)
@@ -204,32 +227,36 @@ class _Form:
         return self._standard(t, 2)
 
     def _standard(self, t: Tensor, which: int) -> Tensor:
-        if self.flat:
+        if self.axes is None:
             return t.reshape(-1, self.heads, *t.shape[1:])
-        return t if self.axes is None else t.permute(self.axes[which])
+        return t.permute(self.axes[which]).flatten(0, -4)
 
     def back(self, t: Tensor) -> Tensor:
         """Head outputs [B, H, n, d] as the product lies."""
         if self.axes is None:
-            return t
+            return t.flatten(0, 1)
         order = self.axes[2]
-        return t.permute([order.index(i) for i in range(4)])
+        return t.unflatten(0, self.batch).permute([order.index(i) for i in range(len(order))])
 
 
-def _einsum_axes(equation: str, ndim: int) -> tuple[tuple[int, ...], ...] | None:
-    """The axes of map, values and output in the order batch, head, row, key or channel; None where it is no such product."""
-    inputs, _, result = equation.replace(" ", "").partition("->")
+def _einsum_axes(equation: str, shape: tuple[int, ...], heads: int) -> tuple[tuple[int, ...], ...] | None:
+    """The axes of map, values and output; None where it is no product of a map of this shape and this number of heads."""
+    equation = equation.replace(" ", "")
+    named = len(equation.partition(",")[0].replace("...", ""))
+    more = [c for c in "ABCDEFG" if c not in equation][: len(shape) - named]
+    inputs, _, result = equation.replace("...", "".join(more)).partition("->")
     first, _, second = inputs.partition(",")
-    if ndim != 4 or any(len(set(part)) != 4 or len(part) != 4 for part in (first, second, result)):
+    if len(first) != len(shape) or any(
+        len(set(part)) != len(first) or len(part) != len(first) for part in (second, result)
+    ):
         return None
     key = [c for c in first if c in second and c not in result]
     channel = [c for c in second if c in result and c not in first]
     row = [c for c in first if c in result and c not in second]
     shared = [c for c in first if c in second and c in result]
-    if not (len(key) == len(channel) == len(row) == 1 and len(shared) == 2):
+    head = next((c for c in reversed(shared) if shape[first.index(c)] == heads), None)
+    if head is None or len(shared) < 2 or not len(key) == len(channel) == len(row) == 1:
         return None
-    places = [
-        tuple(part.index(c) for c in (*shared, a, b))
-        for part, a, b in ((first, row[0], key[0]), (second, key[0], channel[0]), (result, row[0], channel[0]))
-    ]
-    return tuple(places)
+    batch = [c for c in shared if c != head]
+    parts = ((first, row, key), (second, key, channel), (result, row, channel))
+    return tuple(tuple(part.index(c) for c in (*batch, head, *a, *b)) for part, a, b in parts)

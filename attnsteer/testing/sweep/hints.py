@@ -23,6 +23,17 @@ _DETR = {
 _DETR3 = {**_DETR, "_start": {"use_timm_backbone": False, "backbone_config": _RESNET}, "backbone_config": _RESNET}
 _SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2], "input_size": 1, "feature_size": 5}
 
+_THREE_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+_HALF_AXES = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [1, 1, 2],
+    }
+}
+_SWIN = {"window_size": 2, "image_size": 64}
+
 # Values of configs; see `small_configs.small`.
 CONFIGS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -50,16 +61,42 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds": False},
     "table-transformer": _DETR,
     "time_series_transformer": _SERIES,
+    "ernie4_5_vl_moe": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}}
+    },
+    "glm46v": {"text_config": _THREE_AXES},
+    "glm4v": {"text_config": _THREE_AXES},
+    "glm4v_moe": {"text_config": _HALF_AXES},
+    "glm4v_moe_text": _HALF_AXES,
+    "glm4v_text": _THREE_AXES,
+    "glm_image": {"text_config": _THREE_AXES},
+    "glm_image_text": _THREE_AXES,
+    "glm_ocr": {"text_config": _THREE_AXES},
+    "glm_ocr_text": _THREE_AXES,
+    "glmga": {"text_config": _THREE_AXES},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
-    "gemma4_assistant": {"_start": {"text_config": {"hidden_size_per_layer_input": 0}}},
+    "gemma4_assistant": {
+        "_start": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+    },
     "gradium_phonon_tts": {"flow_head_config": {"condition_dim": 64}},
     "pocket_tts": {"flow_head_config": {"condition_dim": 64}},
     "bit": {"num_groups": 8},
-    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "n_routed_experts": 4}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "n_routed_experts": 4}
+    },
     "dots3_note": {"vision_config": {"adapter_in_dim": 64}},
     "efficientloftr": {"hidden_size": 256},
     "informer": _SERIES,
     "autoformer": _SERIES,
+    "swin": _SWIN,
+    "swinv2": _SWIN,
+    "swin2sr": _SWIN,
+    "donut-swin": _SWIN,
+    "maskformer-swin": _SWIN,
+    "mask2former": {"backbone_config": _SWIN},
+    "maskformer": {"backbone_config": _SWIN},
+    "oneformer": {"backbone_config": _SWIN},
+    "upernet": {"backbone_config": _RESNET},
     "xlnet": {"d_head": 16},
     "zamba": {"layers_block_type": ["mamba", "hybrid"], "attn_layer_period": 2, "attn_layer_offset": 1},
 }

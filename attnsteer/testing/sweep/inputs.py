@@ -53,14 +53,21 @@ def _candidates(model: nn.Module, takes: list[str]) -> Iterator[dict[str, Any]]:
 def _patches(model: nn.Module, name: str) -> dict[str, Tensor]:
     """Two images of four by four patches, in rows, as towers of Qwen-VL's kind take them."""
     size = _found(model, "patch_size") or 8
-    frames, channels = _found(model, "temporal_patch_size") or 1, _found(model, "in_channels", "in_chans", "num_channels") or 3
+    frames, channels = (
+        _found(model, "temporal_patch_size") or 1,
+        _found(model, "in_channels", "in_chans", "num_channels") or 3,
+    )
     return {name: noise(32, channels * frames * size * size), "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
 
 
 def _needed(model: nn.Module, name: str, given: dict[str, Any]) -> Any:
     """An argument that the forward cannot do without, or None."""
     first = next((v for v in given.values() if isinstance(v, Tensor)), None)
-    length = LENGTH if first is None or first.ndim < 2 else first.shape[-1 if name.endswith("_mask") and "feature" in name else 1]
+    length = (
+        LENGTH
+        if first is None or first.ndim < 2
+        else first.shape[-1 if name.endswith("_mask") and "feature" in name else 1]
+    )
     if name == "bbox":
         return torch.tensor([1, 2, 10, 12]).expand(BATCH, LENGTH, 4)
     if name.endswith("mask"):
@@ -80,7 +87,9 @@ def ids(model: nn.Module, length: int, seed: int = 0) -> Tensor:
     try:
         size = model.get_input_embeddings().num_embeddings
     except (NotImplementedError, AttributeError):
-        size = min((c.vocab_size for c in _sub(model.config) if isinstance(getattr(c, "vocab_size", None), int)), default=VOCAB)
+        size = min(
+            (c.vocab_size for c in _sub(model.config) if isinstance(getattr(c, "vocab_size", None), int)), default=VOCAB
+        )
     return torch.randint(5, max(6, min(size, VOCAB - 60)), (BATCH, length), generator=generator)
 
 

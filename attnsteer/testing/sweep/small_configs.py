@@ -54,21 +54,21 @@ _POSITIONS = re.compile(
     r"|max_length|original_max_position_embeddings|max_encoder_position_embeddings"
 )
 _DIM_HEAD = re.compile(
-    r"(attention_|global_|attn_|kv_|linear_key_|linear_value_|attention_|index_)?head_dim|d_kv|dim_head|attention_head_size"
+    r"(attention_|global_|attn_|kv_|linear_key_|linear_value_|index_)?head_dim|d_kv|dim_head|attention_head_size"
 )
 
 # Sizes of latent attention, indexers and state spaces, which go with each other and not with the width.
 _FIXED: dict[str, Any] = {
-    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "qk_head_dim": 16,
-    "index_topk": 4, "rotary_dim": 8, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1, "num_expert_group": 1,
-    "mamba_n_heads": 4, "n_mamba_heads": 4, "mamba_d_head": 32, "mamba_headdim": 32, "mamba_d_state": 8, "mamba_num_heads": 4,
-    "mamba_head_dim": 32, "mamba_n_groups": 1, "mamba_ngroups": 1, "mamba_chunk_size": 16, "chunk_size": 16, "state_size": 8,
-    "ssm_state_size": 8, "n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "mamba_dt_rank": 4, "time_step_rank": 4, "mamba_expand": 2, "conv_kernel": 4,
-    "sliding_window": 8, "attention_chunk_size": 8, "window_size": 4, "index_kpool": 2, "local_attention": 8, "attention_window": 8,
-    "window": 8, "attention_context_left": 8, "first_k_dense_replace": 1, "query_pre_attn_scalar": 16,
-    "num_codebooks": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16, "num_queries": 8,
-    "num_query_tokens": 4, "num_mel_bins": 16, "num_latents": 8, "relative_attention_num_buckets": 8,
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "qk_head_dim":
+    16, "index_topk": 4, "rotary_dim": 8, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "mamba_n_heads": 4, "n_mamba_heads": 4, "mamba_d_head": 32, "mamba_headdim": 32, "mamba_d_state": 8, "mamba_num_heads":
+    4, "mamba_head_dim": 32, "mamba_n_groups": 1, "mamba_ngroups": 1, "mamba_chunk_size": 16, "chunk_size": 16,
+    "state_size": 8, "ssm_state_size": 8, "n_groups": 1, "num_expert_group": 1, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "mamba_dt_rank": 4, "time_step_rank":
+    4, "mamba_expand": 2, "conv_kernel": 4, "sliding_window": 8, "attention_chunk_size": 8, "window_size": 4, "index_kpool":
+    2, "local_attention": 8, "attention_window": 8, "window": 8, "attention_context_left": 8, "first_k_dense_replace": 1,
+    "query_pre_attn_scalar": 16, "num_codebooks": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
+    "num_queries": 8, "num_query_tokens": 4, "num_mel_bins": 16, "num_latents": 8, "relative_attention_num_buckets": 8,
     "upsample_groups": 16, "max_bucket_distance": 16, "relative_attention_max_distance": 16, "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4, "type_vocab_size": None, "image_seq_length": 16, "audio_seq_length": None,
 }  # fmt: skip
@@ -160,7 +160,10 @@ def _stage(key: str, value: int) -> int:
         return 1 if value == 1 else 2
     if re.search(r"depths?$|num_(hidden_)?(layers|blocks)|layers$|num_repeats", key):
         return min(value, 2)
-    if re.search(r"hidden_sizes|dims?$|channels?|embed_dims?|hidden_dims?|dim_per_stage|widths?|embedding_dims|sizes_per_stage", key):
+    if re.search(
+        r"hidden_sizes|dims?$|channels?|embed_dims?|hidden_dims?|dim_per_stage|widths?|embedding_dims|sizes_per_stage",
+        key,
+    ):
         return min(value, 32)
     return value
 
@@ -219,7 +222,9 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
     if isinstance(value.get("mrope_section"), list):
         half = int(HEAD_DIM * (value.get("partial_rotary_factor") or 1) / 2)
         first, count = half // 3, len(value["mrope_section"])
-        value["mrope_section"] = [half // 2] * 2 if count == 2 else [half - 2 * ((half - first) // 2)] + [(half - first) // 2] * 2
+        value["mrope_section"] = (
+            [half // 2] * 2 if count == 2 else [half - 2 * ((half - first) // 2)] + [(half - first) // 2] * 2
+        )
     for key in ("original_max_position_embeddings",):
         with contextlib.suppress(KeyError):
             value[key] = min(value[key], 64)

@@ -49,10 +49,6 @@ def preload() -> None:
     import transformers.models.llama.modeling_llama
     import transformers.models.qwen2_vl.modeling_qwen2_vl
 
-    from ... import steering
-    from ...hosts.transformers import host
-    from ...methods import headgate, zerotuning
-
     transformers.logging.set_verbosity_error()
 
 
@@ -299,7 +295,7 @@ def _gates(row: Row, model: nn.Module, call: Call, plain: list[Tensor], chosen: 
     with steer(model, *(gate(s, {head[s.path]: 0.0}) for s in chosen)):
         out = call()
     row.measured["gate"] = distance(out, expected)
-    row.measured["effect"] = distance(out, plain) > 100 * LIMIT or distance(out, plain) > 10 * row.measured["gate"] > 0
+    row.measured["effect"] = distance(out, plain) > 10 * max(row.measured["gate"], 1e-7)
     if row.measured["gate"] > LIMIT or not row.measured["effect"]:
         # Which of them it is.
         for site in chosen:

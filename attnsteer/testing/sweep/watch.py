@@ -19,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 PRODUCTS = {"matmul", "bmm", "__matmul__", "einsum", "baddbmm", "mm"}
 # What hands a map on as a map: functions of one tensor that leave it a map, or scale it.
 CARRIES = {
-    "dropout", "to", "type", "type_as", "float", "half", "bfloat16", "view", "reshape", "contiguous", "clone", "mul", "__mul__",
-    "__rmul__", "masked_fill", "masked_fill_", "nan_to_num", "__getitem__", "unsqueeze", "squeeze", "transpose", "permute",
-    "flatten", "unflatten", "where", "clamp", "div", "__truediv__", "sub", "__sub__", "add", "__add__", "detach", "expand", "view_as",
-    "rearrange", "movedim", "swapaxes", "alpha_dropout", "cat", "chunk", "split", "repeat", "narrow", "requires_grad_", "mul_", "pad",
+    "dropout", "to", "type", "type_as", "float", "half", "bfloat16", "view", "reshape", "contiguous", "clone", "mul",
+    "__mul__", "__rmul__", "masked_fill", "masked_fill_", "nan_to_num", "__getitem__", "unsqueeze", "squeeze", "transpose",
+    "permute", "flatten", "unflatten", "where", "clamp", "div", "__truediv__", "sub", "__sub__", "add", "__add__", "detach",
+    "expand", "view_as", "movedim", "swapaxes", "alpha_dropout", "cat", "chunk", "split", "repeat", "narrow",
+    "requires_grad_", "mul_", "pad",
 }  # fmt: skip
 
 
@@ -77,7 +78,7 @@ class Watch(TorchFunctionMode):
             self._maps[id(t)] = t
 
     def _carried(self, args: Any) -> bool:
-        """Whether the first tensor among the arguments is a map: values that are multiplied with one from the left are no attention."""
+        """Whether the first tensor among the arguments is a map: values multiplied with one from the left are no attention."""
         first = next((a for a in args if not isinstance(a, str)), None)
         if isinstance(first, (tuple, list)):
             first = next(iter(first), None)

@@ -91,6 +91,9 @@ def test_one_module_that_cannot_be_edited_leaves_the_others(name: str) -> None:
     given = {"input_ids": ids(model, 9), "decoder_input_ids": ids(model, 5)}
     from attnsteer import Where
 
-    with torch.no_grad(), steer(model, HeadGate({(0, 0): 0.0}, where=Where(modules=r".*decoder.*self_attn", kinds="self"))):
+    with (
+        torch.no_grad(),
+        steer(model, HeadGate({(0, 0): 0.0}, where=Where(modules=r".*decoder.*self_attn", kinds="self"))),
+    ):
         model(**given)
     assert layers == {0, 1}

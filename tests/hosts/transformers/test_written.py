@@ -1,4 +1,4 @@
-"""Attention that a module writes out itself: edited as it runs, refused where the edit could not be exact, listed where it cannot."""
+"""Attention that a module writes out itself: edited as it runs, refused where the edit could not be exact."""
 
 from __future__ import annotations
 
@@ -106,7 +106,13 @@ def test_open_gates_change_no_bit(make: Any) -> None:
 @torch.no_grad()
 def test_cached_decoding_equals_uncached() -> None:
     model, given = gptj(), {"input_ids": inputs()["input_ids"]}
-    how = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True, "pad_token_id": 0}
+    how = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "pad_token_id": 0,
+    }
     with steer(model, ZeroTuning(gamma=4.0)):
         cached, uncached = (model.generate(**given, **how, use_cache=c).logits for c in (True, False))
     torch.testing.assert_close(cached, uncached, rtol=0, atol=2e-5)
@@ -116,6 +122,8 @@ def test_cached_decoding_equals_uncached() -> None:
 def test_what_could_not_be_exact_is_refused() -> None:
     model, given = gptj(), inputs()
     with steer(model, HeadGate({(0, 0): 0.0})):
+        model(**given, output_attentions=True)
+    with steer(model, ZeroTuning(gamma=2.0)):
         model(**given)
         with pytest.raises(UnsupportedHost, match="attn hands its attention map out before it is edited"):
             model(**given, output_attentions=True)
