@@ -14,8 +14,8 @@ from attnsteer.testing.sweep import transformers as part
 from attnsteer.testing.sweep.watch import watching
 
 TABLES = {name: table for name in PARTS if (table := Table.load(name)).rows}
-# One of each kind: the interface, gates beside queries, an indexer, SDPA called, written out, windows, relative positions, an encoder with
-# a decoder, images, speech.
+# One of each kind: the interface, gates beside queries, an indexer, SDPA called, written out, windows, relative positions, an
+# encoder with a decoder, images, speech.
 SAMPLE = ("llama", "qwen3_next", "deepseek_v32", "falcon", "bloom", "swin", "deberta-v2", "t5", "llava", "whisper")
 
 

@@ -104,6 +104,11 @@ def attach_written(runtime: SiteRuntime, journal: Any) -> None:
         finally:
             if mode.error is not None:
                 raise mode.error
+        if mode.products and mode.cut:
+            raise UnsupportedHost(
+                f"{runtime.site.path}: {type(module).__name__} takes its map apart ({mode.cut}), so that a part of it could "
+                "meet values unseen. Leave this site out of Where."
+            )
         if not mode.products:
             raise UnsupportedHost(
                 f"{runtime.site.path}: a forward of {type(module).__name__} multiplied no softmax with values, so there was "
@@ -120,6 +125,7 @@ class _Following(TorchFunctionMode):
     def __init__(self, runtime: SiteRuntime, active: tuple[int, ...]):
         super().__init__()
         self.runtime, self.active, self.products = runtime, active, 0
+        self.cut = ""
         # Kept until the forward ends: an operator takes a TypeError for "not implemented", and ours are such.
         self.error: AttnSteerError | None = None
         # id of a map -> (the map, which keeps the id its own; its scores).
@@ -153,6 +159,10 @@ class _Following(TorchFunctionMode):
             known = self._maps.get(id(args[at])) if len(args) > at + 1 and isinstance(args[at], Tensor) else None
             if known is not None:
                 return self._product(args[at], known[1], args[at + 1], out, args[0] if name == "einsum" else "")
+        if isinstance(out, Tensor) and out.ndim > 2 and out.is_floating_point() and name not in _CARRY:
+            if any(id(a) in self._maps for a in args if isinstance(a, Tensor)):
+                # A part of a map (its global columns, a window): what becomes of it is not followed.
+                self.cut = self.cut or name
         return out
 
     def _refuse_dropout(self, args: Any, kwargs: Any) -> None:

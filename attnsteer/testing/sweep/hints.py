@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 # Another class than that of the first mapping.
 CLASSES: dict[str, str] = {}
 
@@ -21,7 +23,11 @@ _DETR = {
     "auxiliary_loss": False,
 }
 _DETR3 = {**_DETR, "_start": {"use_timm_backbone": False, "backbone_config": _RESNET}, "backbone_config": _RESNET}
-_SERIES = {"prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2], "input_size": 1, "feature_size": 5}
+_SERIES = {
+    "prediction_length": 4, "context_length": 12, "lags_sequence": [1, 2], "input_size": 1, "num_time_features": 2, "d_model": 64,
+    "num_static_categorical_features": 0, "num_static_real_features": 0, "num_dynamic_real_features": 0, "moving_average": 3,
+    "cardinality": None, "embedding_dimension": None,
+}  # fmt: skip
 
 _THREE_AXES = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 _HALF_AXES = {
@@ -53,6 +59,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "sam": {"vision_config": {"window_size": 4}},
+    "janus": {"vq_config": {"base_channels": 32, "embed_dim": 8, "num_embeddings": 32}},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 48},
+    "longcat_flash": {"head_dim": 8},
+    "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 64, "num_feedforward_networks": 2},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "lw_detr": {"image_size": 64},
     "mamba2": {"num_heads": 4, "head_dim": 32},
@@ -102,7 +114,50 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 # Arguments of the forward.
-INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {}
+INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "lxmert": lambda model: {
+        "input_ids": _ids(model),
+        "visual_feats": torch.randn(2, 4, model.config.visual_feat_dim),
+        "visual_pos": torch.rand(2, 4, 4),
+    },
+    "pix2struct": lambda model: {
+        "flattened_patches": torch.rand(2, 16, 2 + model.config.vision_config.patch_embed_hidden_size),
+        "decoder_input_ids": _ids(model),
+    },
+    "decision_transformer": lambda model: {
+        "states": torch.randn(2, 3, model.config.state_dim),
+        "actions": torch.randn(2, 3, model.config.act_dim),
+        "returns_to_go": torch.randn(2, 3, 1),
+        "rewards": torch.randn(2, 3, 1),
+        "timesteps": torch.arange(3).expand(2, 3),
+        "attention_mask": torch.ones(2, 3),
+    },
+    "blip_2_qformer": lambda model: {
+        "query_embeds": torch.randn(2, 4, model.config.hidden_size),
+        "encoder_hidden_states": torch.randn(2, 6, model.config.encoder_hidden_size),
+    },
+    "clap": lambda model: {"input_ids": _ids(model), "input_features": torch.randn(2, 1, 64, 64)},
+    "time_series_transformer": lambda model: _series(model),
+    "informer": lambda model: _series(model),
+    "autoformer": lambda model: _series(model),
+}
+
+
+def _ids(model: Any) -> torch.Tensor:
+    return torch.arange(5, 13).expand(2, 8)
+
+
+def _series(model: Any) -> dict[str, Any]:
+    past = model.config.context_length + max(model.config.lags_sequence)
+    features = model.config.num_time_features
+    return {
+        "past_values": torch.rand(2, past),
+        "past_time_features": torch.rand(2, past, features),
+        "past_observed_mask": torch.ones(2, past),
+        "future_values": torch.rand(2, model.config.prediction_length),
+        "future_time_features": torch.rand(2, model.config.prediction_length, features),
+    }
+
 
 # Modules (a pattern of their paths) whose softmax mixes something other than tokens, with what it is.
 MIXTURES: dict[str, tuple[str, str]] = {

@@ -37,6 +37,11 @@ def _candidates(model: nn.Module, takes: list[str]) -> Iterator[dict[str, Any]]:
         yield text
     for other in others:
         for data in _data(model, other):
+            if mask := next(
+                (n for n in (f"{other}_mask", "feature_attention_mask", "input_features_mask") if n in takes), None
+            ):
+                for axis in (-1, 1):
+                    yield {**text, other: data, mask: torch.ones(BATCH, data.shape[axis], dtype=torch.long)}
             if text:
                 yield {**text, other: data}
             decoder = {k: v for k, v in text.items() if k.startswith("decoder_")}
@@ -134,6 +139,7 @@ def _data(model: nn.Module, name: str) -> Iterator[Tensor]:
     if name in ("input_values", "input_waveform"):
         yield noise(BATCH, 800)
         yield noise(BATCH, 1, 960)
+        yield noise(BATCH, 6000)
         bins = _found(model, "num_mel_bins", "n_mels") or 16
         length = _found(model, "max_length") or 64
         yield noise(BATCH, length, bins)
@@ -149,6 +155,7 @@ def _data(model: nn.Module, name: str) -> Iterator[Tensor]:
         yield noise(BATCH, bins, frames)
         yield noise(BATCH, frames, bins)
         yield noise(BATCH, 1, frames, bins)
+        yield noise(BATCH, frames, 128)
         return
     channels = _found(model, "num_channels", "in_channels", "in_chans", "input_channels") or 3
     size = _found(model, "image_size", "img_size", "input_size", "resolution") or 32
@@ -159,5 +166,6 @@ def _data(model: nn.Module, name: str) -> Iterator[Tensor]:
         return
     yield noise(BATCH, channels, height, width)
     yield noise(BATCH, frames, channels, height, width)
+    yield noise(BATCH, 2, channels, 64, 64)
     yield noise(BATCH, channels, 64, 64)
     yield noise(BATCH, channels, 128, 128)
