@@ -239,7 +239,8 @@ def _modalities(names: dict[str, nn.Module]) -> dict[str, str]:
 def _modality(stack: nn.Module) -> str:
     name = getattr(stack, "main_input_name", "input_ids")
     # Towers that are called with patches in place of pixels, or with queries (a Q-Former's outputs are image tokens).
-    if name.startswith("pixel") or re.search(r"(Vision|VisionModel|QFormer)Config$", type(stack.config).__name__):
+    config = type(getattr(stack, "config", None)).__name__
+    if name.startswith("pixel") or re.search(r"(Vision|VisionModel|QFormer)Config$", config):
         return "vision"
     return "audio" if name in ("input_features", "input_values") else "text"
 
@@ -250,7 +251,8 @@ def _layer_number(module: nn.Module, block: str) -> int | None:
     if not isinstance(layer, int):
         return None
     # A module that several layers share has no number of its own (Zamba); the layer that calls it has.
-    return layer if layer >= 0 else int(block.rpartition(".")[2])
+    number = block.rpartition(".")[2]
+    return layer if layer >= 0 else int(number) if number else None
 
 
 def _masks_causally(stack: nn.Module) -> bool:

@@ -109,6 +109,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "maskformer": {"backbone_config": _SWIN},
     "oneformer": {"backbone_config": _SWIN},
     "upernet": {"backbone_config": _RESNET},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "udop": {"relative_attention_num_buckets": 32, "relative_bias_args": [{"type": "1d"}]},
     "xlnet": {"d_head": 16},
     "zamba": {"layers_block_type": ["mamba", "hybrid"], "attn_layer_period": 2, "attn_layer_offset": 1},
 }

@@ -25,7 +25,7 @@ _WIDTH = re.compile(
     r"hidden_size|d_model|n_embd|embed_dim|dim|hidden_dim|emb_dim|embedding_size|d_embed|model_dim|hidden_sizes?|"
     r"(text|vision|encoder|decoder|out|output|backbone|resampler|audio|fusion|mm|projector|cross_attention|image_text|pooler)_"
     r"(hidden_size|dim|embed_dim|embd|hidden_dim|d_model)|"
-    r"(out|output|embed|hidden|model|text|vision)_(dim|size|hidden_size)s?|projection_dim|proj_dim|projector_dim|entity_emb_size|"
+    r"(out|output|embed|hidden|model|text|vision)_(dim|size|hidden_size)s?|projection_dim|projection_size|proj_dim|projector_dim|entity_emb_size|"
     r"(text|vision|audio)_embed_dim|image_embed_dim|lru_width|d_latents|qk_channels|v_channels|shared_projection_dim"
 )
 _HEADS = re.compile(
