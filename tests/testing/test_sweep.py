@@ -76,6 +76,7 @@ def test_a_wrong_edit_is_a_wrong_row(monkeypatch) -> None:
     assert row.verdict == "wrong" and row.reason.startswith("gate ")
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_what_dies_or_takes_too_long_is_a_row_that_says_so() -> None:
     def measure(name: str) -> Row:
         if name == "endless":

@@ -189,7 +189,8 @@ def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor
     n = att.shape[2]
     index = torch.unique(torch.tensor([0, n // 3, (2 * n) // 3, n - 1], device=att.q.device))
     with torch.no_grad():
-        out = base_rows(index).detach().to(att.stat_dtype)
+        given = base_rows(index).detach()
+        out = given.to(att.stat_dtype)
         sub = att.take(index)
         if not bool(torch.stack([t.isfinite().all() for t in (sub.q, sub.k, sub.v)]).all()):
             raise UnsupportedHost(
@@ -207,7 +208,7 @@ def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor
     half = (torch.float16, torch.bfloat16)
     kind = att.q.device.type
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in half
-    limit = 5e-2 if cast or att.q.dtype in half else 1e-3
+    limit = 5e-2 if cast or att.q.dtype in half or given.dtype in half else 1e-3
     if not bool(error <= limit * size):
         raise UnsupportedHost(
             f"{site.path}: the model's attention is not softmax(q k^T * scale + mask) v as its arguments say "

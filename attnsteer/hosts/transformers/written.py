@@ -184,6 +184,9 @@ class _Following(TorchFunctionMode):
             )
         form = _Form.of(equation, maps, values, out, site)
         z, v = form.map(scores.reshape(maps.shape)), form.values(values)
+        # As the softmax is taken: in half precision of nothing.
+        dtype = torch.promote_types(torch.promote_types(z.dtype, v.dtype), torch.float32)
+        z, v = z.to(dtype), v.to(dtype)
         B, H, n, m = z.shape
         # The scores stand as a mask: what they are made of is not asked.
         zeros = v.new_zeros(())

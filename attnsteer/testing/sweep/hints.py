@@ -111,6 +111,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "upernet": {"backbone_config": _RESNET},
     "step3p7": {"text_config": {"sliding_window": 8}},
     "udop": {"relative_attention_num_buckets": 32, "relative_bias_args": [{"type": "1d"}]},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
     "xlnet": {"d_head": 16},
     "zamba": {"layers_block_type": ["mamba", "hybrid"], "attn_layer_period": 2, "attn_layer_offset": 1},
 }
@@ -139,6 +140,22 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
         "encoder_hidden_states": torch.randn(2, 6, model.config.encoder_hidden_size),
     },
     "clap": lambda model: {"input_ids": _ids(model), "input_features": torch.randn(2, 1, 64, 64)},
+    "dia": lambda model: {
+        "input_ids": _ids(model),
+        "decoder_input_ids": torch.randint(5, 60, (2, 5, model.config.decoder_config.num_channels)),
+    },
+    "kyutai_speech_to_text": lambda model: {"input_ids": torch.randint(5, 60, (2, 6, model.config.num_codebooks + 1))},
+    "siglip2_vision_model": lambda model: {
+        "pixel_values": torch.randn(2, 16, 3 * model.config.patch_size**2),
+        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
+    },
+    "siglip2": lambda model: {
+        "input_ids": _ids(model),
+        "pixel_values": torch.randn(2, 16, 3 * model.config.vision_config.patch_size**2),
+        "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
+    },
     "time_series_transformer": lambda model: _series(model),
     "informer": lambda model: _series(model),
     "autoformer": lambda model: _series(model),

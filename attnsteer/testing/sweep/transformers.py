@@ -184,6 +184,7 @@ def pattern(path: str) -> str:
 def _measure(row: Row, model: nn.Module, call: Call, watch: Watch) -> None:
     mixes = MIXTURES.get(row.name, ("(?!)", ""))[0]
     owners = sorted({s.owner for s in watch.seen if not re.fullmatch(mixes, s.owner)})
+    named = {s.how for s in watch.seen if s.how.startswith("nn.")}
     try:
         every = {s.path: s for s in sites(model)}
     except AttnSteerError as error:
@@ -203,7 +204,8 @@ def _measure(row: Row, model: nn.Module, call: Call, watch: Watch) -> None:
     row.sites, row.heads = len(found), sorted({s.heads for s in found.values()})
     if not ran:
         why = next((s.refused for s in every.values() if getattr(s, "refused", "")), "")
-        row.verdict, row.reason = "refused", why or f"softmax attention ran in {_some(owners)}, which are no sites"
+        by = f" (by {', '.join(named)})" if named else ""
+        row.verdict, row.reason = "refused", why or f"softmax attention ran in {_some(owners)}{by}, which are no sites"
         return
     plain = call()
     kept = vars_of(model)

@@ -104,6 +104,20 @@ def test_open_gates_change_no_bit(make: Any) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("make", [gptj, bloom], ids=["gptj", "bloom"])
+def test_half_precision_is_taken_as_the_model_takes_it(make: Any) -> None:
+    """Scores in float32 beside values in half precision, and scores in half precision."""
+    model, given = make(), inputs()
+    valid = given["attention_mask"].bool()
+    with steer(model, ZeroTuning(gamma=4.0)):
+        exact = model(**given).logits[valid]
+    with steer(model.bfloat16(), ZeroTuning(gamma=4.0)):
+        half = model(**given).logits[valid]
+    assert half.dtype == torch.bfloat16
+    assert (half - exact).norm() < 0.03 * exact.norm()
+
+
+@torch.no_grad()
 def test_cached_decoding_equals_uncached() -> None:
     model, given = gptj(), {"input_ids": inputs()["input_ids"]}
     how = {
