@@ -106,7 +106,7 @@ def _steered(
         part = att.take(index)
         return base(module, part.q, part.k, part.v, part.mask, *args, **kwargs)[0].transpose(1, 2)
 
-    if id(module) not in forward.stack.exact:
+    if id(module) not in forward.stack.exact and reads_map(runtime, active):
         check_exact(runtime.site, att, base_rows)
         forward.stack.exact.add(id(module))
     maps: list[Any] | None = [] if name == "eager" else None
@@ -173,6 +173,11 @@ def _flex_mask(block_mask: Any, q: Tensor, k: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import create_mask
 
     return create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device=q.device)
+
+
+def reads_map(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
+    """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
+    return not all(runtime.entries[i][0].method.linear for i in active)
 
 
 def check_base(site: Site, name: str) -> None:

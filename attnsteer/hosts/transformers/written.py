@@ -23,7 +23,7 @@ from ...errors import AttnSteerError, UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
 from ..sdpa.host import check_copyable
-from .attention_function import check_exact
+from .attention_function import check_exact, reads_map
 from .direct import account_of, acting, call_of
 from .forward import Forward
 
@@ -92,7 +92,7 @@ def attach_written(runtime: SiteRuntime, journal: Any) -> None:
         if not active:
             return inner(*args, **kwargs)
         asked = {**dict(zip(names, args, strict=False)), **kwargs}.get("output_attentions")
-        if asked and not all(runtime.entries[i][0].method.linear for i in active):
+        if asked and reads_map(runtime, active):
             raise UnsupportedHost(
                 f"{runtime.site.path} hands its attention map out before it is edited. Call the model without "
                 "output_attentions, or leave this site out of Where."
@@ -177,7 +177,7 @@ class _Following(TorchFunctionMode):
         """The product of a map with its values, edited."""
         site, runtime = self.runtime.site, self.runtime
         self.products += 1
-        if self.products > 1 and not all(runtime.entries[i][0].method.linear for i in self.active):
+        if self.products > 1 and reads_map(runtime, self.active):
             raise UnsupportedHost(
                 f"{site.path}: one forward of {type(site.module).__name__} computes its attention in several parts, each "
                 "with a softmax of its own, so a share of a row's attention is not defined. Edits of head outputs (HeadGate) are."
@@ -193,7 +193,11 @@ class _Following(TorchFunctionMode):
         q, k = zeros.expand(B, H, n, v.shape[-1]), zeros.expand(B, H, m, v.shape[-1])
         att = Attention(q.contiguous(), k.contiguous(), v, 1.0, mask=z)
         account = account_of(runtime)
-        if isinstance(account, Forward) and id(site.module) not in account.stack.exact:
+        if (
+            isinstance(account, Forward)
+            and id(site.module) not in account.stack.exact
+            and reads_map(runtime, self.active)
+        ):
             check_exact(site, att, lambda index: form.output(out).index_select(2, index))
             account.stack.exact.add(id(site.module))
         call = call_of(runtime, B, n, m, z.device)
