@@ -155,12 +155,15 @@ class _Following(TorchFunctionMode):
             if isinstance(out, Tensor):
                 self._maps[id(out)] = (out, known[1])
         elif name in _PRODUCTS:
+            if name == "einsum" and len(args) == 2 and isinstance(args[1], (tuple, list)):
+                args = (args[0], *args[1])
             at = 1 if name == "einsum" else 0
             known = self._maps.get(id(args[at])) if len(args) > at + 1 and isinstance(args[at], Tensor) else None
             if known is not None:
                 return self._product(args[at], known[1], args[at + 1], out, args[0] if name == "einsum" else "")
         if isinstance(out, Tensor) and out.ndim > 2 and out.is_floating_point() and name not in _CARRY:
-            if any(id(a) in self._maps for a in args if isinstance(a, Tensor)):
+            given = [a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else (arg,))]
+            if any(id(a) in self._maps for a in given if isinstance(a, Tensor)):
                 # A part of a map (its global columns, a window): what becomes of it is not followed.
                 self.cut = self.cut or name
         return out

@@ -56,7 +56,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "emu3": {"vocabulary_map": {"<image>": 150, "<|extra_200|>": 151}},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
-    "falcon_h1": {"mamba_d_ssm": 128},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_d_head": 32},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "sam": {"vision_config": {"window_size": 4}},
@@ -96,8 +96,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {
         "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "n_routed_experts": 4}
     },
-    "dots3_note": {"vision_config": {"adapter_in_dim": 64}},
-    "efficientloftr": {"hidden_size": 256},
+    "dots3_note": {"vision_config": {"adapter_in_dim": 64, "adapter_input_size": 64}},
     "informer": _SERIES,
     "autoformer": _SERIES,
     "swin": _SWIN,
@@ -180,6 +179,8 @@ def _series(model: Any) -> dict[str, Any]:
 
 # Modules (a pattern of their paths) whose softmax mixes something other than tokens, with what it is.
 MIXTURES: dict[str, tuple[str, str]] = {
+    "inkling2": (r".*(final_input|attention_input|mlp_input)", "its softmax mixes residual streams"),
+    "inkling2_text": (r".*(final_input|attention_input|mlp_input)", "its softmax mixes residual streams"),
     "deepseek_v4": (r"model\.layers\.\d+", "its softmax mixes residual streams"),
 }
 
