@@ -46,6 +46,7 @@ class BranchInputs:
         loop: the sampling loop and its latent, where the host provides "latent" (see `Intervention.needs`).
         latent: what the model is asked on, where that is another latent than the loop's.
         prompts: of how many prompts the rows of each part are images, where that is known.
+        step, steps: which step of the schedule this is, from 0, and how many there are, where that is known.
     """
 
     values: dict[str, Any]
@@ -56,6 +57,8 @@ class BranchInputs:
     loop: Any = None
     latent: Tensor | None = None
     prompts: int | None = None
+    step: int | None = None
+    steps: int | None = None
 
     @property
     def samples(self) -> Samples:
@@ -95,6 +98,32 @@ class BranchInputs:
         values = {key: self._cut(key, value, rows) for key, value in self.values.items()}
         return replace(self, values=values, layout=(name,), batch=rows.stop - rows.start)
 
+    def with_again(self, name: str, called: str, changes: dict[str, Tensor]) -> BranchInputs:
+        """The same call with the rows of one part once more behind all others, as a part of another name.
+
+        Args:
+            name: of the part. called: name of the new one. changes: arguments of the new rows, [b, ...], that differ.
+        """
+        rows = self.part(name)
+        values = {
+            key: torch.cat([value, changes[key]]) if key in changes else self._again(key, value, rows)
+            for key, value in self.values.items()
+        }
+        batch = self.batch + rows.stop - rows.start
+        return replace(self, values=values, layout=(*self.layout, called), batch=batch)
+
+    def _again(self, key: str, value: Any, rows: slice) -> Any:
+        """`value` with its part for `rows` once more at the end; as it is where it has no rows."""
+        if isinstance(value, Tensor):
+            alone = self.batch == 1 and key in BATCHED and value.ndim > 0 and value.shape[0] == 1
+            part = value[:] if alone else self._cut(key, value, rows)
+            return value if part is value else torch.cat([value, part])
+        if isinstance(value, dict):
+            return {k: self._again(_key(key, k), v, rows) for k, v in value.items()}
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            return type(value)(self._again(key, v, rows) for v in value)
+        return value
+
     def _cut(self, key: str, value: Any, rows: slice) -> Any:
         if isinstance(value, Tensor):
             if value.ndim == 0 or key in UNBATCHED or value.shape[0] in (0, 1) or value.shape[0] % self.batch:
@@ -110,13 +139,15 @@ class BranchInputs:
                 )
             return value[rows.start * each : rows.stop * each]
         if isinstance(value, dict):
-            return {
-                k: self._cut(key if key in UNBATCHED else k if k in BATCHED | UNBATCHED else key, v, rows)
-                for k, v in value.items()
-            }
+            return {k: self._cut(_key(key, k), v, rows) for k, v in value.items()}
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             return type(value)(self._cut(key, v, rows) for v in value)
         return value
+
+
+def _key(outer: str, inner: str) -> str:
+    """The name by which an entry of a nested argument is known."""
+    return inner if outer not in UNBATCHED and inner in BATCHED | UNBATCHED else outer
 
 
 def samples_of(parts: int, batch: int, prompts: int | None) -> Samples:

@@ -34,6 +34,7 @@ class DenoiserClock:
         layout: names of the equal parts of the batch, e.g. ("uncond", "cond"); None when not known.
         batch: rows in all. image_tokens: rows of an image in its sequences, where the input tells.
         size: (height, width) of the latent, in units whose ratio is that of the token grid.
+        contrast: the negative prompt of the running pass. collecting: attention runs for its output alone, which is raised.
         capture: where the maps of the running pass go. cut: whether that pass ends as soon as all are there.
     """
 
@@ -49,6 +50,8 @@ class DenoiserClock:
         self.batch = 0
         self.image_tokens: int | None = None
         self.size: tuple[int, int] | None = None
+        self.contrast: Any = None
+        self.collecting = False
         self.capture: Capture | None = None
         self.cut = False
 
@@ -137,6 +140,9 @@ class DenoiserClock:
         compiling = torch.compiler.is_compiling()
         roles = segments(self._orders[site.path], rows, self.image_tokens if image is None else image)
         facts: dict[str, Any] = {"capture": self.capture}
+        states: dict[Any, Any] = {}
+        if self.declared.prompt:
+            facts["prompt"], states = self.sampling.prompts.current, self.sampling.memory.setdefault("states", {})
         found = roles.get("image")
         if found is not None and self.size is not None:
             facts["grid"] = _grid_of(found.stop - found.start, self.size)
@@ -156,6 +162,7 @@ class DenoiserClock:
             branch_rows=branch_rows,
             samples=self.samples if self.declared.sampled else None,
             facts=facts,
+            states=states,
         )
 
     def _branch_rows(self, batch: int, module: nn.Module) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from ...kernels import Attention
 from ...site import Site
 from ..sdpa.host import same_kernel
 from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
+from .contrast import Collected, NegativeText
 
 if TYPE_CHECKING:
     from ...undo import Journal
@@ -32,14 +33,17 @@ class ProcessorCall:
 
     Attributes:
         primitives: attention primitives called so far. image_rows: rows of `hidden_states` where the text came as a second
-            argument, else None.
+            argument, else None. negative: the output for the negative prompt, where one is compared with. collecting: this
+            call is made for that.
     """
 
-    __slots__ = ("image_rows", "primitives")
+    __slots__ = ("collecting", "image_rows", "negative", "primitives")
 
     def __init__(self) -> None:
         self.primitives = 0
         self.image_rows: int | None = None
+        self.negative: Tensor | None = None
+        self.collecting = False
 
 
 def usable(processor: Any) -> Any:
@@ -74,12 +78,19 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
         hidden, text = given.get("hidden_states"), given.get("encoder_hidden_states")
         apart = isinstance(hidden, Tensor) and isinstance(text, Tensor)
         running.primitives, running.image_rows = 0, hidden.shape[1] if apart else None
+        if isinstance(clock.contrast, NegativeText) and site.name in clock.contrast.names:
+            running.collecting = True
+            try:
+                running.negative = clock.contrast.output(copied, self, attn, given, site.path)
+            finally:
+                running.collecting, running.primitives = False, 0
         out = copied(self, attn, *args, **kwargs)
         if not running.primitives and clock.active(runtime):
             raise UnsupportedHost(
                 f"{site.path}: {type(self).__name__} computed its attention without the primitive that it names, so nothing "
                 "was edited. Leave this site out of Where, or set another processor or attention backend."
             )
+        running.negative = None
         clock.end_if_captured()
         return out
 
@@ -103,6 +114,9 @@ def _primitive(
     site = runtime.site
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if running.collecting:
+            out = base(query, key, value, *args, **kwargs)
+            raise Collected(out.transpose(1, 2) if rows_first else out)
         running.primitives += 1
         active = clock.active(runtime)
         if not active or not (main is None or main(running.primitives, site, active)):
@@ -113,6 +127,10 @@ def _primitive(
         mask, scale = _plain_mask(site, query, key, options, rows_first), options.get("scale")
         q, k, v = (t.transpose(1, 2) for t in (query, key, value)) if rows_first else (query, key, value)
         call = clock.call(site, q.shape[0], q.shape[2], k.shape[2], q.device, running.image_rows)
+        if clock.contrast is not None:
+            call.facts["contrast"] = clock.contrast.fact(
+                running.negative, site.kind == "joint" and running.image_rows is not None
+            )
         scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
         att = Attention(q, k, v, scale, mask=mask, causal=bool(options.get("is_causal")))
         if rows_first:

@@ -25,6 +25,7 @@ from .forward import Stack, block_forward
 from .image_tokens import family_of, takes_images
 from .layers import ImageFree, block_of
 from .outer_calls import OuterCalls, outer_modules
+from .streams import Streams
 from .written import attach_written, check_written, heads_of, writes_attention
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 class TransformersHost(Host):
     """Language, vision-language and encoder models of transformers, bare, in a `Pipeline`, or wrapped (peft)."""
 
-    provides = frozenset({"tokens", "images", "residual", "image_free", "phases", "requests"})
+    provides = frozenset({"tokens", "images", "residual", "image_free", "phases", "requests", "bases"})
 
     def __init__(self, target: Any):
         super().__init__(target)
@@ -147,6 +148,7 @@ class TransformersHost(Host):
             self._attach_stack(name, names, run, calls, journal)
         # Outermost last, so that what is undone first is what was put around the rest.
         calls.watch(outer, journal)
+        Streams.attach(run, outer, [names[name] for name in stacks], journal)
         batching = Continuous(run, {path for path, how in self._reached.items() if how != "interface"})
         for module in outer:
             batching.watch(module, journal)
