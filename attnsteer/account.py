@@ -21,12 +21,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import SelectionError
+
+
+class made_once:
+    """A property that is kept once it was made; one without a lock, which compiled code cannot hold. There it is made each time."""
+
+    def __init__(self, make: Callable[[Any], Any]):
+        self.make, self.name, self.__doc__ = make, make.__name__, make.__doc__
+
+    def __get__(self, owner: Any, kind: Any = None) -> Any:
+        if owner is None:
+            return self
+        made = self.make(owner)
+        if not torch.compiler.is_compiling():
+            owner.__dict__[self.name] = made
+        return made
 
 
 class Samples:
@@ -114,24 +130,24 @@ class Track:
         """Number of rows or keys."""
         return self.slot.shape[0]
 
-    @cached_property
+    @made_once
     def prompt(self) -> Tensor:
         """bool [B or 1, size]: valid tokens of a prompt."""
         return self.valid & ~self.generated
 
-    @cached_property
+    @made_once
     def first(self) -> Tensor:
         """bool [B or 1, size]: the first token of each request."""
         return (self.index == self.start) & self.valid
 
-    @cached_property
+    @made_once
     def last(self) -> Tensor:
         """bool [B or 1, size]: the last valid token of each request among these."""
         if not self.padded and not self.packed:
             return (self.slot == self.slot[-1:])[None]
         return self._last_of(self.valid)
 
-    @cached_property
+    @made_once
     def last_prompt(self) -> Tensor:
         """bool [B or 1, size]: the last prompt token of each request among these, whether or not generated ones follow."""
         return self._last_of(self.prompt)
@@ -207,7 +223,7 @@ class Account:
         """Slots so far, those of this forward included."""
         return self.past + self.new
 
-    @cached_property
+    @made_once
     def rows(self) -> Track:
         """The rows of this forward."""
         return self._track(self.past, self.new)
@@ -252,7 +268,7 @@ class Account:
                 found[b] |= (index[b] >= start) & (index[b] < stop) & valid[b]
         return found
 
-    @cached_property
+    @made_once
     def _index(self) -> Tensor | None:
         """int [B or 1, T]: number of each slot's token in its request; None where it is the slot's own number."""
         if self.valid is None and self.request is None:

@@ -17,6 +17,8 @@ from .kernels import Attention
 FEW_ROWS = 4
 # Beyond so many keys a second pass over a cache costs more than the operators around it.
 SHORT_CACHE = 1024
+# Up to so many scores in all a map is held once its columns were asked for: looking a second time would cost more.
+SHORT_CALL = 1 << 22
 
 
 class AttentionMap:
@@ -48,7 +50,8 @@ class AttentionMap:
         self._lse: Tensor | None = None
         self._dense: Tensor | None = None
         self._sink: Tensor | None = None
-        self._groups: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._blocks: kernels.RowBlocks | None = None
+        self._groups: dict[Any, tuple[Tensor, Tensor, Tensor]] = {}
         # Answers that are kept, each with what tells whether it was changed since.
         self._kept: list[tuple[Tensor, Any]] = []
         self._watched = False
@@ -108,12 +111,12 @@ class AttentionMap:
     @property
     def few(self) -> bool:
         """Whether the rows are so few that the map itself is the cheapest exact form."""
-        return self._dense is not None or self.att.shape[2] <= FEW_ROWS
+        return self._dense is not None or self._blocks is not None or self.att.shape[2] <= FEW_ROWS
 
     @property
     def path(self) -> str:
         """How edits of this map are computed: "rows" or "dense" from the map itself, "fused" from identities."""
-        if self.att.shape[2] <= FEW_ROWS:
+        if self.att.shape[2] <= FEW_ROWS or self._blocks is not None:
             return "rows"
         return "dense" if self._dense is not None else "fused"
 
@@ -149,13 +152,26 @@ class AttentionMap:
     def dense(self) -> Tensor:
         """The whole map [B, H, n, m], fp32, differentiable: the reference, not for the normal path."""
         if self._dense is None:
-            A, sink = kernels.dense_with_sink(self.att)
+            if self._blocks is not None:
+                A = self._blocks.dense()
+                sink = A.new_zeros(()).expand(A.shape[:3]) if self.att.sinks is None else self.att.sink_share(self.lse)
+            else:
+                A, sink = kernels.dense_with_sink(self.att)
             self._dense, self._sink = self._keep(A), self._keep(sink)
         return self._dense
 
+    def hold(self) -> bool:
+        """Keep the map from here on if it is that of a short call; whether it is there."""
+        if self._blocks is None and self._dense is None:
+            B, H, n, m = self.shape
+            if n <= FEW_ROWS or not 0 < B * H * n * m <= SHORT_CALL or torch.is_grad_enabled():
+                return False
+            self._blocks = kernels.RowBlocks.of(self.att, lambda: self.lse)
+        return self._blocks is not None
+
     def mass(self, keys: Tensor) -> Tensor:
         """sum of A over `keys` (bool [B or 1, H or 1, m]), [B, H, n]."""
-        if self.few and _name(keys) not in self._groups:
+        if self.few and (torch.compiler.is_compiling() or _name(keys) not in self._groups):
             # Without the partial output: a decoding step should not read all values for it.
             return (self.dense() * keys[:, :, None]).sum(dim=-1)
         return self.partial(keys)[0]
@@ -168,7 +184,10 @@ class AttentionMap:
 
     def partial(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         """(mass [B, H, n], sum_j A_ij v_j over `keys` [B, H, n, dv]), fp32."""
-        found = self._groups.get(_name(keys)) or self._equal_set(keys)
+        compiling = torch.compiler.is_compiling()
+        # Compiled code has no names for its tensors.
+        name = len(self._groups) if compiling else _name(keys)
+        found = self._groups.get(name) or self._equal_set(keys)
         if found is None:
             if self.few:
                 p = self.dense() * keys[:, :, None]
@@ -176,11 +195,13 @@ class AttentionMap:
             else:
                 pair = kernels.partial(self.att, self.lse, keys)
             # The tensor is kept with its answer, so that its id cannot be reused meanwhile.
-            found = self._groups[_name(keys)] = (keys, *(self._keep(t) for t in pair))
+            found = self._groups[name] = (keys, *(self._keep(t) for t in pair))
         return found[1], found[2]
 
     def _equal_set(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """The answer for another tensor with the same keys: pieces of several edits often are the same set."""
+        if torch.compiler.is_compiling():
+            return next((f for f in self._groups.values() if f[0] is keys), None)
         if keys.device.type != "cpu":
             # Comparing would wait for the device.
             return None
@@ -190,6 +211,8 @@ class AttentionMap:
 
     def column_mass(self, row_weight: Tensor | None = None) -> Tensor:
         """sum_i w_i A_ij, [B, H, m]; `row_weight` [B or 1, n] is 0 for rows to leave out."""
+        if self.hold():
+            return self._blocks.column_mass(row_weight)
         if self.few:
             A = self.dense()
             return A.sum(dim=2) if row_weight is None else torch.einsum("bhnm,bn->bhm", A, _full(row_weight, A))
@@ -222,7 +245,7 @@ class AttentionMap:
 
     def reweighted(self, edit: Reweight | Share) -> AttentionMap:
         """The map under `edit`: a view like this one, for the methods that come after."""
-        return ReweightedMap(self, self.weights_of_share(edit) if isinstance(edit, Share) else edit)
+        return ReweightedMap(self, edit)
 
     def reweight(self, edit: Reweight | Share) -> Tensor:
         """The output [B, H, n, dv] under `edit`; rows whose weights are all one are `out` bit for bit."""
@@ -367,16 +390,26 @@ class ReweightedMap(AttentionMap):
     partitions, so that any number of them is one reweighting of the model's own map.
     """
 
-    def __init__(self, before: AttentionMap, edit: Reweight):
+    def __init__(self, before: AttentionMap, edit: Reweight | Share):
         super().__init__(before.att)
-        self.before, self.edit = before, edit
+        self.before, self._edit = before, edit
         # The model's own map, and the edits since.
         self.root: AttentionMap = before.root if isinstance(before, ReweightedMap) else before
+        if self.root is not before:
+            # Cells of several edits take many small operators, and gathering them reads back how many keys each has.
+            self.root.hold()
         self._cells: list[tuple[Tensor, Tensor]] | None = None
         self._rest: Tensor | None = None
         self._norm: Tensor | None = None
         self._moved: Tensor | None = None
-        self._parts: dict[tuple[int, int], tuple[Tensor, list[Tensor], Tensor]] = {}
+        self._parts: dict[Any, tuple[Tensor, list[Tensor], Tensor]] = {}
+
+    @property
+    def edit(self) -> Reweight:
+        """What made this map of the one below, as weights."""
+        if isinstance(self._edit, Share):
+            self._edit = self.before.weights_of_share(self._edit)
+        return self._edit
 
     @property
     def few(self) -> bool:
@@ -389,8 +422,31 @@ class ReweightedMap(AttentionMap):
     @property
     def out(self) -> Tensor:
         if self._out is None:
-            self._out = self._keep(self._from_rows() if self.few else self._merged())
+            if self._of_share():
+                self._from_share()
+            else:
+                self._out = self._keep(self._from_rows() if self.few else self._merged())
         return self._out
+
+    def _of_share(self) -> bool:
+        """Whether this is a share on the model's own map that needs no weights, for which nothing has asked."""
+        if self.before is not self.root or not isinstance(self._edit, Share) or torch.is_grad_enabled():
+            return False
+        if self.root._blocks is not None:
+            return self.att.sinks is None or not self._edit.scale_sinks
+        return self._edit.scale_sinks and not self.few
+
+    def _from_share(self) -> None:
+        keys, m, kept = self._edit.keys, self.shape[3], self.root.out
+        if keys.shape[-1] < m:
+            keys = torch.nn.functional.pad(keys, (0, m - keys.shape[-1]))
+        if self.root._blocks is None:
+            out, self._moved = kernels.lift(kept, *self.root.partial(keys), self._edit.of)
+        else:
+            before, after, out = self.root._blocks.share(keys, self._edit.of)
+            self._moved = before != after
+            out = torch.where(self._moved[..., None], out.to(kept.dtype), kept)
+        self._out = self._keep(out)
 
     def _merged(self) -> Tensor:
         """One merge of the partial outputs of all cells of the root map."""
@@ -398,13 +454,14 @@ class ReweightedMap(AttentionMap):
         if isinstance(self.before, ReweightedMap):
             (groups, rest), normalise = self.cells(), False
         parts = [(keys, weight, *self.root.partial(keys)) for keys, weight in groups]
-        return kernels.reweight(self.att, self.root.out, self.root.lse, parts, rest, normalise)
+        grows = self.edit.grows and self.before is self.root
+        return kernels.reweight(self.att, self.root.out, self.root.lse, parts, rest, normalise, grows)
 
     def _from_rows(self) -> Tensor:
         """From the few rows of the map itself; rows that nothing changed are the model's own."""
         changed = self._moved_rows()[..., None]
         edited = _apply(self.dense(), self.att)
-        cpu = changed.device.type == "cpu"
+        cpu = changed.device.type == "cpu" and not torch.compiler.is_compiling()
         if self.root._out is None and cpu and self.shape[3] > SHORT_CACHE and bool(changed.all()):
             # No row keeps its output, so the model's own kernel need not run (asking costs more than it elsewhere).
             return edited.to(self.att.v.dtype)
@@ -413,6 +470,8 @@ class ReweightedMap(AttentionMap):
 
     def _moved_rows(self) -> Tensor:
         """bool [B, H, n]: the rows that are not those of the root map."""
+        if self._moved is None and self._of_share():
+            self._from_share()
         if self._moved is None:
             self._moved = (self.dense() != self.root.dense()).any(dim=-1)
         return self._moved
@@ -488,7 +547,11 @@ class ReweightedMap(AttentionMap):
 
     def split(self, keys: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """`keys` cut along the cells: [(keys and cell, c)], and the keys that are in no cell."""
-        found = self._parts.get(_name(keys))
+        compiling = torch.compiler.is_compiling()
+        name = len(self._parts) if compiling else _name(keys)
+        found = self._parts.get(name)
+        if compiling:
+            found = next((f for f in self._parts.values() if f[0] is keys), None)
         cells, _ = self.cells()
         if found is None:
             left, pieces = keys, []
@@ -496,7 +559,7 @@ class ReweightedMap(AttentionMap):
                 pieces.append(keys & cell)
                 left = left & ~cell
             # The tensor is kept with its pieces, so that its id cannot be reused meanwhile.
-            found = self._parts[_name(keys)] = (keys, pieces, left)
+            found = self._parts[name] = (keys, pieces, left)
         return [(piece, c) for piece, (_, c) in zip(found[1], cells, strict=True)], found[2]
 
     def total(self) -> Tensor:
@@ -551,8 +614,13 @@ class ReweightedMap(AttentionMap):
             mass, out = mass + c * more[0], out + c[..., None] * more[1]
         return mass, out
 
+    def hold(self) -> bool:
+        """Only the model's own map is held; this one is worked out from it."""
+        self.root.hold()
+        return False
+
     def column_mass(self, row_weight: Tensor | None = None) -> Tensor:
-        if self.few:
+        if not self.hold() and self.few:
             return super().column_mass(row_weight)
         cells, rest = self.cells()
         B, H, n, m = self.shape
@@ -582,7 +650,7 @@ class ReweightedMap(AttentionMap):
 
     def moved(self) -> Tensor:
         if not isinstance(self.before, ReweightedMap):
-            return self._moved_rows() if self.few else super().moved()
+            return self._moved_rows() if self.few or self._of_share() else super().moved()
         if self.few:
             return super().moved()
         # Where the other keys have less than rounding, it is the groups that move, or nothing that shows.
@@ -612,7 +680,7 @@ def _apply(p: Tensor, att: Attention) -> Tensor:
 
 def _name(keys: Tensor) -> tuple[int, int]:
     """Under which what is known of a key set is kept: another one once it is changed in place."""
-    return id(keys), 0 if keys.is_inference() or torch.compiler.is_compiling() else keys._version
+    return id(keys), 0 if keys.is_inference() else keys._version
 
 
 def _full(row_weight: Tensor, A: Tensor) -> Tensor:

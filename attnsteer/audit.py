@@ -37,6 +37,12 @@ class Flags:
     def __init__(self) -> None:
         self._new: list[Flag] = []
         self._sum: dict[torch.device, Tensor] = {}
+        # Counted by compiled code.
+        self._more = 0
+
+    def more(self, count: int) -> None:
+        """So many flags more were set."""
+        self._more += count
 
     def add(self, flag: Flag) -> None:
         """One call more."""
@@ -54,7 +60,7 @@ class Flags:
     def count(self, part: int | None = None) -> int:
         """How many flags were set; those of one part, or of all."""
         self._gather()
-        return sum(int(t.sum() if part is None else t[part]) for t in self._sum.values())
+        return self._more + sum(int(t.sum() if part is None else t[part]) for t in self._sum.values())
 
 
 @dataclass
@@ -65,13 +71,14 @@ class Record:
         calls: attention calls seen while the selection held. edits: calls for which the method returned an edit.
         rows: query rows of the edited calls (batch times rows). heads: heads selected at this site.
         path: how the last edit was computed: "output", "inputs", "bias" (also of a reweighting whose weights do not depend on
-            the row), "shares" (two calls of the kernel in a decode step), "rows" (from the few rows of one), "fused" (from the
-            kernel's log-sum-exp) or "dense" (from the whole map); joined by "+" where head groups went different ways.
+            the row), "shares" (two calls of the kernel in a decode step), "rows" (from the map's own rows: few, or of a short
+            prompt), "fused" (from the kernel's log-sum-exp) or "dense" (from the whole map); joined by "+" where head groups
+            went different ways.
             "read": the map was taken for a loss, and nothing edited.
         distance: mean total-variation distance between the map before and after, when measured.
         part: this process computes a part of the site's heads (tensor parallelism); `heads` counts those of them.
-        compiled: the site runs in compiled code, where calls are not counted (a count that is read would compile anew
-            at every call).
+        compiled: the site runs in compiled code for which no counts were placed on the device (see `place`), so that its calls
+            are not counted.
     """
 
     calls_in: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
@@ -83,20 +90,57 @@ class Record:
     part: bool = False
     compiled: bool = False
     _moved: list[Tensor] = field(default_factory=list)
+    # int64 [phases, 4]: calls, edits, calls in which something changed, rows; added to in place by compiled code.
+    _placed: Tensor | None = None
+
+    def place(self, device: torch.device) -> None:
+        """Let compiled code count on this device: a count of Python would compile it anew at every call."""
+        if device.type == "meta" or (self._placed is not None and self._placed.device == device):
+            return
+        self.fold()
+        # Counted in training and inference alike.
+        with torch.inference_mode(False):
+            self._placed = torch.zeros(len(PHASES), 4, dtype=torch.long, device=device)
+        # So that graphs of CUDA may change it.
+        torch._dynamo.mark_static_address(self._placed)
+
+    def fold(self) -> None:
+        """Take over what compiled code has counted."""
+        if self._placed is None or torch.compiler.is_compiling():
+            return
+        with _GATHERING, torch.no_grad():
+            counts = self._placed.tolist()
+            if any(map(any, counts)):
+                self._placed.zero_()
+        for phase, (calls, edits, changed, rows) in zip(PHASES, counts, strict=True):
+            self.calls_in[phase] += calls
+            self.edits_in[phase] += edits
+            self.flags_in[phase].more(changed)
+            self.rows += rows
+
+    def _counted(self, phase: str, what: int, by: Any) -> bool:
+        """Count in compiled code; False where there is nowhere to."""
+        if self._placed is None:
+            return False
+        self._placed[PHASES.index(phase), what].add_(by)
+        return True
 
     @property
     def calls(self) -> int:
         """Attention calls seen."""
+        self.fold()
         return sum(self.calls_in.values())
 
     @property
     def edits(self) -> int:
         """Calls for which an edit was returned."""
+        self.fold()
         return sum(self.edits_in.values())
 
     @property
     def changed(self) -> int:
         """Calls in which something changed: a score, a share of a visible key, a head's output."""
+        self.fold()
         return sum(flags.count() for flags in self.flags_in.values())
 
     @property
@@ -107,7 +151,9 @@ class Record:
     def see(self, heads: int, phase: str) -> None:
         """Count one call with this many selected heads."""
         if torch.compiler.is_compiling():
-            self.compiled, self.heads = True, heads
+            self.heads = heads
+            if not self._counted(phase, 0, 1):
+                self.compiled = True
             return
         self.calls_in[phase] += 1
         self.heads = max(self.heads, heads)
@@ -122,6 +168,7 @@ class Record:
         Args:
             part: of the batch, of so many `parts` (see `Audit.divide`); None: all of it.
         """
+        self.fold()
         changed = {p: flags.count(part) for p, flags in self.flags_in.items()}
         phases = {
             p: {"calls": self.calls_in[p], "edits": self.edits_in[p], "changed": changed[p]}
@@ -157,9 +204,9 @@ class Mark:
             moved: bool [B or 1, ...], where something moved, or 0-d, whether; or two tensors [B, ...], where they differ.
         """
         if torch.compiler.is_compiling():
-            self.record.path = path
-            return
-        if not self.paths:
+            if not self.paths and self.record._counted(self.phase, 1, 1):
+                self.record._counted(self.phase, 3, self.rows)
+        elif not self.paths:
             self.record.edits_in[self.phase] += 1
             self.record.rows += self.rows
         if path not in self.paths:
@@ -179,7 +226,9 @@ class Mark:
 
     def close(self) -> None:
         """The call is over."""
-        if self._flag is not None:
+        if self._flag is not None and torch.compiler.is_compiling():
+            self.record._counted(self.phase, 2, _set(self._flag).detach())
+        elif self._flag is not None:
             self.record.flags_in[self.phase].add(self._flag)
 
 
@@ -227,6 +276,10 @@ class Audit:
             found = self.records.setdefault((index, path), Record())
         return found
 
+    def _seen(self, index: int) -> dict[str, Record]:
+        """The records of intervention number `index`, by site; of sites that ran."""
+        return {path: r for (i, path), r in self.records.items() if i == index and (r.calls or r.compiled)}
+
     def count(self, index: int, what: str, by: int = 1) -> None:
         """Count an event that belongs to no site, such as weak-branch passes."""
         counts = self.extra.setdefault(index, {})
@@ -258,14 +311,14 @@ class Audit:
         return sum(r.changed for (i, _), r in self.records.items() if i == index)
 
     def fired(self, index: int) -> bool:
-        """Whether intervention number `index` changed anything; in compiled code, whether it ran."""
+        """Whether intervention number `index` changed anything; in compiled code that does not count, whether it ran."""
         return bool(self.changed(index)) or any(r.compiled for (i, _), r in self.records.items() if i == index)
 
     def to_dict(self, part: int | None = None) -> dict[str, Any]:
         """JSON-able form: a list of interventions with their sites; of one part of the batch (see `divide`), or of all."""
         out, parts = [], 1 if part is None else self.parts
         for index, name in enumerate(self.names):
-            sites = {path: r.to_dict(part, parts) for (i, path), r in self.records.items() if i == index}
+            sites = {path: r.to_dict(part, parts) for path, r in self._seen(index).items()}
             around = {"changed": self.changed(index)} if index in self._around else {}
             out.append({"intervention": name, "sites": sites, **self.extra.get(index, {}), **around})
         return {"interventions": out}
@@ -273,7 +326,7 @@ class Audit:
     def __str__(self) -> str:
         lines = ["calls seen / edits returned / calls in which something changed"]
         for index, name in enumerate(self.names):
-            own = {path: r for (i, path), r in self.records.items() if i == index}
+            own = self._seen(index)
             extra = "".join(f", {n} {what}" for what, n in self.extra.get(index, {}).items())
             if index in self._around:
                 extra += f", {self.changed(index)} changed"

@@ -66,7 +66,8 @@ def bake(
         raise UnsupportedHost(
             f"{type(module).__name__} has no save_pretrained; leave save_to out and save its state_dict."
         )
-    sites = {s.path: s for s, _ in method.selection().resolve(find_host(module).sites(), _main(module))}
+    # `where` may name some of the gated heads.
+    chosen = {s.path: (s, heads) for s, heads in method.selection().resolve(find_host(module).sites(), _main(module))}
     if inplace and steered(module):
         raise SelectionError("bake(inplace=True): the model is steered; remove the handle first, or bake a copy.")
     target = module if inplace else copy.deepcopy(module)
@@ -74,7 +75,7 @@ def bake(
         wanted = first_tensor(target(**inputs))
     seen = look(target, inputs, Where(modalities=method.where.modalities))
     plan: list[tuple[Linear, Tensor]] = []
-    for path, site in sites.items():
+    for path, (site, heads) in chosen.items():
         if path not in seen.sites:
             raise UnsupportedHost(
                 f"{path} was not passed by the forward that was looked at; give inputs= with which it is computed."
@@ -82,7 +83,7 @@ def bake(
         width = seen.sites[path]["out"].shape[3]
         factors = torch.ones(site.heads, dtype=torch.float64)
         for (layer, head), gate in method.gates.items():
-            if layer == site.layer:
+            if layer == site.layer and (heads is None or head in heads):
                 factors[head] = _number(gate)
         if bool((factors == 1).all()):
             continue
@@ -107,7 +108,11 @@ def bake(
     if save_to is not None:
         target.save_pretrained(save_to)
         record = {
-            "gates": [[layer, head, _number(gate)] for (layer, head), gate in sorted(method.gates.items())],
+            "gates": [
+                [*head, _number(gate)]
+                for head, gate in sorted(method.gates.items())
+                if head in method.selection().heads
+            ],
             "folded_into": [layer.name for layer, _ in plan],
             "largest_difference": off,
         }

@@ -108,13 +108,25 @@ class AttnCall:
         For key sets and edits that follow from tokens and hyper-parameters alone: `make` must read nothing of the site, its
         heads, its state or its map. `name` tells several things of one method apart.
         """
-        if torch.is_grad_enabled():
-            # A layer that is computed again for its gradient must find what it found before.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            # A layer that is computed again for its gradient must find what it found before; compiled code finds twins itself.
             return make()
         key = (self.owner, name, id(self.rows), id(self.keys))
         found = self.memo.get(key)
         if found is None:
             found = self.memo[key] = (make(), self.rows, self.keys)
+        return found[0]
+
+    def seen_by(self, counted: Tensor) -> Tensor:
+        """sum of `counted` [B or 1, n] over the rows that may see each key, [B or 1, H or 1, m]; made once for all layers of this
+        forward whose masks hide the same keys from rows `counted`."""
+        att = self.map.att
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.map.seen_by(counted)
+        key = ("seen_by", id(counted), id(att.mask), id(att.key_bias), att.causal, att.shape[2:])
+        found = self.memo.get(key)
+        if found is None:
+            found = self.memo[key] = (self.map.seen_by(counted), counted, att.mask, att.key_bias)
         return found[0]
 
     @property

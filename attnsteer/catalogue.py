@@ -50,7 +50,9 @@ def describe(name: str, cls: type) -> MethodEntry:
     """The entry of one method class."""
     # Which doors a class opens does not depend on its hyper-parameters.
     doors = object.__new__(cls).doors()
-    wanted = {*needs_of(cls), *(("around",) if "around" in doors else ())}
+    needs = needs_of(cls)
+    # Streams of a language model are passes of another kind than those of a denoiser.
+    wanted = {*needs, *(("around",) if "around" in doors and "bases" not in needs else ())}
     summary, paper = _texts(name, cls)
     return MethodEntry(
         name=name,

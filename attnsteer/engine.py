@@ -209,7 +209,7 @@ class SiteRuntime:
             and att.sinks is None
             and att.key_bias is None
             and self.rows is None
-            and not (self.run.reference or self.run.measure or torch.compiler.is_compiling())
+            and not (self.run.reference or self.run.measure)
         )
 
     def _index(self, local: Heads, device: torch.device) -> Tensor:
@@ -310,7 +310,7 @@ class _HeadGroup:
         self.asked: tuple[str, bool] = ("", False)
         self.fresh: list[tuple[Bound, str, AttentionMap]] = []
         own = tuple(range(size)) if local is None else local
-        self.heads = tuple(h + offset for h in own)
+        self.heads = own if offset == 0 else tuple(h + offset for h in own)
         self.base = call.replace(heads=self.heads, branch=runtime.run.branch)
         self.map: AttentionMap
         if runtime.run.reference and not runtime.site.linear:
@@ -378,6 +378,8 @@ class _HeadGroup:
 
     def form_key(self, bound: Bound) -> Any:
         """What tells apart where a method acts in the calls of one forward."""
+        if torch.compiler.is_compiling():
+            return None
         return id(bound), self.heads, self.base.site.layer if bound.method.restricting else None
 
     def ask(self, bound: Bound, door: str, *args: Tensor, gather: bool = True) -> Any:
@@ -392,11 +394,15 @@ class _HeadGroup:
         self.asked, view = (door, first), self.map
         if first:
             view.watch(True)
-        try:
+        if torch.compiler.is_compiling():
+            # An error ends the compilation, which says where it was.
             edit = getattr(bound.method, door)(call, *args)
-        except Exception as error:
-            error.add_note(f"attnsteer: raised in {bound.name}.{door} at {site}.")
-            raise
+        else:
+            try:
+                edit = getattr(bound.method, door)(call, *args)
+            except Exception as error:
+                error.add_note(f"attnsteer: raised in {bound.name}.{door} at {site}.")
+                raise
         altered = self._altered(before, args)
         if first:
             view.watch(False)
@@ -451,8 +457,8 @@ class _HeadGroup:
             for name, t, marked in before
             if not (marked is None or (t._version == marked if isinstance(marked, int) else unchanged(t, marked)))
         ]
-        shown = sum(1 for name, _, _ in before if not name.startswith("call."))
-        if shown and shown == 3 + len(args) and self.map.gathered and self.map.att is not self.whole.att:
+        gathered = self.map.gathered and self.map.att is not self.whole.att
+        if gathered and sum(1 for name, _, _ in before if not name.startswith("call.")) == 3 + len(args):
             # Gathered by the method itself: new tensors, of version zero.
             own = ((name, getattr(self.map.att, name)) for name in "qkv")
             names += [name for name, t in own if not t.is_inference() and t._version]
@@ -597,8 +603,7 @@ class _HeadGroup:
             moved = self.map.distance()
             keep = self.base.rows.valid[:, None].to(moved.dtype).expand_as(moved)
             self.marks[bound.index].record.measure((moved * keep).sum() / keep.sum().clamp_min(1.0))
-        compiling = torch.compiler.is_compiling()
-        self.mark(bound, self.map.path, *(() if compiling else (self.map.moved(),)))
+        self.mark(bound, self.map.path, self.map.moved())
 
     def weights_apart(self, bounds: list[Bound]) -> None:
         """The edits of interventions that act on rows of different requests, as one."""
@@ -636,9 +641,6 @@ class _HeadGroup:
             return out
         mask, edited = self.chosen(bound), edited.to(before.dtype)
         edited = edited if mask is None else torch.where(mask[..., None], edited, before)
-        if torch.compiler.is_compiling():
-            self.mark(bound, "output")
-            return edited
         # Of a decode step, compared when somebody looks.
         small = before.shape[2] <= FEW_ROWS and before.numel() <= SMALL
         keep = (lambda t: t.detach()) if edited.requires_grad else (lambda t: t)
@@ -682,8 +684,8 @@ def _late(entries: list[tuple[Bound, Heads | None]]) -> tuple[int, ...]:
 
 
 def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:
-    if heads is None:
-        return None
+    if heads is None or (offset == 0 and max(heads, default=0) < size):
+        return heads
     return tuple(h - offset for h in heads if offset <= h < offset + size)
 
 

@@ -29,6 +29,11 @@ _SPLITS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 Moves = tuple[Tensor, Tensor]
 
 
+def _id(thing: Any) -> int:
+    """Under which what is made once is kept; compiled code keeps nothing, and has no names for what it makes."""
+    return 0 if torch.compiler.is_compiling() else id(thing)
+
+
 @dataclass
 class WholeForms:
     """The edits of one attention call that all heads can take together.
@@ -67,12 +72,12 @@ class WholeForms:
         self, key: Any, att: Attention, edit: Reweight, chosen: Tensor | None
     ) -> tuple[Attention, Tensor] | None:
         """(the call of some heads with such an edit among its scores, whether it moves anything); for edits that come after."""
-        bias, moves = self._once(("bias", key, id(edit)), lambda: self._log_weights(edit, chosen), edit)
+        bias, moves = self._once(("bias", key, _id(edit)), lambda: self._log_weights(edit, chosen), edit)
         mask = att.mask4()
         if mask is not None and torch.broadcast_shapes(bias[:, :, None].shape, mask.shape).numel() > LARGEST:
             return None
         make = lambda: bias[:, :, None] if mask is None else bias[:, :, None] + att.additive(att.stat_dtype)  # noqa: E731
-        return att.replace(mask=self._once(("rescored", key, id(edit), id(mask)), make, edit, mask)), moves
+        return att.replace(mask=self._once(("rescored", key, _id(edit), _id(mask)), make, edit, mask)), moves
 
     def add_bias(self, key: Any, heads: tuple[int, ...] | None, edit: Reweight, chosen: Tensor | None) -> Moves | None:
         """Take such an edit of some heads (None: all), and say whether it moves anything. None: too large, not taken.
@@ -80,14 +85,14 @@ class WholeForms:
         Args:
             key: what tells `chosen` apart in this forward. chosen: where the edit acts, [B or 1, h or 1, 1]; None: all.
         """
-        bias, moves = self._once(("bias", key, id(edit)), lambda: self._log_weights(edit, chosen), edit)
+        bias, moves = self._once(("bias", key, _id(edit)), lambda: self._log_weights(edit, chosen), edit)
         _, H, n, m = self.att.shape
         mask = self.att.mask4()
         if mask is not None and n > FEW_ROWS:
             by_head = H if heads is not None or bias.shape[1] > 1 else mask.shape[1]
             if max(len(bias), len(mask)) * by_head * n * m > LARGEST:
                 return None
-        self.biased.append(((key, id(edit)), heads, edit, bias))
+        self.biased.append(((key, _id(edit)), heads, edit, bias))
         return moves
 
     def _log_weights(self, edit: Reweight, chosen: Tensor | None) -> tuple[Tensor, Moves]:
@@ -126,9 +131,12 @@ class WholeForms:
         n, m = att.shape[2:]
         if not isinstance(edit, Share) or self.biased or self.shared is not None:
             return None
-        if n > FEW_ROWS or att.causal or m > SHORT_CACHE or att.requires_grad:
+        compiling = torch.compiler.is_compiling()
+        if att.requires_grad or (not compiling and (n > FEW_ROWS or att.causal or m > SHORT_CACHE)):
             return None
-        kept = ("split", id(edit.keys), heads)
+        if compiling and att.causal and not (n == m and kernels.causal_with_mask()):
+            return None
+        kept = ("split", _id(edit.keys), heads)
         inside, outside, empty, full, stays = self._once(kept, lambda: self._split(heads, edit.keys), edit.keys)
         out_in, lse_in = self._attend(inside, empty)
         out, lse = self._attend(outside, full)
@@ -151,6 +159,10 @@ class WholeForms:
         m, split = self.att.shape[3], split_keys(keys, heads, self.att)
         inside, outside = split.masks(m)
         mask = self.att.additive(self.att.stat_dtype)
+        if torch.compiler.is_compiling():
+            # Rows behind keys that they do not see are many in a prompt; all are found from the masks.
+            wide = (inside, outside) if mask is None else (inside + mask, outside + mask)
+            return *wide, None, None, None
         if mask is not None:
             return inside + mask, outside + mask, None, None, None
         if keys.shape[-1] < m:
@@ -176,7 +188,13 @@ class WholeForms:
         if packed:
             q = q.reshape(B, k.shape[1], -1, d)
             mask = mask if mask.shape[1] == 1 else mask.reshape(len(mask), *q.shape[1:3], -1)
-        plain = blind is not None and d == v.shape[-1] and q.numel() and all(t.stride(-1) == 1 for t in (q, k, v))
+        plain = (
+            blind is not None
+            and not torch.compiler.is_compiling()
+            and d == v.shape[-1]
+            and q.numel()
+            and all(t.stride(-1) == 1 for t in (q, k, v))
+        )
         if plain and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
             # The kernel itself: what stands around it takes as much time as a small call.
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -205,7 +223,9 @@ class WholeForms:
     def _once(self, key: Any, make: Any, *kept: Any) -> Any:
         """What is made of tensors that other calls of this forward may bring as well; those are kept with it."""
         att = self.att
-        key = (*key, att.shape, att.q.dtype, att.causal, id(att.mask))
+        if torch.compiler.is_compiling():
+            return make()
+        key = (*key, att.shape, att.q.dtype, att.causal, _id(att.mask))
         found = self.memo.get(key)
         if found is None:
             found = self.memo[key] = (make(), att.mask, kept)
@@ -239,6 +259,8 @@ class _Split:
 
 def split_keys(keys: Tensor, heads: Sequence[int] | None, att: Attention) -> _Split:
     """The split of a key set [B or 1, h or 1, s] of some heads, made once for each tensor of keys."""
+    if torch.compiler.is_compiling():
+        return _Split(keys, heads, att)
     version = 0 if keys.is_inference() else keys._version
     key = (None if heads is None else tuple(heads), att.shape[1], att.stat_dtype, version)
     known = _SPLITS.get(keys)

@@ -74,6 +74,8 @@ class Steering:
         self.branch: str | None = None
         self.audit = Audit([_describe(m) for m in interventions])
         self.opened: list[int] = []
+        # Blocks around calls that are entered now, in any thread: compiled code, which cannot ask for them, asks for this.
+        self.scopes = 0
         self._journal = Journal()
         self._lock = threading.RLock()
         self.attached = True
@@ -158,10 +160,14 @@ class Steering:
     def _scoped(self, **changes: Any) -> Iterator[None]:
         self._check_attached("enter its blocks")
         token = SCOPES.set({**SCOPES.get(), id(self): replace(self.scope, **changes)})
+        with self._lock:
+            self.scopes += 1
         try:
             yield
         finally:
             SCOPES.reset(token)
+            with self._lock:
+                self.scopes -= 1
 
     def is_open(self, bound: Bound) -> bool:
         """Whether the inside edits of `bound` act now (those of an `around` method only inside its pass)."""

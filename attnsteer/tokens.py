@@ -54,6 +54,11 @@ class Tokens:
         """Whether it is known where the prompt ends."""
         return self.prompt is not None
 
+    @property
+    def resolved_spans(self) -> dict[int, Any]:
+        """What was found so far, by the `id` of the spans."""
+        return self._resolved
+
     def first(self) -> Tensor:
         """Index of the first valid token of each row, [B]."""
         if self.valid is None:
@@ -177,6 +182,9 @@ class Tokens:
 
     def _longest(self, upto: int) -> list[int]:
         """Valid tokens of each row, or of the longest sequence packed into it, among the first `upto` slots; no virtual ones."""
+        if self.request is None and self.valid is None:
+            # Known without a look at the device.
+            return [upto - self.virtual] * self.batch
         if self.request is None:
             return self.count(upto).tolist()
         return [max((size for _, size in self._sequences(b, upto)), default=0) for b in range(self.batch)]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnsteer import ACT, PAG, AttendAndExcite, HeadSet, Intervention, SpotLight, Where, ZeroTuning, steer
 from attnsteer.call import AttnCall, Share
-from benchmarks import dense, vision
+from benchmarks import dense, short, vision
 from benchmarks.measure import Times, interleaved, peak_memory
 from benchmarks.models import LlamaShape, UNetShape, excite_call, excite_pipelines, llama, prompt, twin, unet
 from benchmarks.parts import MODES, TOLERANCE, Case, Check, Decoder, Gate, Outcome, Size, error
@@ -481,6 +481,18 @@ CASES = {
             _sizes(
                 Size(FULL, 1024, 256, repeats=12, patience=240.0),
                 Size(QUICK_DECODE, 512, 128, repeats=8),
+                Size(SMOKE, 128, 64, repeats=2),
+            ),
+        ),
+        Case(
+            "short",
+            "short prompts and a decode step on many small layers: the slowest of ACT on a quarter of the heads and four others",
+            1.10,
+            lambda size: short.gate(size.shape, size.gate),
+            short.measure,
+            _sizes(
+                Size(short.SMALL_LAYERS, 512, 128, repeats=15, patience=240.0),
+                Size(short.FEW_SMALL_LAYERS, 512, 64, repeats=3),
                 Size(SMOKE, 128, 64, repeats=2),
             ),
         ),

@@ -112,7 +112,7 @@ def test_head_groups_of_one_call_are_one_call(model: Any, inputs: Any) -> None:
 
 @torch.no_grad()
 def test_the_path_of_an_edit_is_said(model: Any, inputs: Any) -> None:
-    """Weights without a row are a bias of the keys; two reweightings need no map; that is built in a reference run only."""
+    """Weights without a row are a bias of the keys; two reweightings of a short prompt are worked out from its rows."""
     lifted = SpotLight([[(0, 2)]] * len(inputs["input_ids"]), 0.9, where=Where(layers=0))
     first, second = ZeroTuning(gamma=2.0, where=Where(layers=0)), ZeroTuning(HeadSet({0: [3]}), 3.0)
     with steer(model, first, second, lifted) as run:
@@ -120,7 +120,7 @@ def test_the_path_of_an_edit_is_said(model: Any, inputs: Any) -> None:
     assert [run.audit.record(i, site(0)).path for i in (0, 1, 2)] == ["bias", "bias", "fused"]
     with steer(model, lifted, first, second) as run:
         model(**inputs)
-    assert [run.audit.record(i, site(0)).path for i in (0, 1, 2)] == ["fused", "fused", "fused"]
+    assert [run.audit.record(i, site(0)).path for i in (0, 1, 2)] == ["fused", "rows", "rows"]
     with steer(model, first, second, reference=True) as run:
         model(**inputs)
     assert [run.audit.record(i, site(0)).path for i in (0, 1)] == ["dense", "dense"]

@@ -36,6 +36,16 @@ def test_equal_to_the_gated_model(family: str) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_a_choice_among_the_gated_heads() -> None:
+    model = tiny_transformers("llama")
+    inputs = tiny_transformers_inputs("llama", model)
+    some = HeadGate(GATES, where=Where(heads={1: [0, 2]}))
+    want = gated(model, inputs, HeadGate({(1, 0): 2.0}))
+    assert torch.equal(gated(model, inputs, some), want)
+    with torch.no_grad():
+        assert (bake(model, some)(**inputs)[0] - want).abs().max() < 1e-5
+
+
 def test_the_checkpoint_runs_without_this_library(tmp_path: Path) -> None:
     model = tiny_transformers("llama")
     inputs = tiny_transformers_inputs("llama", model)

@@ -18,7 +18,19 @@ from benchmarks import cases, measure, run
 from benchmarks.models import llama, prompt, twin
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = ["act-20", "act-all", "decode", "per-sample", "idle", "prefill-32k", "var", "vhr", "cfg-pag", "latent-step"]
+NAMES = [
+    "act-20",
+    "act-all",
+    "decode",
+    "per-sample",
+    "short",
+    "idle",
+    "prefill-32k",
+    "var",
+    "vhr",
+    "cfg-pag",
+    "latent-step",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,7 @@ def test_a_decode_step_dispatches_few_operators_more(model: Any, name: str) -> N
     assert steered.reads <= plain.reads
 
 
-@pytest.mark.parametrize(
+PAIRS = pytest.mark.parametrize(
     "names",
     [
         ("ZeroTuning", "SpotLight"),
@@ -86,5 +86,34 @@ def test_a_decode_step_dispatches_few_operators_more(model: Any, name: str) -> N
     ],
     ids=" and ".join,
 )
+
+
+@PAIRS
 def test_composed_methods_read_nothing_back(model: Any, names: tuple[str, ...]) -> None:
     assert step(model, *(BARS[name][0]() for name in names)).reads <= step(model).reads
+
+
+@torch.no_grad()
+def prefill_reads(model: Any, monkeypatch: pytest.MonkeyPatch, *methods: Any) -> int:
+    """Values read back in the second prefill of a steering, `tolist` included, which on CPU is no operator."""
+    ids, lists = torch.randint(3, 100, (1, 300), generator=torch.Generator().manual_seed(1)), []
+    inner = torch.Tensor.tolist
+    with steer(model, *methods) if methods else contextlib.nullcontext():
+        model(input_ids=ids, use_cache=True)
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (lists.append(1), inner(self))[1])
+        with Counted() as counted:
+            model(input_ids=ids, use_cache=True)
+        monkeypatch.undo()
+    return counted.reads + len(lists)
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_a_prefill_reads_one_value_more_at_most(model: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, _ = BARS[name]
+    assert prefill_reads(model, monkeypatch, make()) <= prefill_reads(model, monkeypatch) + 1
+
+
+@PAIRS
+def test_so_does_one_of_composed_methods(model: Any, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = [BARS[name][0]() for name in names]
+    assert prefill_reads(model, monkeypatch, *methods) <= prefill_reads(model, monkeypatch) + 1

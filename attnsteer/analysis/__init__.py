@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "HeadTable": "table",
         "Needle": "effects",
+        "Ledger": "circuits",
         "clusters": "effects",
         "gating_effects": "effects",
         "head_profile": "profile",
@@ -14,5 +15,6 @@ __getattr__, __dir__, __all__ = lazy(
         "head_weights": "projections",
         "retrieval_scores": "effects",
         "sinks": "sink_report",
+        "trace": "circuits",
     },
 )

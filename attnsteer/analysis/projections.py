@@ -269,6 +269,9 @@ class HeadWeights:
     norm: Norm | None
     # The norm behind the output projection, before the residual (Gemma 2, OLMo 2).
     post: Norm | None = None
+    # [heads, d] and [kv heads, d], or None.
+    query_bias: Tensor | None = None
+    key_bias: Tensor | None = None
 
     def kv(self, head: int) -> int:
         """The key and value head of a query head."""
@@ -389,6 +392,8 @@ def _weights_of(
         parts["k"][1] if same else None,
         norm_before(model, entered, passed),
         post,
+        parts["q"][2] if same else None,
+        parts["k"][2] if same else None,
     )
 
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from ..versions import library_versions
 from ..where import Where
 from .profile import SINK, SINK_ROWS, column_means
 from .projections import evaluating
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Pair = tuple[int, int]
 # Massive: above both (Sun et al., section 2).
@@ -118,7 +115,7 @@ class Sinks:
             for layer in sorted({p[0] for p in self.heads})
         }
 
-    def plot(self, path: str | Path | None = None, tokens: int = 24) -> Figure:
+    def plot(self, path: str | Path | None = None, tokens: int = 24) -> Any:
         """Layers by tokens (mean over heads), heads by layers (the first token), and the largest activation by layer
         (extra `viz`)."""
         from ..viz.head_figures import new_figure, saved

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch import Tensor
 from ..errors import SelectionError, did_you_mean
 from ..evals.significance import Interval, percentiles, resampled_totals
 from ..heads import HeadSet
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Pair = tuple[int, int]
 
@@ -96,8 +93,8 @@ class HeadTable:
         found = HeadSet(list(scores), scores=scores, shape=self.shape, provenance=provenance)
         return found if top is None else found.top(top)
 
-    def plot(self, name: str, path: str | Path | None = None, selected: HeadSet | None = None) -> Figure:
-        """The reading as a grid of layers and heads (extra `viz`)."""
+    def plot(self, name: str, path: str | Path | None = None, selected: HeadSet | None = None) -> Any:
+        """The reading as a matplotlib figure, a grid of layers and heads (extra `viz`)."""
         from ..viz import head_grid
 
         values = {p: v for p, v in self[name].items() if math.isfinite(v)}

@@ -1,14 +1,19 @@
 """Exact attention algebra: pure functions of q, k, v and a mask, in the model's own terms."""
 
+from .blocks import RowBlocks
 from .groups import KeyIndex, index_keys, leftover, mass, partial
 from .lse import attend, attend_lse, causal_with_mask, lse_source
-from .merge import held, merge, reweight
+from .merge import held, lift, merge, reweight
 from .problem import Attention, dense, dense_with_sink, visible
+from .sources import Source, add_source, flash_source, flex_source, remove_source
 from .statistics import column_mass, entropy, keys_seen, rows, seen_by
 
 __all__ = [
     "Attention",
     "KeyIndex",
+    "RowBlocks",
+    "Source",
+    "add_source",
     "attend",
     "attend_lse",
     "causal_with_mask",
@@ -16,14 +21,18 @@ __all__ = [
     "dense",
     "dense_with_sink",
     "entropy",
+    "flash_source",
+    "flex_source",
     "held",
     "index_keys",
     "keys_seen",
     "leftover",
+    "lift",
     "lse_source",
     "mass",
     "merge",
     "partial",
+    "remove_source",
     "reweight",
     "rows",
     "seen_by",

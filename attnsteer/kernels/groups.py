@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .lse import attend_lse
 from .problem import CPU_TILE, Attention, additive, assemble, exponential, pick
@@ -22,6 +23,8 @@ LEFT = 0.1
 NEAR = {torch.float16: 0.05, torch.bfloat16: 0.05, torch.float32: 0.3, torch.float64: 0.05}
 # Up to this many scores a head costs less than the call that computes it.
 SHORT = 1 << 16
+# Gathered positions by the tensor that says which keys, with its version.
+_INDICES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,29 @@ class KeyIndex:
 
 
 def index_keys(keys: Tensor) -> KeyIndex:
-    """Turn a boolean key set [B or 1, H or 1, m] into gathered positions."""
-    counts = keys.sum(dim=-1)
-    least, size = torch.stack(counts.aminmax()).tolist() if counts.numel() else (0, 0)
+    """Turn a boolean key set [B or 1, H or 1, m] into gathered positions; made once for each tensor, which is freed with it."""
+    if torch.compiler.is_compiling():
+        return _indexed(keys)
+    version = 0 if keys.is_inference() else keys._version
+    found = _INDICES.get(keys)
+    if found is None or found[0] != version:
+        found = _INDICES[keys] = (version, _indexed(keys))
+    return found[1]
+
+
+def _indexed(keys: Tensor) -> KeyIndex:
+    counts, m = keys.sum(dim=-1), keys.shape[-1]
+    if counts.numel() and m:
+        # All that has to be read back at once. The last member is the first one from behind.
+        flags = keys.to(torch.int8)
+        first, last = flags.argmax(dim=-1).amin(), m - 1 - flags.flip(-1).argmax(dim=-1).amin()
+        least, size, first, last = torch.stack([*counts.aminmax(), first, last]).tolist()
+    else:
+        least, size, first, last = 0, 0, 0, -1
     # A stable sort of "not in the set" puts the members first, in order.
     index = torch.argsort((~keys).to(torch.int8), dim=-1, stable=True)[..., :size]
     valid = torch.arange(size, device=keys.device) < counts[..., None]
-    span = None
-    if size and keys.shape[:2] == (1, 1) and int(index[0, 0, -1]) - int(index[0, 0, 0]) == size - 1:
-        span = (int(index[0, 0, 0]), int(index[0, 0, -1]) + 1)
+    span = (first, last + 1) if size and keys.shape[:2] == (1, 1) and last - first == size - 1 else None
     runs = _runs(keys, index, counts) if keys.shape[1] == 1 and least >= FUSED_SLICE else None
     return KeyIndex(index.masked_fill(~valid, 0), valid, least == size, span, runs)
 
@@ -90,6 +107,8 @@ def leftover(att: Attention, lse: Tensor, keys: Tensor, inside: Tensor) -> Tenso
     Args:
         keys: [B or 1, H or 1, m] bool. inside: their mass, as `mass` returns it.
     """
+    if torch.compiler.is_compiling():
+        return masked_group(att, lse, ~keys)[0]
     outside = (att.visible_total(lse) - inside).clamp_min(0.0)
     close = (outside < NEAR[att.q.dtype]) & ~torch.isneginf(lse)
     if bool(close.any()):
@@ -131,7 +150,18 @@ def complement(
             yield b, h, at, out, torch.exp(part - lse[b, h, at])
 
 
+def masked_group(att: Attention, lse: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """As `partial`, by a pass in which only `keys` are seen: for compiled code, where a set cannot be read to be gathered."""
+    hidden = torch.zeros(keys.shape, dtype=att.stat_dtype, device=lse.device).masked_fill(~keys, -torch.inf)[:, :, None]
+    mask = att.additive(att.stat_dtype)
+    out, part = attend_lse(att.replace(mask=hidden if mask is None else hidden + mask, sinks=None))
+    share = torch.exp(part - lse.masked_fill(torch.isneginf(lse), 0.0))
+    return share, out.to(att.stat_dtype) * share[..., None]
+
+
 def _group(att: Attention, lse: Tensor, keys: Tensor | KeyIndex, want_values: bool) -> tuple[Tensor, Tensor]:
+    if torch.compiler.is_compiling():
+        return masked_group(att, lse, keys)
     chosen = keys if isinstance(keys, KeyIndex) else index_keys(keys)
     if chosen.runs is None or att.requires_grad:
         return _gathered(att, lse, chosen, want_values)
@@ -191,6 +221,9 @@ def _gather(att: Attention, chosen: KeyIndex) -> Attention:
     """The same rows against the chosen keys only; who sees which of them is left to `_hide`."""
     B, H, _, m = att.shape
     index, size, kv = chosen.index, chosen.size, att.k.shape[1]
+    if chosen.span is not None and att.key_bias is None:
+        own = slice(*chosen.span)
+        return att.replace(k=att.k[:, :, own], v=att.v[:, :, own], mask=None, causal=False, sinks=None)
     # With a set for each query head the gathered K has a head for each of them; only `size` keys of it.
     h = kv if index.shape[1] == 1 else H
     batch = torch.arange(B, device=index.device)[:, None, None]

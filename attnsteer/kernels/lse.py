@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import Attention, assemble, exponential, visible
+from .sources import find_source, source_named
 
 HALF = (torch.float16, torch.bfloat16)
 # A key bias of minus infinity as the kernels get it: the exponential is zero, and no product is NaN.
@@ -17,10 +17,20 @@ FLOOR = -(2.0**14)
 
 
 def lse_source(att: Attention) -> str:
-    """The kernel that will give (out, lse): "cpu-flash", "cuda-flash", "cuda-efficient" or "blockwise"."""
+    """The kernel that will give (out, lse): "cpu-flash", "cuda-flash", "cuda-efficient", "blockwise", or that of a source."""
     d, dv = att.q.shape[-1], att.v.shape[-1]
-    if att.softcap is not None or att.sinks is not None or att.requires_grad or d != dv or 0 in att.shape:
+    if att.sinks is not None or att.requires_grad or d != dv or 0 in att.shape:
         return "blockwise"
+    own = "blockwise" if att.softcap is not None else _own_source(att)
+    if own != "blockwise":
+        return own
+    # Where none of torch's own serves.
+    further = find_source(att, own_pass)
+    return own if further is None else further.name
+
+
+def _own_source(att: Attention) -> str:
+    d = att.q.shape[-1]
     device, dtype = att.q.device.type, att.q.dtype
     if device == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
         return "cpu-flash"
@@ -53,9 +63,20 @@ def attend(att: Attention) -> Tensor:
     return out[..., : att.v.shape[-1]]
 
 
-@functools.cache
 def causal_with_mask() -> bool:
     """Whether torch's CPU kernel takes the causal flag beside a mask that is the same for all rows; tried once."""
+    global _BOTH
+    if _BOTH is None:
+        # Compiled code cannot try it; a steering does before.
+        _BOTH = not torch.compiler.is_compiling() and _try_both()
+    return _BOTH
+
+
+# Whether the kernel takes both; None: not tried yet.
+_BOTH: bool | None = None
+
+
+def _try_both() -> bool:
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 1, 4, 8, generator=draw) for _ in range(3))
     bias = torch.randn(1, 1, 1, 4, generator=draw)
@@ -101,8 +122,10 @@ def attend_lse(att: Attention, blind: Tensor | bool | None = None) -> tuple[Tens
         out, lse = _cuda_flash(att)
     elif source == "cuda-efficient":
         out, lse = _cuda_efficient(att)
+    elif source == "blockwise":
+        return own_pass(att)
     else:
-        return _blockwise(att)
+        return source_named(source).attend(att)
     return _blind_rows(att, out, lse)
 
 
@@ -213,7 +236,7 @@ def _blind_rows(att: Attention, out: Tensor, lse: Tensor) -> tuple[Tensor, Tenso
     return out, lse.masked_fill(blind, -torch.inf)
 
 
-def _blockwise(att: Attention) -> tuple[Tensor, Tensor]:
+def own_pass(att: Attention) -> tuple[Tensor, Tensor]:
     """Our own pass over row tiles: any device, dtype, soft-capping and learned sinks; differentiable."""
     B, H, n, _ = att.shape
     dtype = att.stat_dtype

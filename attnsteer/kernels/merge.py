@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from .groups import complement
+from .groups import complement, masked_group
 from .problem import Attention
 
 # How much a subtraction may magnify rounding before the row takes a pass over the other keys instead: the output of a
@@ -28,6 +28,24 @@ def held(value: Tensor, gradient: Tensor) -> Tensor:
     return value.detach() + (gradient - gradient.detach())
 
 
+def lift(out: Tensor, mass: Tensor, partial: Tensor, of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """A set's share of each row lifted to `of(share)`, which is at least what it was and below one; no gradient.
+
+    Args:
+        out: attention output [B, H, n, dv]. mass, partial: of the set, [B, H, n] and [B, H, n, dv].
+
+    Returns:
+        (output in the dtype of `out`, rows that moved bool [B, H, n]). A learned sink shrinks as the other keys do. All
+        coefficients are positive, so that no digits are lost; a row that stays is returned bit for bit.
+    """
+    new = of(mass)
+    moved = (new != mass) & (mass > 0) & (mass < 1)
+    rest = torch.where(moved, (1.0 - new) / (1.0 - mass), 1.0)
+    more = torch.where(moved, new / mass - rest, 0.0)
+    lifted = (out.to(mass.dtype) * rest[..., None]).addcmul_(more[..., None], partial)
+    return lifted.to(out.dtype), moved
+
+
 def reweight(
     att: Attention,
     out: Tensor,
@@ -35,6 +53,7 @@ def reweight(
     groups: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     rest: Tensor | float,
     normalise: bool,
+    grows: bool = False,
 ) -> Tensor:
     """The output of A'_ij = w_{i,g(j)} A_ij, with `rest` for keys in no group; optionally renormalised.
 
@@ -46,12 +65,14 @@ def reweight(
         groups: (keys bool [B or 1, H or 1, m], weight, mass [B, H, n], partial output [B, H, n, dv]) of
             disjoint sets; weights broadcast to [B, H, n].
         rest: weight of the remaining keys, broadcastable to [B, H, n].
-        normalise: divide by the new row sum.
+        normalise: divide by the new row sum. grows: a promise that no group has less weight than the rest.
 
     Returns:
         [B, H, n, dv] in the dtype of `out`. Where all weights are one the row is returned bit for bit; where a weight needs
         a gradient, it has the right one there too.
     """
+    if torch.compiler.is_compiling():
+        return _added_up(att, out, lse, groups, rest, normalise)
     dtype = att.stat_dtype
     total, sink = att.visible_total(lse), att.sink_share(lse)
     rest = torch.as_tensor(rest, dtype=dtype, device=out.device).expand_as(total)
@@ -78,7 +99,7 @@ def reweight(
     new = out.to(dtype) * rest_share.masked_fill(stays | risky, 1.0)[..., None]
     for g, (_, _, _, u) in zip(gains, groups, strict=True):
         new.addcmul_(g.masked_fill(stays | risky, 0.0)[..., None], u)
-    if bool(risky.any()):
+    if not grows and bool(risky.any()):
         B, H, n, m = att.shape
         union = torch.stack([keys.expand(B, H, m) for keys, _, _, _ in groups]).any(dim=0)
         for b, h, at, o, m_rest in complement(att, lse, union, risky):
@@ -95,3 +116,29 @@ def reweight(
             new[b, h, at] = edited
     new = new.to(out.dtype)
     return torch.where(same[..., None], held(out, new), new) if learned else new
+
+
+def _added_up(
+    att: Attention,
+    out: Tensor,
+    lse: Tensor,
+    groups: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    rest: Tensor | float,
+    normalise: bool,
+) -> Tensor:
+    """`reweight` as a sum of parts that are all computed: nothing cancels, and nothing is read, as compiled code needs it."""
+    dtype = att.stat_dtype
+    union = torch.zeros((1, 1, att.shape[3]), dtype=torch.bool, device=out.device)
+    for keys, _, _, _ in groups:
+        union = union | keys
+    m_rest, u_rest = masked_group(att, lse, ~union)
+    rest = torch.as_tensor(rest, dtype=dtype, device=out.device).expand_as(m_rest)
+    new, norm, same = rest[..., None] * u_rest, att.sink_share(lse) + rest * m_rest, rest == 1
+    for _, w, m, u in groups:
+        w = torch.as_tensor(w, dtype=dtype, device=out.device).expand_as(m_rest)
+        new, norm, same = new + w[..., None] * u, norm + w * m, same & (w == 1)
+    if normalise:
+        same = same | (norm <= 0)
+        new = new / norm.masked_fill(same, 1.0)[..., None]
+    same, new = (same | torch.isneginf(lse))[..., None], new.to(out.dtype)
+    return torch.where(same, held(out, new) if new.requires_grad else out, new)

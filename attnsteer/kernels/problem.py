@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -80,8 +81,7 @@ class Attention:
         """The same computation for some query heads; K and V are repeated only where they must be."""
         if heads is None or len(heads) == self.q.shape[1]:
             return self
-        index = torch.tensor(heads, device=self.q.device)
-        kv = index // self.groups
+        index, kv = _places(tuple(heads), self.groups, self.q.device)
         at = lambda t, dim: t if t is None or t.shape[dim] == 1 else t.index_select(dim, index)  # noqa: E731
         return self.replace(
             q=self.q.index_select(1, index),
@@ -228,6 +228,23 @@ class Attention:
         if self.sinks is None:
             return torch.zeros_like(lse)
         return torch.exp(self.sinks.to(lse.dtype)[None, :, None] - lse.masked_fill(torch.isneginf(lse), torch.inf))
+
+
+def _places(heads: tuple[int, ...], groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """These query heads and the kv heads that they read, as tensors."""
+    # Traced code would be compiled anew for a memory that grows.
+    return (_made_places if torch.compiler.is_compiling() else _known_places)(heads, groups, device)
+
+
+def _made_places(heads: tuple[int, ...], groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    index = torch.tensor(heads, device=device)
+    return index, index // groups
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_places(heads: tuple[int, ...], groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        return _made_places(heads, groups, device)
 
 
 def dense(att: Attention) -> Tensor:

@@ -17,7 +17,7 @@ from ..where import Where
 def check_images(tokens: Tokens, name: str) -> None:
     """Raise a SelectionError where a sample of a whole prompt has no image, or where its images are is not known."""
     image = tokens.image_mask()
-    if tokens.more_to_come:
+    if tokens.more_to_come or torch.compiler.is_compiling():
         return
     rows = (~image.any(dim=-1)).nonzero()[:, 0].tolist()
     if rows:

@@ -141,32 +141,55 @@ class ACT(Intervention):
     def _update(self, call: AttnCall, length: int) -> None:
         """Add the rows of this call to the sums by slot, and look again which columns are sinks."""
         state, keys = call.state, call.keys
-        counted_all = self.decode == "running" and not call.frozen
-        counted = call.row_valid if counted_all else call.row_valid & ~call.rows.generated
-        column, seen = call.map.column_mass(counted), call.map.seen_by(counted)
-        B = column.shape[0]
-        put = lambda name, values: _added(state.get(name), values, keys.slot, length)  # noqa: E731
-        state["sum"] = put("sum", column)
-        state["rows"] = put("rows", seen.expand(B, -1, -1))
+        all_rows = self.decode == "running" and not call.frozen
         # As many tokens as the rows that are counted belong to: those of a mixed call go on behind the prompt.
-        tokens = call.key_valid if counted_all else call.key_valid & ~keys.generated
-        for name, flags in (("valid", tokens), ("first", keys.first)):
-            state[name] = _set(state.get(name), flags.expand(B, -1), keys.slot, length)
-        if keys.packed:
-            state["request"] = _set(state.get("request"), keys.request.expand(B, -1), keys.slot, length)
-        state["sinks"] = self._flagged(call, state)
+        counted, tokens = call.once("counted", lambda: self._counted(call, all_rows))
+        # Told by the host, so that nothing has to be looked up: every row counts.
+        plain = not (call.rows.padded or call.packed) and (all_rows or not call.mixed)
+        column, seen = call.map.column_mass(None if plain else counted), call.seen_by(counted)
+        B = column.shape[0]
+        if call.past == 0 and column.shape[-1] == length:
+            # A prompt from its first slot on.
+            state["sum"], state["rows"] = column, seen.expand(B, -1, -1)
+            state["valid"], state["first"] = tokens.expand(B, -1), keys.first.expand(B, -1)
+            if keys.packed:
+                state["request"] = keys.request.expand(B, -1)
+        else:
+            put = lambda name, values: _added(state.get(name), values, keys.slot, length)  # noqa: E731
+            state["sum"] = put("sum", column)
+            state["rows"] = put("rows", seen.expand(B, -1, -1))
+            for name, flags in (("valid", tokens), ("first", keys.first)):
+                state[name] = _set(state.get(name), flags.expand(B, -1), keys.slot, length)
+            if keys.packed:
+                state["request"] = _set(state.get("request"), keys.request.expand(B, -1), keys.slot, length)
+        state["sinks"] = self._flagged(call, state, seen)
 
-    def _flagged(self, call: AttnCall, state: dict[str, Tensor]) -> Tensor:
-        """S by slot, [B, H, T]."""
-        rows, valid = state["rows"], state["valid"]
-        mean = state["sum"] / rows.clamp_min(1.0)
+    @staticmethod
+    def _counted(call: AttnCall, all_rows: bool) -> tuple[Tensor, Tensor]:
+        """(the rows that are counted, bool [B or 1, n]; the keys that stand for tokens, bool [B or 1, m])."""
+        if all_rows:
+            return call.row_valid, call.key_valid
+        return call.row_valid & ~call.rows.generated, call.key_valid & ~call.keys.generated
+
+    def _flagged(self, call: AttnCall, state: dict[str, Tensor], seen: Tensor) -> Tensor:
+        """S by slot, [B, H, T]; `seen`: the number of rows behind each key that this call has counted."""
+        valid, fresh = state["valid"], call.past == 0 and state["sum"].shape[-1] == seen.shape[-1]
+        fresh = fresh and not torch.compiler.is_compiling()
+        make = lambda: self._columns(state)  # noqa: E731
+        rows, allowed = call.once(f"columns {id(seen)}", make) if fresh else make()
+        mean = state["sum"] / rows
         if self.alpha is None:
-            tau = torch.as_tensor(call.each(self.threshold), dtype=mean.dtype, device=mean.device)
+            tau = call.each(self.threshold)
         else:
             tau = call.each(self.alpha) / _count(valid, state.get("request")).clamp_min(1).to(mean.dtype)[:, None]
-        hits = (mean > tau) & valid[:, None] & (rows >= self.min_rows)
-        spared = state["first"][:, None] if self.exclude == "first_token" else _first(hits, state.get("request"))
-        return hits & ~spared
+        hits = (mean > tau) & allowed
+        return hits if self.exclude == "first_token" else hits & ~_first(hits, state.get("request"))
+
+    def _columns(self, state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(rows behind each mean, at least one, [B, H or 1, T]; the columns that may be sinks, bool [B, H or 1, T])."""
+        rows = state["rows"]
+        allowed = state["valid"][:, None] & (rows >= self.min_rows)
+        return rows.clamp_min(1.0), allowed & ~state["first"][:, None] if self.exclude == "first_token" else allowed
 
 
 def _first(mask: Tensor, request: Tensor | None) -> Tensor:

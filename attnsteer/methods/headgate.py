@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ class HeadGate(Intervention):
 
     Args:
         gates: `{(layer, head): gate}`, finite numbers, or one for each sample; 1 (or None for a sample) leaves a head as it
-            is, 0 removes it.
+            is, 0 removes it. `where` may name some of these heads; then only they are gated.
 
     Raises:
         SelectionError: no gate, or a gate that is not a finite number.
@@ -55,7 +55,11 @@ class HeadGate(Intervention):
     row_local = True
 
     def selection(self) -> Where:
-        return self.where & Where(heads=HeadSet(list(self.gates)))
+        gated, chosen = HeadSet(list(self.gates)), self.where.heads
+        if isinstance(chosen, HeadSet) and chosen != gated:
+            # A choice among the gated heads: the others keep their outputs.
+            return replace(self.where, heads=HeadSet([p for p in gated if p in chosen], shape=chosen.shape))
+        return self.where & Where(heads=gated)
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
         gates = [self.gates[call.site.layer, head] for head in call.heads]

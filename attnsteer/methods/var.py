@@ -145,14 +145,17 @@ class VAR(Intervention):
         if past and ("sinks" not in state or (not decoding and state["sinks"].shape[1] < past)):
             raise prompt_unseen(self, call, f"which of the {past} tokens in the cache are sinks is not known")
         # Where the cache was cut back, other tokens now stand behind the cut.
-        known = state["sinks"][:, :past] if past else None
+        known = state["sinks"] if past else None
+        if past and known.shape[1] > past:
+            known = known[:, :past]
         if decoding:
             state["sinks"] = known
             return
         flags = sink_tokens(call.residual, self.sink_dims, self.tau)
         flags = flags & call.rows.prompt
         state["sinks"] = torch.cat([known, flags], dim=1) if past else flags
-        state["any"] = bool(state["sinks"].any())
+        # Whether there are any is not asked in compiled code.
+        state["any"] = torch.compiler.is_compiling() or bool(state["sinks"].any())
 
     def _rows(self, call: AttnCall, image: Tensor) -> Tensor:
         """bool [B, n]: text rows behind an image token (a visual sink that they see, in the official code)."""

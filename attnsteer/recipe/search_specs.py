@@ -32,6 +32,8 @@ SEARCHES = {
     "calibrate_act": SearchSpec(("lm",), ("metric", "keep", "batch")),
     "calibrate_heads": SearchSpec(("lm",), ("metric", "keep", "batch")),
     "headhunter": SearchSpec(("image",), ("rounds", "steps", "rungs", "score", "batch")),
+    "screen_heads": SearchSpec(("lm",), ("metric", "batch")),
+    "michel": SearchSpec(("lm",), ("metric", "abs_over", "normalise", "least", "batch"), for_method=False),
     "vhd": SearchSpec(("vlm",), ("outliers", "layers", "batch"), for_method=False),
     "find_sink_dims": SearchSpec(("lm", "vlm"), ("tau", "layers", "drop", "batch"), heads=False, for_method=False),
 }

@@ -104,6 +104,26 @@ def _headhunter(task: Task) -> HeadSet:
     )
 
 
+def _screen_heads(task: Task) -> HeadSet:
+    from ..search import screen_heads
+
+    split = _choices(task.subject, task.samples)
+    return screen_heads(task.subject.target, task.method, split, progress=task.progress, **task.options())
+
+
+def _michel(task: Task) -> HeadSet:
+    from ..search import michel
+
+    options = task.options()
+    least = options.pop("least", False)
+    found = michel(task.subject.target, _choices(task.subject, task.samples), progress=task.progress, **options)
+    if not least:
+        return found
+    # The best of these are the least important.
+    scores = {p: -s for p, s in found.scores.items()}
+    return HeadSet(list(found), scores=scores, shape=found.shape, provenance={**found.provenance, "least": True})
+
+
 def _vhd(task: Task) -> HeadSet:
     from ..search import vhd
     from ..where import Where
@@ -176,6 +196,8 @@ RUNNERS: dict[str, Callable[[Task], Any]] = {
     "calibrate_act": _calibrate_heads,
     "calibrate_heads": _calibrate_heads,
     "headhunter": _headhunter,
+    "screen_heads": _screen_heads,
+    "michel": _michel,
     "vhd": _vhd,
     "find_sink_dims": _find_sink_dims,
 }

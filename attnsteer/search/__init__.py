@@ -21,6 +21,8 @@ __getattr__, __dir__, __all__ = lazy(
         "Backbone": ".methods._sink_dims",
         "SinkDims": "sink_dims",
         "find_sink_dims": "sink_dims",
+        "profile_heads": "profile",
+        "shared_heads": "profile",
         "rotary_bases": "bases",
         "inverted": "pursuit",
         "maps": "functions",

@@ -58,12 +58,14 @@ class MethodCase:
         zero: builds it at the strength that changes nothing; None where there is none.
         prompt_bound: by its definition it treats generated tokens otherwise than those of the prompt, so a run without a
             cache, where all tokens are prompt, gives something else.
+        whole_model: it runs the model several times and takes no selection.
     """
 
     method: type[Intervention]
     acting: Build | None = None
     zero: Build | None = None
     prompt_bound: bool = False
+    whole_model: bool = False
 
     @property
     def name(self) -> str:

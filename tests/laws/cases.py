@@ -18,6 +18,7 @@ from attnsteer import (
     VAR,
     VHR,
     AttendAndExcite,
+    AttentionBuckets,
     AttentionRefocusing,
     AttentionRegulation,
     HeadGate,
@@ -72,6 +73,12 @@ METHODS = [
         lambda s: InstABoost([SPAN] * s.batch, 1.0, where=narrow(s)),
     ),
     MethodCase(
+        AttentionBuckets,
+        lambda s: AttentionBuckets((10000.0, 200.0)),
+        lambda s: AttentionBuckets((10000.0,)),
+        whole_model=True,
+    ),
+    MethodCase(
         InjectMap,
         lambda s: InjectMap("previous", s.heads, strength=0.6, where=s.where),
         lambda s: InjectMap("previous", s.heads, strength=0.0, where=s.where),
@@ -79,6 +86,7 @@ METHODS = [
 ]
 # Another method in the same form: a few hosts tell all.
 FEW_HOSTS = {
+    "AttentionBuckets": ("llama",),
     "InjectMap": ("llama", "gpt_oss"),
     "InstABoost": ("llama", "gpt_oss", "t5"),
     "SLG": ("sd-pipeline", "sd3-pipeline"),

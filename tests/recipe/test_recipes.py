@@ -23,20 +23,9 @@ from attnsteer.results import readme_tables as results
 from tests.run.common import changed
 
 NAMES = shipped.names()
-# Tools that others act through (searches, maps and heads of another run), and methods whose evaluation is not written yet.
-TOOLS = {"FreezeMaps", "HeadGate", "InjectMap", "PatchHeads", "VisualKnockout"}
-NOT_EVALUATED = {
-    "ADHH",
-    "AttentionBuckets",
-    "AttentionRegulation",
-    "CONFORM",
-    "HGAI",
-    "NAG",
-    "PAI",
-    "PAINT",
-    "SLG",
-    "SPIN",
-}
+# Tools (maps and heads of another run, knock-outs), and methods whose evaluation is not written yet.
+TOOLS = {"FreezeMaps", "InjectMap", "PatchHeads", "VisualKnockout"}
+NOT_EVALUATED = {"ADHH", "AttentionBuckets", "HGAI", "PAI", "PAINT", "SPIN"}
 FOLDER = shipped.folder()
 
 

@@ -193,9 +193,11 @@ class ContrastPasses:
         names = [
             n for n in (TEXT[:1] if self.unet else TWINS[type(self.clock.model).__name__]) if own.get(n) is not None
         ]
-        found = memory.get("contrast")
-        if found is None:
-            found = memory["contrast"] = {n: self._text(n, own[n]) for n in names}
+        # A bare denoiser may be called with other rows at the same timestep.
+        key = ("contrast", inputs.batch // len(inputs.layout))
+        if key not in memory:
+            memory[key] = {n: self._text(n, own[n]) for n in names}
+        found = memory[key]
         for n in names:
             # Beside cross-attention the two texts never meet, so there the number of tokens is free.
             same = (0, 2) if self.unet and found[n].ndim == 3 else range(found[n].ndim)

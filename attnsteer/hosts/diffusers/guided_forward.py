@@ -34,12 +34,12 @@ Predict = Callable[[BranchInputs], Prediction]
 def guide(clock: DenoiserClock, sites: Sequence[Site], journal: Journal) -> None:
     """Put a `GuidedForward` around the denoiser of `clock`, where a method of its run needs one; `sites`: all of the denoiser."""
     declared, model = clock.declared, clock.model
-    if declared.compiled:
-        # A record that comes into being at the first call would compile the second anew.
-        for path, runtime in clock.runtimes.items():
-            for bound, _ in runtime.entries:
-                clock.run.audit.record(bound.index, path)
-        clock.prepare()
+    # Compiled code, whenever it comes, counts in place; what would come into being at its first call would compile the second anew.
+    for path, runtime in clock.runtimes.items():
+        device = next(runtime.site.module.parameters(), torch.empty(0)).device
+        for bound, _ in runtime.entries:
+            clock.run.audit.record(bound.index, path).place(device)
+    clock.prepare()
     if not declared.watched:
         return
     if declared.latent and declared.compiled:

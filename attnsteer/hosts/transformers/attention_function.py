@@ -21,12 +21,15 @@ from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
 from ..sdpa.host import same_kernel
+from . import traced
 from .forward import Forward, forward_of
-from .outer_calls import KEY
+from .outer_calls import KEY, UNTRACED
 
 # The name under which our attention function is registered.
 NAME = "attnsteer"
 BASES = ("sdpa", "eager", "flex_attention")
+# Bases that have not run where this library is tested: the check of each site decides (docs/backends.md).
+FLASH = ("flash_attention_2", "flash_attention_3")
 # From this many rows on, the check of a site runs the model's own kernel on the rows that it looks at only.
 LONG = 256
 _LOCK = threading.Lock()
@@ -34,12 +37,26 @@ _LOCK = threading.Lock()
 _RUNTIMES: weakref.WeakKeyDictionary[nn.Module, SiteRuntime] = weakref.WeakKeyDictionary()
 
 
-# Traced code would bake in whether a run is attached; a graph break here keeps compiled models honest.
-@torch.compiler.disable
 def steered_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The base function, edited where a run asks for it."""
+    if torch.compiler.is_compiling():
+        seam = module.config._attnsteer_seam
+        own = kwargs.get(KEY, {}).get(id(seam.runtime.run))
+        if isinstance(own, traced.Traced):
+            kwargs.pop(KEY)
+            name = module.config._attn_implementation_internal or "eager"
+            options = _options(args) | kwargs
+            return traced.attend(own, seam, problem, name, module, query, key, value, attention_mask, options)
+    return _untraced(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+# Traced code would bake in what this forward is; a graph break here keeps compiled models honest.
+@torch.compiler.disable(reason=UNTRACED)
+def _untraced(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     name = module.config.__dict__.get("_attn_implementation_internal") or "eager"
     base = _base_function(module, name)
     runtime = _RUNTIMES.get(module)
@@ -78,8 +95,7 @@ def _steered(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     options = _options(args) | kwargs
-    if name not in BASES:
-        check_base(runtime.site, name)
+    check_base(runtime.site, name)
     if module.training and options.get("dropout"):
         raise UnsupportedHost(
             f"{runtime.site.path} runs with attention dropout {options['dropout']} in training mode; "
@@ -100,7 +116,7 @@ def _steered(
         return out.transpose(1, 2)
 
     def base_rows(index: Tensor) -> Tensor:
-        if att.shape[2] < LONG or name == "flex_attention" or options.get("position_bias") is not None:
+        if att.shape[2] < LONG or name not in ("sdpa", "eager") or options.get("position_bias") is not None:
             return run_base().index_select(2, index)
         # A long prompt is not computed a second time for a few of its rows.
         part = att.take(index)
@@ -115,22 +131,12 @@ def _steered(
     if maps and weights[0] is None:
         # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.
         run_base()
-    return out.transpose(1, 2).contiguous(), _edited_weights(weights[0], maps) if maps else weights[0]
+    return out.transpose(1, 2).contiguous(), traced.edited_weights(weights[0], maps) if maps else weights[0]
 
 
 def _options(args: tuple[Any, ...]) -> dict[str, Any]:
     # The library names its arguments; positional extras exist only in old third-party code.
     return dict(zip(("dropout", "scaling"), args, strict=False))
-
-
-def _edited_weights(weights: Tensor | None, maps: list[Any] | None) -> Tensor | None:
-    """The map that an eager model hands out, as edited: `output_attentions` must not show the unedited one."""
-    if weights is None or not maps:
-        return weights
-    weights = weights.clone()
-    for heads, A in maps:
-        weights[:, slice(None) if heads is None else list(heads)] = A.to(weights.dtype)
-    return weights
 
 
 def problem(
@@ -150,6 +156,8 @@ def problem(
         if causal and k.shape[2] > n:
             # As the library does: an empty static cache is longer than what it holds.
             k, v = k[:, :, :n], v[:, :, :n]
+    elif name in FLASH:
+        mask, causal = _flash_mask(module, mask, options, q, k)
     elif name == "flex_attention" and mask is not None and not isinstance(mask, Tensor):
         mask = _flex_mask(mask, q, k)
     if isinstance(mask, Tensor) and mask.shape[-1] > k.shape[2]:
@@ -180,11 +188,33 @@ def reads_map(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
     return not all(runtime.entries[i][0].method.linear for i in active)
 
 
+def _flash_mask(
+    module: nn.Module, mask: Any, options: dict[str, Any], q: Tensor, k: Tensor
+) -> tuple[Tensor | None, bool]:
+    """(mask, causal flag) of what flash-attention computes: padding [B, m] or None, its causal flag lower-right aligned."""
+    n, m, window = q.shape[2], k.shape[2], options.get("sliding_window")
+    if "cu_seq_lens_q" in options or (mask is not None and mask.shape != (q.shape[0], m)):
+        raise UnsupportedHost(
+            "flash attention is steered on padded batches [B, tokens] only: not on packed sequences, nor on a cache of fixed size. "
+            'Call model.set_attn_implementation("sdpa").'
+        )
+    given = options.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if given is None else given)
+    valid = None if mask is None else mask[:, None, None].to(torch.bool)
+    if window is None or window >= m:
+        if not causal or n in (1, m):
+            return valid, causal and n > 1
+        window = m
+    behind = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)
+    seen = (behind < window) & ((behind >= 0) if causal else (behind > -window))
+    return seen[None, None] if valid is None else seen & valid, False
+
+
 def check_base(site: Site, name: str) -> None:
     """Raise where the model's attention hides what an exact edit needs."""
-    if name not in BASES:
+    if name not in BASES + FLASH:
         raise UnsupportedHost(
-            f"{site.path} runs {name!r} attention, which hides what an exact edit needs; attnsteer handles {BASES}. "
+            f"{site.path} runs {name!r} attention, which hides what an exact edit needs; attnsteer handles {BASES + FLASH}. "
             'Call model.set_attn_implementation("sdpa") first.'
         )
 
@@ -251,7 +281,12 @@ def attach_module(runtime: SiteRuntime, journal: Any) -> None:
             _register()
         _RUNTIMES[module] = runtime
     journal.add(lambda: _release(module))
-    journal.set_attr(module, "config", view(module.config, asks_for_name(module)))
+    own = home(module)
+    table = getattr(own, "ALL_ATTENTION_FUNCTIONS", None)
+    if table is None:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as table
+    seam = traced.Seam(runtime, table, getattr(own, "eager_attention_forward", None))
+    journal.set_attr(module, "config", view(module.config, seam, asks_for_name(module)))
 
 
 def _release(module: nn.Module) -> None:
@@ -309,7 +344,7 @@ def _words(constants: Any) -> set[str]:
     return found.union(*(_words(c) for c in constants if isinstance(c, (tuple, frozenset))))
 
 
-def view(config: Any, asked: bool = False) -> Any:
+def view(config: Any, seam: traced.Seam | None = None, asked: bool = False) -> Any:
     """A live view of `config` with our implementation's name; `asked`: one that equals the base's name as well.
 
     Only attention modules see it, so model code, library checks and mask functions read what they always read; a later change of
@@ -322,6 +357,7 @@ def view(config: Any, asked: bool = False) -> Any:
         (kind,),
         {
             "__module__": kind.__module__,
+            "_attnsteer_seam": seam,
             "_attn_implementation": property(lambda self: name, lambda self, value: None),
             "__deepcopy__": lambda self, memo: copy.deepcopy(config, memo),
             # A builtin, so that a pickle can be read where this library is not installed.

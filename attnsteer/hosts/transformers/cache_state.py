@@ -37,7 +37,7 @@ class Sequence:
     Attributes:
         tokens: roles of the tokens so far. prompt: slots of the prompt so far.
         request: int [B, T] of the requests packed into its rows, or None. states: of each method at each site.
-        turns: the calls over parts of the prompt, in order.
+        turns: the calls over parts of the prompt, in order. compiled: compiled calls went on with it, of which it knows nothing.
     """
 
     tokens: Tokens | None = None
@@ -45,6 +45,7 @@ class Sequence:
     request: Tensor | None = None
     states: States = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
+    compiled: bool = False
 
     @property
     def length(self) -> int:
@@ -110,7 +111,7 @@ class Memory:
             setattr(cache, STATE, store)
             for name in FOLLOWED:
                 if hasattr(type(cache), name):
-                    setattr(cache, name, _Follower(cache, name))
+                    setattr(cache, name, Follower(cache, name))
         self._seen.add(cache)
         store[self.key] = sequence
 
@@ -125,7 +126,7 @@ class Memory:
                         vars(cache).pop(name, None)
 
 
-class _Follower:
+class Follower:
     """A method of a cache that does to our memory what it does to the keys; a copy of the cache has its own."""
 
     def __init__(self, cache: Any, name: str):

@@ -22,6 +22,7 @@ from ...errors import CompositionError, UnsupportedHost, listing
 from ...intervention import Intervention
 from ...scope import PLAIN, SCOPES, Scope
 from ...tokens import Tokens
+from . import traced
 from .cache_state import STATE, Memory, Sequence
 from .masks import looks_both_ways, packed_requests, padding_mask, roles_of_mask, whole_mask
 from .outer_calls import (
@@ -33,6 +34,7 @@ from .outer_calls import (
     UNTRACED,
     Outer,
     OuterCalls,
+    OuterFacts,
     Prepared,
     entry,
     takes_keywords,
@@ -156,10 +158,25 @@ class Stack:
         # Sites whose attention was found to be what its arguments say.
         self.exact: set[int] = set()
         self.beside: Any = None
+        # Why compiled code never holds this stack's forward, or None.
+        self.untraceable: str | None = None
+        outer.stacks.append(self)
 
-    @torch.compiler.disable(reason=UNTRACED)
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The stack's forward, with the account of its rows."""
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and traced.why_not(self) is None:
+            own = kwargs.get(KEY, {}).get(id(self.run))
+            values = dict(zip(self.names, args, strict=False)) | kwargs
+            forward = None if isinstance(own, (Prepared, Forward)) else traced.begin(self, values, own)
+            if forward is not None:
+                kwargs[KEY] = {**kwargs.get(KEY, {}), id(self.run): forward}
+                output = inner(*args, **kwargs)
+                traced.finish(self, forward, values, output)
+                return output
+        return self._untraced(inner, *args, **kwargs)
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def _untraced(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.jit.is_tracing() or torch.compiler.is_exporting():
             raise UnsupportedHost(f"{UNTRACED}. Detach first, or use torch.compile.")
         key = id(self.run)
@@ -178,6 +195,11 @@ class Stack:
             told = UNTOLD
         # An outer stack hands its own account on to the towers inside.
         prepared = self.outer.taken(kwargs) if KEY in kwargs else None
+        if isinstance(prepared, OuterFacts):
+            # The outer model runs compiled, this stack does not.
+            told, prepared = prepared.outer(), None
+        elif isinstance(prepared, traced.Traced):
+            prepared = None
         values = dict(zip(self.names, args, strict=False)) | kwargs
         if told is None:
             told = self.outer.of_call(self.module, values, None if isinstance(prepared, Forward) else prepared)
@@ -292,6 +314,11 @@ class Stack:
         known = vars(cache).get(STATE, {}).get(self.memory.key)
         if known is None:
             return Sequence()
+        if known.compiled and known.tokens is not None and known.prompt is not None:
+            # Compiled calls went on with it; what came in by them was generated.
+            known = traced.Kept.of(known)
+        if isinstance(known, traced.Kept):
+            known = known.sequence(past)
         length = 0 if known.tokens is None else known.tokens.length
         if past > length:
             raise UnsupportedHost(
@@ -504,6 +531,11 @@ def block_forward(run: Any, residual: bool, inner: Any, *args: Any, **kwargs: An
     """The forward of a layer: what enters it travels on with the call."""
     own = kwargs.get(KEY, {}).get(id(run))
     if own is None:
+        return inner(*args, **kwargs)
+    if isinstance(own, traced.Traced):
+        if residual:
+            own = own.entering(args[0] if args else kwargs.get("hidden_states"))
+            kwargs[KEY] = {**kwargs[KEY], id(run): own}
         return inner(*args, **kwargs)
     if not isinstance(own, Forward):
         return own.layer(inner, *args, **kwargs)

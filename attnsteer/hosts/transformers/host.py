@@ -26,6 +26,7 @@ from .image_tokens import family_of, takes_images
 from .layers import ImageFree, block_of
 from .outer_calls import OuterCalls, outer_modules
 from .streams import Streams
+from .traced import prepare, untraceable
 from .written import attach_written, check_written, heads_of, writes_attention
 
 if TYPE_CHECKING:
@@ -169,6 +170,9 @@ class TransformersHost(Host):
             stack.beside = functools.partial(ImageFree, stack, list(blocks.items()))
         for block in {*residual, *blocks}:
             journal.wrap(names[block], "forward", functools.partial(block_forward, run, block in residual))
+        stack.untraceable = untraceable(stack, any(self._reached[path] != "interface" for path in runtimes))
+        if stack.untraceable is None:
+            prepare(stack)
         journal.wrap(names[name], "forward", stack)
         journal.add(stack.memory.forget)
 

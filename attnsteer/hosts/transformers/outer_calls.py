@@ -28,6 +28,23 @@ UNTRACED = (
 )
 
 
+class OuterFacts:
+    """What the outer model of a vision-language type says of one compiled call.
+
+    Attributes:
+        image: bool [B, n], the image tokens of the call, or None. ids, mask: its token ids and padding mask, or None.
+        generation: the `generate` that prepared it, or None. total: slots of the prompt of that, or None.
+    """
+
+    def __init__(self, image: Tensor | None, ids: Tensor | None, mask: Tensor | None, generation: Any):
+        self.image, self.ids, self.mask, self.generation = image, ids, mask, generation
+        self.total = None if generation is None else generation.total
+
+    def outer(self) -> Outer:
+        """The same for a stack that does not run compiled."""
+        return Outer(self.ids, self.image, mask=self.mask, generation=self.generation)
+
+
 class Prepared:
     """An account that was drawn up before its forward began, by what batches requests; it travels in place of a `Forward`."""
 
@@ -121,6 +138,8 @@ class OuterCalls:
         # An adapter that puts learned vectors in front of the prompt (prompt and prefix tuning).
         kinds = imported("peft", "PeftModel")
         self.adapted: Any = next((m for m in outer[:1] if kinds and isinstance(m, kinds)), None)
+        # The stacks inside.
+        self.stacks: list[Any] = []
         # The length of a prompt is that of `generate`'s input only where no encoder reads it.
         self._lengths = not any(getattr(getattr(m, "config", None), "is_encoder_decoder", False) for m in outer)
 
@@ -207,6 +226,22 @@ class OuterCalls:
                     check_whole(self.family, self.model.config, values, image)
         return replace(around, ids=ids, image=image, roles=roles, mask=mask)
 
+    def untraceable(self) -> bool:
+        """Whether compiled code must not hold the outer forwards."""
+        return bool(self.run.scopes) or self.adapted is not None or any(s.untraceable for s in self.stacks)
+
+    def traced(self, module: nn.Module, values: Mapping[str, Any], own: Any) -> OuterFacts:
+        """What one outer forward says in compiled code; `own`: what was said above it, or what `generate` has prepared."""
+        facts = own if isinstance(own, OuterFacts) else OuterFacts(None, None, None, own)
+        image, ids, mask = facts.image, facts.ids, facts.mask
+        ids = values.get("input_ids") if ids is None else ids
+        given = values.get("attention_mask")
+        mask = given if mask is None and isinstance(given, Tensor) and given.ndim == 2 else mask
+        if image is None and self._ours(module):
+            data = ids if ids is not None else values.get("inputs_embeds")
+            image = None if data is None else self._images(values, data.shape[1])
+        return OuterFacts(image, ids, mask, facts.generation)
+
     def check_generate(self, values: Mapping[str, Any]) -> None:
         """Raise where a way of decoding is known to be refused later, after the library has changed the model's config for it."""
         given = values.get("assistant_early_exit") or getattr(
@@ -286,8 +321,18 @@ class _Forwards:
         self.calls, self.module = calls, module
         self.names = list(inspect.signature(module.forward).parameters)
 
-    @torch.compiler.disable(reason=UNTRACED)
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not self.calls.untraceable():
+            own = kwargs.get(KEY, {}).get(id(self.calls.run))
+            if not isinstance(own, Prepared):
+                values = dict(zip(self.names, args, strict=False)) | kwargs
+                facts = self.calls.traced(self.module, values, own)
+                kwargs[KEY] = {**kwargs.get(KEY, {}), id(self.calls.run): facts}
+                return inner(*args, **kwargs)
+        return self._untraced(inner, *args, **kwargs)
+
+    @torch.compiler.disable(reason=UNTRACED)
+    def _untraced(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_tracing()
         calls = self.calls
         if calls.silent() or isinstance(kwargs.get(KEY, {}).get(id(calls.run)), Prepared):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...bound import Bound
 from ...errors import ContractError, UnsupportedHost
 from .cache_state import STATE, Memory
-from .outer_calls import GENERATION, UNTRACED, entry, refuse_tracing
+from .outer_calls import GENERATION, KEY, UNTRACED, Prepared, entry, refuse_tracing
 
 # The base of the stream that runs, by steering; each thread and task has its own.
 BASE: ContextVar[Mapping[int, float]] = ContextVar("attnsteer_base", default={})  # noqa: B039  never mutated
@@ -93,7 +93,8 @@ class Rotary:
     def _build(self, base: float) -> nn.Module:
         config = copy.deepcopy(self.module.config)
         config.rope_parameters = {**config.rope_parameters, "rope_theta": base}
-        return type(self.module)(config).to(self.module.inv_freq.device).eval()
+        # A model that was cast to half precision has its frequencies in it too.
+        return type(self.module)(config).to(self.module.inv_freq.device, self.module.inv_freq.dtype).eval()
 
     def check(self, name: str) -> None:
         """Raise where the frequencies do not follow from one base."""
@@ -135,10 +136,11 @@ class Streams:
             return
         if len(bounds) > 1:
             raise UnsupportedHost(f"{bounds[0].name} and {bounds[1].name} both run the model in streams; attach one.")
+        model = outer[0] if outer else stacks[0]
         head = next((m for m in outer if getattr(m, "get_output_embeddings", lambda: None)() is not None), None)
         if head is None:
             raise UnsupportedHost(
-                f"{bounds[0].name} mixes logits, and a {type(outer[0]).__name__} has none. Steer the model with its language head."
+                f"{bounds[0].name} mixes logits, and a {type(model).__name__} has none. Steer the model with its language head."
             )
         every = [pair for stack in stacks for pair in stack.named_modules()]
         found = {n: m for n, m in every if "rotary" in type(m).__name__.lower()}
@@ -164,6 +166,12 @@ class Streams:
         if id(self.run) in BASE.get():
             return inner(*args, **kwargs)
         values = dict(zip(self.names, args, strict=False)) | kwargs
+        prepared = kwargs.get(KEY, {}).get(id(self.run))
+        if values.get("cache") is not None or isinstance(prepared, Prepared):
+            raise UnsupportedHost(
+                f"{self.bound.name}: requests of continuous batching share one paged cache, and each stream needs its own. "
+                "Use generate."
+            )
         if values.get("labels") is not None:
             raise UnsupportedHost(
                 f"{self.bound.name} mixes logits after the model has taken its loss; compute the loss from the logits."
@@ -215,7 +223,7 @@ class _Passes:
         for number, cache in found.caches.items():
             length = int(cache.get_seq_length())
             if length > self.past and hasattr(cache, "crop"):
-                cache.crop(self.past)
+                cache.crop(self.past - length)
             elif length != self.past:
                 raise UnsupportedHost(
                     f"{name}: the cache holds {self.past} tokens, that of stream {number} {length}; something else has changed "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ...errors import NeverFired
 from ...steering import steer
-from .bench import Bench, attached
+from ..cases import NotApplicable
+from .bench import WHOLE, Bench, attached
 from .compare import EXACT, Broken, moved, require, same, scale, valid_rows
 
 
@@ -33,6 +34,8 @@ def identity(bench: Bench) -> None:
 def fires(bench: Bench) -> None:
     """Every selected site reports its calls, edits are counted, and an attachment that is never used is an error."""
     bench.need_action()
+    if bench.case.whole_model:
+        raise NotApplicable(WHOLE)
     made = bench.make(2)
     with attached(bench.target, made) as run:
         bench.run(bench.target, bench.inputs(2))

@@ -24,6 +24,10 @@ _SHARED: dict[tuple[HostCase, int], tuple[Any, Any]] = {}
 _PLAIN: dict[tuple[Any, ...], Tensor] = {}
 
 
+# What the laws about single sites say of a method on the whole model.
+WHOLE = "it runs the whole model several times, and acts at no site by itself"
+
+
 def shared_target(host: HostCase, number: int = 0) -> Any:
     """A target of this host that all laws use, built once, for as long as every law leaves it as it was."""
     if (host, number) not in _SHARED:
@@ -108,7 +112,7 @@ class Bench:
             raise NotApplicable(f"the case of the method has {missing}")
         setting = self.setting(batch)
         made = build(setting)
-        if made.selection() == Where():
+        if made.selection() == Where() and not self.case.whole_model:
             made = made.new(where=setting.where & Where(heads=setting.heads))
         if (batch, zero) not in self._taken:
             try:

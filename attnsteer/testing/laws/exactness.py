@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..cases import NotApplicable
-from .bench import Bench, attached, to_dtype
+from .bench import WHOLE, Bench, attached, to_dtype
 from .compare import EXACT, HALF, close, moved, require, scale, valid_rows
 from .decoding import decode
 from .head_outputs import head_outputs
@@ -38,6 +38,8 @@ def dtype(bench: Bench) -> None:
     """In bf16, head outputs at the steered site stay close to the explicit map's, whose statistics are fp32."""
     if bench.host.family == "pipeline":
         raise NotApplicable("pipelines run in float32 here; their denoisers have this law")
+    if bench.case.whole_model:
+        raise NotApplicable(WHOLE)
     bench.need_prefill()
     target = bench.host.build().to(torch.bfloat16)
     made = bench.make(2)

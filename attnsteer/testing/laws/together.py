@@ -15,7 +15,7 @@ from ...errors import AttnSteerError
 from ...steering import steer
 from ..cases import NotApplicable
 from ..fingerprint import fingerprint
-from .bench import Bench, attached
+from .bench import WHOLE, Bench, attached
 from .compare import EXACT, close, require, same
 
 LENGTHS = (6, 12, 9, 11, 7, 8, 12, 10)
@@ -200,6 +200,8 @@ def inner(bench: Bench) -> None:
     base = getattr(target, "base_model", target)
     if base is target:
         raise NotApplicable("the target has no model below a head")
+    if bench.case.whole_model:
+        raise NotApplicable(WHOLE)
     bench.need_prefill()
     inputs, more = bench.inputs(2, "left" if "left" in bench.host.padded else "full", 4), bench.inputs(2, "full", 5)
     kept: list[Tensor] = []
