@@ -37,6 +37,7 @@ from .outer_calls import (
     OuterFacts,
     Prepared,
     entry,
+    takes_keywords,
 )
 
 
@@ -89,6 +90,8 @@ class Forward:
         if self.batch != batch or self.new != rows:
             # The stack folds other axes into the batch, or has no tokens.
             check_no_samples(runtime)
+            if self.batch > 0 and site.modality == "text":
+                _check_no_tokens(runtime)
             own = plain(rows, device), plain(keys, device)
             return AttnCall(site, *own, host="transformers", phase=self.phase)
         facts: dict[str, Any] = {"tokens": self.tokens, "residual": self.residual}
@@ -142,6 +145,8 @@ class Stack:
     def __init__(self, run: Any, name: str, module: nn.Module, runtimes: dict[int, SiteRuntime], outer: OuterCalls):
         self.run, self.name, self.module, self.runtimes, self.outer = run, name, module, runtimes, outer
         self.names = list(inspect.signature(module.forward).parameters)
+        # One that takes no other keywords than its own has layers that find the account in the running context.
+        self.hands_on = takes_keywords(module)
         bounds = {b.index: b for r in runtimes.values() for b, _ in r.entries}
         self.bounds: list[Bound] = [bounds[i] for i in sorted(bounds)]
         # Those that refuse a batch without the tokens they speak of.
@@ -199,7 +204,8 @@ class Stack:
         if told is None:
             told = self.outer.of_call(self.module, values, None if isinstance(prepared, Forward) else prepared)
         forward = self.begin(values, told)
-        kwargs[KEY] = {**kwargs.get(KEY, {}), key: forward}
+        if self.hands_on:
+            kwargs[KEY] = {**kwargs.get(KEY, {}), key: forward}
         token = CURRENT.set({**running, key: forward})
         try:
             output = inner(*args, **kwargs)
@@ -492,6 +498,16 @@ class Stack:
         if new is None:
             return torch.cat([old, old.new_zeros(forward.batch, forward.new)], dim=1)
         return torch.cat([old, new.to(old.device)], dim=1)
+
+
+def _check_no_tokens(runtime: SiteRuntime) -> None:
+    """Raise where a method asks which key is which token, and the keys of a call are those of windows or blocks."""
+    for bound, _ in runtime.entries:
+        if "tokens" in bound.method.needs:
+            raise UnsupportedHost(
+                f"{runtime.site.path} attends in windows or blocks of tokens, so which key is which token is not known, "
+                f"and {bound.name} asks it. Leave this site out of Where."
+            )
 
 
 def check_no_samples(runtime: SiteRuntime) -> None:
