@@ -14,7 +14,7 @@ from ...account import Samples, Track
 from ...branches import samples_of
 from ...call import AttnCall
 from ...engine import SiteRuntime
-from ...errors import UnsupportedHost
+from ...errors import SelectionError, UnsupportedHost
 from ...maps.words_to_image import Capture, MapsComplete
 from ...site import Site
 from .declarations import Declarations
@@ -26,6 +26,22 @@ if TYPE_CHECKING:
     from ...steering import Steering
 
 
+class ProcessorCall:
+    """The running call of one attention processor.
+
+    Attributes:
+        primitives: attention primitives called so far. image_rows: rows of `hidden_states` where the text came as a second
+            argument, else None. ran: whether a primitive was called in this pass; only written where code may be compiled.
+    """
+
+    __slots__ = ("image_rows", "primitives", "ran")
+
+    def __init__(self) -> None:
+        self.primitives = 0
+        self.image_rows: int | None = None
+        self.ran = False
+
+
 class DenoiserClock:
     """What one denoiser is doing now; shared by all of its sites.
 
@@ -35,6 +51,7 @@ class DenoiserClock:
         batch: rows in all. image_tokens: rows of an image in its sequences, where the input tells.
         size: (height, width) of the latent, in units whose ratio is that of the token grid.
         capture: where the maps of the running pass go. cut: whether that pass ends as soon as all are there.
+        calls: by path of a site, the running call of its processor.
     """
 
     def __init__(self, run: Steering, name: str, owner: nn.Module, model: nn.Module, sampling: Sampling):
@@ -51,17 +68,42 @@ class DenoiserClock:
         self.size: tuple[int, int] | None = None
         self.capture: Capture | None = None
         self.cut = False
+        self.calls: dict[str, ProcessorCall] = {}
+
+    def forget_calls(self) -> None:
+        """A pass begins: no site has computed its attention."""
+        for call in self.calls.values():
+            call.ran = False
+
+    def reached(self) -> set[str]:
+        """Paths of the sites that have computed their attention since."""
+        return {path for path, call in self.calls.items() if call.ran}
+
+    def paths_of(self, index: int) -> set[str]:
+        """The sites here at which intervention number `index` is attached."""
+        return {path for path, r in self.runtimes.items() if any(b.index == index for b, _ in r.entries)}
 
     def begin(self, values: dict[str, Any]) -> None:
         """Read the arguments of one forward of the denoiser."""
-        sample = next(values[n] for n in INPUTS if values.get(n) is not None)
+        latent = next((n for n in INPUTS if values.get(n) is not None), None)
+        if latent is None:
+            raise UnsupportedHost(
+                f"{type(self.model).__name__} has no latent among its arguments ({', '.join(INPUTS)}), so what its calls are about is "
+                "not known: no guidance, steps or branches here. Edits without them (no Where(steps=...)) act as they do elsewhere."
+            )
+        sample = values[latent]
         self.batch = len(sample)
         self.image_tokens = _image_tokens(sample, self._patch)
         self.size = _grid_size(sample, values)
         self.sampling.begin(next((values[n] for n in TIMES if values.get(n) is not None), None))
         self.layout = self.run.scope.layout
-        if self.layout is None:
-            self.layout = self.sampling.layout(self.batch)
+        if self.layout is not None and self.batch % len(self.layout):
+            raise SelectionError(
+                f"run.branches{self.layout} names {len(self.layout)} equal parts, and a call of {type(self.model).__name__} has "
+                f"{self.batch} rows. Name each part of the batch."
+            )
+        if self.layout is None and self.declared.rows:
+            self.layout = self.sampling.layout(self.batch, values, latent)
         self.sampling.turn += 1
         self.refresh()
 

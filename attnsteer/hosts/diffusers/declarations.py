@@ -27,7 +27,7 @@ class Declarations:
         around: those of them that call the denoiser several times, in order. latent: those of these that move the latent.
         watched: whether the arguments of the denoiser must be read at each call.
         steps: whether a method reads the step. branches: whether a selection is by branch.
-        sampled: whether a method has values per sample.
+        sampled: whether a method has values per sample. rows: whether it matters which rows of a call are conditional.
         latent_moves: whether a method of the run moves the latent, at this denoiser or at another one of the pipeline.
         compiled: whether the denoiser was compiled, as a whole or in parts. whole: as a whole, so that none of its blocks is
             called by itself.
@@ -40,6 +40,7 @@ class Declarations:
     steps: bool
     branches: bool
     sampled: bool
+    rows: bool
     latent_moves: bool
     compiled: bool
     whole: bool
@@ -68,6 +69,7 @@ class Declarations:
             steps="steps" in needs,
             branches="branches" in selects,
             sampled=sampled,
+            rows=bool(around or sampled or "branches" in selects),
             latent_moves="latent" in needs,
             compiled=whole or any(m._compiled_call_impl is not None for m in model.modules()),
             whole=whole,
