@@ -15,8 +15,8 @@ from .account import Samples
 from .errors import UnsupportedHost
 from .parameters import PerSample
 
-# What is known of arguments: the first dimension is the batch, or they are passed on whole (position ids, rotary tables). It saves a
-# pass: how any other argument is cut is found out by one (`BranchInputs.doubts`).
+# What is known of arguments: the first dimension is the batch, or they are passed on whole (position ids, rotary tables). It
+# saves a pass: how any other argument is cut is found out by one (`BranchInputs.doubts`).
 BATCHED = frozenset(
     {
         "sample", "hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask", "attention_mask",
@@ -104,8 +104,8 @@ class BranchInputs:
         doubts = self.doubts()
         if doubts:
             raise UnsupportedHost(
-                f"the denoiser argument {next(iter(doubts))!r} has rows like the batch, and whether it is batched is not known. Ask "
-                "for the prediction of all rows first, forward(inputs), by which it is found out."
+                f"the denoiser argument {next(iter(doubts))!r} has rows like the batch, and whether it is batched is not known. "
+                "Ask for the prediction of all rows first, forward(inputs), by which it is found out."
             )
         return self.cut(name, {})
 

@@ -47,8 +47,8 @@ class Bank:
             held = [v for v in vars(hook).values() if _remembers(v)]
             if not held:
                 raise UnsupportedHost(
-                    f"{type(model).__name__} has the hook {type(hook).__name__}, which keeps outputs from call to call, and where it "
-                    "keeps them is not known; guidance would be answered from it. Take the hook off first."
+                    f"{type(model).__name__} has the hook {type(hook).__name__}, which keeps outputs from call to call, and where "
+                    "it keeps them is not known; guidance would be answered from it. Take the hook off first."
                 )
             for value in held:
                 place = self._managers if hasattr(value, "_state_cache") else self._objects

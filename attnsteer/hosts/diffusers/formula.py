@@ -86,8 +86,8 @@ class Formula:
         term = _leading(term, output)
         if term is None:
             raise UnsupportedHost(
-                f"{type(self.pipeline).__name__} normalises its combination and changes the prediction's form before the scheduler's "
-                "step, so that a guidance term cannot be added behind it."
+                f"{type(self.pipeline).__name__} normalises its combination and changes the prediction's form before the "
+                "scheduler's step, so that a guidance term cannot be added behind it."
             )
         return output + sign * term.to(output.dtype)
 
@@ -107,8 +107,9 @@ class Formula:
         half = output.dtype in (torch.float16, torch.bfloat16)
         bound = 0.1 if half else EXACT
         if not self.outside and rest < bound and abs(abs(total) - 1.0) > max(bound, 2e-2):
+            shown = [round(float(w), 3) for w in weights]
             raise UnsupportedHost(
-                f"{type(self.pipeline).__name__} combines its predictions with weights {[round(float(w), 3) for w in weights]}, whose "
+                f"{type(self.pipeline).__name__} combines its predictions with weights {shown}, whose "
                 f"sum is {total:.3f}: a guidance term on every row counts {total:.2f} times. Use the pipeline's plain guidance."
             )
         return self._sign

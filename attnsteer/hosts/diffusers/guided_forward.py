@@ -275,8 +275,8 @@ class GuidedForward:
         moving = [b for b in around if b in self.declared.latent]
         if around and self.bank.caching and moving:
             raise UnsupportedHost(
-                f"{type(self.model).__name__} has a feature cache, and {moving[0].name} takes gradients through passes that it would "
-                "answer. Call disable_cache(), or take the cache's hooks off, first."
+                f"{type(self.model).__name__} has a feature cache, and {moving[0].name} takes gradients through passes that it "
+                "would answer. Call disable_cache(), or take the cache's hooks off, first."
             )
 
     def check_reached(self, inputs: BranchInputs) -> None:
