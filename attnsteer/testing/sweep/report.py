@@ -1,0 +1,53 @@
+"""`docs/compatibility.md`, written from the stored tables."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from .rows import VERDICTS, Row, Table
+
+DOCS = Path(__file__).parents[3] / "docs" / "compatibility.md"
+
+HEAD = """# Compatibility
+
+Every model type of the host libraries, built small and random from its config, and what was measured of it. Written by
+`python -m attnsteer.testing.sweep PART`; do not edit it by hand. `tests/testing/test_sweep.py` measures a sample again, and fails
+where the installed version of a library is not the one of its table.
+
+| verdict | what it says |
+| --- | --- |
+| exact | everything that was measured holds: an identity steering changes no bit (also in training mode), a closed head equals an edit by other means, it fires, it is undone, cached decoding equals uncached, and every attention that ran is a site |
+| exact but | so, for the sites that there are; the reason says what is missing |
+| refused | attnsteer raises its own error before any result, for the reason that is given |
+| no softmax attention | nothing ran that is softmax(QK)V |
+| not built | the sweep could not build or run the type; nothing is known of it |
+| wrong | a fault of attnsteer's |
+"""
+
+
+def write(parts: tuple[str, ...], path: Path = DOCS) -> Path:
+    """Write the page from the tables of these parts."""
+    tables = [table for table in map(Table.load, parts) if table.rows]
+    path.write_text("\n".join([HEAD, *map(_section, tables)]), encoding="utf-8")
+    return path
+
+
+def _section(table: Table) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(table.versions.items()))
+    counts = table.counts()
+    said = ", ".join(f"{counts[v]} {v}" for v in VERDICTS if v in counts)
+    lines = [f"## {table.part}", "", f"{versions}; {len(table.rows)} types: {said}.", ""]
+    lines += ["| type | class | sites | heads | verdict |", "| --- | --- | --- | --- | --- |"]
+    lines += [_line(row) for _, row in sorted(table.rows.items())]
+    return "\n".join([*lines, ""])
+
+
+def _line(row: Row) -> str:
+    verdict = row.verdict if not row.reason else f"{row.verdict}: {row.reason}"
+    heads = ", ".join(map(str, row.heads))
+    return f"| {row.name} | {row.model} | {row.sites or ''} | {heads} | {_cell(verdict)} |"
+
+
+def _cell(text: str) -> str:
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")
