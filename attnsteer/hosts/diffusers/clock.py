@@ -89,7 +89,7 @@ class DenoiserClock:
         if latent is None:
             raise UnsupportedHost(
                 f"{type(self.model).__name__} has no latent among its arguments ({', '.join(INPUTS)}), so what its calls are about "
-                "is not known: no guidance, steps or branches here. Edits without them (no Where(steps=...)) act as they do elsewhere."
+                "is not known: no guidance, steps or branches here. Edits without them act as they do elsewhere."
             )
         sample = values[latent]
         self.batch = len(sample)

@@ -143,7 +143,7 @@ def probe(model: nn.Module, inputs: dict[str, Any]) -> list[Structure]:
     modulating = _modulating(model, inputs, sources, base, hits)
     counts: dict[str, int] = {}
     found = []
-    for i, (site, q, k, kv) in enumerate(base):
+    for i, (site, q, _, kv) in enumerate(base):
         rows = {side: _labels(hits, modulating, i, side) for side in (0, 1)}
         number = counts[site] = counts.get(site, -1) + 1
         apart = len({_runs(one) for one in rows[0]}) > 1
@@ -177,12 +177,10 @@ def _modulating(model: nn.Module, inputs: Any, sources: Any, base: Any, hits: An
                 doubtful.add(a)
     found = set()
     for source in doubtful:
-        singles = []
+        singles, own = [], sources[source]
         for axis in (-2, -1):
             try:
-                other = _run(
-                    model, _put(inputs, lambda p, t, ax=axis: _one_token(t, ax) if p in sources[source] else t)
-                )
+                other = _run(model, _put(inputs, lambda p, t, ax=axis, own=own: _one_token(t, ax) if p in own else t))
             except (RuntimeError, IndexError):
                 continue
             if len(other) == len(base):

@@ -306,7 +306,7 @@ class _Streams:
     """Which methods act in which primitive call of a processor that computes several attentions.
 
     All of them go into the same heads: sums (image prompts, added to the text's), differences, rows of one sequence. A gate on a
-    head's output is thus a gate on each; a method that reads or edits the map has one attention in mind, the text's or the rows' own.
+    head's output is thus a gate on each; a method that reads or edits the map has one attention in mind, the text's or the rows'.
     """
 
     def __init__(self, runtime: SiteRuntime, name: str, main: Callable[[int], bool] | None):
