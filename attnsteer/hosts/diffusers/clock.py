@@ -14,13 +14,14 @@ from ...account import Samples, Track
 from ...branches import samples_of
 from ...call import AttnCall
 from ...engine import SiteRuntime
-from ...errors import SelectionError, UnsupportedHost
+from ...errors import AttnSteerError, SelectionError, UnsupportedHost
 from ...maps.words_to_image import Capture, MapsComplete
 from ...site import Site
 from .declarations import Declarations
 from .latents import INPUTS, unet_scale
+from .probe import probe
 from .steps import TIMES, Sampling
-from .streams import order_of
+from .streams import RAGGED, order_of, structure_of
 
 if TYPE_CHECKING:
     from ...steering import Steering
@@ -58,7 +59,12 @@ class DenoiserClock:
         self.run, self.name, self.owner, self.model, self.sampling = run, name, owner, model, sampling
         self.runtimes = {path: r for path, r in run.runtimes.items() if r.site.component == name}
         self.declared = Declarations.of(run, self.runtimes.values(), owner, model)
-        self._orders = {path: order_of(r.site) for path, r in self.runtimes.items()}
+        self._orders = {path: order_of(r.site, model) for path, r in self.runtimes.items()}
+        self._own = {path: (structure_of(model, r.site.name) or ("", (), ""))[2] for path, r in self.runtimes.items()}
+        # Sites whose order a method needs and no table has, until the model was looked at.
+        needed = any("segments" in b.method.needs or b.where.rows in ("image", "text") for b in run.bounds)
+        told = RAGGED.search(type(model).__name__) or self.declared.compiled or not needed
+        self.unknown = set() if told else {path for path, order in self._orders.items() if not order}
         self._patch = getattr(getattr(model, "config", None), "patch_size", 1)
         # Compiled code is compiled anew for each value that it reads here, so it reads no more than is needed.
         self._acting: dict[str, tuple[int, ...]] = {}
@@ -82,6 +88,24 @@ class DenoiserClock:
     def paths_of(self, index: int) -> set[str]:
         """The sites here at which intervention number `index` is attached."""
         return {path for path, r in self.runtimes.items() if any(b.index == index for b, _ in r.entries)}
+
+    def look(self, run: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> None:
+        """Find out in what order the streams lie at sites of which no table says it, from this call's own arguments.
+
+        What cannot be found out stays unknown, so that a method that needs it raises.
+        """
+        unknown, self.unknown = self.unknown, set()
+        acting, self._acting = self._acting, {path: () for path in self.runtimes}
+        try:
+            found = probe(self.model, values, run)
+        except (AttnSteerError, RuntimeError, TypeError, ValueError):
+            return
+        finally:
+            self._acting = acting
+        for path in unknown:
+            orders = {s.order for s in found if s.site == self.runtimes[path].site.name and not s.ragged}
+            if len(orders) == 1 and set(*orders) == {"image", "text"} and len(min(orders)) == 2:
+                self._orders[path] = min(orders)
 
     def begin(self, values: dict[str, Any]) -> None:
         """Read the arguments of one forward of the denoiser."""
@@ -179,6 +203,9 @@ class DenoiserClock:
         compiling = torch.compiler.is_compiling()
         roles = segments(self._orders[site.path], rows, self.image_tokens if image is None else image)
         facts: dict[str, Any] = {"capture": self.capture}
+        own = self._own.get(site.path)
+        if own and rows < keys:
+            facts["own keys"] = slice(0, rows) if own == "first" else slice(keys - rows, keys)
         found = roles.get("image")
         if found is not None and self.size is not None:
             facts["grid"] = _grid_of(found.stop - found.start, self.size)

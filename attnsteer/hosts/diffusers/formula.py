@@ -71,6 +71,11 @@ class Formula:
             self._rows += [given.sample[i * size].detach() for i in range(len(inputs.layout))]
         return given
 
+    def take(self) -> Tensor | None:
+        """The term that waits; it waits no longer."""
+        term, self.held = self.held, None
+        return term
+
     def step(self, output: Any) -> Any:
         """The model output of a scheduler's step, with the held term.
 

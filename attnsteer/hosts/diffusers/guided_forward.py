@@ -96,6 +96,10 @@ class GuidedForward:
             with clock.on_rows(clock.layout, clock.batch):
                 return inner(*args, **kwargs)
         values = dict(zip(self._names, args, strict=False)) | kwargs
+        if clock.unknown:
+            clock.look(functools.partial(self._plainly, inner), values)
+        if sampling.bystander:
+            return inner(*args, **kwargs)
         clock.begin(values)
         clock.check_samples()
         working = [
@@ -119,6 +123,11 @@ class GuidedForward:
         if prediction.shift is not None and sampling.stepping and self.run.scope.layout is None:
             prediction = sampling.formula.see(prediction, inputs, sampling.turn)
         return prediction.wrapped
+
+    def _plainly(self, inner: Callable[..., Any], values: dict[str, Any]) -> Any:
+        """A dry run of the model itself."""
+        with self.bank.branch("look"):
+            return inner(**values)
 
     def predict(self, inner: Callable[..., Any], inputs: BranchInputs) -> Prediction:
         """One pass of the model itself; containers are copied, because some models empty the lists that they get."""

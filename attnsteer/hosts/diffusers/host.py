@@ -14,6 +14,7 @@ from ..base import Host, imported
 from ..sdpa.rebind import names_called
 from .clock import DenoiserClock
 from .guided_forward import guide
+from .guiders import watch_guider
 from .processors import attach_linear, attach_processor, is_eager, usable
 from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
@@ -69,7 +70,7 @@ class DiffusersHost(Host):
             )
 
     def attach(self, run: Steering, journal: Journal) -> None:
-        sampling = Sampling(self.pipeline)
+        self.sampling = sampling = Sampling(self.pipeline)
         clocks = {
             name: DenoiserClock(run, name, owner, self.models[name], sampling) for name, owner in self.owners.items()
         }
@@ -81,10 +82,15 @@ class DiffusersHost(Host):
         if self.pipeline is not None:
             steered = {clock.name: clock.model for clock in clocks.values() if clock.runtimes}
             watch_parts(self.pipeline, steered, sampling, journal)
+            watch_guider(self.pipeline, sampling, journal)
 
 
 def _is_pipeline(target: object) -> bool:
-    kinds = imported("diffusers", "pipelines.pipeline_utils.DiffusionPipeline")
+    kinds = imported(
+        "diffusers",
+        "pipelines.pipeline_utils.DiffusionPipeline",
+        "modular_pipelines.modular_pipeline.ModularPipeline",
+    )
     return bool(kinds) and isinstance(target, kinds)
 
 
@@ -124,14 +130,14 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
     for name, module in found:
         # Several attentions of one transformer block share its layer number; the prompt's own layers count apart.
         block = re.match(r"(.*\.\d+)(\.|$)", name)
-        modality = modality_of(name)
+        modality = modality_of(name, model)
         numbers = layers.setdefault(modality, {})
         heads, kv = _heads(module)
         sites.append(
             Site(
                 name=name,
                 layer=numbers.setdefault(block[1] if block else name, len(numbers)),
-                kind=kind_of(name, module, unet),
+                kind=kind_of(name, module, model),
                 heads=heads,
                 kv_heads=kv,
                 modality=modality,

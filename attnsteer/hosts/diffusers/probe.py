@@ -8,8 +8,10 @@ not look like text. Inputs that still move every row alike are told apart by cha
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ NO_TOKENS = ("ids", "rotary", "rope", "mask", "freqs", "coords", "pos")
 MOVED = 1e-4
 # A stream is what the denoiser calls its latent, or its text.
 LATENTS = ("sample", "hidden_states", "x", "latents")
+TEXTS = re.compile(r"encoder|text|prompt|cap|llama|t5|input_ids")
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,11 @@ class Structure:
 
     @property
     def order(self) -> tuple[str, ...]:
-        """The streams of the rows in order, as "image" and "text"; what is constant counts with nothing."""
+        """The streams of the rows in order, by `role_of`; what is constant counts with nothing."""
         found: list[str] = []
         for names, _ in self.queries:
             if names:
-                role = "image" if set(names) & set(LATENTS) else "text"
+                role = role_of(names)
                 if not found or found[-1] != role:
                     found.append(role)
         return tuple(found)
@@ -91,6 +94,16 @@ class Structure:
                 places.append(slice(start, start + size))
             start += size
         return places[0] if len(places) == 1 and places[0].stop - places[0].start == rows else None
+
+
+def role_of(names: tuple[str, ...]) -> str:
+    """ "image" for the latent's tokens, "audio" or "text" by what the denoiser calls its inputs, else "other"."""
+    if set(names) & set(LATENTS):
+        return "image"
+    joined = " ".join(names)
+    if "audio" in joined:
+        return "audio"
+    return "text" if TEXTS.search(joined) and "image" not in joined else "other"
 
 
 class _Tape(TorchFunctionMode):
@@ -113,34 +126,38 @@ class _Tape(TorchFunctionMode):
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
 
 
-def probe(model: nn.Module, inputs: dict[str, Any]) -> list[Structure]:
+def probe(
+    model: nn.Module, inputs: dict[str, Any], run: Callable[[dict[str, Any]], Any] | None = None
+) -> list[Structure]:
     """The attention calls of one forward, in order.
 
     The model is left as it was: no hook, no state, no random number of it is used up.
 
     Args:
-        inputs: keyword arguments of one forward, with at least four tokens in each stream.
+        inputs: keyword arguments of one forward, with at least four tokens in each stream. run: makes the forward of such
+            arguments; None: the model does.
 
     Raises:
         UnsupportedHost: the model is in training mode, or its calls depend on the order of tokens.
     """
     if model.training:
         raise UnsupportedHost(f"{type(model).__name__} is in training mode; call eval() before it is looked at.")
-    base = _run(model, inputs)
+    tape = functools.partial(_run, model, run or (lambda given: model(**given)))
+    base = tape(inputs)
     sources: dict[str, list[str]] = {}
     for path, tensor in _leaves(inputs):
         if _has_tokens(path, tensor):
             sources.setdefault(path.split("[")[0], []).append(path)
     moved = {}
     for source, paths in sources.items():
-        other = _run(model, _put(inputs, lambda p, t, own=paths: _rolled(t) if p in own else t))
+        other = tape(_put(inputs, lambda p, t, own=paths: _rolled(t) if p in own else t))
         if len(other) != len(base):
             raise UnsupportedHost(
                 f"{type(model).__name__}: its attention calls depend on the order of the tokens of {source}."
             )
         moved[source] = other
     hits = {source: [_changes(a, b) for a, b in zip(other, base, strict=True)] for source, other in moved.items()}
-    modulating = _modulating(model, inputs, sources, base, hits)
+    modulating = _modulating(tape, inputs, sources, base, hits)
     counts: dict[str, int] = {}
     found = []
     for i, (site, q, _, kv) in enumerate(base):
@@ -167,7 +184,9 @@ def _labels(hits: Any, modulating: Any, i: int, side: int) -> list[list[frozense
     return [[frozenset(cell) for cell in one] for one in labels]
 
 
-def _modulating(model: nn.Module, inputs: Any, sources: Any, base: Any, hits: Any) -> set[tuple[str, int, int]]:
+def _modulating(
+    tape: Callable[[Any], Any], inputs: Any, sources: Any, base: Any, hits: Any
+) -> set[tuple[str, int, int]]:
     """(source, call, side) where a source moves rows that are another's, all of them alike: it owns none there."""
     doubtful: set[str] = set()
     for i, side in itertools.product(range(len(base)), (0, 1)):
@@ -180,7 +199,7 @@ def _modulating(model: nn.Module, inputs: Any, sources: Any, base: Any, hits: An
         singles, own = [], sources[source]
         for axis in (-2, -1):
             try:
-                other = _run(model, _put(inputs, lambda p, t, ax=axis, own=own: _one_token(t, ax) if p in own else t))
+                other = tape(_put(inputs, lambda p, t, ax=axis, own=own: _one_token(t, ax) if p in own else t))
             except (RuntimeError, IndexError):
                 continue
             if len(other) == len(base):
@@ -195,7 +214,9 @@ def _modulating(model: nn.Module, inputs: Any, sources: Any, base: Any, hits: An
     return found
 
 
-def _run(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor, Tensor, int]]:
+def _run(
+    model: nn.Module, run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any]
+) -> list[tuple[str, Tensor, Tensor, int]]:
     tape, handles = _Tape(), []
     for name, module in model.named_modules():
         if callable(getattr(module, "processor", None)) or "Attention" in type(module).__name__:
@@ -209,7 +230,7 @@ def _run(model: nn.Module, inputs: dict[str, Any]) -> list[tuple[str, Tensor, Te
         with warnings.catch_warnings(), torch.no_grad(), tape:
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
-            model(**given)
+            run(given)
     finally:
         torch.set_rng_state(state)
         for handle in handles:

@@ -47,6 +47,11 @@ class Sampling:
         self.timestep: float | None = None
         self.turn = 0
         self.asked: list[tuple[str, ...]] = []
+        # (step, steps, timestep) as a guider says them, and whether the running call belongs to a method of its own.
+        self.told: tuple[int, int, float] | None = None
+        self.bystander = False
+        # Raises where parts of the pipeline were exchanged; asked at each denoiser call.
+        self.guard: Callable[[], None] | None = None
         self.conditions = Conditions(pipeline)
         self.latent_rows: int | None = None
         self.context: str | None = None
@@ -63,10 +68,15 @@ class Sampling:
 
     def begin(self, timestep: Any) -> None:
         """Read the timestep of one denoiser call."""
+        if self.guard is not None:
+            self.guard()
         if timestep is None:
             raise UnsupportedHost(
                 f"a denoiser call without a timestep argument ({', '.join(TIMES)}) has no known step."
             )
+        if self.told is not None:
+            self._begin_told(*self.told)
+            return
         # Frames or tokens that are given have timestep zero: the largest is that of the step.
         t = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
         if self._times and t == self._times[-1]:
@@ -85,6 +95,16 @@ class Sampling:
         self.asked.clear()
         # Some models are given t / 1000, 1000 - t or the like: the scheduler's own number counts.
         self.timestep = self._plan[self.step] if self.step < len(self._plan) else t
+
+    def _begin_told(self, step: int, steps: int, timestep: float) -> None:
+        """As `begin`, where a guider says what step it is."""
+        if (step == 0 and self.step != 0) or self.steps != steps:
+            self.memory.clear()
+            self.formula.restart()
+        if step != self.step:
+            self.turn = 0
+            self.asked.clear()
+        self.step, self.steps, self.timestep = step, steps, timestep
 
     def _planned(self, start: float) -> list[float]:
         """Distinct timesteps of the run that begins with the denoiser call at `start`.
@@ -113,6 +133,9 @@ class Sampling:
             values: the arguments of the call. latent: the name of the one that holds the latent.
         """
         found = (self.context,) if self.context in UNCOND_COND else None
+        if found is not None and self.told is not None:
+            self.asked.append(found)
+            return found
         if found is None and self.pipeline is not None:
             found = self._measured(rows, values, latent)
         if found is None:
@@ -159,7 +182,7 @@ class Sampling:
     @property
     def stepping(self) -> bool:
         """Whether the steps of the pipeline's scheduler are seen."""
-        return self.scheduler is not None and callable(getattr(self.scheduler, "step", None))
+        return self.told is not None or callable(getattr(self.scheduler, "step", None))
 
     @property
     def rescales(self) -> bool:

@@ -99,10 +99,16 @@ def by_hand(pipe: Any, name: str, put: Callable[[nn.Module], None], scale: float
     yield
 
 
+LONG = pytest.mark.long
 RUNS = [
-    ("flux", "first block", "enable"), ("flux", "broadcast", "apply"), ("flux", "taylor", "apply"), ("wan", "mag", "enable"),
-    ("wan", "broadcast", "enable"), ("wan", "first block", "apply"), ("sd", "broadcast", "apply"),
-]  # fmt: skip
+    pytest.param("flux", "first block", "enable"),
+    pytest.param("flux", "broadcast", "apply", marks=LONG),
+    pytest.param("flux", "taylor", "apply", marks=LONG),
+    pytest.param("wan", "mag", "enable", marks=LONG),
+    pytest.param("wan", "broadcast", "enable"),
+    pytest.param("wan", "first block", "apply", marks=LONG),
+    pytest.param("sd", "broadcast", "apply"),
+]
 
 
 @pytest.mark.parametrize(("name", "kind", "how"), RUNS)
