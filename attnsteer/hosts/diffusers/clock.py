@@ -194,11 +194,21 @@ class DenoiserClock:
             return -(-self.size[0] // scale), -(-self.size[1] // scale)
         return None if self.image_tokens is None else _grid_of(self.image_tokens, self.size)
 
-    def call(self, site: Site, batch: int, rows: int, keys: int, device: torch.device, image: int | None) -> AttnCall:
+    def call(
+        self,
+        site: Site,
+        batch: int,
+        rows: int,
+        keys: int,
+        device: torch.device,
+        image: int | None,
+        number: int = 1,
+    ) -> AttnCall:
         """One attention call with `rows` query rows of `batch` sequences over `keys` keys.
 
         Args:
             image: rows of the stream that the processor got apart from its text; None when it got one sequence.
+            number: of this call in the processor's, from 1: of the sample, where it attends for each by itself.
         """
         compiling = torch.compiler.is_compiling()
         roles = segments(self._orders[site.path], rows, self.image_tokens if image is None else image)
@@ -212,8 +222,13 @@ class DenoiserClock:
         step, steps, branch_rows = None, None, None
         if self.declared.steps or not compiling:
             step, steps = self.sampling.step, self.sampling.steps
-        if self.declared.branches and self.layout is not None and batch % max(self.batch, 1) == 0:
-            branch_rows = self._branch_rows(batch, site.module)
+        if self.declared.branches and self.layout is not None:
+            if batch % max(self.batch, 1) == 0:
+                branch_rows = self._branch_rows(batch, site.module)
+            elif batch == 1 and number <= self.batch:
+                # One call for each sample.
+                every = self._branch_rows(self.batch, site.module)
+                branch_rows = {name: found[number - 1 : number] for name, found in every.items()}
         return AttnCall(
             site,
             _track(rows, device, compiling),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ...undo import Journal
 
 # ControlNets and adapters do not predict: what they give is added inside another model.
-PREDICTS = re.compile(r"^(?!.*(ControlNet|Adapter))")
+PREDICTS = re.compile(r"^(UNet|(?!.*(ControlNet|Adapter)))")
 # From the arguments of one pass to what the denoiser predicts.
 Predict = Callable[[BranchInputs], Prediction]
 

@@ -116,7 +116,7 @@ class _Tape(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not SDPA:
+        if func is not SDPA and getattr(func, "__name__", "") != "flex_attention":
             return func(*args, **kwargs)
         q, k, v = [*args, *(kwargs.get(n) for n in ("query", "key", "value")[len(args) :])][:3]
         self.calls.append((self.inside[-1] if self.inside else "", q.detach().clone(), k.detach().clone(), v.shape[1]))

@@ -17,7 +17,7 @@ from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
 from ..sdpa.host import same_kernel
-from ..sdpa.rebind import DISPATCH, SDPA, names_called, rebind
+from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
 from .clock import DenoiserClock, ProcessorCall
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _primitive(
         mask = None if blind else _plain_mask(site, query, key, options, rows_first)
         factor = options.get("scale")
         q, k, v = (t.transpose(1, 2) for t in (query, key, value)) if rows_first else (query, key, value)
-        call = clock.call(site, q.shape[0], q.shape[2], k.shape[2], q.device, running.image_rows)
+        call = clock.call(site, q.shape[0], q.shape[2], k.shape[2], q.device, running.image_rows, running.primitives)
         factor = float(q.shape[-1] ** -0.5 if factor is None else factor)
         att = Attention(q, k, v, factor, mask=mask, causal=bool(options.get("is_causal")) and not blind)
         if rows_first:
@@ -324,7 +324,8 @@ class _Streams:
         if name in ("WanAttnProcessor", "SkyReelsV2AttnProcessor"):
             # Image keys, where there are any, come first.
             return cls(runtime, name, lambda number: number == (2 if module.add_k_proj is not None else 1))
-        return cls(runtime, name, None)
+        # One place in the code: a loop over the samples, each of which is the attention meant.
+        return cls(runtime, name, (lambda number: True) if primitive_count(call) < 2 else None)
 
     def acting(self, number: int, active: tuple[int, ...]) -> tuple[int, ...]:
         """Those of `active` that act in the `number`-th primitive call, from 1."""

@@ -34,7 +34,7 @@ PLAIN = re.compile(
 PROMPT_ONLY = re.compile(r"(^|\.)(context_embedder|context_refiner|token_refiner|text_transformer_blocks)\.")
 LINEAR = re.compile(r"SanaLinear")
 # Models whose rows lie differently in each sample: padding stands between the streams, or the caller says where they are.
-RAGGED = re.compile(r"Lumina2|ZImage|OmniGen|Ideogram4|HunyuanVideo15")
+RAGGED = re.compile(r"Lumina2|ZImage|OmniGen|Ideogram4|HunyuanVideo15|HiDream")
 
 
 @functools.cache
@@ -56,11 +56,17 @@ def structure_of(model: nn.Module, name: str) -> tuple[str, tuple[str, ...], str
     return None if found is None else (found[0], tuple(found[1]), found[2])
 
 
+def listed_kind(kind: str, order: tuple[str, ...]) -> str:
+    """The kind of a site by what the probe says: rows without text, beside a register or among further keys, are "self"."""
+    alone = kind == "own" or (kind == "joint" and bool(order) and "text" not in order and "audio" not in order)
+    return "self" if alone else kind
+
+
 def kind_of(name: str, module: nn.Module, model: nn.Module) -> str:
     """ "self", "cross" or "joint"."""
     known = structure_of(model, name)
     if known is not None and known[0] != "?":
-        return "self" if known[0] == "own" else known[0]
+        return listed_kind(known[0], known[1])
     unet = hasattr(model, "down_blocks")
     processor = type(module.processor).__name__
     crossing = getattr(module, "is_cross_attention", None)

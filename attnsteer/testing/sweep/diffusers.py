@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from ... import PAG, HeadGate, Where, sites, steer
 from ...errors import AttnSteerError
 from ...hosts.diffusers.probe import Structure, probe
-from ...hosts.diffusers.streams import pattern_of
+from ...hosts.diffusers.streams import listed_kind, pattern_of
 from ...site import Site
 from ..weights import randomize_
 from .rows import Row
@@ -32,7 +32,7 @@ from .watch import watching
 
 RECORDS = Path(__file__).with_name("recorded") / "denoisers.json"
 # Parts of other models, wrappers, and what predicts no noise: no denoisers of their own.
-NO_DENOISERS = re.compile(r"ControlNet|Adapter|DualTransformer2D|Transformer2DModel$|MotionAdapter")
+NO_DENOISERS = re.compile(r"ControlNet|Adapter|^(Dual)?Transformer2DModel$|^MotionModules$")
 # Relative to the largest output: two ways to compute the same in float32.
 LIMIT = 2e-5
 
@@ -235,9 +235,9 @@ def described(structures: list[Structure]) -> dict[str, list[Any]]:
 
 def _contradictions(structures: list[Structure], by_name: dict[str, Site]) -> list[str]:
     found = []
-    for name, (kind, _, _) in described(structures).items():
+    for name, (kind, order, _) in described(structures).items():
         for site in by_name.values():
-            if _pattern(site.name) == name and kind != "?" and site.kind != {"own": "self"}.get(kind, kind):
+            if _pattern(site.name) == name and kind != "?" and site.kind != listed_kind(kind, tuple(order)):
                 found.append(f"{site.name} is listed as {site.kind}, and by its rows it is {kind}")
                 break
     return found
@@ -264,7 +264,7 @@ class _Values(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.on and func is torch.nn.functional.scaled_dot_product_attention:
+        if self.on and getattr(func, "__name__", "") in ("scaled_dot_product_attention", "flex_attention"):
             q, k, v = [*args, *(kwargs.get(n) for n in ("query", "key", "value")[len(args) :])][:3]
             v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
             if q.shape[2] == k.shape[2]:

@@ -181,6 +181,6 @@ def test_branches_and_an_exchange() -> None:
         pipe.guider = guiders()["plain"]()
         run_of = steer(pipe, method("sdxl"), control=True)
         pipe.guider = guiders()["plain"]()
-        with pytest.raises(UnsupportedHost, match="guider of .* was exchanged"):
+        with pytest.raises(UnsupportedHost, match=r"guider of .* was exchanged"):
             run(pipe, "sdxl", steps=1)
         run_of.remove()
