@@ -62,7 +62,7 @@ class Structure:
             return "self" if len(own) <= 1 or set.intersection(*own) else "joint"
         if own and seen and not set.union(*own) & set.union(*seen):
             return "cross"
-        if not own and not seen:
+        if not (own and seen) and rows == keys:
             return "?"
         return (
             "own"

@@ -42,9 +42,9 @@ def _structures() -> dict[str, dict[str, list[Any]]]:
     return json.loads(Path(__file__).with_name("structures.json").read_text(encoding="utf-8"))
 
 
-def pattern_of(name: str) -> str:
-    """A site's name with a star for each number of a block."""
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+def pattern_of(name: str, first: int = 0) -> str:
+    """A site's name with a star for each number of a block; `first`: for so many of them only (0: all)."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name, count=first)
 
 
 def structure_of(model: nn.Module, name: str) -> tuple[str, tuple[str, ...], str] | None:
@@ -52,7 +52,8 @@ def structure_of(model: nn.Module, name: str) -> tuple[str, tuple[str, ...], str
 
     The kind "own" is that of rows of one stream that see themselves and further keys.
     """
-    found = _structures().get(type(model).__name__, {}).get(pattern_of(name))
+    known = _structures().get(type(model).__name__, {})
+    found = known.get(pattern_of(name)) or known.get(pattern_of(name, 1))
     return None if found is None else (found[0], tuple(found[1]), found[2])
 
 

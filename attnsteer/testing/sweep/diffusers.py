@@ -160,8 +160,9 @@ def _measure(row: Row, model: nn.Module, inputs: dict[str, Any], plain: list[Ten
     processors = [s.module.processor for s in found]
     faults: list[str] = []
     lacks = sorted(o for o in owners if not any(o == s.name or o.startswith(f"{s.name}.") for s in found))
-    every = HeadGate({(s.layer, h): 1.0 for s in soft for h in range(s.heads)}, where=_all(soft))
-    with steer(model, every, control=True):
+    # Each tower numbers its layers by itself.
+    towers = {s.modality: [o for o in soft if o.modality == s.modality] for s in soft}
+    with steer(model, *(_open(sites_) for sites_ in towers.values()), control=True):
         same = _equal(forward(model, inputs), plain)
     row.measured["identity"] = "bit-identical" if same else "differs"
     faults += [] if same else ["an identity gate is not bit-identical"]
@@ -223,21 +224,31 @@ def looked_at(model: nn.Module, inputs: dict[str, Any]) -> list[Structure]:
 def described(structures: list[Structure]) -> dict[str, list[Any]]:
     """Pattern of a site's name -> [kind, order of the rows, where the own keys are ("first", "last" or "")], where all agree."""
     found: dict[str, set[tuple[Any, ...]]] = {}
+    finer: dict[str, set[tuple[Any, ...]]] = {}
     for s in structures:
         own = ""
         if s.kind == "own":
             place = s.own_keys
             own = "" if place is None else "first" if place.start == 0 else "last"
         plain = not s.ragged and all(names for names, _ in s.queries[1:])
-        found.setdefault(_pattern(s.site), set()).add((s.kind, s.order if plain else (), own))
-    return {name: [v[0], list(v[1]), v[2]] for name, (v, *others) in found.items() if not others}
+        entry = (s.kind, s.order if plain else (), own)
+        found.setdefault(_pattern(s.site), set()).add(entry)
+        finer.setdefault(pattern_of(s.site, 1), set()).add(entry)
+    told = {name: entries for name, entries in found.items() if len(entries) == 1}
+    # Blocks whose attentions take turns: by the number of each within its block.
+    told |= {n: e for n, e in finer.items() if len(e) == 1 and len(found.get(re.sub(r"\.\d+(?=\.|$)", ".*", n), e)) > 1}
+    return {name: [v[0], list(v[1]), v[2]] for name, (v,) in told.items()}
 
 
 def _contradictions(structures: list[Structure], by_name: dict[str, Site]) -> list[str]:
     found = []
     for name, (kind, order, _) in described(structures).items():
         for site in by_name.values():
-            if _pattern(site.name) == name and kind != "?" and site.kind != listed_kind(kind, tuple(order)):
+            if (
+                name in (_pattern(site.name), pattern_of(site.name, 1))
+                and kind != "?"
+                and site.kind != listed_kind(kind, tuple(order))
+            ):
                 found.append(f"{site.name} is listed as {site.kind}, and by its rows it is {kind}")
                 break
     return found
@@ -255,6 +266,8 @@ def _guidance(model: nn.Module, inputs: dict[str, Any], plain: list[Tensor], sit
         return _brief(error)
     with identity_at(model, site.name):
         weak = forward(model, inputs)
+    if _equal(weak, plain):
+        return "the edit from outside does not reach it"
     expected = [s + 2.0 * (s - w) for s, w in zip(plain, weak, strict=True)]
     return "" if _near(ours, expected) else f"wrong: guidance at {site.name} is not the strong and the weak pass"
 
@@ -264,7 +277,7 @@ class _Values(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.on and getattr(func, "__name__", "") in ("scaled_dot_product_attention", "flex_attention"):
+        if self.on and func is torch.nn.functional.scaled_dot_product_attention:
             q, k, v = [*args, *(kwargs.get(n) for n in ("query", "key", "value")[len(args) :])][:3]
             v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
             if q.shape[2] == k.shape[2]:
@@ -288,8 +301,11 @@ def identity_at(model: nn.Module, name: str) -> Iterator[None]:
             handle.remove()
 
 
-def _all(found: list[Site]) -> Where:
-    return Where(modalities=tuple({s.modality for s in found}))
+def _open(found: list[Site]) -> HeadGate:
+    """Every head of some sites with a gate of one; heads that a narrower layer's neighbour lacks are left out."""
+    least = {s.layer: min(o.heads for o in found if o.layer == s.layer) for s in found}
+    gates = {(layer, head): 1.0 for layer, heads in least.items() for head in range(heads)}
+    return HeadGate(gates, where=Where(modalities=(found[0].modality,)))
 
 
 def _only(site: Site) -> Where:

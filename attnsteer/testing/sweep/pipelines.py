@@ -17,7 +17,7 @@ import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,6 +36,8 @@ from .watch import watching
 
 # Final latents, relative to the largest: two ways to compute the same, through several steps in float32.
 LIMIT = 5e-4
+# PAG is the second at strength one: it is measured at each denoiser, in the other part of the sweep.
+METHODS = ("SoftPAG", "HeadGate")
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
 
@@ -190,42 +192,44 @@ def _offline() -> Iterator[None]:
         yield
 
 
-Build = Callable[[], tuple[Any, dict[str, Any]]]
+class Built:
+    """One pipeline, built once, and the arguments of its calls, made afresh for each."""
+
+    def __init__(self, cls: Any):
+        self.case = object.__new__(cls)
+        torch.manual_seed(0)
+        self.pipe = cls.pipeline_class(**self.case.get_dummy_components())
+        self.pipe.set_progress_bar_config(disable=True)
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.eval()
+        for name in DENOISERS:
+            if isinstance(getattr(self.pipe, name, None), nn.Module):
+                randomize_(getattr(self.pipe, name), 0)
+        self.inputs()
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of one call, of two steps where they can be told."""
+        make = self.case.get_dummy_inputs
+        given = make("cpu") if "device" in inspect.signature(make).parameters else make()
+        if "num_inference_steps" in given:
+            given["num_inference_steps"] = 2
+        return given
 
 
-def builds(name: str) -> tuple[Build, str]:
-    """How to make the pipeline and the arguments of one call, afresh each time; and what kept the last try from it."""
+def built(name: str) -> tuple[Built | None, str]:
+    """The pipeline of that name, and what kept the last try from it."""
     reason = "no test of the library builds it small"
-    sys.path.insert(0, os.environ["DIFFUSERS_CHECKOUT"])
+    if os.environ["DIFFUSERS_CHECKOUT"] not in sys.path:
+        sys.path.insert(0, os.environ["DIFFUSERS_CHECKOUT"])
     for module, test in _tests().get(name, []):
         try:
             cls = getattr(importlib.import_module(module), test)
-
-            def build(cls: Any = cls) -> tuple[Any, dict[str, Any]]:
-                case = object.__new__(cls)
-                torch.manual_seed(0)
-                pipe = cls.pipeline_class(**case.get_dummy_components())
-                pipe.set_progress_bar_config(disable=True)
-                for part in pipe.components.values():
-                    if isinstance(part, nn.Module):
-                        part.eval()
-                for part in DENOISERS:
-                    if isinstance(getattr(pipe, part, None), nn.Module):
-                        randomize_(getattr(pipe, part), 0)
-                given = (
-                    case.get_dummy_inputs("cpu")
-                    if "device" in inspect.signature(case.get_dummy_inputs).parameters
-                    else case.get_dummy_inputs()
-                )
-                if "num_inference_steps" in given:
-                    given["num_inference_steps"] = max(2, min(3, given["num_inference_steps"]))
-                return pipe, given
-
-            build()
-            return build, ""
+            if hasattr(cls, "get_dummy_components"):
+                return Built(cls), ""
         except Exception as error:  # of the library's, or of what is not here
             reason = _brief(error)
-    return None, reason  # type: ignore[return-value]
+    return None, reason
 
 
 def measure(name: str) -> Row:
@@ -233,11 +237,11 @@ def measure(name: str) -> Row:
     row = Row(name, name)
     with _offline(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        build, row.reason = builds(name)
-        if build is None:
+        found, row.reason = built(name)
+        if found is None:
             return row
         try:
-            loop = Loop(build)
+            loop = Loop(found)
         except Exception as error:  # of the library's: nothing of ours is attached
             row.reason = _brief(error)
             return row
@@ -246,7 +250,7 @@ def measure(name: str) -> Row:
             return row
         row.sites, row.heads = len(loop.sites), sorted({s.heads for s in loop.sites})
         outcomes: dict[str, str] = {}
-        for what in ("PAG", "SoftPAG", "HeadGate"):
+        for what in METHODS:
             try:
                 outcomes[what] = loop.compare(what)
             except AttnSteerError as error:
@@ -303,18 +307,18 @@ def _mixed_at(module: nn.Module, share: float) -> Iterator[None]:
 
 
 class Loop:
-    """One pipeline, run plain, steered, and by hand.
+    """Runs of one pipeline: plain, steered, and by hand.
 
     Attributes:
         verdict, reason: why there is nothing to compare; "" where there is.
         calls: for each denoiser call of a step, which of its rows are conditional.
     """
 
-    def __init__(self, build: Build):
-        self.build = build
+    def __init__(self, found: Built):
+        self.pipe, self.inputs = found.pipe, found.inputs
         self.verdict, self.reason = "not built", ""
         first, second = self._record(None), self._record("changed")
-        pipe, _ = build()
+        pipe = self.pipe
         self.name = first["name"]
         if self.name is None:
             self.verdict, self.reason = "no softmax attention", "it calls no denoiser with attention sites"
@@ -358,7 +362,7 @@ class Loop:
 
     def _record(self, change: str | None) -> dict[str, Any]:
         """One plain run: float arguments of the first step's calls, and what the scheduler's steps gave."""
-        pipe, given = self.build()
+        pipe, given = self.pipe, self.inputs()
         for key in ("prompt", "prompts", "text"):
             if change and isinstance(given.get(key), str):
                 given[key] = f"quite another thing {given[key]}"
@@ -375,6 +379,8 @@ class Loop:
             found["name"] = found["name"] or name
             if name == found["name"] and not found["steps"]:
                 found["first"].append(_floats(values))
+            if found["ran"]:
+                return inner()
             with watching(getattr(pipe, name)) as watch:
                 out = inner()
             found["ran"] |= {seen.owner for seen in watch.seen}
@@ -412,7 +418,12 @@ class Loop:
 
         vars(scheduler)["step"] = observed
         torch.manual_seed(0)
-        pipe(**given)
+        try:
+            pipe(**given)
+        finally:
+            del vars(scheduler)["step"]
+            for model in undo:
+                vars(model).pop("forward", None)
 
     def compare(self, what: str) -> str:
         """ "" where the steered run is the one made by hand, else what is wrong."""
@@ -436,7 +447,7 @@ class Loop:
         return SoftPAG(2.0, 0.5, joint="joint_identity", where=Where(**where))
 
     def _steered(self, what: str) -> Tensor:
-        pipe, given = self.build()
+        pipe, given = self.pipe, self.inputs()
         steps: list[Tensor] = []
         step = pipe.scheduler.step
 
@@ -446,14 +457,18 @@ class Loop:
             steps.append(result[0] if isinstance(result, tuple) else result.prev_sample)
             return result
 
-        vars(pipe.scheduler)["step"] = observed
+        scheduler = pipe.scheduler
+        vars(scheduler)["step"] = observed
         torch.manual_seed(0)
-        with steer(pipe, self._method(what), control=True):
-            pipe(**given)
+        try:
+            with steer(pipe, self._method(what), control=True):
+                pipe(**given)
+        finally:
+            del vars(scheduler)["step"]
         return steps[-1]
 
     def _by_hand(self, what: str) -> Tensor:
-        pipe, given = self.build()
+        pipe, given = self.pipe, self.inputs()
         state: dict[str, Any] = {"call": 0, "term": None, "rows": []}
         steps: list[Tensor] = []
 
@@ -493,21 +508,21 @@ class Loop:
             cut = tuple(slice(0, n) for n in output.shape)
             if term.ndim != output.ndim:
                 return output
-            A = torch.stack(
-                [
-                    r[cut[:1] + cut[1:]][i].flatten().double()
-                    if r.ndim == output.ndim and r[i : i + 1][cut].shape[1:] == output.shape[1:]
-                    else torch.zeros(output[0].numel(), dtype=torch.float64)
-                    for r in rows
-                    for i in range(0, len(r), max(1, len(output)))
-                ],
-                1,
-            )
-            sign = 1.0 if float((torch.linalg.pinv(A) @ output[0].flatten().double()).sum()) >= 0 else -1.0
-            return output + sign * term[cut]
+            return output + self._sign(rows, output) * term[cut]
 
         self._run(pipe, given, around, lambda out, values: steps.append(out), before)
         return steps[-1]
+
+    @staticmethod
+    def _sign(rows: list[Tensor], output: Tensor) -> float:
+        """Whether the pipeline negates its predictions: by the weights with which the first sample's rows make the combination."""
+        size, y = max(1, len(output)), output[0].flatten().double()
+        cut = tuple(slice(0, n) for n in output.shape[1:])
+        found = [r[i][cut] for r in rows if r.ndim == output.ndim for i in range(0, len(r), size)]
+        found = [r.flatten().double() for r in found if r.shape == output.shape[1:]]
+        if not found:
+            return 1.0
+        return 1.0 if float((torch.linalg.pinv(torch.stack(found, 1)) @ y).sum()) >= 0 else -1.0
 
 
 def _floats(values: dict[str, Any]) -> list[Any]:
