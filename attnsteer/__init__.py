@@ -9,20 +9,38 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from . import errors, methods, zoo
+    from .baking import bake
+    from .captured import Captured
+    from .capturing import capture
     from .heads import HeadSet
     from .intervention import Intervention
     from .methods import (
         ACT,
+        ADHH,
+        CONFORM,
+        HGAI,
+        NAG,
         PAG,
+        PAI,
+        PAINT,
         PASTA,
         SEG,
+        SLG,
+        SPIN,
         VAR,
         VHR,
         AttendAndExcite,
+        AttentionBuckets,
         AttentionRefocusing,
+        AttentionRegulation,
+        FreezeMaps,
         HeadGate,
+        InjectMap,
+        InstABoost,
+        PatchHeads,
         SoftPAG,
         SpotLight,
+        VisualKnockout,
         ZeroTuning,
     )
     from .methods.bases.latent_loss import LatentLoss
@@ -36,6 +54,7 @@ if TYPE_CHECKING:
 __getattr__, _names, __all__ = lazy(
     __name__,
     {
+        "Captured": "captured",
         "HeadSet": "heads",
         "Intervention": "intervention",
         "LatentLoss": "methods.bases.latent_loss",
@@ -43,6 +62,8 @@ __getattr__, _names, __all__ = lazy(
         "Steering": "steering",
         "Tokens": "tokens",
         "Where": "where",
+        "capture": "capturing",
+        "bake": "baking",
         "detach": "steering",
         "errors": "errors",
         "get_method": "registry",
@@ -54,15 +75,30 @@ __getattr__, _names, __all__ = lazy(
         "zoo": "zoo",
         "ACT": "methods",
         "AttendAndExcite": "methods",
+        "AttentionBuckets": "methods",
         "AttentionRefocusing": "methods",
+        "AttentionRegulation": "methods",
+        "CONFORM": "methods",
         "HeadGate": "methods",
+        "FreezeMaps": "methods",
+        "InjectMap": "methods",
+        "InstABoost": "methods",
+        "PatchHeads": "methods",
+        "NAG": "methods",
         "PAG": "methods",
         "PASTA": "methods",
         "SEG": "methods",
+        "SLG": "methods",
         "SoftPAG": "methods",
         "SpotLight": "methods",
         "VAR": "methods",
         "VHR": "methods",
+        "ADHH": "methods",
+        "HGAI": "methods",
+        "PAI": "methods",
+        "PAINT": "methods",
+        "SPIN": "methods",
+        "VisualKnockout": "methods",
         "ZeroTuning": "methods",
     },
 )

@@ -203,12 +203,13 @@ class AttentionMap:
         """How many keys each row may see, int64 [B or 1, H or 1, n]: causality, windows, padding, packing and biases counted."""
         return kernels.keys_seen(self.att)
 
-    def scores(self) -> Tensor:
+    def scores(self, index: Tensor | None = None) -> Tensor:
         """The scores z [B, H, n, m], fp32, differentiable, of which the model's map is the softmax: scaled, soft-capped, with mask
-        and the biases of earlier methods, minus infinity where a row does not see a key. Builds the whole of it; reweightings are
-        not in it."""
-        _, _, n, m = self.shape
+        and the biases of earlier methods, minus infinity where a row does not see a key. Builds the whole of it, or the rows
+        `index` [r] alone; reweightings are not in it."""
         att = self.att if self.unweighted_att is None else self.unweighted_att
+        att = att if index is None else att.take(index)
+        _, _, n, m = att.shape
         return att.scores(slice(0, n), slice(0, m))
 
     def rows(self, index: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ class BranchInputs:
         latent: what the model is asked on, where that is another latent than the loop's.
         prompts: of how many prompts the rows of each part are images, where that is known.
         cuts: how arguments that no table has are cut into rows, as a pass has shown.
+        step, steps: which step of the schedule this is, from 0, and how many there are, where that is known.
     """
 
     values: dict[str, Any]
@@ -62,6 +63,8 @@ class BranchInputs:
     latent: Tensor | None = None
     prompts: int | None = None
     cuts: dict[str, str] = field(default_factory=dict)
+    step: int | None = None
+    steps: int | None = None
 
     @property
     def samples(self) -> Samples:
@@ -126,7 +129,7 @@ class BranchInputs:
         def look(key: str, value: Any) -> None:
             if isinstance(value, dict):
                 for k, v in value.items():
-                    look(self._named(key, k), v)
+                    look(_key(key, k), v)
             elif isinstance(value, (list, tuple)) and not self._by_row(value):
                 for v in value:
                     look(key, v)
@@ -143,17 +146,38 @@ class BranchInputs:
             look(key, value)
         return found
 
-    @staticmethod
-    def _named(outer: str, inner: str) -> str:
-        """Under which name an entry of a dictionary is known."""
-        return outer if outer in UNBATCHED else inner if inner in BATCHED | UNBATCHED else outer
-
     def _by_row(self, value: Any) -> bool:
         """Whether a list has an entry for each row."""
         if not isinstance(value, (list, tuple)) or len(value) != self.batch or not isinstance(value[0], Tensor):
             return False
         listed = any(isinstance(self.values.get(name), list) for name in ("sample", "hidden_states", "x"))
         return listed or any(not v.ndim or v.shape[0] % self.batch for v in value if isinstance(v, Tensor))
+
+    def with_again(self, name: str, called: str, changes: dict[str, Tensor]) -> BranchInputs:
+        """The same call with the rows of one part once more behind all others, as a part of another name.
+
+        Args:
+            name: of the part. called: name of the new one. changes: arguments of the new rows, [b, ...], that differ.
+        """
+        rows = self.part(name)
+        values = {
+            key: torch.cat([value, changes[key]]) if key in changes else self._again(key, value, rows)
+            for key, value in self.values.items()
+        }
+        batch = self.batch + rows.stop - rows.start
+        return replace(self, values=values, layout=(*self.layout, called), batch=batch)
+
+    def _again(self, key: str, value: Any, rows: slice) -> Any:
+        """`value` with its part for `rows` once more at the end; as it is where it has no rows."""
+        if isinstance(value, Tensor):
+            alone = self.batch == 1 and key in BATCHED and value.ndim > 0 and value.shape[0] == 1
+            part = value[:] if alone else self._cut(key, value, rows)
+            return value if part is value else torch.cat([value, part])
+        if isinstance(value, dict):
+            return {k: self._again(_key(key, k), v, rows) for k, v in value.items()}
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            return type(value)(self._again(key, v, rows) for v in value)
+        return value
 
     def _cut(self, key: str, value: Any, rows: slice) -> Any:
         if isinstance(value, Tensor):
@@ -168,12 +192,17 @@ class BranchInputs:
             each = value.shape[0] // self.batch
             return value[rows.start * each : rows.stop * each]
         if isinstance(value, dict):
-            return {k: self._cut(self._named(key, k), v, rows) for k, v in value.items()}
+            return {k: self._cut(_key(key, k), v, rows) for k, v in value.items()}
         if self._by_row(value):
             return type(value)(value[rows])
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             return type(value)(self._cut(key, v, rows) for v in value)
         return value
+
+
+def _key(outer: str, inner: str) -> str:
+    """The name by which an entry of a nested argument is known."""
+    return inner if outer not in UNBATCHED and inner in BATCHED | UNBATCHED else outer
 
 
 def samples_of(parts: int, batch: int, prompts: int | None) -> Samples:

@@ -18,8 +18,25 @@ from .shards import Pool
 from .site import Site
 
 if TYPE_CHECKING:
+    from .maps.phrases import Prompt
     from .maps.words_to_image import Capture
     from .tokens import Tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Which rows of a call are to be compared with the negative prompt, and what they are compared with.
+
+    Attributes:
+        rows: the batch rows with the prompt. twins: those with the negative prompt in its place, one for each, or None.
+        apart: whether the image stream of twins is kept apart from their text, and is to be that of their row.
+        negative: the outputs of `rows` for the negative prompt, [b, H, n, dv], where there are no twins.
+    """
+
+    rows: slice
+    twins: slice | None = None
+    apart: bool = False
+    negative: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +61,7 @@ class AttnCall:
         host: name of the host. method: name of the method that this call is shown to.
 
     What only some hosts give is read through properties, which raise where it is missing: `tokens`, `residual`,
-    `image_free`, `grid`, `capture`; `gives(name)` asks.
+    `image_free`, `grid`, `capture`, `prompt`, `contrast`; `gives(name)` asks.
     """
 
     site: Site
@@ -204,7 +221,7 @@ class AttnCall:
         return slice(0, rows) if rows == keys else self.facts.get("own keys")
 
     def gives(self, name: str) -> bool:
-        """Whether the host gives "tokens", "residual", "image_free", "grid" or "capture" in this call."""
+        """Whether the host gives "tokens", "residual", "image_free", "grid", "capture", "prompt" or "contrast"."""
         return self.facts.get(name) is not None
 
     def _fact(self, name: str) -> Any:
@@ -241,6 +258,16 @@ class AttnCall:
     def capture(self) -> Capture:
         """Where the maps of the running pass go (need "latent")."""
         return self._fact("capture")
+
+    @property
+    def prompt(self) -> Prompt:
+        """Where the words of the prompts are among the text keys (need "prompt")."""
+        return self._fact("prompt")
+
+    @property
+    def contrast(self) -> Contrast:
+        """What the negative prompt gives (need "contrast")."""
+        return self._fact("contrast")
 
     # Rows and keys by role.
 
@@ -344,4 +371,4 @@ class AttnCall:
         return self.at_keys(self.image_tokens())
 
 
-__all__ = ["FEW_ROWS", "AttentionMap", "AttnCall", "KeyBias", "Reweight", "Share"]
+__all__ = ["FEW_ROWS", "AttentionMap", "AttnCall", "Contrast", "KeyBias", "Reweight", "Share"]

@@ -8,6 +8,7 @@ import sys
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from .intervention import needs_of
 from .parameters import declared
 from .registry import get_host, get_method, hosts, methods
 
@@ -49,7 +50,7 @@ def describe(name: str, cls: type) -> MethodEntry:
     """The entry of one method class."""
     # Which doors a class opens does not depend on its hyper-parameters.
     doors = object.__new__(cls).doors()
-    wanted = {*cls.needs, *(("around",) if "around" in doors else ())}
+    wanted = {*needs_of(cls), *(("around",) if "around" in doors else ())}
     summary, paper = _texts(name, cls)
     return MethodEntry(
         name=name,

@@ -48,6 +48,10 @@ class ContractError(AttnSteerError, TypeError):
     """A method returned what the contract does not allow; the message names method, door and site."""
 
 
+class CaptureTooLarge(AttnSteerError, MemoryError):
+    """A capture would take more than is free; the message says how much it needs."""
+
+
 class NeverFired(AttnSteerError, RuntimeError):
     """A steering was left although one of its interventions changed nothing."""
 

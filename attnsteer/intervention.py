@@ -60,7 +60,8 @@ class Intervention(Named):
         kinds: the kinds of site the method is defined on; others are refused (or left out when `where`
             names no kind).
         needs: names of what the host must provide: "tokens", "images" (their image roles), "residual", "image_free",
-            "segments", "grid", "steps" as attributes of the call (see `AttnCall`); "latent" in `inputs.loop`, the latent of the
+            "segments", "grid", "steps", "prompt" as attributes of the call (see `AttnCall`); "contrast" as one, the negative
+            prompt that the method names in `negative`, while its `on` holds; "latent" in `inputs.loop`, the latent of the
             sampling loop.
         causal_only: the method is defined on causal self-attention only.
         follows_crop: whether the state stays right when the cache is cut back behind the prompt.
@@ -70,6 +71,7 @@ class Intervention(Named):
         whole_heads: its statistics run over all of its heads at a site, so neither another method nor tensor parallelism may
             divide them.
         pools_heads: the same, but as sums that it takes through `call.over_heads`, so tensor parallelism may divide them.
+        skips_blocks: whether the blocks that hold its sites are left out of its weak passes.
         row_local: whether what a row gets depends on that row, its keys and the parameters alone: nothing is pooled over rows, and
             nothing is kept in `call.state`. Such a method takes prompts in chunks and shared prefixes as they come; the prompts
             of others are kept whole in continuous batching.
@@ -87,6 +89,7 @@ class Intervention(Named):
     pools_heads: ClassVar[bool] = False
     observes: ClassVar[bool] = False
     may_rest: ClassVar[bool] = False
+    skips_blocks: ClassVar[bool] = False
     row_local: ClassVar[bool] = False
     # Set when it is made: the parameters with one value per sample, by name; and those of them by which it leaves some
     # samples, or heads of samples, alone.
@@ -346,6 +349,11 @@ def _restore(name: str, value: Any, directory: Path) -> Any:
 
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def needs_of(cls: type[Intervention]) -> tuple[str, ...]:
+    """What a class needs whatever its hyper-parameters are; nothing where they decide it (a property)."""
+    return () if isinstance(cls.needs, property) else cls.needs
 
 
 def _directory(source: str | Path, revision: str | None) -> Path:

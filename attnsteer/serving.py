@@ -316,4 +316,4 @@ def _with_tokenizer(method: Intervention, tokenizer: Any) -> Intervention:
 def _folder(model: str) -> str:
     from . import zoo
 
-    return str(zoo.folder(model)) if model in zoo.NAMES else model
+    return str(zoo.folder(model)) if model in zoo.KNOWN else model

@@ -70,7 +70,7 @@ def _pipeline_sites(folder: Path, index: dict[str, Any], component: str | None) 
 
 def _folder(source: str) -> Path:
     path = Path(source)
-    if source in zoo.NAMES and not path.is_dir():
+    if source in zoo.KNOWN and not path.is_dir():
         return zoo.folder(source)
     if path.is_dir():
         if any((path / name).is_file() for name in CONFIGS[:2]):
@@ -84,7 +84,7 @@ def _folder(source: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UnknownName(
             f"there is no folder {source!r}, and no hub repository of that name can be reached "
-            f"({type(error).__name__}).{did_you_mean(source, zoo.NAMES)}"
+            f"({type(error).__name__}).{did_you_mean(source, zoo.KNOWN)}"
         ) from error
 
 

@@ -12,13 +12,17 @@ import torch
 
 from attnsteer import (
     ACT,
+    CONFORM,
+    NAG,
     PAG,
     PASTA,
     SEG,
+    SLG,
     VAR,
     VHR,
     AttendAndExcite,
     AttentionRefocusing,
+    AttentionRegulation,
     HeadGate,
     HeadSet,
     Intervention,
@@ -56,12 +60,18 @@ GUIDANCE: dict[str, Intervention] = {
     "softpag": SoftPAG(3.0, 0.4, "ii_identity", target="uniform", where=Where(modules=r"unet\.mid_block\..*attn1")),
     "seg": SEG(),
     "seg-blur": SEG(2.5, sigma=1.5, where=Where(modules=r".*mid_block.*attn1", branches="cond", steps=[0, 2])),
+    "nag": NAG(("dark", "blurry"), 2.0, norm="l2", where=Where(steps=(0.0, 0.25))),
+    "slg": SLG(2.0, stop=None, where=Where(layers=[1, 2])),
+    "slg-heads": SLG.released_code(heads={1: [0]}, where=Where()),
     "seg-adaptive": SEG(adaptive=0.001, heads=HeadSet({3: [0]})),
 }
 BOXES = {"red cube": (0.0, 0.0, 0.5, 0.5), ("ball", 1): [(0.5, 0.5, 1.0, 1.0), (0.0, 0.5, 0.5, 1.0)]}
 LATENT: dict[str, Intervention] = {
     "excite": AttendAndExcite(("cube",), {0.0: 0.1, 3: 0.2}, include="last+1", where=Where(layers=[0])),
     "excite-released": AttendAndExcite.released_code([["cube", ("ball", 2)], [(3, 5)]]),
+    "regulation": AttentionRegulation([["cube"], [("ball", 2), (3, 5)]], 5, seed=3, where=Where(layers=[0])),
+    "conform": CONFORM([("red", ("cube", 1)), "ball"], temperature=0.2),
+    "conform-released": CONFORM.released_code([[[(2, 3)], ["dog"]], ["cube", "ball"]]),
     "refocusing": AttentionRefocusing(BOXES, stop_share=0.6, schedule=[(0.0, 0.5, 4.0, 2)]),
     "refocusing-released": AttentionRefocusing.released_code([BOXES, {"fox": (0, 0, 1, 0.5)}]),
 }

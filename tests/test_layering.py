@@ -15,7 +15,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "attnsteer"
 HOST_LIBRARIES = {"transformers", "diffusers", "accelerate", "timm", "peft"}
 # Ends of the program: they may use everything, and nothing of the library uses them.
-COMMANDS = {"cli", "cli_methods", "cli_options", "cli_recipes", "cli_runs", "cli_serve", "output", "__main__"}
+COMMANDS = {
+    "cli",
+    "cli_methods",
+    "cli_options",
+    "cli_recipes",
+    "cli_runs",
+    "cli_serve",
+    "cli_zoo",
+    "output",
+    "__main__",
+}
 ENDS = COMMANDS | {"demo", "doctor", "serving", "showcase", "skeleton", "catalogue"}
 # What a module of the core may import from outside. `typing_extensions` and the standard library are free.
 CORE = {"torch", "safetensors", "huggingface_hub"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnsteer import ACT, PASTA, HeadGate, SpotLight, ZeroTuning, steer
+from attnsteer import ACT, PASTA, HeadGate, InstABoost, SpotLight, ZeroTuning, steer
 
 LAYERS = 8
 SPANS = [[(3, 9)]]
@@ -21,6 +21,7 @@ BARS = {
     "ACT on all heads": (lambda: ACT(beta=0.4, threshold=0.001), 1.15),
     "ZeroTuning": (lambda: ZeroTuning(gamma=3.0), 1.05),
     "PASTA": (lambda: PASTA(SPANS, alpha=0.1), 1.05),
+    "InstABoost": (lambda: InstABoost(SPANS, 4.0), 1.05),
     "SpotLight": (lambda: SpotLight(SPANS, 0.5), 1.25),
     "HeadGate": (lambda: HeadGate({(layer, 0): 0.5 for layer in range(LAYERS)}), 1.1),
 }

@@ -16,25 +16,44 @@ from attnsteer import Intervention, errors
 
 METHODS = [
     "ACT",
+    "ADHH",
     "AttendAndExcite",
+    "AttentionBuckets",
     "AttentionRefocusing",
+    "HGAI",
+    "FreezeMaps",
     "HeadGate",
+    "InjectMap",
+    "InstABoost",
+    "AttentionRegulation",
+    "CONFORM",
+    "HeadGate",
+    "NAG",
     "PAG",
+    "PAI",
+    "PAINT",
     "PASTA",
+    "PatchHeads",
     "SEG",
+    "SPIN",
+    "SLG",
     "SoftPAG",
     "SpotLight",
     "VAR",
     "VHR",
+    "VisualKnockout",
     "ZeroTuning",
 ]
 NAMES = [
-    "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "detach", "errors", "get_method",
+    "Captured", "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "capture", "detach", "errors",
+    "get_method", "methods", "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
+    "HeadSet", "Intervention", "LatentLoss", "Site", "Steering", "Tokens", "Where", "bake", "detach", "errors", "get_method",
     "methods", "register_host", "register_method", "sites", "steer", "zoo", *METHODS,
 ]  # fmt: skip
 ERRORS = [
-    "AttnSteerError", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite", "RecipeError", "RecordError",
-    "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName", "UnsupportedHost", "ZooError",
+    "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite",
+    "RecipeError", "RecordError", "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName",
+    "UnsupportedHost", "ZooError",
 ]  # fmt: skip
 WARNINGS = ["NothingChanged"]
 # Positional parameters and defaults that code and saved recipes rely on.
@@ -45,20 +64,42 @@ LATENT = (
 SIGNATURES = {
     "AttendAndExcite": "words, thresholds, max_refinements=20, *, where, step_size=20.0, decay=0.5, until=0.5, "
     f"{LATENT}, sharpness=100.0, compete=None, smooth=True",
+    "CONFORM": "groups, refine_at=(0.0, 0.2, 0.4), refinements=20, *, where, step_size=20.0, decay=0.5, until=0.6, "
+    f"{LATENT}, temperature=0.5, form='ntxent', anchor=None, sharpness=None, compete=None, smooth=True",
+    "AttentionRegulation": "words, until=0.5, strength=1.0, *, where, iterations=20, rate=100.0, momentum=0.25, decay=0.99, "
+    "keep=True, seed=0",
     "LatentLoss": f"*, where, step_size=20.0, decay=0.5, until=0.5, {LATENT}",
     "ACT": "heads=None, beta=0.4, threshold=None, alpha=None, decode='frozen', min_rows=1, *, where, exclude='first_token'",
     "HeadGate": "gates, *, where",
+    "AttentionBuckets": "bases=(10000.0, 17500.0, 18000.0, 19000.0, 20000.0, 25000.0), mix='logits', *, where",
+    "FreezeMaps": "source, heads=None, new='live', *, where, same_tokens=True",
+    "InjectMap": "source, heads=None, mode='replace', strength=1.0, *, where, rows=None, keys=None, share=None, sums='refuse', "
+    "spans=None, sentence_ends=(), head_map=None, tokenizer=None",
+    "PatchHeads": "source=None, heads=None, what='output', *, where, rows=None, strength=1.0, basis=None, head_map=None, "
+    "tokenizer=None",
+    "InstABoost": "spans, factor=3.0, *, where, exclude_first_token=True, tokenizer=None",
+    "NAG": "negative, scale=4.0, tau=2.5, alpha=0.25, *, where, norm='l1'",
     "PAG": "scale=3.0, strength=1.0, joint='ii_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "PASTA": "spans, heads=None, alpha=0.01, scale_position='exclude', *, where, released=False, tokenizer=None",
     "SEG": "scale=3.0, sigma=inf, *, where, adaptive=0.0, heads=None",
+    "SLG": "scale=2.8, start=0.01, stop=0.2, *, where, adaptive=0.0, heads=None",
     "SoftPAG": "scale=3.0, strength=1.0, joint='joint_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "SpotLight": "spans, target=0.2, pooled=False, *, where, tokenizer=None",
     "VAR": "sink_dims=None, tau=20.0, rho=0.5, min_image_mass=0.2, move_fraction=0.6, *, where, released=False",
+    "ADHH": "heads=None, threshold=0.4, *, where",
+    "HGAI": "alpha=0.5, *, where",
+    "PAI": "alpha=0.5, heads=None, *, where",
+    "PAINT": "local, summary, alpha=0.7, beta=0.3, heads=None, *, where",
+    "SPIN": "keep=0.95, scale=0.08, *, where, by='scores'",
+    "VisualKnockout": "blocks=(('last', 'image'), ('generated', 'image')), *, where",
     "VHR": "alpha=2.0, *, where, rows='all', last=14, outliers=True, reinforce_both=True",
     "ZeroTuning": "heads=None, gamma=1.0, *, where",
     "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "
     "modalities=None",
     "HeadSet": "heads, *, scores=None, shape=None, provenance=None",
+    "capture": "target, where=None, *interventions, rows=None, what='map', keys=None, to='cpu', gradients=False, limit=None, "
+    "tokenizer=None",
+    "bake": "model, gates, *, inputs=None, inplace=False, save_to=None",
     "steer": "target, *interventions, measure=False, reference=False, control=False, named=None",
     "detach": "target",
     "sites": "target",

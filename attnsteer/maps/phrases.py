@@ -143,6 +143,11 @@ def _places(text: str, phrase: str) -> list[int]:
     return [m.start() for m in re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE)]
 
 
+def occurrences(text: str, phrase: str) -> int:
+    """How many times `phrase` is in `text` as whole words, in any case."""
+    return len(_places(text, phrase))
+
+
 def is_range(phrase: Any) -> bool:
     """Whether a phrase is a (start, stop) range of token positions."""
     return _pair(phrase, int) and 0 <= phrase[0] < phrase[1]

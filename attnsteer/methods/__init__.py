@@ -8,13 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .act import ACT
+    from .adhh import ADHH
     from .attend_and_excite import AttendAndExcite
     from .attention_refocusing import AttentionRefocusing
+    from .attention_regulation import AttentionRegulation
+    from .attentionbuckets import AttentionBuckets
+    from .conform import CONFORM
+    from .freezemaps import FreezeMaps
     from .headgate import HeadGate
+    from .hgai import HGAI
+    from .injectmap import InjectMap
+    from .instaboost import InstABoost
+    from .knockout import VisualKnockout
+    from .nag import NAG
     from .pag import PAG
+    from .pai import PAI
+    from .paint import PAINT
     from .pasta import PASTA
+    from .patchheads import PatchHeads
     from .seg import SEG
+    from .slg import SLG
     from .softpag import SoftPAG
+    from .spin import SPIN
     from .spotlight import SpotLight
     from .var import VAR
     from .vhr import VHR

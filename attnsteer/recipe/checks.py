@@ -178,7 +178,7 @@ def _files_of(name: str, options: dict[str, Any]) -> list[Path]:
 
 def _check_architecture(recipe: Recipe) -> None:
     model = recipe.model
-    if model.zoo is not None and model.architecture is None:
+    if model.embedded and model.architecture is None:
         return
     if model.architecture is None:
         raise RecipeError("model.architecture: is needed for --tiny; the name of a tiny model of attnsteer.testing.")
@@ -196,6 +196,13 @@ def _check_architecture(recipe: Recipe) -> None:
 def _missing_files(recipe: Recipe) -> list[str]:
     problems = []
     folder = recipe.folder
+    if recipe.model.zoo is not None and not recipe.model.embedded:
+        from ..zoo import present
+
+        if recipe.model.zoo not in present():
+            problems.append(
+                f"model.zoo: {recipe.model.zoo} is not on this machine; attnsteer zoo fetch {recipe.model.zoo}"
+            )
     if recipe.model.path is not None and not (folder / recipe.model.path).is_dir():
         problems.append(f"model.path: there is no folder {folder / recipe.model.path}.")
     sections = [("data", recipe.data)]

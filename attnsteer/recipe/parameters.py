@@ -22,17 +22,29 @@ ZERO: dict[str, dict[str, float]] = {
     "ACT": {"beta": 1.0},
     "AttendAndExcite": {"step_size": 0.0},
     "AttentionRefocusing": {"step_size": 0.0},
+    "AttentionRegulation": {"strength": 0.0},
+    "CONFORM": {"step_size": 0.0},
+    "NAG": {"scale": 0.0},
     "PAG": {"scale": 0.0},
     "PASTA": {"alpha": 1.0},
     "SEG": {"scale": 0.0},
+    "SLG": {"scale": 0.0},
     "SoftPAG": {"scale": 0.0},
+    "InjectMap": {"strength": 0.0},
+    "InstABoost": {"factor": 1.0},
+    "PatchHeads": {"strength": 0.0},
     "SpotLight": {"target": 0.0},
     "VAR": {"move_fraction": 0.0},
     "VHR": {"alpha": 1.0},
     "ZeroTuning": {"gamma": 1.0},
 }
 # What stands for a sample's value while a recipe is checked, by the name of the parameter.
-PLACEHOLDERS: dict[str, Any] = {"spans": ["word"], "words": ["word"], "boxes": {"word": [0.0, 0.0, 1.0, 1.0]}}
+PLACEHOLDERS: dict[str, Any] = {
+    "spans": ["word"],
+    "words": ["word"],
+    "groups": [["word"], ["other"]],
+    "boxes": {"word": [0.0, 0.0, 1.0, 1.0]},
+}
 _SIMPLE = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,), "None": (type(None),)}
 ZOO = "zoo:"
 

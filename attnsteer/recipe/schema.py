@@ -39,14 +39,26 @@ RESERVED = {
     "caption": ("num_return_sequences", "return_dict_in_generate"),
     "image": ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt"),
 }
-ZOO_KINDS = {"shapes-lm": "lm", "shapes-lvlm": "vlm", "shapes-sd": "image", "shapes-mmdit": "image"}
-# Which tasks the sources of the shapes world have samples for.
+# Embedded models, and those that `attnsteer zoo fetch` gets, in whose place a random one stands with --tiny.
+FETCHED = ("smollm2-135m", "gemma3-270m")
+ZOO_KINDS = {
+    "shapes-lm": "lm",
+    "shapes-lvlm": "vlm",
+    "shapes-sd": "image",
+    "shapes-mmdit": "image",
+    "smollm2-135m": "lm",
+    "gemma3-270m": "lm",
+}
+# Which tasks the sources of the shapes world and of the text tasks have samples for.
 ZOO_TASKS = {
     "reading": ("choice", "answer"),
     "existence": ("answer", "choice"),
     "captions": ("caption",),
     "layouts": ("image",),
     "prompts": ("image",),
+    "facts": ("choice", "answer"),
+    "passages": ("choice", "answer"),
+    "sources": ("choice", "answer"),
 }
 FORMATS = {
     "choices": ("choice", "answer"),
@@ -91,7 +103,10 @@ def one_of(spec: Spec, *names: str) -> None:
 class ModelSpec(Spec):
     """The model: exactly one of zoo, path and hub."""
 
-    zoo: Name | None = Field(None, description="An embedded model: shapes-lm, shapes-lvlm, shapes-sd or shapes-mmdit.")
+    zoo: Name | None = Field(
+        None,
+        description="A model of attnsteer.zoo: shapes-lm, shapes-lvlm, shapes-sd, shapes-mmdit, smollm2-135m or gemma3-270m.",
+    )
     path: Name | None = Field(None, description="A folder in the public format, relative to the recipe.")
     hub: Name | None = Field(None, description="A repository on the hub, as owner/name.")
     revision: Name | None = Field(None, description="Commit, tag or branch of the hub repository.")
@@ -107,15 +122,20 @@ class ModelSpec(Spec):
     )
     device_map: Name | None = Field(None, description="auto and the like, for models spread over devices.")
 
+    @property
+    def embedded(self) -> bool:
+        """Whether it comes with the package, and is small already."""
+        return self.zoo is not None and self.zoo not in FETCHED
+
     @model_validator(mode="after")
     def _whole(self) -> ModelSpec:
         one_of(self, "zoo", "path", "hub")
         if self.zoo is not None and self.zoo not in ZOO_KINDS:
-            raise ValueError(f"no embedded model {self.zoo!r}; {_known(self.zoo, ZOO_KINDS)}")
+            raise ValueError(f"no model {self.zoo!r} in the zoo; {_known(self.zoo, ZOO_KINDS)}")
         if self.zoo is not None and self.kind != ZOO_KINDS[self.zoo]:
             raise ValueError(f"{self.zoo} is a model of kind {ZOO_KINDS[self.zoo]}, not {self.kind}")
         if self.hub in ZOO_KINDS:
-            raise ValueError(f"{self.hub} is an embedded model, which is not on the hub; write zoo: {self.hub}")
+            raise ValueError(f"{self.hub} is a model of the zoo, which is not on the hub; write zoo: {self.hub}")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision is for a model from the hub")
         if self.device_map is not None and self.device != "auto":
@@ -127,7 +147,9 @@ class DataSpec(Spec):
     """The samples: exactly one of zoo, file and hub."""
 
     zoo: Name | None = Field(
-        None, description="A source of the shapes world: reading, existence, captions, layouts or prompts."
+        None,
+        description="A source of the shapes world: reading, existence, captions, layouts or prompts; or in plain English: "
+        "facts, passages or sources.",
     )
     file: Name | None = Field(None, description="A JSON or JSON Lines file, relative to the recipe.")
     hub: Name | None = Field(None, description="A data set on the hub, as owner/name; needs the extra `eval`.")
@@ -148,11 +170,11 @@ class DataSpec(Spec):
         one_of(self, "zoo", "file", "hub")
         if self.zoo is not None:
             if self.zoo not in ZOO_TASKS:
-                raise ValueError(f"no source {self.zoo!r} in the shapes world; {_known(self.zoo, ZOO_TASKS)}")
+                raise ValueError(f"no source {self.zoo!r} in the zoo; {_known(self.zoo, ZOO_TASKS)}")
             if self.format is not None or self.columns or self.images is not None:
                 raise ValueError("format, columns and images are for files and hub data; a zoo source has its own")
             if self.limit is None:
-                raise ValueError("the shapes world has no end; give a limit")
+                raise ValueError("a zoo source has no end; give a limit")
         elif self.format is None:
             raise ValueError(f"give the format of the rows: {', '.join(FORMATS)}")
         if self.hub is None and (self.revision is not None or self.config is not None):
@@ -332,7 +354,7 @@ class Recipe(Spec):
                 f"data of {self.data.zoo or self.data.format} is for the task {' or '.join(tasks)}, not {self.task}"
             )
         if self.prompt is not None and self.data.zoo is not None:
-            raise ValueError("prompt is for file and hub data; the shapes world has its own prompts")
+            raise ValueError("prompt is for file and hub data; a zoo source has its own prompts")
         names = [m.name for m in self.metrics]
         if len(set(names)) != len(names):
             raise ValueError(f"metrics: {listing(names)} has a name twice")

@@ -32,7 +32,7 @@ def load(spec: ModelSpec, *, device: str | None = None, tiny: Data | None = None
     import torch
 
     if spec.device_map is not None:
-        device = "cpu" if tiny is not None or spec.zoo is not None else device
+        device = "cpu" if tiny is not None or spec.embedded else device
     elif spec.device != "auto":
         device = spec.device
     elif device is None:
@@ -45,7 +45,7 @@ def load(spec: ModelSpec, *, device: str | None = None, tiny: Data | None = None
 
 
 def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: Path | None) -> Loaded:
-    if spec.zoo is not None:
+    if spec.zoo is not None and (tiny is None or spec.embedded):
         return _zoo(spec.zoo, spec.kind, dtype, device)
     if tiny is not None:
         from .tiny import tiny_model
@@ -54,7 +54,7 @@ def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: P
     if spec.path is not None:
         source = (Path() if folder is None else folder) / Path(spec.path).expanduser()
         if not source.is_dir():
-            embedded = f" {spec.path} is an embedded model: write zoo: {spec.path}." if spec.path in ZOO_KINDS else ""
+            embedded = f" {spec.path} is a model of the zoo: write zoo: {spec.path}." if spec.path in ZOO_KINDS else ""
             raise RecipeError(
                 f"model.path: there is no folder {source}. A path is relative to the recipe's folder.{embedded}"
             )

@@ -32,12 +32,12 @@ class Script:
     """What the next forward is for.
 
     Attributes:
-        recording: note edits instead of making them. edits: site path -> what was noted.
+        recording: note edits instead of making them. edits: name of a call (its site's path) -> what was noted.
         path: the site at which outputs are put in; heads: global head of each batch row; values: [R, n, dv].
     """
 
     recording: bool = False
-    edits: dict[str, Edit] = field(default_factory=dict)
+    edits: dict[Any, Edit] = field(default_factory=dict)
     path: str | None = None
     heads: Tensor | None = None
     values: Tensor | None = None
@@ -69,11 +69,15 @@ class EachHeadAlone(Intervention):
     def default_where(self, sites: Any) -> Where | None:
         return self.inner.default_where(sites)
 
+    def key(self, call: AttnCall) -> Any:
+        """The name under which a call's edit is noted."""
+        return call.site.path
+
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
         if not self.script.recording:
             return None
         # Read before any edit: this is what the rest of the model goes on with.
-        self.script.edits[call.site.path] = Edit(call.heads, call.map.out)
+        self.script.edits[self.key(call)] = Edit(call.heads, call.map.out)
         return self.inner.inputs(call)
 
     def bias(self, call: AttnCall) -> KeyBias | Tensor | None:
@@ -85,7 +89,7 @@ class EachHeadAlone(Intervention):
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
         script = self.script
         if script.recording:
-            edit = script.edits[call.site.path]
+            edit = script.edits[self.key(call)]
             new = self.inner.output(call, out)
             edit.edited = (out if new is None else new).to(edit.plain.dtype)
             return edit.plain

@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy(
         "contact_sheet": "sheet",
         "cross_attention": "attention",
         "head_grid": "head_figures",
+        "layout_preview": "layout",
         "phrase_maps": "record",
         "strength_by_layer": "sheet",
         "word_attention": "attention",

@@ -1,22 +1,39 @@
-"""Small models trained by this project, in the public formats, to try and test methods without a download.
+"""Models to try and evaluate methods on, in the public formats.
 
-`load("shapes-lm")` and its like return stock transformers and diffusers objects. `folder(name)` is where they lie:
-`from_pretrained` of either library loads that folder without attnsteer.
+Embedded ones (`NAMES`) were trained by this project and need no download; real checkpoints (`FETCHED`) are fetched once, on
+request, by `fetch(name)` or `attnsteer zoo fetch NAME`. `load(name)` returns stock transformers and diffusers objects.
+`folder(name)` is where they lie: `from_pretrained` of either library loads that folder without attnsteer.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UnknownName, ZooError, did_you_mean
+from . import fetched
+from .fetched import NAMES as FETCHED
+from .fetched import fetch
+from .hashes import HASHES, checked, seal
+
+__all__ = [
+    "FETCHED",
+    "HASHES",
+    "KNOWN",
+    "NAMES",
+    "Text",
+    "Vision",
+    "available",
+    "fetch",
+    "folder",
+    "load",
+    "present",
+    "seal",
+]
 
 MODELS = Path(__file__).parent / "models"
 NAMES = ("shapes-lm", "shapes-lvlm", "shapes-sd", "shapes-mmdit")
-HASHES = "sha256.json"
+KNOWN = (*NAMES, *FETCHED)
 # The pipelines: their class, and the parts that they are without.
 PIPELINES = {
     "shapes-sd": ("StableDiffusionPipeline", ("safety_checker",)),
@@ -43,6 +60,11 @@ def available() -> tuple[str, ...]:
     return tuple(n for n in NAMES if (MODELS / n / HASHES).is_file())
 
 
+def present() -> tuple[str, ...]:
+    """The fetched models of this machine."""
+    return tuple(n for n in FETCHED if (fetched.place(n) / HASHES).is_file())
+
+
 def folder(name: str) -> Path:
     """The folder of a model, its files checked against their hashes.
 
@@ -50,60 +72,42 @@ def folder(name: str) -> Path:
         UnknownName: no model of this name.
         ZooError: a file is missing, cut short or changed; the message names it.
     """
+    if name in FETCHED:
+        path = fetched.place(name)
+        if not (path / HASHES).is_file():
+            raise ZooError(f"{name} is not in {path.parent}; fetch it once: attnsteer zoo fetch {name}")
+        return checked(path, f"remove {path} and fetch {name} again")
     if name not in NAMES:
-        raise UnknownName(f"no embedded model {name!r}; there are {', '.join(NAMES)}.{did_you_mean(name, NAMES)}")
+        raise UnknownName(
+            f"no model {name!r}; embedded: {', '.join(NAMES)}; to be fetched: {', '.join(FETCHED)}.{did_you_mean(name, KNOWN)}"
+        )
     path = MODELS / name
     if not (path / HASHES).is_file():
         raise ZooError(
             f"{path / HASHES} is missing, so {name} is not part of this installation. Install attnsteer again, or train "
             f"it: python -m attnsteer.zoo.train {name}"
         )
-    try:
-        wanted = json.loads((path / HASHES).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ZooError(f"{path / HASHES} is not JSON ({error}); install attnsteer again.") from error
-    for file, digest in wanted.items():
-        whole = path / file
-        if not whole.is_file():
-            raise ZooError(f"{whole} is missing; install attnsteer again.")
-        if _digest(whole, whole.stat().st_mtime_ns, whole.stat().st_size) != digest:
-            raise ZooError(
-                f"{whole} is cut short or changed (its hash is not the recorded one); install attnsteer again."
-            )
-    return path
+    return checked(path, "install attnsteer again")
 
 
-@functools.lru_cache(maxsize=256)
-def _digest(path: Path, modified: int, size: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def seal(path: Path) -> None:
-    """Write the hashes of a model folder; `folder` checks them."""
-    files = sorted(
-        f for f in path.rglob("*") if f.is_file() and f.suffix in (".safetensors", ".json") and f.name != HASHES
-    )
-    found = {f.relative_to(path).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
-    (path / HASHES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-
-
-def load(name: str, *, dtype: Any = None, device: Any = "cpu") -> Any:
-    """An embedded model.
+def load(name: str, *, dtype: Any = None, device: Any = "cpu", download: bool = False) -> Any:
+    """An embedded or fetched model.
 
     Args:
-        name: of `NAMES`.
-        dtype: of the weights; fp32 unless given (they are stored in half precision).
+        name: of `NAMES` or `FETCHED`.
+        dtype: of the weights; fp32 unless given (embedded ones are stored in half precision).
         device: to put it on.
+        download: fetch it first where it is not there; without it, nothing is ever downloaded.
 
     Returns:
         "shapes-lm": `Text(model, tokenizer)`, a LlamaForCausalLM; "shapes-lvlm": `Vision(model, processor)`, a
         LlavaForConditionalGeneration; "shapes-sd": a StableDiffusionPipeline; "shapes-mmdit": a
-        StableDiffusion3Pipeline without T5.
+        StableDiffusion3Pipeline without T5; fetched ones: `Text` with a model of their own class.
 
     Raises:
-        UnknownName, ZooError: see `folder`.
+        UnknownName, ZooError: see `folder` and `fetch`.
     """
-    path = folder(name)
+    path = fetch(name) if download and name in FETCHED else folder(name)
     import torch
 
     from .quiet import quiet
@@ -111,6 +115,8 @@ def load(name: str, *, dtype: Any = None, device: Any = "cpu") -> Any:
     dtype = torch.float32 if dtype is None else dtype
     pictures = name in PIPELINES
     with quiet(pictures=pictures):
+        if name in FETCHED:
+            return Text(*fetched.load(name, path, dtype, device))
         return (_pipeline if pictures else _model)(name, path, dtype, device)
 
 

@@ -187,6 +187,10 @@ def spotlight_edit(target: float, pooled: bool = False) -> Edit:
     return edit
 
 
+def instaboost_edit(factor: float) -> Edit:
+    return lambda A, seq, memory: llm_methods.instaboost(A, factor, seq.marked(A.shape[3]))
+
+
 def pasta_edit(alpha: float, scale_position: str = "exclude") -> Edit:
     def edit(A: Tensor, seq: Sequence, memory: dict[str, Any]) -> Tensor:
         m = A.shape[3]

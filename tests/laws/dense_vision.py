@@ -23,6 +23,7 @@ class DenseVision:
     Attributes:
         image, valid: bool [b, T0] of the prompt's slots. now: slots in the cache before the running call.
         edit: (layer, map over all slots so far, hidden states entering the layer) -> map. gate: (layer, head outputs) -> same.
+        rescore: (layer, scores over all slots so far) -> scores; beside it, no window may cut the cache.
         last: head outputs [B, H, d] at each sample's last valid row of the latest call, by layer.
     """
 
@@ -33,6 +34,7 @@ class DenseVision:
         self.image = self.valid = None
         self.edit: Callable[[int, Tensor, Tensor], Tensor] = lambda layer, A, x: A
         self.gate: Callable[[int, Tensor], Tensor] = lambda layer, out: out
+        self.rescore: Callable[[int, Tensor], Tensor] = lambda layer, z: z
         self.last: dict[int, Tensor] = {}
         self.hidden: Tensor | None = None
         self.now = 0
@@ -42,7 +44,7 @@ class DenseVision:
         scale = options.get("scaling")
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         mask = None if mask is None else mask[..., : k.shape[2]]
-        A = dense_map(dense_scores(q, k, scale, mask=mask, softcap=options.get("softcap")))
+        A = dense_map(self.rescore(layer, dense_scores(q, k, scale, mask=mask, softcap=options.get("softcap"))))
         # A window cache hands out its last slots only; edits are written for all of them.
         length = self.now + A.shape[2]
         full = A.new_zeros(*A.shape[:3], length)

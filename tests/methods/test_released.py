@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attnsteer import ACT, PASTA, VAR, HeadSet, Intervention, SpotLight, Where, sites, steer
+from attnsteer import ACT, PASTA, VAR, HeadSet, InstABoost, Intervention, SpotLight, Where, sites, steer
 from attnsteer.errors import SelectionError
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from tests.hosts.transformers.vision_families import build, prompts
@@ -153,6 +153,40 @@ def test_spotlight(times: float, drawn: Any, target: float) -> None:
     lengths, spans = drawn
     edit = lambda A, b, prompt: official.spotlight(A, spans[b], target)  # noqa: E731
     compare(times, lengths, SpotLight.released_code(spans, target), edit, heads=None)
+
+
+@settings(max_examples=10)
+@given(times=TIMES, drawn=marked(), factor=st.sampled_from([0.5, 3.0, 19.0]))
+def test_instaboost(times: float, drawn: Any, factor: float) -> None:
+    lengths, spans = drawn
+
+    def edit(A: Tensor, b: int, prompt: int) -> Tensor:
+        keys = torch.zeros(1, A.shape[2], dtype=torch.bool)
+        for start, stop in spans[b]:
+            keys[:, start:stop] = True
+        return official.instaboost(A[None], keys, factor)[0]
+
+    compare(times, lengths, InstABoost(spans, factor, exclude_first_token=False), edit, heads=None)
+    prefixes = [max(stop for _, stop in row) for row in spans]
+    spans = [[(0, stop)] for stop in prefixes]
+    compare(times, lengths, InstABoost.released_prefix(prefixes, factor), edit, heads=None)
+
+
+def test_guide_adds_its_constant_to_the_scores() -> None:
+    spans = [[(2, 4)]]
+    edit = lambda A, b, prompt: torch.softmax(A.log() + 1.3 * one_hot(A.shape[2], 2, 4), dim=-1)  # noqa: E731
+    compare(1.0, (12,), InstABoost.guide(spans, 1.3), edit, heads=None)
+    assert InstABoost.guide(spans).factor == pytest.approx(7.389056)
+    assert InstABoost.guide([*spans, *spans], [0.0, 1.0]).factor.values == pytest.approx((1.0, 2.718282))
+    delta = torch.tensor(0.5, requires_grad=True)
+    assert InstABoost.guide(spans, delta).factor.given.requires_grad
+    # The first token of a sample is part of the spans only where they are asked to hold it.
+    assert InstABoost(spans).exclude_first_token and not InstABoost.guide(spans).exclude_first_token
+
+
+def one_hot(size: int, start: int, stop: int) -> Tensor:
+    at = torch.arange(size)
+    return ((at >= start) & (at < stop)).double()
 
 
 def test_spotlight_floor_of_the_official_code_is_all_that_is_left_out() -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "act_decode",
     "act_released",
     "headgate",
+    "instaboost",
     "pasta",
     "reweight",
     "spotlight",
@@ -370,6 +371,19 @@ def pasta(
                 weights[b, 0, 0, j] = math.exp(log_weight)
             else:
                 raise ValueError(f"scale_position is 'exclude' or 'include', got {scale_position!r}")
+    return reweight(A, weights, p_sink)
+
+
+def instaboost(A: Tensor, factor: float, span: Tensor, p_sink: Tensor | None = None) -> Tensor:
+    """InstABoost (Guardieiro et al., arXiv 2506.13734; ``specs/llm.md`` 7.3): log(factor) is added to the scores of the span.
+
+    A [B, H, n, m]; span [B, m] bool; p_sink as in :func:`reweight`.
+    """
+    weights = torch.ones(A.shape[0], 1, 1, A.shape[3], dtype=torch.float64)
+    for b in range(A.shape[0]):
+        for j in range(A.shape[3]):
+            if span[b, j]:
+                weights[b, 0, 0, j] = factor
     return reweight(A, weights, p_sink)
 
 

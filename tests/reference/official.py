@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["pasta", "spotlight", "var", "var_sinks"]
+__all__ = ["instaboost", "pasta", "spotlight", "var", "var_sinks"]
 
 
 def var_sinks(x: Tensor, dims: tuple[int, ...], tau: float) -> list[int]:
@@ -69,6 +69,17 @@ def pasta(A: Tensor, ranges: list[tuple[int, int]], alpha: float, scale_position
     if scale_position == "include":
         mask[:prompt] -= constant
     return torch.softmax(A.log() + mask, dim=-1)
+
+
+def instaboost(A: Tensor, keys: Tensor, multiplier: float) -> Tensor:
+    """`prompt_attention_ablation_hook` (BrachioLab/InstABoost, src/model_interaction_utils.py at 1df1b5d).
+
+    A [B, H, n, m], rows that sum to what a learned sink leaves of them; keys [B, m] bool. The scaled row is brought back to the
+    sum that it had, so that a learned sink keeps its share.
+    """
+    scaled = A * (1 + (multiplier - 1) * keys.to(A.dtype))[:, None, None]
+    total = scaled.sum(dim=-1, keepdim=True)
+    return scaled / total.where(total > 0, 1.0) * A.sum(dim=-1, keepdim=True)
 
 
 def spotlight(A: Tensor, ranges: list[tuple[int, int]], target: float, floor: float = 0.0) -> Tensor:

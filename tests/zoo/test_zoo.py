@@ -95,9 +95,13 @@ def test_the_libraries_speak_as_before() -> None:
 
 
 def test_recipes_know_the_models() -> None:
-    from attnsteer.recipe.schema import ZOO_KINDS
+    from attnsteer.recipe.schema import FETCHED, ZOO_KINDS
 
-    assert tuple(ZOO_KINDS) == zoo.NAMES and {n for n, k in ZOO_KINDS.items() if k == "image"} == set(zoo.PIPELINES)
+    assert (
+        tuple(ZOO_KINDS) == zoo.KNOWN
+        and zoo.FETCHED == FETCHED
+        and {n for n, k in ZOO_KINDS.items() if k == "image"} == set(zoo.PIPELINES)
+    )
 
 
 @pytest.mark.parametrize("name", zoo.available())

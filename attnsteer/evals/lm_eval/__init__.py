@@ -172,9 +172,10 @@ def _found(pretrained: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any
     """What `HFLM` takes, from the names and pairs of `attnsteer.zoo` too."""
     if isinstance(pretrained, zoo.Text):
         return pretrained.model, {"tokenizer": pretrained.tokenizer} | options
-    if pretrained in zoo.NAMES and not Path(pretrained).exists():
-        if pretrained != "shapes-lm":
-            raise UnsupportedHost(f"{pretrained} is no language model; lm-eval's tasks are for those: shapes-lm.")
+    if pretrained in zoo.KNOWN and not Path(pretrained).exists():
+        if pretrained not in ("shapes-lm", *zoo.FETCHED):
+            texts = ", ".join(("shapes-lm", *zoo.FETCHED))
+            raise UnsupportedHost(f"{pretrained} is no language model; lm-eval's tasks are for those: {texts}.")
         return str(zoo.folder(pretrained)), {"dtype": "float32"} | options
     if not isinstance(pretrained, (str, nn.Module)):
         raise SelectionError(

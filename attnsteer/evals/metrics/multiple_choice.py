@@ -7,31 +7,61 @@ bytes); ACT and ZeroTuning use the plain form over label tokens. Ties go to the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import RecordError
-from .base import Mean, Metric
+from .base import Mean, Metric, Ratio, Statistic
 
 
-def metric() -> Metric:
+def metric(by: Sequence[str] = ()) -> Metric:
     """Columns: `right`, `right_by_bytes`, `confidence` (softmax over the choices at the answer), `loss` (its -log), `chance`.
 
     The record has `choices` (texts), `scores` (their log-likelihoods in nats) and `answer` (index of the right one).
+
+    Args:
+        by: categories with an accuracy and a confidence each of their own (`accuracy_NAME`, hyphens as underlines): the task and
+            its guards in one report. The record then has `category`, one of them.
+
+    Raises:
+        RecordError: `by` is no list of names.
     """
+    if isinstance(by, str) or not all(isinstance(name, str) and name for name in by):
+        raise RecordError(f"choice: by={by!r}; give a list of the samples' categories.")
+    names = {name: name.replace("-", "_") for name in by}
+
+    def read(record: Mapping[str, Any]) -> dict[str, float]:
+        found = _read(record)
+        if not names:
+            return found
+        if record["category"] not in names:
+            raise RecordError(f"choice: a sample's category is {record['category']!r}; by has {', '.join(names)}.")
+        own = names[record["category"]]
+        return found | {
+            f"is_{own}": 1,
+            f"right_{own}": found["right"],
+            f"confidence_{own}": found["confidence"],
+        }
+
+    parts: dict[str, Statistic] = {}
+    for own in names.values():
+        parts[f"accuracy_{own}"] = Ratio((f"right_{own}",), (f"is_{own}",))
+        parts[f"confidence_{own}"] = Ratio((f"confidence_{own}",), (f"is_{own}",))
     return Metric(
         "choice",
-        ("choices", "scores", "answer"),
-        _read,
+        ("choices", "scores", "answer", *(("category",) if names else ())),
+        read,
         {
             "accuracy": Mean("right"),
             "accuracy_by_bytes": Mean("right_by_bytes"),
             "confidence": Mean("confidence"),
             "loss": Mean("loss"),
             "chance": Mean("chance"),
+            **parts,
         },
         correct="right",
-        better={"accuracy": 1, "accuracy_by_bytes": 1, "confidence": 1, "loss": -1},
+        when={f"{kind}_{own}": f"is_{own}" for own in names.values() for kind in ("accuracy", "confidence")},
+        better={"accuracy": 1, "accuracy_by_bytes": 1, "confidence": 1, "loss": -1, **dict.fromkeys(parts, 1)},
     )
 
 

@@ -33,14 +33,17 @@ class ProcessorCall:
     Attributes:
         primitives: attention primitives called so far. image_rows: rows of `hidden_states` where the text came as a second
             argument, else None. ran: whether a primitive was called in this pass; only written where code may be compiled.
+        negative: the output for the negative prompt, where one is compared with. collecting: this call is made for that.
     """
 
-    __slots__ = ("image_rows", "primitives", "ran")
+    __slots__ = ("collecting", "image_rows", "negative", "primitives", "ran")
 
     def __init__(self) -> None:
         self.primitives = 0
         self.image_rows: int | None = None
         self.ran = False
+        self.negative: Tensor | None = None
+        self.collecting = False
 
 
 class DenoiserClock:
@@ -51,6 +54,7 @@ class DenoiserClock:
         layout: names of the equal parts of the batch, e.g. ("uncond", "cond"); None when not known.
         batch: rows in all. image_tokens: rows of an image in its sequences, where the input tells.
         size: (height, width) of the latent, in units whose ratio is that of the token grid.
+        contrast: the negative prompt of the running pass. collecting: attention runs for its output alone, which is raised.
         capture: where the maps of the running pass go. cut: whether that pass ends as soon as all are there.
         calls: by path of a site, the running call of its processor.
     """
@@ -72,6 +76,8 @@ class DenoiserClock:
         self.batch = 0
         self.image_tokens: int | None = None
         self.size: tuple[int, int] | None = None
+        self.contrast: Any = None
+        self.collecting = False
         self.capture: Capture | None = None
         self.cut = False
         self.calls: dict[str, ProcessorCall] = {}
@@ -216,6 +222,9 @@ class DenoiserClock:
         own = self._own.get(site.path)
         if own and rows < keys:
             facts["own keys"] = slice(0, rows) if own == "first" else slice(keys - rows, keys)
+        states: dict[Any, Any] = {}
+        if self.declared.prompt:
+            facts["prompt"], states = self.sampling.prompts.current, self.sampling.memory.setdefault("states", {})
         found = roles.get("image")
         if found is not None and self.size is not None:
             facts["grid"] = _grid_of(found.stop - found.start, self.size)
@@ -240,6 +249,7 @@ class DenoiserClock:
             branch_rows=branch_rows,
             samples=self.samples if self.declared.sampled else None,
             facts=facts,
+            states=states,
         )
 
     def _branch_rows(self, batch: int, module: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -17,8 +18,11 @@ from ...bound import Bound
 from ...branches import BranchInputs, Prediction
 from ...edits import Check
 from ...errors import ContractError, UnsupportedHost, listing
+from ...site import Site
+from .bypass import Bypass, blocks_of
 from .caches import Bank
 from .clock import DenoiserClock
+from .contrast import ContrastPasses
 from .latent_loop import Loop
 from .prefix import PrefixReuse, modules_down_to
 
@@ -31,8 +35,8 @@ PREDICTS = re.compile(r"^(UNet|(?!.*(ControlNet|Adapter)))")
 Predict = Callable[[BranchInputs], Prediction]
 
 
-def guide(clock: DenoiserClock, journal: Journal) -> None:
-    """Put a `GuidedForward` around the denoiser of `clock`, where a method of its run needs one."""
+def guide(clock: DenoiserClock, sites: Sequence[Site], journal: Journal) -> None:
+    """Put a `GuidedForward` around the denoiser of `clock`, where a method of its run needs one; `sites`: all of the denoiser."""
     declared, model = clock.declared, clock.model
     if declared.compiled:
         # A record that comes into being at the first call would compile the second anew.
@@ -52,10 +56,24 @@ def guide(clock: DenoiserClock, journal: Journal) -> None:
             f"{declared.latent[0].name} takes gradients through {type(model).__name__} and cuts its forward short, which "
             "compiled code does not allow. Steer the model before it is compiled, or without torch.compile."
         )
-    guided = GuidedForward(clock)
+    skipping = [b.name for b in declared.around if b.method.skips_blocks]
+    if skipping and declared.whole:
+        raise UnsupportedHost(
+            f"{skipping[0]} leaves blocks of {type(model).__name__} out, which it cannot inside a model that is compiled as a "
+            "whole. Compile its blocks instead (compile_repeated_blocks), or steer it uncompiled."
+        )
+    guided = GuidedForward(clock, sites)
     guided.check_cache(declared.around)
-    clock.sampling.watch(model, journal, declared.latent_moves, declared.sampled)
+    prompts = declared.sampled or declared.prompt or bool(declared.contrast)
+    clock.sampling.watch(model, journal, declared.latent_moves, prompts)
     clock.sampling.prompts.listeners += [b.method.prepare for b in declared.latent]
+    readers = [b for b in clock.run.bounds if "prompt" in b.method.needs and b.index in declared.edits]
+    clock.sampling.prompts.listeners += [b.method.prepare for b in readers]
+    if readers and declared.compiled:
+        raise UnsupportedHost(
+            f"{readers[0].name} keeps what it found from step to step, which compiled code of {type(model).__name__} does not "
+            "allow. Steer the model uncompiled."
+        )
     # A whole model that is compiled is entered by this name.
     compiled = vars(clock.owner).get("_compiled_call_impl") is not None
     journal.add(clock.stop)
@@ -74,17 +92,23 @@ class GuidedForward:
             predict                  the model with the inside edits on, from the first edited block on: a weak pass
     """
 
-    def __init__(self, clock: DenoiserClock):
+    def __init__(self, clock: DenoiserClock, sites: Sequence[Site]):
         self.clock, self.run, self.model, self.declared = clock, clock.run, clock.model, clock.declared
         self.sampling = clock.sampling
+        self.contrast = ContrastPasses(clock, sites, self.declared.contrast) if self.declared.contrast else None
         # Methods whose first prediction has been checked.
         self._checked: set[int] = set()
         # How arguments are cut, as far as it had to be found out.
         self._cuts: dict[str, str] = {}
         self._names = list(inspect.signature(type(clock.model).forward).parameters)[1:]
+        # What a weak pass leaves out, by method.
+        left_out = {
+            b.index: blocks_of(self.declared.edits[b.index]) for b in self.declared.around if b.method.skips_blocks
+        }
+        self._bypasses = {index: Bypass(clock.model, names) for index, names in left_out.items()}
         # Nothing is replayed inside a model that is compiled as a whole, nor is a pass for gradients shared.
         self._ways: dict[int, list[nn.Module]] = {
-            b.index: modules_down_to(clock.model, self.declared.edits[b.index])
+            b.index: modules_down_to(clock.model, left_out.get(b.index, self.declared.edits[b.index]))
             for b in self.declared.around
             if not self.declared.whole and b not in self.declared.latent
         }
@@ -105,16 +129,25 @@ class GuidedForward:
         working = [
             b for b in self.declared.around if not b.timed or b.where.active(None, sampling.step, sampling.steps)
         ]
-        if not working:
+        contrasts = self.contrast is not None and self.contrast.acts
+        if not working and not contrasts:
             return inner(*args, **kwargs)
-        self.check_cache(working)
+        self.check_cache([*working, *self.declared.contrast])
         self.check_rows()
         predict = call = functools.partial(self.predict, inner)
         for bound in reversed(working):
             call = functools.partial(self.guided, bound, call, predict)
         loop = Loop(clock) if self.declared.latent else None
         inputs = BranchInputs(
-            values, clock.layout, clock.batch, sampling.timestep, sampling.memory, loop, prompts=sampling.prompts.count
+            values,
+            clock.layout,
+            clock.batch,
+            sampling.timestep,
+            sampling.memory,
+            loop,
+            prompts=sampling.prompts.count,
+            step=sampling.step,
+            steps=sampling.steps,
         )
         inputs.cuts.update(self._cuts)
         prediction = call(inputs)
@@ -133,6 +166,11 @@ class GuidedForward:
         """One pass of the model itself; containers are copied, because some models empty the lists that they get."""
         if self.declared.latent_moves:
             inputs = self.sampling.latents.applied(inputs)
+        if self.contrast is not None:
+            return self.contrast.predict(functools.partial(self._predict, inner), inputs)
+        return self._predict(inner, inputs)
+
+    def _predict(self, inner: Callable[..., Any], inputs: BranchInputs) -> Prediction:
         self.clock.forget_calls()
         with self.clock.on_rows(inputs.layout, inputs.batch):
             given = inner(**{name: _copied(value) for name, value in inputs.values.items()})
@@ -157,7 +195,7 @@ class GuidedForward:
         bank = self.bank
         # A block that is replayed would not reach the hooks that remember the weak passes.
         prefix = PrefixReuse(self.run, None if bank.caching else self._ways.get(bound.index), inputs)
-        first = bound.index not in self._checked
+        first, bypass = bound.index not in self._checked, self._bypasses.get(bound.index)
 
         def weak_pass(given: BranchInputs) -> Prediction:
             if bank.whole and given.layout != inputs.layout:
@@ -169,7 +207,8 @@ class GuidedForward:
                 raise self.refuse(bound, f"called forward with {_kind(given)}; give it `inputs`, or inputs.only(name).")
             if self.run.is_open(bound):
                 weaks.append(given)
-                with bank.branch((bound.index, len(weaks)), self.sampling.step):
+                skipping = contextlib.nullcontext() if bypass is None else bypass.on()
+                with bank.branch((bound.index, len(weaks)), self.sampling.step), skipping:
                     return weak_pass(given)
             if given is inputs and not plain:
                 plain.append(prefix.record(strong, given))
@@ -304,7 +343,8 @@ class GuidedForward:
         missed = wanted - reached
         if opened is None:
             before |= reached
-        if not missed:
+        if not missed or opened in self._bypasses:
+            # Blocks that a method leaves out run in none of its passes.
             return
         if not self.bank.caching:
             raise UnsupportedHost(

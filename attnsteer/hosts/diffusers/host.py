@@ -36,7 +36,7 @@ KEY_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
 class DiffusersHost(Host):
     """Pipelines and denoisers of diffusers: UNets and every transformer with attention processors."""
 
-    provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent"})
+    provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent", "contrast", "prompt"})
 
     def __init__(self, target: nn.Module | DiffusionPipeline):
         super().__init__(target)
@@ -78,7 +78,7 @@ class DiffusersHost(Host):
             clock = clocks[runtime.site.component]
             (attach_linear if runtime.site.linear else attach_processor)(runtime, clock, journal)
         for clock in clocks.values():
-            guide(clock, journal)
+            guide(clock, [s for s in self.sites() if s.component == clock.name], journal)
         if self.pipeline is not None:
             steered = {clock.name: clock.model for clock in clocks.values() if clock.runtimes}
             watch_parts(self.pipeline, steered, sampling, journal)

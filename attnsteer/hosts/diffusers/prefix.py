@@ -66,14 +66,14 @@ class PrefixReuse:
             return call(inputs)
         self._recorded = True
         layers = [(block, functools.partial(self._record, block)) for block in self._blocks]
-        with _layered([*layers, *((site, self._reach_edit) for site in self._stops)]):
+        with layered([*layers, *((site, self._reach_edit) for site in self._stops)]):
             return call(inputs)
 
     def replay(self, call: Callable[[BranchInputs], Prediction], inputs: BranchInputs) -> Prediction:
         """Run the weak pass on the conditional rows, with the remembered outputs in place of the blocks that gave them."""
         rows = slice(None) if inputs.layout == self.inputs.layout else self.inputs.part(inputs.layout[0])
         found = [(block, self._outputs.get(id(block))) for block in self._blocks]
-        with _layered([(block, functools.partial(_replay, output, rows)) for block, output in found if output]):
+        with layered([(block, functools.partial(_replay, output, rows)) for block, output in found if output]):
             return call(inputs)
 
     def _record(self, block: nn.Module, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -102,7 +102,7 @@ def _replay(output: BlockOutput, rows: slice, inner: Callable[..., Any], *args: 
 
 
 @contextlib.contextmanager
-def _layered(layers: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+def layered(layers: list[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
     """In this block each module runs `layer(what it ran before, ...)`."""
     undo: list[tuple[dict[str, Any], str, Any]] = []
     try:

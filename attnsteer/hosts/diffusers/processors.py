@@ -19,6 +19,7 @@ from ...site import Site
 from ..sdpa.host import same_kernel
 from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
 from .clock import DenoiserClock, ProcessorCall
+from .contrast import Collected, NegativeText
 
 if TYPE_CHECKING:
     from ...undo import Journal
@@ -84,12 +85,19 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
         hidden, text = given.get("hidden_states"), given.get("encoder_hidden_states")
         apart = isinstance(hidden, Tensor) and isinstance(text, Tensor)
         running.primitives, running.image_rows = 0, hidden.shape[1] if apart else None
+        if isinstance(clock.contrast, NegativeText) and site.name in clock.contrast.names:
+            running.collecting = True
+            try:
+                running.negative = clock.contrast.output(copied, self, seen(attn), given, site.path)
+            finally:
+                running.collecting, running.primitives = False, 0
         out = copied(self, seen(attn), *args, **kwargs)
         if not running.primitives and clock.active(runtime):
             raise UnsupportedHost(
                 f"{site.path}: {type(self).__name__} computed its attention without the primitive that it names, so nothing "
                 "was edited. Leave this site out of Where, or set another processor or attention backend."
             )
+        running.negative = None
         clock.end_if_captured()
         return out
 
@@ -116,10 +124,13 @@ def _primitive(
     site = runtime.site
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        running.primitives += 1
-        running.ran = True
         if scale is not None:
             kwargs["scale"] = scale
+        if running.collecting:
+            out = base(query, key, value, *args, **kwargs)
+            raise Collected(out.transpose(1, 2) if rows_first else out)
+        running.primitives += 1
+        running.ran = True
         active = clock.active(runtime)
         active = streams.acting(running.primitives, active) if active else active
         if not active:
@@ -132,6 +143,10 @@ def _primitive(
         factor = options.get("scale")
         q, k, v = (t.transpose(1, 2) for t in (query, key, value)) if rows_first else (query, key, value)
         call = clock.call(site, q.shape[0], q.shape[2], k.shape[2], q.device, running.image_rows, running.primitives)
+        if clock.contrast is not None:
+            call.facts["contrast"] = clock.contrast.fact(
+                running.negative, site.kind == "joint" and running.image_rows is not None
+            )
         factor = float(q.shape[-1] ** -0.5 if factor is None else factor)
         att = Attention(q, k, v, factor, mask=mask, causal=bool(options.get("is_causal")) and not blind)
         if rows_first:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ...errors import SelectionError
 from ...maps.phrases import Prompt, Segment
 from ...tokens import char_offsets
 from .pipelines import caller
@@ -28,6 +29,8 @@ PARTS = (
     (re.compile(r"Flux(?!2)"), (("tokenizer_2", ("prompt_2", "prompt"), "max_sequence_length"),)),
     (re.compile(r"StableDiffusion"), (CLIP,)),
 )
+# Arguments that stand in place of a text.
+_ENCODED = re.compile(r"(pooled_)?prompt_(embeds|attention_mask)")
 
 
 class Prompts:
@@ -35,6 +38,8 @@ class Prompts:
 
     Attributes:
         current: the prompts of this call, where somebody listens. count: how many there are; None: not known.
+        negative: negative texts to encode beside them; None: none. encoded: (for the prompt, for the negative one) of each
+            tensor that the encoder gave.
         listeners: called with them before the first step; they may refuse them.
     """
 
@@ -42,6 +47,8 @@ class Prompts:
         self.pipeline = pipeline
         self.current = Prompt(unknown="encode_prompt was not called inside the steering context")
         self.count: int | None = None
+        self.negative: Any = None
+        self.encoded: list[tuple[Tensor, Tensor]] = []
         self.listeners: list[Callable[[Prompt], None]] = []
         self._fresh = True
 
@@ -65,7 +72,28 @@ class Prompts:
             for listen in self.listeners:
                 listen(self.current)
             self._fresh = False
+            if self.negative is not None:
+                plain = inner(*args, **kwargs)
+                self.encoded = _pairs(plain, inner(**_negative(given.arguments, self.negative, self.count)))
+                return plain
         return inner(*args, **kwargs)
+
+
+def _negative(given: dict[str, Any], texts: Any, count: int | None) -> dict[str, Any]:
+    """The arguments of `encode_prompt` for the negative texts."""
+    texts = [texts] * (count or 1) if isinstance(texts, str) else list(texts)
+    if count is not None and len(texts) != count:
+        raise SelectionError(f"{len(texts)} negative prompts for {count} prompts; give one for each, or one for all.")
+    new = {name: None if _ENCODED.match(name) else value for name, value in given.items()}
+    new |= {name: None for name in ("prompt_2", "prompt_3", "prompt_4") if name in given}
+    if "do_classifier_free_guidance" in new:
+        new["do_classifier_free_guidance"] = False
+    return {**new, "prompt": texts}
+
+
+def _pairs(plain: Any, negative: Any) -> list[tuple[Tensor, Tensor]]:
+    found = zip(*(x if isinstance(x, tuple) else (x,) for x in (plain, negative)), strict=True)
+    return [(a, b) for a, b in found if isinstance(a, Tensor) and isinstance(b, Tensor)]
 
 
 def _count(given: dict[str, Any]) -> int | None:

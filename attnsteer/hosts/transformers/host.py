@@ -24,6 +24,7 @@ from .forward import Stack, block_forward
 from .image_tokens import family_of, takes_images
 from .layers import ImageFree, block_of
 from .outer_calls import OuterCalls, outer_modules
+from .streams import Streams
 
 if TYPE_CHECKING:
     from ...steering import Steering
@@ -35,7 +36,7 @@ _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 class TransformersHost(Host):
     """Language, vision-language and encoder models of transformers, bare, in a `Pipeline`, or wrapped (peft)."""
 
-    provides = frozenset({"tokens", "images", "residual", "image_free", "phases", "requests"})
+    provides = frozenset({"tokens", "images", "residual", "image_free", "phases", "requests", "bases"})
 
     def __init__(self, target: Any):
         super().__init__(target)
@@ -146,6 +147,7 @@ class TransformersHost(Host):
             self._attach_stack(name, names, run, calls, journal)
         # Outermost last, so that what is undone first is what was put around the rest.
         calls.watch(outer, journal)
+        Streams.attach(run, outer, [names[name] for name in stacks], journal)
         batching = Continuous(run, self._direct)
         for module in outer:
             batching.watch(module, journal)

@@ -1,4 +1,4 @@
-"""Samples of the shapes world: drawn by index, so that a split has no end and needs no file."""
+"""Samples of the shapes world, and of the text tasks for real language models: drawn by index, so that a split needs no file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from ...zoo.shapes.layouts import CATEGORIES, Layout, layout
 from ...zoo.shapes.questions import NEGATIVES, picture, pope
 from ...zoo.shapes.reading import TASKS, reading
 from ...zoo.shapes.world import SPLITS
+from ...zoo.texts import facts as text_facts
+from ...zoo.texts import passages
 from .sample import Data, Sample
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def load(spec: DataSpec) -> Data:
         RecipeError: an unknown split or option.
     """
     if spec.split not in SPLITS:
-        raise RecipeError(f"data.split: no split {spec.split!r} in the shapes world; there are {', '.join(SPLITS)}.")
+        raise RecipeError(f"data.split: {spec.zoo} has no split {spec.split!r}; there are {', '.join(SPLITS)}.")
     known, build = SOURCES[str(spec.zoo)]
     for name, value in spec.options.items():
         if name not in known:
@@ -171,7 +173,8 @@ def prompts(split: str) -> Iterator[Sample]:
 
 
 def _layout(item: Layout) -> Sample:
-    """regions: phrase -> box, as methods take it; words: the nouns of the phrases; texts: the phrases without articles."""
+    """regions: phrase -> box, as methods take it; words: the nouns of the phrases; texts: the phrases without articles;
+    groups: each of these as a group of its own."""
     phrases = [{k: v for k, v in asdict(p).items() if v is not None} for p in item.phrases]
     out: Sample = {
         "prompt": item.prompt,
@@ -179,6 +182,7 @@ def _layout(item: Layout) -> Sample:
         "category": item.category,
         "words": [p.words.split()[-1] for p in item.phrases],
         "texts": [p.words for p in item.phrases],
+        "groups": [[p.words] for p in item.phrases],
     }
     if item.boxes:
         out["boxes"] = [list(b) for b in item.boxes]
@@ -188,6 +192,38 @@ def _layout(item: Layout) -> Sample:
     return out
 
 
+def facts(split: str, kind: str = "now") -> Iterator[Sample]:
+    """Facts that a passage overrules, and their guards; `category` is the kind, `fact` the clause to be marked, as a text."""
+    for number, item in enumerate(text_facts.facts(split, kind)):
+        yield {
+            "id": f"facts-{kind}-{split}-{number}",
+            "prompt": item.prompt,
+            "choices": list(item.choices),
+            "answer": item.answer,
+            "category": item.kind,
+            "fact": [item.fact] if item.fact is not None else [],
+            "other": [item.other] if item.other is not None else [],
+        }
+
+
+def looked_up(source: str) -> Callable[[str], Iterator[Sample]]:
+    """Passages with a question; `fact` is the sentence that holds the answer, `other` the first that does not, as texts."""
+
+    def samples(split: str) -> Iterator[Sample]:
+        draw = passages.readings if source == "passages" else passages.sources
+        for number, item in enumerate(draw(split)):
+            yield {
+                "id": f"{source}-{split}-{number}",
+                "prompt": item.prompt,
+                "choices": list(item.choices),
+                "answer": item.answer,
+                "fact": [item.fact],
+                "other": [item.others[0]],
+            }
+
+    return samples
+
+
 # Source -> its options with their values, and what draws it.
 SOURCES: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[..., Iterator[Sample]]]] = {
     "reading": ({"task": (*TASKS, "all")}, readings),
@@ -195,4 +231,7 @@ SOURCES: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[..., Iterator[Samp
     "captions": ({}, captions),
     "layouts": ({"category": (*CATEGORIES, "all"), "count": (1, 2, 3, 4)}, layouts),
     "prompts": ({}, prompts),
+    "facts": ({"kind": (*text_facts.KINDS, "mixture")}, facts),
+    "passages": ({}, looked_up("passages")),
+    "sources": ({}, looked_up("sources")),
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import AttnSteerError
-from ...intervention import Intervention
+from ...intervention import Intervention, needs_of
 from ...site import Site
 from ...steering import Steering, sites, steer
 from ...where import Where
@@ -67,7 +67,7 @@ class Bench:
         self.case, self.host = case, host
         self._settings: dict[int, Setting] = {}
         self._taken: set[tuple[int, bool]] = set()
-        if "images" in case.method.needs and not host.images:
+        if "images" in needs_of(case.method) and not host.images:
             raise NotApplicable(f"needs images, which {host.name} does not have")
 
     @property

@@ -1,0 +1,105 @@
+"""Patterns of attention by name: which keys a row may look at, drawn up for some rows of a call at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import AttnCall
+from ..captured import take_rows
+from ..errors import SelectionError, did_you_mean
+from ..kernels.problem import visible
+
+# Those that end in a number, and what it is; the others have none.
+NUMBERED = {"offset": "how many tokens back", "block": "tokens in a block"}
+NAMES = ("previous", "next", "self", "first", "same_token", "other_same_token", "after_same_token", "sentence", "span")
+OF_IDS = ("same_token", "other_same_token", "after_same_token", "sentence")
+
+
+def checked_pattern(name: str) -> tuple[str, int]:
+    """(name, number) of "previous", "offset:3" and the like.
+
+    Raises:
+        SelectionError: there is no such pattern.
+    """
+    kind, _, number = name.partition(":")
+    if kind in NUMBERED and number.lstrip("-").isdecimal() and (kind == "offset" or int(number) > 0):
+        return kind, int(number)
+    if kind in NAMES and not number:
+        return kind, 0
+    known = [*NAMES, *(f"{k}:N" for k in NUMBERED)]
+    raise SelectionError(f"pattern {name!r}: one of {known}.{did_you_mean(name, known)}")
+
+
+def pattern_rows(
+    call: AttnCall, kind: str, number: int, at: Tensor, spans: Any, tokenizer: Any, ends: tuple[int, ...]
+) -> Tensor:
+    """bool [B, r, m]: the keys of the pattern for the rows `at` [B, r], whether or not they see them.
+
+    Args:
+        spans: of "span": rows of a span look at the keys of the same one. ends: of "sentence": ids of the tokens that end one.
+    """
+    B = len(at)
+    i = call.rows.index.expand(B, -1).gather(1, at)[..., None]
+    j = torch.where(call.keys.valid, call.keys.index, -(2**40))[:, None]
+    back = {"previous": 1, "next": -1, "self": 0, "offset": number}.get(kind)
+    if back is not None:
+        return j == i - back
+    if kind == "first":
+        return (j == 0).expand(B, at.shape[1], -1)
+    if kind == "block":
+        return torch.div(i, number, rounding_mode="floor") == torch.div(j, number, rounding_mode="floor")
+    if kind == "span":
+        found = torch.zeros(B, at.shape[1], call.keys.size, dtype=torch.bool, device=at.device)
+        for ranges in zip(*_even(call.tokens.spans(spans, tokenizer)), strict=True):
+            for row, (start, stop) in enumerate(ranges):
+                found[row] |= (
+                    (i[row] >= start) & (i[row] < stop) & (j[row % len(j)] >= start) & (j[row % len(j)] < stop)
+                )
+        return found
+    return _by_ids(call, kind, at, i, j, ends)
+
+
+def _even(spans: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
+    """Lists of one length, filled with spans that hold nothing."""
+    most = max(map(len, spans))
+    return [[*own, *[(-1, -1)] * (most - len(own))] for own in spans]
+
+
+def _by_ids(call: AttnCall, kind: str, at: Tensor, i: Tensor, j: Tensor, ends: tuple[int, ...]) -> Tensor:
+    ids = call.tokens.ids
+    if ids is None:
+        raise SelectionError(
+            f"the pattern {kind!r} compares token ids, which this call does not have (it was given embeddings); give a map."
+        )
+    ids = ids.to(at.device)
+    keys = ids[:, call.keys.slot.clamp_max(ids.shape[1] - 1)][:, None]
+    rows = ids[:, call.rows.slot].expand(len(at), -1).gather(1, at)[..., None]
+    if kind == "sentence":
+        number = torch.isin(ids, torch.tensor(ends, device=at.device)).long().cumsum(dim=1)
+        # The token that ends a sentence belongs to it.
+        number = torch.nn.functional.pad(number, (1, 0))[:, :-1]
+        of_keys = number[:, call.keys.slot.clamp_max(ids.shape[1] - 1)][:, None]
+        return (of_keys == number[:, call.rows.slot].expand(len(at), -1).gather(1, at)[..., None]) & (j >= 0)
+    if kind == "after_same_token":
+        # Key j follows a token that is that of the row.
+        before = ids[:, (call.keys.slot - 1).clamp(0, ids.shape[1] - 1)][:, None]
+        return (before == rows) & (j >= 1)
+    same = (keys == rows) & (j >= 0)
+    return same if kind == "same_token" else same & (j != i)
+
+
+def seen_rows(call: AttnCall, at: Tensor) -> Tensor:
+    """bool [B, 1 or H, r, m]: which keys the rows `at` [B, r] see, by the masks of the call alone."""
+    att = call.map.att
+    empty = att.replace(q=att.q[..., :0])
+    mask = take_rows(empty, at).mask
+    B, m = len(at), att.k.shape[2]
+    found = torch.ones(B, 1, at.shape[1], m, dtype=torch.bool, device=at.device)
+    if mask is not None:
+        found = found & visible(mask)
+    if att.key_bias is not None:
+        found = found & visible(att.key_bias)[:, :, None]
+    return found

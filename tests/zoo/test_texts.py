@@ -1,0 +1,70 @@
+"""The text tasks: no two samples alike, splits that share nothing, spans that are in the prompt once, right answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import pytest
+
+from attnsteer.recipe.schema import ZOO_TASKS, DataSpec
+from attnsteer.run.data import load
+from attnsteer.zoo.texts.draw import split_of
+from attnsteer.zoo.texts.facts import CAPITALS, KINDS, MIXTURE, facts
+from attnsteer.zoo.texts.passages import readings, sources
+
+TEST, CALIBRATION = 1000, 400
+DRAWS: dict[str, Callable[[str], Iterator[Any]]] = {
+    **{kind: lambda split, kind=kind: facts(split, kind) for kind in (*KINDS, "mixture")},
+    "readings": readings,
+    "sources": sources,
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_samples_differ_and_splits_share_none(name: str) -> None:
+    test, calibration = (
+        [(s.prompt, tuple(s.choices)) for s in islice(DRAWS[name](split), count)]
+        for split, count in (("test", TEST), ("calibration", CALIBRATION))
+    )
+    assert (len(set(test)), len(set(calibration))) == (TEST, CALIBRATION)
+    assert not set(test) & set(calibration)
+    assert test == [(s.prompt, tuple(s.choices)) for s in islice(DRAWS[name]("test"), TEST)]
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_spans_and_answers(name: str) -> None:
+    for sample in islice(DRAWS[name]("test"), 200):
+        assert len(set(sample.choices)) == len(sample.choices) and not sample.prompt.endswith(" ")
+        right = sample.choices[sample.answer]
+        if sample.fact is None:
+            country = sample.prompt.removeprefix("The capital of ").removesuffix(" is")
+            assert (sample.kind, CAPITALS[country]) == ("plain", right)
+            continue
+        assert sample.prompt.count(sample.fact) == 1
+        asked_of_the_other = getattr(sample, "kind", "").endswith("earlier")
+        assert sample.fact.rstrip(".").endswith(right) != asked_of_the_other
+        others = getattr(sample, "others", None) or (sample.other,)
+        assert all(sample.prompt.count(text) == 1 for text in others)
+
+
+def test_what_is_asked_of_a_fact_stays_in_its_split() -> None:
+    for kind in ("now", "earlier", "plain"):
+        for sample in islice(facts("calibration", kind), 50):
+            new, old = sample.choices
+            country = next(c for c, city in CAPITALS.items() if city == old)
+            assert split_of(f"{country} {old} {new}") == "calibration"
+
+
+def test_the_mixture_is_half_the_task() -> None:
+    kinds = [s.kind for s in islice(facts("test", "mixture"), 80)]
+    assert kinds == list(MIXTURE) * 10 and kinds.count("now") == 40 and set(kinds) == set(KINDS)
+
+
+@pytest.mark.parametrize("source", ["facts", "passages", "sources"])
+def test_recipes_draw_them(source: str) -> None:
+    spec = DataSpec(zoo=source, split="test", start=5, limit=10)
+    samples = load(spec, ZOO_TASKS[source][0]).samples
+    assert [s["index"] for s in samples] == list(range(5, 15)) and len({s["id"] for s in samples}) == 10
+    assert all(isinstance(text, str) and text in s["prompt"] for s in samples for text in (*s["fact"], *s["other"]))
