@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
-.PHONY: help venv test test-quick lint format demo bench-quick clean
+.PHONY: help venv test test-quick sweep lint format demo bench-quick clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,6 +36,9 @@ test: $(READY)  ## run the tests
 
 test-quick: $(READY)  ## run a sample of the tests, under two minutes on two cores
 	$(PY) -m pytest -q -n 2 -m "not slow and not full and not long" $(ARGS)
+
+sweep: $(READY)  ## measure every model type of transformers, and write docs/compatibility.md; about half an hour
+	$(PY) -m attnsteer.testing.sweep transformers $(ARGS)
 
 lint: $(READY)  ## check style and formatting
 	$(PY) -m ruff check .

@@ -21,6 +21,7 @@ class Site:
         component: pipeline component that holds the module ("" for a bare model).
         causal: whether a row sees only keys at or before its own position.
         linear: True where no softmax map exists (linear attention: only value-path edits are defined).
+        refused: why it cannot be steered, "" where it can.
         module: the module itself; not part of equality or of the printed form.
         path: the module name with the pipeline component in front, unique within a target.
     """
@@ -35,6 +36,7 @@ class Site:
     component: str = ""
     causal: bool = False
     linear: bool = False
+    refused: str = ""
     module: Any = field(default=None, repr=False, compare=False)
     # Read some times at each call, so it is a plain attribute.
     path: str = field(init=False, repr=False, compare=False)
@@ -45,6 +47,7 @@ class Site:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-able values, without the module."""
         names = ("name", "layer", "kind", "heads", "kv_heads", "modality", "stack", "component", "causal", "linear")
+        names += ("refused",) if self.refused else ()
         return {key: getattr(self, key) for key in names}
 
 
@@ -61,7 +64,8 @@ class SiteList(tuple[Site, ...]):
         ]
         table = [head, *[tuple(str(cell) for cell in row) for row in rows]]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        return "\n".join([*lines, *(f"cannot be steered: {s.path}: {s.refused}" for s in self if s.refused)])
 
     def __repr__(self) -> str:
         return f"<{len(self)} sites>\n{self}"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from typing import Any
 
-from .errors import SelectionError, brief, did_you_mean, listing
+from .errors import SelectionError, UnsupportedHost, brief, did_you_mean, listing
 from .heads import HeadSet
 from .parameters import Named, plain, whole
 from .patterns import pattern
@@ -115,6 +115,12 @@ class Where(Named):
             pool = self._layers(pool, shapes)
         if isinstance(self.heads, HeadSet):
             self._check_head_set(pool, shapes)
+            pool = [s for s in pool if not s.refused or s.layer in self.heads.layers]
+        if refused := [s for s in pool if s.refused]:
+            raise UnsupportedHost(
+                f"{self} selects {listing(s.path for s in refused)}, which cannot be steered: {refused[0].refused}. Select "
+                "the others, by layers, modules, kinds or modalities; attnsteer.sites(target) lists them."
+            )
         return [(site, heads) for site, heads in ((s, self._heads(s)) for s in pool) if heads != ()]
 
     def _keep(self, kept: list[Site], field: str, found: Iterable[object]) -> list[Site]:
@@ -209,7 +215,7 @@ def stack_shape(site: Site, sites: Iterable[Site]) -> tuple[int, int]:
 def _shapes(sites: Iterable[Site]) -> dict[Stack, tuple[int, int]]:
     """(layers, heads of the widest layer) of each stack."""
     shapes: dict[Stack, tuple[int, int]] = {}
-    for site in sites:
+    for site in (s for s in sites if not s.refused):
         depth, width = shapes.get(_stack(site), (0, 0))
         shapes[_stack(site)] = max(depth, site.layer + 1), max(width, site.heads)
     return shapes

@@ -34,6 +34,8 @@ def randomize_(model: nn.Module, seed: int, logit_std: float = LOGIT_STD, embedd
     # Conv1D of GPT-2 and the experts of GPT-OSS multiply from the right: fan-in is the second to last axis.
     transposed = {id(m.weight) for m in model.modules() if type(m).__name__ == "Conv1D"}
     for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            continue
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
         with torch.no_grad():
             if id(parameter) in embeddings or re.search(r"position_embeddings?$|class_embedding$|cls_token$", name):

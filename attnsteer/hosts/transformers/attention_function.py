@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 import threading
 import weakref
@@ -105,7 +106,7 @@ def _steered(
         part = att.take(index)
         return base(module, part.q, part.k, part.v, part.mask, *args, **kwargs)[0].transpose(1, 2)
 
-    if id(module) not in forward.stack.exact:
+    if id(module) not in forward.stack.exact and reads_map(runtime, active):
         check_exact(runtime.site, att, base_rows)
         forward.stack.exact.add(id(module))
     maps: list[Any] | None = [] if name == "eager" else None
@@ -174,6 +175,11 @@ def _flex_mask(block_mask: Any, q: Tensor, k: Tensor) -> Tensor:
     return create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device=q.device)
 
 
+def reads_map(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
+    """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
+    return not all(runtime.entries[i][0].method.linear for i in active)
+
+
 def check_base(site: Site, name: str) -> None:
     """Raise where the model's attention hides what an exact edit needs."""
     if name not in BASES:
@@ -188,7 +194,8 @@ def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor
     n = att.shape[2]
     index = torch.unique(torch.tensor([0, n // 3, (2 * n) // 3, n - 1], device=att.q.device))
     with torch.no_grad():
-        out = base_rows(index).detach().to(att.stat_dtype)
+        given = base_rows(index).detach()
+        out = given.to(att.stat_dtype)
         sub = att.take(index)
         if not bool(torch.stack([t.isfinite().all() for t in (sub.q, sub.k, sub.v)]).all()):
             raise UnsupportedHost(
@@ -206,7 +213,7 @@ def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor
     half = (torch.float16, torch.bfloat16)
     kind = att.q.device.type
     cast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) in half
-    limit = 5e-2 if cast or att.q.dtype in half else 1e-3
+    limit = 5e-2 if cast or att.q.dtype in half or given.dtype in half else 1e-3
     if not bool(error <= limit * size):
         raise UnsupportedHost(
             f"{site.path}: the model's attention is not softmax(q k^T * scale + mask) v as its arguments say "
@@ -243,7 +250,7 @@ def attach_module(runtime: SiteRuntime, journal: Any) -> None:
             _register()
         _RUNTIMES[module] = runtime
     journal.add(lambda: _release(module))
-    journal.set_attr(module, "config", view(module.config))
+    journal.set_attr(module, "config", view(module.config, asks_for_name(module)))
 
 
 def _release(module: nn.Module) -> None:
@@ -265,19 +272,56 @@ def _unregister() -> None:
     AttentionInterface._global_mapping.pop(NAME, None)
 
 
-def view(config: Any) -> Any:
-    """A live view of `config` with our implementation's name.
+class _Name(str):
+    """Our name, which says that it is the base's too: the library's table finds our function, a comparison finds the base."""
+
+    __slots__ = ("_config",)
+
+    def __new__(cls, config: Any) -> _Name:
+        made = super().__new__(cls, NAME)
+        made._config = config
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or base_name(self._config) == other
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def asks_for_name(module: nn.Module) -> bool:
+    """Whether a module's own code compares the implementation's name: an indexer's mask is applied under some only."""
+    own = [vars(c).values() for c in type(module).__mro__ if c.__module__ != nn.Module.__module__]
+    codes = (getattr(inspect.unwrap(f), "__code__", None) for values in own for f in values if callable(f))
+    return any(
+        "_attn_implementation" in code.co_names and any(base in _words(code.co_consts) for base in BASES)
+        for code in codes
+        if code is not None
+    )
+
+
+def _words(constants: Any) -> set[str]:
+    """The strings among the constants of a code object, also those in tuples."""
+    found = {c for c in constants if isinstance(c, str)}
+    return found.union(*(_words(c) for c in constants if isinstance(c, (tuple, frozenset))))
+
+
+def view(config: Any, asked: bool = False) -> Any:
+    """A live view of `config` with our implementation's name; `asked`: one that equals the base's name as well.
 
     Only attention modules see it, so model code, library checks and mask functions read what they always read; a later change of
     the config is seen through it. Copies and pickles of it are the config itself.
     """
     kind = type(config)
+    name = _Name(config) if asked else NAME
     made = type(
         kind.__name__,
         (kind,),
         {
             "__module__": kind.__module__,
-            "_attn_implementation": property(lambda self: NAME, lambda self, value: None),
+            "_attn_implementation": property(lambda self: name, lambda self, value: None),
             "__deepcopy__": lambda self, memo: copy.deepcopy(config, memo),
             # A builtin, so that a pickle can be read where this library is not installed.
             "__reduce_ex__": lambda self, protocol: (max, ([config],)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -28,33 +29,40 @@ def check_direct(site: Site) -> None:
         )
 
 
+def account_of(runtime: SiteRuntime) -> Any:
+    """The running forward of the site's model: what computes attention by itself takes no keywords of ours."""
+    forward = forward_of(runtime.run, {})
+    if forward is None:
+        raise UnsupportedHost(
+            f"{runtime.site.path}: this attention call belongs to no running forward of its model: the module was called by "
+            "itself, or a checkpoint computes it again, which a module that calls SDPA itself cannot follow. Call the "
+            "steered model, without gradient checkpointing."
+        )
+    return forward
+
+
+def call_of(runtime: SiteRuntime, batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
+    """The call of a site in the running forward of its model."""
+    forward = account_of(runtime)
+    if not isinstance(forward, Forward):
+        return plain_call(runtime.site, batch, rows, keys, device)
+    return forward.call(runtime, batch, rows, keys, keys, device)
+
+
+def acting(runtime: SiteRuntime) -> tuple[int, ...]:
+    """Which interventions act at a site in the running forward of its model."""
+    forward = account_of(runtime)
+    return runtime.active(forward.phase, None, None, forward.mixed) if isinstance(forward, Forward) else ()
+
+
 def attach_direct(runtime: SiteRuntime, journal: Any) -> None:
     """Exchange the SDPA that the site's module calls, until undone."""
-
-    def running() -> Forward:
-        # SDPA takes no keywords of ours, so the account comes from the running context.
-        forward = forward_of(runtime.run, {})
-        if forward is None:
-            raise UnsupportedHost(
-                f"{runtime.site.path}: this attention call belongs to no running forward of its model: the module was called by "
-                "itself, or a checkpoint computes it again, which a module that calls SDPA itself cannot follow. Call the "
-                "steered model, without gradient checkpointing."
-            )
-        return forward
-
-    def make_call(batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
-        forward = running()
-        if not isinstance(forward, Forward):
-            return plain_call(runtime.site, batch, rows, keys, device)
-        return forward.call(runtime, batch, rows, keys, keys, device)
-
-    def acting() -> tuple[int, ...]:
-        forward = running()
-        return runtime.active(forward.phase, None, None, forward.mixed) if isinstance(forward, Forward) else ()
 
     # As for the registered function: what is traced must not bake in the state of a run.
     @torch.compiler.disable
     def primitive(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return sdpa_primitive(runtime, make_call, lambda r: acting())(query, key, *args, **kwargs)
+        make_call = functools.partial(call_of, runtime)
+        return sdpa_primitive(runtime, make_call, acting)(query, key, *args, **kwargs)
 
-    patch_forward(runtime.site.module, counting(runtime.site, primitive, acting), journal)
+    acts = functools.partial(acting, runtime)
+    patch_forward(runtime.site.module, counting(runtime.site, primitive, acts), journal)

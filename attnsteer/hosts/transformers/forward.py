@@ -24,7 +24,19 @@ from ...scope import PLAIN, SCOPES, Scope
 from ...tokens import Tokens
 from .cache_state import STATE, Memory, Sequence
 from .masks import looks_both_ways, packed_requests, padding_mask, roles_of_mask, whole_mask
-from .outer_calls import CURRENT, GENERATION, KEY, OUTER, UNTOLD, UNTRACED, Outer, OuterCalls, Prepared, entry
+from .outer_calls import (
+    CURRENT,
+    GENERATION,
+    KEY,
+    OUTER,
+    UNTOLD,
+    UNTRACED,
+    Outer,
+    OuterCalls,
+    Prepared,
+    entry,
+    takes_keywords,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +88,8 @@ class Forward:
         if self.batch != batch or self.new != rows:
             # The stack folds other axes into the batch, or has no tokens.
             check_no_samples(runtime)
+            if self.batch > 0 and site.modality == "text":
+                _check_no_tokens(runtime)
             own = plain(rows, device), plain(keys, device)
             return AttnCall(site, *own, host="transformers", phase=self.phase)
         facts: dict[str, Any] = {"tokens": self.tokens, "residual": self.residual}
@@ -117,6 +131,8 @@ class Stack:
     def __init__(self, run: Any, name: str, module: nn.Module, runtimes: dict[int, SiteRuntime], outer: OuterCalls):
         self.run, self.name, self.module, self.runtimes, self.outer = run, name, module, runtimes, outer
         self.names = list(inspect.signature(module.forward).parameters)
+        # One that takes no other keywords than its own has layers that find the account in the running context.
+        self.hands_on = takes_keywords(module)
         bounds = {b.index: b for r in runtimes.values() for b, _ in r.entries}
         self.bounds: list[Bound] = [bounds[i] for i in sorted(bounds)]
         # Those that refuse a batch without the tokens they speak of.
@@ -154,7 +170,8 @@ class Stack:
         if told is None:
             told = self.outer.of_call(self.module, values, None if isinstance(prepared, Forward) else prepared)
         forward = self.begin(values, told)
-        kwargs[KEY] = {**kwargs.get(KEY, {}), key: forward}
+        if self.hands_on:
+            kwargs[KEY] = {**kwargs.get(KEY, {}), key: forward}
         token = CURRENT.set({**running, key: forward})
         try:
             output = inner(*args, **kwargs)
@@ -442,6 +459,16 @@ class Stack:
         if new is None:
             return torch.cat([old, old.new_zeros(forward.batch, forward.new)], dim=1)
         return torch.cat([old, new.to(old.device)], dim=1)
+
+
+def _check_no_tokens(runtime: SiteRuntime) -> None:
+    """Raise where a method asks which key is which token, and the keys of a call are those of windows or blocks."""
+    for bound, _ in runtime.entries:
+        if "tokens" in bound.method.needs:
+            raise UnsupportedHost(
+                f"{runtime.site.path} attends in windows or blocks of tokens, so which key is which token is not known, "
+                f"and {bound.name} asks it. Leave this site out of Where."
+            )
 
 
 def check_no_samples(runtime: SiteRuntime) -> None:

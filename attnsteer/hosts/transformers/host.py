@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ...bound import Bound
-from ...errors import UnsupportedHost, listing
+from ...errors import UnsupportedHost
 from ...site import Site
 from ..base import Host, imported
 from ..sdpa.host import reaches
@@ -25,6 +26,7 @@ from .image_tokens import family_of, takes_images
 from .layers import ImageFree, block_of
 from .outer_calls import OuterCalls, outer_modules
 from .streams import Streams
+from .written import attach_written, check_written, heads_of, writes_attention
 
 if TYPE_CHECKING:
     from ...steering import Steering
@@ -43,8 +45,8 @@ class TransformersHost(Host):
         self.model = _module(target)
         self._sites: list[Site] | None = None
         self._stacks: dict[str, str] = {}
-        # Sites whose module calls SDPA itself instead of looking its attention function up.
-        self._direct: set[str] = set()
+        # How the attention of a site is reached: "interface", "direct" (it calls SDPA itself), "written" (it writes its map out).
+        self._reached: dict[str, str] = {}
 
     @classmethod
     def takes(cls, target: Any) -> bool:
@@ -55,53 +57,49 @@ class TransformersHost(Host):
     def sites(self) -> list[Site]:
         if self._sites is None:
             self._sites = self._find()
-            kinds = {s.modality for s in self._sites}
+            kinds = {s.modality for s in self._sites if not s.refused}
             self.main = ("text",) if "text" in kinds else tuple(sorted(kinds))
         return self._sites
 
     def _find(self) -> list[Site]:
-        found, counters, countless = [], {}, []
+        found: list[Site] = []
+        counters: dict[tuple[str, str], dict[str, int]] = {}
         names = {name: module for name, module in self.model.named_modules()}
         interfaces = {name for name, module in names.items() if _looks_up_attention(module)}
         # Beside layers that use the interface, a call of SDPA is something else: a pooling head, a mix of residuals.
         served = {_nearest_model(name, names)[0] for name in interfaces}
+        modalities = _modalities(names)
         for name, module in names.items():
-            interface = name in interfaces
-            if not interface and (not reaches(module) or _nearest_model(name, names)[0] in served):
+            how = _reached(module, name in interfaces, lambda name=name: _nearest_model(name, names)[0] in served)
+            if how is None:
                 continue
-            heads, kv = _head_counts(module)
-            if heads is None and interface:
-                raise UnsupportedHost(f"{name}: {type(module).__name__} does not say how many heads it has.")
-            if heads is None:
-                countless.append(f"{name} ({type(module).__name__})")
-                continue
+            heads, kv = _head_counts(module) if how != "written" else (heads_of(module),) * 2
             stack_name, stack = _nearest_model(name, names)
             block = re.match(r"(.*\.\d+)(\.|$)", name)
             order = counters.setdefault((stack_name, name.split(".")[0]), {})
             position = order.setdefault(block[1] if block else name, len(order))
-            layer = getattr(module, "layer_idx", None)
+            layer = _layer_number(module, block[1] if block else "")
             cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(name))
-            causal = bool(getattr(module, "is_causal", False)) and not cross
+            causal = bool(getattr(module, "is_causal", _masks_causally(stack))) and not cross
             decoder = causal or cross or "decoder" in name
             self._stacks[name] = stack_name
-            if not interface:
-                self._direct.add(name)
+            self._reached[name] = how
+            refused = ""
+            if heads is None:
+                refused = f"{type(module).__name__} does not say how many heads it has; set num_heads on it"
             found.append(
                 Site(
                     name=name,
-                    layer=layer if isinstance(layer, int) else position,
+                    layer=position if layer is None else layer,
                     kind="cross" if cross else "self",
-                    heads=heads,
-                    kv_heads=kv,
-                    modality=_modality(stack),
+                    heads=heads or 0,
+                    kv_heads=kv or 0,
+                    modality=modalities[stack_name],
                     stack="decoder" if decoder else "encoder",
                     causal=causal,
+                    refused=refused,
                     module=module,
                 )
-            )
-        if countless and not found:
-            raise UnsupportedHost(
-                f"{listing(countless)}: these call SDPA but do not say how many heads they have. Set num_heads on each."
             )
         return found
 
@@ -122,13 +120,16 @@ class TransformersHost(Host):
         needs = set(bound.method.needs) & {"residual", "image_free"}
         if needs and not block_of(site.name):
             raise UnsupportedHost(f"{site.path} is in no numbered layer, so {bound.name} lacks {needs}.")
-        if site.path in self._direct:
+        if self._reached[site.path] != "interface":
             if "image_free" in needs:
                 raise UnsupportedHost(
-                    f"{site.path} calls SDPA by itself; a prompt without its images cannot be run beside it, which "
+                    f"{site.path} computes its attention by itself; a prompt without its images cannot be run beside it, which "
                     f"{bound.name} needs."
                 )
-            check_direct(site)
+            if self._reached[site.path] == "direct":
+                check_direct(site)
+            else:
+                check_written(site, bound)
             return
         base = base_name(site.module.config)
         check_base(site, base)
@@ -148,7 +149,7 @@ class TransformersHost(Host):
         # Outermost last, so that what is undone first is what was put around the rest.
         calls.watch(outer, journal)
         Streams.attach(run, outer, [names[name] for name in stacks], journal)
-        batching = Continuous(run, self._direct)
+        batching = Continuous(run, {path for path, how in self._reached.items() if how != "interface"})
         for module in outer:
             batching.watch(module, journal)
 
@@ -158,10 +159,7 @@ class TransformersHost(Host):
         runtimes = {path: r for path, r in run.runtimes.items() if self._stacks[path] == name}
         stack = Stack(run, name, names[name], runtimes, calls)
         for path, runtime in runtimes.items():
-            if path in self._direct:
-                attach_direct(runtime, journal)
-            else:
-                attach_module(runtime, journal)
+            _ATTACH[self._reached[path]](runtime, journal)
         needing = {path: {n for b, _ in r.entries for n in b.method.needs} for path, r in runtimes.items()}
         residual = {block_of(path) for path, needs in needing.items() if "residual" in needs}
         blocks: dict[str, nn.Module] = {}
@@ -202,6 +200,19 @@ def _looks_up_attention(module: nn.Module) -> bool:
     return code is not None and ("ALL_ATTENTION_FUNCTIONS" in code.co_names or "get_interface" in code.co_names)
 
 
+# How a site is attached, by how its attention is reached.
+_ATTACH = {"interface": attach_module, "direct": attach_direct, "written": attach_written}
+
+
+def _reached(module: nn.Module, interface: bool, served: Callable[[], bool]) -> str | None:
+    """How the attention of a module is reached, or None; `served`: whether its stack has layers that use the interface."""
+    if interface:
+        return "interface"
+    if reaches(module):
+        return None if served() else "direct"
+    return "written" if writes_attention(module) else None
+
+
 def _nearest_model(name: str, names: dict[str, nn.Module]) -> tuple[str, nn.Module]:
     from transformers import PreTrainedModel
 
@@ -212,12 +223,44 @@ def _nearest_model(name: str, names: dict[str, nn.Module]) -> tuple[str, nn.Modu
     return "", names[""]
 
 
+def _modalities(names: dict[str, nn.Module]) -> dict[str, str]:
+    """Path of each library model in the target -> its modality."""
+    from transformers import PreTrainedModel
+
+    found = {name: _modality(m) for name, m in names.items() if not name or isinstance(m, PreTrainedModel)}
+    # What takes neither token ids nor their embeddings carries on with what a tower made: a resampler, a connector.
+    towers = [kind for kind in ("vision", "audio") if kind in found.values()]
+    for name in found:
+        if name and found[name] == "text" and len(towers) == 1:
+            parameters = inspect.signature(names[name].forward).parameters
+            if not {"input_ids", "inputs_embeds", "decoder_input_ids", "input_embeds"} & set(parameters):
+                found[name] = towers[0]
+    return found
+
+
 def _modality(stack: nn.Module) -> str:
     name = getattr(stack, "main_input_name", "input_ids")
     # Towers that are called with patches in place of pixels, or with queries (a Q-Former's outputs are image tokens).
-    if name.startswith("pixel") or re.search(r"(Vision|VisionModel|QFormer)Config$", type(stack.config).__name__):
+    config = type(getattr(stack, "config", None)).__name__
+    if name.startswith("pixel") or re.search(r"(Vision|VisionModel|QFormer)Config$", config):
         return "vision"
     return "audio" if name in ("input_features", "input_values") else "text"
+
+
+def _layer_number(module: nn.Module, block: str) -> int | None:
+    """What the module says of its layer; None: its place among the others is the number."""
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        return None
+    # A module that several layers share has no number of its own (Zamba); the layer that calls it has.
+    number = block.rpartition(".")[2]
+    return layer if layer >= 0 else int(number) if number else None
+
+
+def _masks_causally(stack: nn.Module) -> bool:
+    """Whether the code of a stack makes a causal mask for its layers, which then do not say so of themselves."""
+    code = getattr(inspect.unwrap(type(stack).forward), "__code__", None)
+    return code is not None and any(re.fullmatch(r"create_\w*causal_mask", name) for name in code.co_names)
 
 
 def _head_counts(module: nn.Module) -> tuple[int | None, int | None]:
@@ -226,9 +269,11 @@ def _head_counts(module: nn.Module) -> tuple[int | None, int | None]:
     heads = None
     for name in ("num_heads", "num_attention_heads", "n_heads", "n_head"):
         heads = heads or _int(module, name)
-    projection, dim = getattr(module, "q_proj", None), _int(module, "head_dim")
-    if heads is None and projection is not None and dim and hasattr(projection, "out_features"):
-        heads = projection.out_features // dim
+    dim = _int(module, "head_dim")
+    # What leaves the heads, before what enters them: a query projection may hold gates beside the queries.
+    for name, size in (("o_proj", "in_features"), ("out_proj", "in_features"), ("q_proj", "out_features")):
+        width = _int(getattr(module, name, None), size)
+        heads = heads or (width // dim if width and dim and width % dim == 0 else None)
     for name in ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"):
         heads = heads or _int(config, name)
     if not heads:

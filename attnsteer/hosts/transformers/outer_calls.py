@@ -128,7 +128,7 @@ class OuterCalls:
     def watch(self, outer: list[nn.Module], journal: Any) -> None:
         """Put layers around the forwards of the outer modules, and around `generate`; undone by the journal."""
         for module in outer:
-            if self.family is not None or module is self.adapted or not _takes_keywords(module):
+            if self.family is not None or module is self.adapted or not takes_keywords(module):
                 journal.wrap(module, "forward", _Forwards(self, module))
             if callable(getattr(type(module), "generate", None)):
                 journal.wrap(module, "generate", _Generates(self, module))
@@ -307,7 +307,7 @@ def _begins(ids: Tensor, prompt: Tensor) -> bool:
     return len(ids) == len(prompt) and torch.equal(ids[:, : prompt.shape[1]], prompt.to(ids.device))
 
 
-def _takes_keywords(module: nn.Module) -> bool:
+def takes_keywords(module: nn.Module) -> bool:
     """Whether a forward hands keywords on that it does not know, so that it needs no layer around it."""
     parameters = inspect.signature(module.forward).parameters.values()
     return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

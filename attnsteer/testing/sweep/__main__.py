@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for i, row in enumerate(runner.rows(part.measure, chosen, given.timeout)):
         print(f"{row.name}\t{row.model}\t{row.sites}\t{row.verdict}\t{row.reason}\t{row.measured}", flush=True)
         table.rows[row.name] = row
-        if not given.dry and i % 20 == 19:
+        if not given.dry and i % 5 == 4:
             table.save()
     print(f"{len(chosen)} in {time.perf_counter() - start:.0f} s; the table: {table.counts()}")
     if not given.dry:

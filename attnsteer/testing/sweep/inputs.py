@@ -19,9 +19,17 @@ def candidates(model: nn.Module, name: str) -> Iterator[dict[str, Any]]:
     """Keyword arguments of the forward."""
     if name in INPUTS:
         yield INPUTS[name](model)
-    takes = list(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    for given in _candidates(model, list(parameters)):
+        yield given | {n: v for n in needed if n not in given for v in [_needed(model, n, given)] if v is not None}
+
+
+def _candidates(model: nn.Module, takes: list[str]) -> Iterator[dict[str, Any]]:
     main = getattr(model, "main_input_name", "input_ids")
     text = _text(model, takes)
+    if "grid_thw" in takes:
+        yield _patches(model, next(n for n in ("hidden_states", "pixel_values", takes[0]) if n in takes))
     others = [n for n in ("pixel_values", "input_features", "input_values", "pixel_values_videos") if n in takes]
     if main != "input_ids" and main in takes and main not in others:
         others.insert(0, main)
@@ -29,19 +37,65 @@ def candidates(model: nn.Module, name: str) -> Iterator[dict[str, Any]]:
         yield text
     for other in others:
         for data in _data(model, other):
+            if mask := next(
+                (n for n in (f"{other}_mask", "feature_attention_mask", "input_features_mask") if n in takes), None
+            ):
+                for axis in (-1, 1):
+                    yield {**text, other: data, mask: torch.ones(BATCH, data.shape[axis], dtype=torch.long)}
             if text:
                 yield {**text, other: data}
             decoder = {k: v for k, v in text.items() if k.startswith("decoder_")}
             yield {other: data, **decoder}
     if text:
         yield text
-        yield {"input_ids": text.get("input_ids", ids(LENGTH))}
+        yield {"input_ids": text.get("input_ids", ids(model, LENGTH))}
+    for name in ("inputs_embeds", "query_embeds", "hidden_states"):
+        if name in takes:
+            yield {name: noise(BATCH, LENGTH, _found(model, "hidden_size", "d_model") or 64)}
+    yield {}
 
 
-def ids(length: int, seed: int = 0) -> Tensor:
+def _patches(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """Two images of four by four patches, in rows, as towers of Qwen-VL's kind take them."""
+    size = _found(model, "patch_size") or 8
+    frames, channels = (
+        _found(model, "temporal_patch_size") or 1,
+        _found(model, "in_channels", "in_chans", "num_channels") or 3,
+    )
+    return {name: noise(32, channels * frames * size * size), "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]])}
+
+
+def _needed(model: nn.Module, name: str, given: dict[str, Any]) -> Any:
+    """An argument that the forward cannot do without, or None."""
+    first = next((v for v in given.values() if isinstance(v, Tensor)), None)
+    length = (
+        LENGTH
+        if first is None or first.ndim < 2
+        else first.shape[-1 if name.endswith("_mask") and "feature" in name else 1]
+    )
+    if name == "bbox":
+        return torch.tensor([1, 2, 10, 12]).expand(BATCH, LENGTH, 4)
+    if name.endswith("mask"):
+        return torch.ones(BATCH, length, dtype=torch.long)
+    if name in ("input_ids", "decoder_input_ids"):
+        return ids(model, LENGTH)
+    if name in ("grid_thw", "image_grid_thw"):
+        return torch.tensor([[1, 4, 4], [1, 4, 4]])
+    if name in ("hidden_states", "inputs_embeds", "query_embeds", "encoder_hidden_states"):
+        return noise(BATCH, LENGTH, _found(model, "hidden_size", "d_model") or 64)
+    return next(_data(model, name), None) if "pixel" in name or "feature" in name or "values" in name else None
+
+
+def ids(model: nn.Module, length: int, seed: int = 0) -> Tensor:
     """Token ids [2, length], none of them special."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(5, VOCAB - 60, (BATCH, length), generator=generator)
+    try:
+        size = model.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError):
+        size = min(
+            (c.vocab_size for c in _sub(model.config) if isinstance(getattr(c, "vocab_size", None), int)), default=VOCAB
+        )
+    return torch.randint(5, max(6, min(size, VOCAB - 60)), (BATCH, length), generator=generator)
 
 
 def noise(*shape: int, seed: int = 1) -> Tensor:
@@ -52,13 +106,15 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
 def _text(model: nn.Module, takes: list[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     if "input_ids" in takes:
-        found["input_ids"] = ids(LENGTH)
+        found["input_ids"] = ids(model, LENGTH)
         if "attention_mask" in takes:
             mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
             mask[1, -2:] = 0
             found["attention_mask"] = mask
+    if "bbox" in takes:
+        found["bbox"] = _needed(model, "bbox", found)
     if "decoder_input_ids" in takes:
-        found["decoder_input_ids"] = ids(DECODER, seed=1)
+        found["decoder_input_ids"] = ids(model, DECODER, seed=1)
     return found
 
 
@@ -82,6 +138,8 @@ def _found(model: nn.Module, *names: str) -> Any:
 def _data(model: nn.Module, name: str) -> Iterator[Tensor]:
     if name in ("input_values", "input_waveform"):
         yield noise(BATCH, 800)
+        yield noise(BATCH, 1, 960)
+        yield noise(BATCH, 6000)
         bins = _found(model, "num_mel_bins", "n_mels") or 16
         length = _found(model, "max_length") or 64
         yield noise(BATCH, length, bins)
@@ -97,6 +155,7 @@ def _data(model: nn.Module, name: str) -> Iterator[Tensor]:
         yield noise(BATCH, bins, frames)
         yield noise(BATCH, frames, bins)
         yield noise(BATCH, 1, frames, bins)
+        yield noise(BATCH, frames, 128)
         return
     channels = _found(model, "num_channels", "in_channels", "in_chans", "input_channels") or 3
     size = _found(model, "image_size", "img_size", "input_size", "resolution") or 32
@@ -107,5 +166,6 @@ def _data(model: nn.Module, name: str) -> Iterator[Tensor]:
         return
     yield noise(BATCH, channels, height, width)
     yield noise(BATCH, frames, channels, height, width)
+    yield noise(BATCH, 2, channels, 64, 64)
     yield noise(BATCH, channels, 64, 64)
     yield noise(BATCH, channels, 128, 128)

@@ -17,12 +17,17 @@ where the installed version of a library is not the one of its table.
 
 | verdict | what it says |
 | --- | --- |
-| exact | everything that was measured holds: an identity steering changes no bit (also in training mode), a closed head equals an edit by other means, it fires, it is undone, cached decoding equals uncached, and every attention that ran is a site |
+| exact | everything that was measured holds (see below), and every attention that ran is a site |
 | exact but | so, for the sites that there are; the reason says what is missing |
 | refused | attnsteer raises its own error before any result, for the reason that is given |
 | no softmax attention | nothing ran that is softmax(QK)V |
 | not built | the sweep could not build or run the type; nothing is known of it |
 | wrong | a fault of attnsteer's |
+
+Measured are: open gates at all sites change no bit of the output, in evaluation and in training mode; a closed head at a site of
+each kind equals the same edit made from outside, by a torch function mode that knows nothing of attnsteer (2e-5 of the largest
+output); it moves the output; what was there before is there after; a reweighting (first key times three) equals the one computed
+from explicit maps; greedy decoding with a cache equals decoding without; and each softmax or SDPA that ran belongs to a site.
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import re
 from typing import Any
 
@@ -24,7 +25,7 @@ _WIDTH = re.compile(
     r"hidden_size|d_model|n_embd|embed_dim|dim|hidden_dim|emb_dim|embedding_size|d_embed|model_dim|hidden_sizes?|"
     r"(text|vision|encoder|decoder|out|output|backbone|resampler|audio|fusion|mm|projector|cross_attention|image_text|pooler)_"
     r"(hidden_size|dim|embed_dim|embd|hidden_dim|d_model)|"
-    r"(out|output|embed|hidden|model|text|vision)_(dim|size|hidden_size)s?|projection_dim|proj_dim|projector_dim|entity_emb_size|"
+    r"(out|output|embed|hidden|model|text|vision)_(dim|size|hidden_size)s?|projection_dim|projection_size|proj_dim|projector_dim|entity_emb_size|"
     r"(text|vision|audio)_embed_dim|image_embed_dim|lru_width|d_latents|qk_channels|v_channels|shared_projection_dim"
 )
 _HEADS = re.compile(
@@ -53,22 +54,22 @@ _POSITIONS = re.compile(
     r"|max_length|original_max_position_embeddings|max_encoder_position_embeddings"
 )
 _DIM_HEAD = re.compile(
-    r"(attention_|global_|attn_|kv_|linear_key_|linear_value_|attention_|index_)?head_dim|d_kv|dim_head|attention_head_size"
+    r"(attention_|global_|attn_|kv_|linear_key_|linear_value_|index_)?head_dim|d_kv|dim_head|attention_head_size"
 )
 
 # Sizes of latent attention, indexers and state spaces, which go with each other and not with the width.
 _FIXED: dict[str, Any] = {
-    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "qk_head_dim": 16,
-    "index_topk": 64, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1, "num_expert_group": 1,
-    "mamba_n_heads": 4, "n_mamba_heads": 4, "mamba_d_head": 32, "mamba_headdim": 32, "mamba_d_state": 8, "mamba_num_heads": 4,
-    "mamba_head_dim": 32, "mamba_n_groups": 1, "mamba_ngroups": 1, "mamba_chunk_size": 16, "chunk_size": 16, "state_size": 8,
-    "ssm_state_size": 8, "n_groups": 1, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8, "mamba_dt_rank": 4, "time_step_rank": 4, "mamba_expand": 2, "conv_kernel": 4,
-    "sliding_window": 8, "attention_chunk_size": 8, "window_size": None, "local_attention": 8, "attention_window": 8,
-    "window": 8, "attention_context_left": 8, "first_k_dense_replace": 1, "query_pre_attn_scalar": 16,
-    "num_codebooks": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16, "num_queries": 8,
-    "num_query_tokens": 4, "num_mel_bins": 16, "num_latents": 8, "relative_attention_num_buckets": 8,
-    "max_bucket_distance": 16, "relative_attention_max_distance": 16, "num_conv_pos_embeddings": 16,
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "qk_head_dim":
+    16, "index_topk": 4, "rotary_dim": 8, "index_n_heads": 2, "index_head_dim": 16, "n_group": 1, "topk_group": 1,
+    "mamba_n_heads": 4, "n_mamba_heads": 4, "mamba_d_head": 32, "mamba_headdim": 32, "mamba_d_state": 8, "mamba_num_heads":
+    4, "mamba_head_dim": 32, "mamba_n_groups": 1, "mamba_ngroups": 1, "mamba_chunk_size": 16, "chunk_size": 16,
+    "state_size": 8, "ssm_state_size": 8, "n_groups": 1, "num_expert_group": 1, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "mamba_dt_rank": 4, "time_step_rank":
+    4, "mamba_expand": 2, "conv_kernel": 4, "sliding_window": 8, "attention_chunk_size": 8, "window_size": 4, "index_kpool":
+    2, "local_attention": 8, "attention_window": 8, "window": 8, "attention_context_left": 8, "first_k_dense_replace": 1,
+    "query_pre_attn_scalar": 16, "num_codebooks": 2, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16,
+    "num_queries": 8, "num_query_tokens": 4, "num_mel_bins": 16, "num_latents": 8, "relative_attention_num_buckets": 8,
+    "upsample_groups": 16, "max_bucket_distance": 16, "relative_attention_max_distance": 16, "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4, "type_vocab_size": None, "image_seq_length": 16, "audio_seq_length": None,
 }  # fmt: skip
 
@@ -91,7 +92,8 @@ def shrunk(config: Any, hints: dict[str, Any], ids: list[int] | None = None) -> 
     from transformers import PreTrainedConfig
 
     ids = [SPECIAL] if ids is None else ids
-    given = {k: v for k, v in vars(config).items() if not k.startswith("_") and k != "transformers_version"}
+    fields = {f.name for f in dataclasses.fields(config)}
+    given = {k: v for k, v in vars(config).items() if k in fields and k != "transformers_version"}
     layers = _layers(given)
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -99,11 +101,11 @@ def shrunk(config: Any, hints: dict[str, Any], ids: list[int] | None = None) -> 
             own = hints.get(key) if isinstance(hints.get(key), dict) else {}
             values[key] = {**shrunk(value, own, ids), "model_type": value.model_type}
         elif isinstance(value, (list, tuple)) and layers and len(value) == layers[0]:
-            values[key] = [value[i] for i in layers[1]]
+            values[key] = [_value(key, value[i], given, None, ids) for i in layers[1]]
         else:
             values[key] = _value(key, value, given, layers, ids)
     for key, value in hints.items():
-        if isinstance(value, dict) and isinstance(values.get(key), dict):
+        if isinstance(value, dict) and isinstance(values.get(key), dict) and "model_type" not in value:
             values[key] = {**values[key], **{k: v for k, v in value.items() if not isinstance(v, dict)}}
             for k, v in value.items():
                 if isinstance(v, dict):
@@ -138,12 +140,31 @@ def _layers(given: dict[str, Any]) -> tuple[int, list[int]] | None:
 def _value(key: str, value: Any, given: dict[str, Any], layers: Any, ids: list[int]) -> Any:
     if isinstance(value, dict):
         return _rope(copy.deepcopy(value)) if "rope" in key else value
-    if isinstance(value, bool) or value is None:
+    if value is None:
+        # What a class does not work out by itself, though its default says so.
+        return {"head_dim": HEAD_DIM, "num_key_value_heads": HEADS}.get(key)
+    if isinstance(value, bool):
         return value
     if isinstance(value, float):
         return 0.0 if "drop" in key else value
     if isinstance(value, int):
         return _integer(key, value, given, layers, ids)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) for v in value):
+        return type(value)(_stage(key, v) for v in value)
+    return value
+
+
+def _stage(key: str, value: int) -> int:
+    """One entry of a list that has one for each stage of a pyramid."""
+    if re.fullmatch(r"(num_)?(attention_)?heads?|num_(attention_)?heads|nheads|(encoder|decoder)_attention_heads", key):
+        return 1 if value == 1 else 2
+    if re.search(r"depths?$|num_(hidden_)?(layers|blocks)|layers$|num_repeats", key):
+        return min(value, 2)
+    if re.search(
+        r"hidden_sizes|dims?$|channels?|embed_dims?|hidden_dims?|dim_per_stage|widths?|embedding_dims|sizes_per_stage",
+        key,
+    ):
+        return min(value, 32)
     return value
 
 
@@ -199,7 +220,11 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
         if isinstance(inner, dict):
             value[key] = _rope(inner)
     if isinstance(value.get("mrope_section"), list):
-        value["mrope_section"] = [2, 3, 3] if len(value["mrope_section"]) == 3 else [4, 4]
+        half = int(HEAD_DIM * (value.get("partial_rotary_factor") or 1) / 2)
+        first, count = half // 3, len(value["mrope_section"])
+        value["mrope_section"] = (
+            [half // 2] * 2 if count == 2 else [half - 2 * ((half - first) // 2)] + [(half - first) // 2] * 2
+        )
     for key in ("original_max_position_embeddings",):
         with contextlib.suppress(KeyError):
             value[key] = min(value[key], 64)

@@ -13,7 +13,7 @@ from ... import HeadGate, Where, ZeroTuning, sites, steer
 from ...errors import AttnSteerError
 from ...site import Site
 from ..weights import randomize_
-from .hints import CLASSES, CONFIGS, ELSEWHERE
+from .hints import CLASSES, CONFIGS, ELSEWHERE, MIXTURES
 from .inputs import candidates
 from .rows import Row
 from .small_configs import small
@@ -182,7 +182,9 @@ def pattern(path: str) -> str:
 
 
 def _measure(row: Row, model: nn.Module, call: Call, watch: Watch) -> None:
-    owners = sorted({s.owner for s in watch.seen})
+    mixes = MIXTURES.get(row.name, ("(?!)", ""))[0]
+    owners = sorted({s.owner for s in watch.seen if not re.fullmatch(mixes, s.owner)})
+    named = {s.how for s in watch.seen if s.how.startswith("nn.")}
     try:
         every = {s.path: s for s in sites(model)}
     except AttnSteerError as error:
@@ -202,7 +204,8 @@ def _measure(row: Row, model: nn.Module, call: Call, watch: Watch) -> None:
     row.sites, row.heads = len(found), sorted({s.heads for s in found.values()})
     if not ran:
         why = next((s.refused for s in every.values() if getattr(s, "refused", "")), "")
-        row.verdict, row.reason = "refused", why or f"softmax attention ran in {_some(owners)}, which are no sites"
+        by = f" (by {', '.join(named)})" if named else ""
+        row.verdict, row.reason = "refused", why or f"softmax attention ran in {_some(owners)}{by}, which are no sites"
         return
     plain = call()
     kept = vars_of(model)
@@ -267,6 +270,8 @@ def _identity(row: Row, model: nn.Module, call: Call, plain: list[Tensor], ran: 
             return refused
         out = steered(ran)
     row.measured["identity"] = all(map(same, plain, out))
+    # Running statistics move in training.
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
     model.train()
     try:
         before = call()
@@ -278,6 +283,9 @@ def _identity(row: Row, model: nn.Module, call: Call, plain: list[Tensor], ran: 
         row.measured["training"] = _brief(error)[:100]
     finally:
         model.eval()
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
     return refused
 
 
@@ -289,7 +297,7 @@ def _gates(row: Row, model: nn.Module, call: Call, plain: list[Tensor], chosen: 
     with steer(model, *(gate(s, {head[s.path]: 0.0}) for s in chosen)):
         out = call()
     row.measured["gate"] = distance(out, expected)
-    row.measured["effect"] = distance(out, plain) > 100 * LIMIT or distance(out, plain) > 10 * row.measured["gate"] > 0
+    row.measured["effect"] = distance(out, plain) > 10 * max(row.measured["gate"], 1e-7)
     if row.measured["gate"] > LIMIT or not row.measured["effect"]:
         # Which of them it is.
         for site in chosen:

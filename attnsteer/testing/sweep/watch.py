@@ -19,10 +19,11 @@ from torch.overrides import TorchFunctionMode
 PRODUCTS = {"matmul", "bmm", "__matmul__", "einsum", "baddbmm", "mm"}
 # What hands a map on as a map: functions of one tensor that leave it a map, or scale it.
 CARRIES = {
-    "dropout", "to", "type", "type_as", "float", "half", "bfloat16", "view", "reshape", "contiguous", "clone", "mul", "__mul__",
-    "__rmul__", "masked_fill", "masked_fill_", "nan_to_num", "__getitem__", "unsqueeze", "squeeze", "transpose", "permute",
-    "flatten", "unflatten", "where", "clamp", "div", "__truediv__", "sub", "__sub__", "add", "__add__", "detach", "expand", "view_as",
-    "rearrange", "movedim", "swapaxes", "alpha_dropout", "cat", "chunk", "split", "repeat", "narrow", "requires_grad_", "mul_", "pad",
+    "dropout", "to", "type", "type_as", "float", "half", "bfloat16", "view", "reshape", "contiguous", "clone", "mul",
+    "__mul__", "__rmul__", "masked_fill", "masked_fill_", "nan_to_num", "__getitem__", "unsqueeze", "squeeze", "transpose",
+    "permute", "flatten", "unflatten", "where", "clamp", "div", "__truediv__", "sub", "__sub__", "add", "__add__", "detach",
+    "expand", "view_as", "movedim", "swapaxes", "alpha_dropout", "cat", "chunk", "split", "repeat", "narrow",
+    "requires_grad_", "mul_", "pad",
 }  # fmt: skip
 
 
@@ -59,6 +60,8 @@ class Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return self._output(out, "sdpa")
+        if name == "multi_head_attention_forward":
+            return self._output(out, "nn.MultiheadAttention")
         if name == "flex_attention":
             return self._output(out, "flex")
         if name in ("softmax", "_softmax") or name == "softmax_":
@@ -75,12 +78,11 @@ class Watch(TorchFunctionMode):
             self._maps[id(t)] = t
 
     def _carried(self, args: Any) -> bool:
+        """Whether the first tensor among the arguments is a map: values multiplied with one from the left are no attention."""
         first = next((a for a in args if not isinstance(a, str)), None)
         if isinstance(first, (tuple, list)):
-            return any(id(t) in self._maps for t in first)
-        if len(args) > 2 and id(args[2]) not in self._maps and id(first) not in self._maps and len(args) == 3:
-            return id(args[1]) in self._maps
-        return any(id(a) in self._maps for a in args if isinstance(a, Tensor))
+            first = next(iter(first), None)
+        return isinstance(first, Tensor) and id(first) in self._maps
 
     def _output(self, out: Any, how: str) -> Any:
         owner = self.running[-1] if self.running else ""

@@ -194,13 +194,12 @@ def test_a_call_that_leaves_sdpa_raises_and_is_undone() -> None:
     assert torch.equal(model(**inputs).logits, plain)
 
 
-def test_attention_written_out_by_hand_is_refused() -> None:
-    from transformers import GPTJConfig, GPTJForCausalLM
+def test_a_model_without_attention_is_refused() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
 
-    config = GPTJConfig(vocab_size=99, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, bos_token_id=1, eos_token_id=2)
-    model = GPTJForCausalLM(config).eval()
+    model = MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=16, state_size=4, num_hidden_layers=2)).eval()
     assert list(sites(model)) == []
     before = fingerprint(model)
-    with pytest.raises(UnsupportedHost, match=r"GPTJForCausalLM has no attention that can be reached.*by hand"):
+    with pytest.raises(UnsupportedHost, match=r"MambaForCausalLM has no attention that can be reached.*by hand"):
         steer(model, HeadGate({(0, 0): 0.0}))
     assert fingerprint(model) == before

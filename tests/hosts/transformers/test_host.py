@@ -434,6 +434,12 @@ def test_unknown_transform_inside_the_model_is_noticed(llama: nn.Module, monkeyp
     with pytest.raises(UnsupportedHost, match="something else inside"), steer(llama, METHODS["zerotuning"]):
         llama(**prompt(llama))
     assert fingerprint(llama) == before
+    # A gate multiplies what comes out, whatever made it.
+    with steer(llama, HeadGate({(1, 2): 0.0})):
+        closed = llama(**prompt(llama)).logits
+    projection = llama.model.layers[1].self_attn.o_proj
+    projection.weight[:, 2 * 16 : 3 * 16] = 0
+    torch.testing.assert_close(closed, llama(**prompt(llama)).logits, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
