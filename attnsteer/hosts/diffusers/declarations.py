@@ -75,7 +75,7 @@ class Declarations:
             branches="branches" in selects or "prompt" in needs,
             prompt="prompt" in needs,
             sampled=sampled,
-            rows=bool(around or sampled or "branches" in selects),
+            rows=bool(around or sampled or "branches" in selects or needs & {"prompt", "contrast"}),
             latent_moves="latent" in needs,
             compiled=whole or any(m._compiled_call_impl is not None for m in model.modules()),
             whole=whole,

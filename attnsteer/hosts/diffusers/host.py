@@ -132,7 +132,9 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
         block = re.match(r"(.*\.\d+)(\.|$)", name)
         modality = modality_of(name, model)
         numbers = layers.setdefault(modality, {})
-        heads, kv = _heads(module)
+        heads, kv, refused = *_heads(module), ""
+        if not heads:
+            refused = f"{type(module).__name__} does not say how many heads it has"
         sites.append(
             Site(
                 name=name,
@@ -143,6 +145,7 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
                 modality=modality,
                 stack="denoiser",
                 component=component,
+                refused=refused,
                 linear=bool(LINEAR.search(type(module.processor).__name__)),
                 module=module,
             )
@@ -153,7 +156,7 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
 def _heads(module: nn.Module) -> tuple[int, int]:
     heads = next((getattr(module, n) for n in HEADS if isinstance(getattr(module, n, None), int)), None)
     if heads is None:
-        raise UnsupportedHost(f"{type(module).__name__} does not say how many heads it has.")
+        return 0, 0
     inner, inner_kv = getattr(module, "inner_dim", None), getattr(module, "inner_kv_dim", None)
     if isinstance(inner, int) and isinstance(inner_kv, int) and inner_kv != inner:
         return heads, inner_kv // (inner // heads)

@@ -1,4 +1,4 @@
-"""`python -m attnsteer.testing.sweep.structures`: writes what the probe found into the table of the diffusers host.
+"""`python -m attnsteer.testing.sweep.structures`: adds what the probe found to the table of the diffusers host.
 
 Run it after the sweep of diffusers: it reads that one's stored rows. Configs of one class that differ leave the pattern out.
 """
@@ -28,7 +28,7 @@ def collected(table: Table) -> dict[str, dict[str, list[Any]]]:
 
 
 def main() -> None:
-    found = collected(Table.load("diffusers"))
+    found = json.loads(PATH.read_text(encoding="utf-8")) | collected(Table.load("diffusers"))
     lines = [f"{json.dumps(cls)}: {json.dumps(entries, sort_keys=True)}" for cls, entries in sorted(found.items())]
     PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
