@@ -196,7 +196,12 @@ class Check:
         # Each row of the call is tried at shares from nothing to all.
         for share in (0.0, 0.001, 0.5, 0.999):
             old = torch.full((B, H, n), share, dtype=self.att.stat_dtype, device=self.device)
-            new = edit.of(old)
+            given = old.clone()
+            new = edit.of(given)
+            if not torch.equal(given, old):
+                raise self.refuse(
+                    "the new share is written into the one it is given, which is still read; return a new tensor."
+                )
             if not isinstance(new, Tensor) or new.shape != old.shape or new.dtype != old.dtype:
                 raise self.refuse(
                     f"the new share of {list(old.shape)} in {old.dtype} is {_kind(new)}; expected the same shape and dtype."

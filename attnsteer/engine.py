@@ -437,6 +437,8 @@ class _HeadGroup:
             for name, track in (("call.rows", self.base.rows), ("call.keys", self.base.keys)):
                 found += [(name, t) for t in track.tensors()]
             found += [(f"call.{name}", t) for name, fact in self.base.facts.items() for t in _tensors(fact)]
+            others = ((name, getattr(whole, name)) for name in ("mask", "key_bias", "sinks"))
+            found += [(f"call.map.att.{name}", t) for name, t in others if t is not None]
         if first:
             return [(name, t, mark_of(t, True)) for name, t in found]
         return [(name, t, None if t.is_inference() else t._version) for name, t in found]

@@ -77,6 +77,7 @@ class Steering:
         self._journal = Journal()
         self._lock = threading.RLock()
         self.attached = True
+        self._entered = False
         self.host = find_host(target) if host is None else host
         if names and "requests" not in self.host.provides:
             raise UnsupportedHost(
@@ -148,8 +149,14 @@ class Steering:
         """
         return self.choices.choose(parameters if name is None else {NAME: name, **parameters})
 
+    def _check_attached(self, asked: str) -> None:
+        """Raise where the steering was removed: what runs in its block would be the plain target, and nobody would notice."""
+        if not self.attached:
+            raise CompositionError(f"{self} was removed, so nothing would be steered: {asked} before, or steer again.")
+
     @contextlib.contextmanager
     def _scoped(self, **changes: Any) -> Iterator[None]:
+        self._check_attached("enter its blocks")
         token = SCOPES.set({**SCOPES.get(), id(self): replace(self.scope, **changes)})
         try:
             yield
@@ -225,6 +232,13 @@ class Steering:
             self._journal.undo()
 
     def __enter__(self) -> Steering:
+        self._check_attached("enter it as a context")
+        if self._entered:
+            raise CompositionError(
+                f"{self} is entered already, and the first block that ends would remove it from under the other. Use one "
+                "`with` block, or steer again for each."
+            )
+        self._entered = True
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

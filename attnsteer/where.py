@@ -44,7 +44,10 @@ class Where(Named):
         modalities: "text", "vision", "audio", "image". None selects the host's main one: the language
             tower of a vision-language model, the denoiser of a pipeline.
 
+    What cannot be steered is left out, and raises where a module or a layer is named that has nothing else.
+
     Raises:
+        UnsupportedHost: a site that cannot be steered is named, or nothing else is selected, when resolved.
         SelectionError: a value is of the wrong form, at construction; nothing matches, when resolved; or fractions
             of a schedule whose length is not known, when asked.
     """
@@ -116,7 +119,10 @@ class Where(Named):
         if isinstance(self.heads, HeadSet):
             self._check_head_set(pool, shapes)
             pool = [s for s in pool if not s.refused or s.layer in self.heads.layers]
-        if refused := [s for s in pool if s.refused]:
+        refused, pool = [s for s in pool if s.refused], [s for s in pool if not s.refused]
+        by_layer = self.layers is not None or isinstance(self.heads, HeadSet)
+        alone = by_layer and {s.layer for s in refused} - {s.layer for s in pool}
+        if refused and (self.modules is not None or alone or not pool):
             raise UnsupportedHost(
                 f"{self} selects {listing(s.path for s in refused)}, which cannot be steered: {refused[0].refused}. Select "
                 "the others, by layers, modules, kinds or modalities; attnsteer.sites(target) lists them."

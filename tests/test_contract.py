@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsteer import Intervention, Where, ZeroTuning, steer
-from attnsteer.call import FEW_ROWS, AttnCall, KeyBias, Reweight
+from attnsteer.call import FEW_ROWS, AttnCall, KeyBias, Reweight, Share
 from attnsteer.errors import ContractError, RegistrationError, UnsupportedHost
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from attnsteer.testing.fingerprint import fingerprint
@@ -79,6 +79,10 @@ def with_value(tensor: Tensor, value: float) -> Tensor:
 def doubled(tensor: Tensor) -> None:
     """Changes it where it stands, and gives nothing back."""
     tensor.mul_(2.0)
+
+
+def shown_all(mask: Tensor) -> None:
+    mask.fill_(True)
 
 
 def in_place(call: AttnCall, name: str) -> None:
@@ -174,6 +178,8 @@ WEIGHTS: dict[str, tuple[Answer, str]] = {
     "rest negative": (rest(-1.0), "the weight of the rest has negative"),
     "rest missing": (rest(None), "the weight of the rest is a NoneType"),
     "k in place": (lambda c: in_place(c, "k"), "changed k in place"),
+    "mask in place": (lambda c: shown_all(c.map.att.mask), "changed call.map.att.mask in place"),
+    "a share in place": (lambda c: Share(keys(c), lambda share: share.mul_(0.5)), "the new share is written into"),
 }
 OUTPUT: dict[str, tuple[Answer, str]] = {
     "a number": (lambda c, out: 2.0, "returned a float"),

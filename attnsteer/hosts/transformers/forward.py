@@ -100,6 +100,8 @@ class Forward:
             # Layers that are computed again must find what they found the first time.
             for key in [k for k in states if k[1] == site.path]:
                 del states[key]
+        if self.past:
+            self._check_once(site.path)
         if site.kind == "cross":
             make_keys = functools.partial(self._encoder_keys, keys)
         else:
@@ -119,6 +121,16 @@ class Forward:
             facts=facts,
             memo=self.memo,
         )
+
+    def _check_once(self, path: str) -> None:
+        """Raise where a module runs twice in a forward over a cache: its memory would be that of its last turn for all of them."""
+        ran = self.memo.setdefault("ran", set())
+        if path in ran and any(state and key[1] == path for key, state in self.sequence.states.items()):
+            raise UnsupportedHost(
+                f"{path} runs several times in one forward of its model, and the methods there keep what they learnt from the "
+                "prompt by module. Give each layer a module of its own (copy.deepcopy), or leave this one out."
+            )
+        ran.add(path)
 
     def _encoder_keys(self, keys: int) -> Track:
         valid = None if self.encoder is None else self.encoder[:, :keys]
@@ -388,7 +400,7 @@ class Stack:
             total = scope.chunk_total
         elif outer.generation is not None:
             total = outer.generation.total
-        elif outer.beside is not None:
+        elif outer.beside is not None and outer.beside.guided and (new == 1 or not past):
             # The unconditional stream of `guidance_scale`: its first call is its prompt, also where no cache remembers it.
             border = sequence.prompt if past else outer.beside.prompt_beside(outer.ids, new)
             return border, border

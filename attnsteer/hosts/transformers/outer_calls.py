@@ -53,6 +53,10 @@ class Generation:
     beside: list[tuple[int, Tensor | None]] = field(default_factory=list)
     # The call that was prepared last and has not reached a stack yet.
     pending: list[Generation] = field(default_factory=list)
+    # Token ids that the decoder behind an encoder begins with; none where there is no encoder.
+    decoder: list[Tensor] = field(default_factory=list)
+    # Whether another stream of one prompt each runs in it (the unconditional one of `guidance_scale`).
+    guided: bool = False
 
     def prompt_beside(self, ids: Tensor | None, new: int) -> int:
         """Slots of the prompt of the other stream that a call over all of its tokens so far belongs to."""
@@ -132,8 +136,21 @@ class OuterCalls:
                 journal.wrap(module, "forward", _Forwards(self, module))
             if callable(getattr(type(module), "generate", None)):
                 journal.wrap(module, "generate", _Generates(self, module))
+            if callable(getattr(type(module), "_prepare_decoder_input_ids_for_generation", None)):
+                journal.wrap(module, "_prepare_decoder_input_ids_for_generation", self._decoder_prompt)
             if callable(getattr(type(module), "prepare_inputs_for_generation", None)):
                 journal.wrap(module, "prepare_inputs_for_generation", self._prepared)
+
+    def _decoder_prompt(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a decoder behind an encoder begins with is its prompt; the input of `generate` is the encoder's."""
+        found = inner(*args, **kwargs)
+        generation = GENERATION.get().get(id(self.run))
+        if generation is not None and isinstance(found, tuple) and isinstance(found[0], Tensor):
+            known = generation.decoder
+            # Whisper begins anew for each segment; an assistant that is the model itself goes on.
+            if not known or not _begins(found[0], known[0]):
+                known[:] = [found[0]]
+        return found
 
     def _prepared(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         """The inputs of the next forward of a `generate` say that they are."""
@@ -143,6 +160,8 @@ class OuterCalls:
             mask = kwargs.get("attention_mask")
             if self._lengths and isinstance(mask, Tensor) and mask.ndim == 2:
                 generation = replace(generation, mask=mask)
+            if generation.decoder:
+                generation = replace(generation, total=generation.decoder[0].shape[1])
             generation.pending[:] = [generation]
             inputs[KEY] = {**inputs.get(KEY, {}), id(self.run): generation}
         return inputs
@@ -200,8 +219,8 @@ class OuterCalls:
                 "Use prompt_lookup_num_tokens or another model as the assistant."
             )
 
-    def of_generate(self, values: Mapping[str, Any]) -> Generation:
-        """What the arguments of a `generate` say."""
+    def of_generate(self, values: Mapping[str, Any], config: Any) -> Generation:
+        """What the arguments of a `generate` say; `config`: the model's own generation config."""
         ids = _ids(values)
         data = next((v for v in (ids, values.get("inputs_embeds")) if isinstance(v, Tensor)), None)
         image = None
@@ -219,6 +238,7 @@ class OuterCalls:
             image,
             data.shape[1] if data is not None and self._lengths else None,
             None if given is None else len(given),
+            guided=_guided(values, config),
         )
 
     def tokens(
@@ -282,7 +302,7 @@ class _Generates:
     """Around `generate` of an outer module; a nested one that goes on with the same prompt (an assistant's) adds nothing."""
 
     def __init__(self, calls: OuterCalls, module: nn.Module):
-        self.calls = calls
+        self.calls, self.module = calls, module
         self.names = list(inspect.signature(module.generate).parameters)
 
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -292,8 +312,18 @@ class _Generates:
         if around is not None and (around.ids is None or ids is None or _begins(ids, around.ids)):
             return inner(*args, **kwargs)
         self.calls.check_generate(values)
-        with entry(GENERATION, run, self.calls.of_generate(values)):
+        with entry(GENERATION, run, self.calls.of_generate(values, getattr(self.module, "generation_config", None))):
             return inner(*args, **kwargs)
+
+
+def _guided(values: Mapping[str, Any], config: Any) -> bool:
+    """Whether a `generate` runs its prompt a second time without its condition."""
+    from transformers import UnbatchedClassifierFreeGuidanceLogitsProcessor as Guidance
+
+    configs = (values.get("generation_config"), config)
+    scales = [values.get("guidance_scale"), *(getattr(c, "guidance_scale", None) for c in configs)]
+    scale = next((s for s in scales if s is not None), 1)
+    return scale != 1 or any(isinstance(p, Guidance) for p in values.get("logits_processor") or ())
 
 
 def _ids(values: Mapping[str, Any]) -> Tensor | None:

@@ -82,14 +82,20 @@ def _each_is_alone(bench: Bench, made: Any, given: dict[str, Any], request: Tens
 
 def ways(bench: Bench) -> None:
     """Greedy decoding, prompt lookup, another model as assistant, and no cache make the same tokens with the same logits."""
-    _need_text(bench)
+    target = bench.target
+    encoded = bool(getattr(getattr(target, "config", None), "is_encoder_decoder", False))
+    if encoded:
+        bench.need_action()
+    else:
+        _need_text(bench)
     if bench.last_row_only:
         raise NotApplicable("it edits the last row of each call, and ways of decoding differ in what a call is")
-    target = bench.target
-    ids = bench.inputs(1)["input_ids"]
-    # Repeats itself, so that lookup finds candidates.
-    prompt = torch.cat([ids, ids[:, :6]], dim=1)
-    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    inputs = bench.inputs(1)
+    if not encoded:
+        # Repeats itself, so that lookup finds candidates.
+        ids = inputs["input_ids"]
+        prompt = torch.cat([ids, ids[:, :6]], dim=1)
+        inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     others = {
         "prompt lookup": {"prompt_lookup_num_tokens": 3},
         "an assistant": {"assistant_model": shared_target(bench.host, 1)},

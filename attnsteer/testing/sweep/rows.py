@@ -59,6 +59,9 @@ class Table:
         """Write the table, one line a row, so that a change of one shows as one."""
         path = self.path(self.part)
         path.parent.mkdir(exist_ok=True)
+        for row in self.rows.values():
+            # Rounding differs from machine to machine.
+            row.measured = {k: float(f"{v:.0e}") if isinstance(v, float) else v for k, v in row.measured.items()}
         rows = ",\n".join(json.dumps(asdict(row), sort_keys=True) for _, row in sorted(self.rows.items()))
         text = f'{{"versions": {json.dumps(self.versions, sort_keys=True)}, "rows": [\n{rows}\n]}}\n'
         path.write_text(text, encoding="utf-8")

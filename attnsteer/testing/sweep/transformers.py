@@ -225,9 +225,11 @@ def _measure(row: Row, model: nn.Module, call: Call, watch: Watch) -> None:
         faults.append("a closed head has no effect")
     if faults:
         row.verdict, row.reason = "wrong", "; ".join(faults)
-    elif missing or refused:
+    elif missing or refused or isinstance(row.measured.get("reweighting"), str):
         said = [f"attention in {_some(missing)} is no site"] if missing else []
         said += [f"{_some(list(refused))}: {next(iter(refused.values()))}"] if refused else []
+        if isinstance(row.measured.get("reweighting"), str):
+            said.append(f"edits of weights are {row.measured['reweighting']}")
         row.verdict, row.reason = "exact but", "; ".join(said)
     else:
         row.verdict = "exact"
@@ -321,7 +323,7 @@ def _reweighting(row: Row, model: nn.Module, call: Call, ran: list[Site]) -> Non
         with steer(model, ZeroTuning(gamma=3.0, where=where), control=True, reference=True):
             slow = call()
     except AttnSteerError as error:
-        row.measured["reweighting"] = f"refused: {error}"[:200]
+        row.measured["reweighting"] = f"refused: {error}"
         return
     row.measured["reweighting"] = distance(fast, slow)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
@@ -14,6 +15,7 @@ from attnsteer import ACT, PASTA, HeadGate, SpotLight, Where, ZeroTuning, sites,
 from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from attnsteer.testing.fingerprint import fingerprint
+from attnsteer.testing.weights import randomize_
 from tests.laws.dense_model import Dense, Sequence, dense_model
 from tests.reference import llm_methods
 
@@ -416,6 +418,57 @@ def test_output_attentions_shows_the_edited_map(llama: nn.Module) -> None:
     expected = plain[1].clone()
     expected[:, [0, 2]] = llm_methods.zerotuning(plain[1][:, [0, 2]], 4.0, first)
     assert torch.equal(maps[0], plain[0]) and far(maps[1], expected) <= 1e-6 and far(maps[1], plain[1]) > 1e-2
+
+
+def _small(name: str, **other: Any) -> nn.Module:
+    config = getattr(transformers, name.removesuffix("ForCausalLM").replace("Qwen3_5", "Qwen3_5Text") + "Config")
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "pad_token_id": 0}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    model = getattr(transformers, name)(config(**sizes, **heads | other))
+    randomize_(model, 0)
+    return model.eval()
+
+
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+HYBRID = {
+    "num_key_value_heads": 4, "hybrid_layer_ids": [1, 3], "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8,
+    "n_mamba_heads": 4, "mamba_headdim": 32, "num_mem_blocks": 1,
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "other", "layers"),
+    [
+        ("Qwen3_5ForCausalLM", {"head_dim": 16, **LINEAR}, [3]),
+        ("DogeForCausalLM", {"head_dim": 16}, [0, 1, 2, 3]),
+        ("Zamba2ForCausalLM", HYBRID, [1, 3]),
+    ],
+    ids=["gated queries", "masks by head", "shared blocks"],
+)
+def test_a_site_is_what_it_says(name: str, other: dict[str, Any], layers: list[int]) -> None:
+    """Heads that are listed are those that are computed, a causal layer is called one, layers have their numbers."""
+    model = _small(name, **other)
+    assert [(s.layer, s.heads, s.causal) for s in sites(model)] == [(layer, 4, True) for layer in layers]
+    ids = torch.randint(4, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    outs = []
+    for reference in (False, True):
+        with steer(model, ACT({layers[-1]: [0, 3]}, threshold=0.01), reference=reference):
+            outs.append(model(input_ids=ids, attention_mask=mask).logits[mask.bool()])
+    plain = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+    assert far(*outs) <= 1e-5 * float(plain.abs().max()) < far(outs[0], plain)
+
+
+@torch.no_grad()
+def test_what_a_kernel_gives_rows_that_see_nothing_is_its_own() -> None:
+    """Gemma 2 in float64 has NaN there, and so in the next layer: said of what enters that one."""
+    model = tiny_transformers("gemma2").double()
+    inputs = tiny_transformers_inputs("gemma2", model, batch=2, padding="left")
+    says = r"layers\.1\.self_attn: the queries, keys or values .* have NaN"
+    with pytest.raises(UnsupportedHost, match=says), steer(model, ZeroTuning(gamma=4.0)):
+        model(**inputs)
 
 
 @torch.no_grad()

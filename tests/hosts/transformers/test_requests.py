@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 
 from attnsteer import ACT, PASTA, HeadGate, SpotLight, Where, ZeroTuning, detach, steer
 from attnsteer.errors import CompositionError, SelectionError, UnsupportedHost
@@ -347,6 +347,70 @@ def test_a_generation_inside_another_has_its_own_prompt(llama: nn.Module) -> Non
         assert max(far(a, b) for a, b in zip(out.logits, alone.logits, strict=True)) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    "method",
+    [PASTA([[(1, 3)]], HEADS, 0.05), ACT(HEADS, 0.4, 0.1), ZeroTuning(HEADS, 4.0, where=Where(phases="decode"))],
+    ids=["pasta", "act", "decode only"],
+)
+def test_a_conversation_inside_a_generation_is_one_of_its_own(llama: nn.Module, method: Any) -> None:
+    """A logits processor calls the model: a prompt, and a turn of several tokens over its cache."""
+    x, found = tokens(1, 9), []
+
+    def turns() -> Tensor:
+        cache = llama(input_ids=tokens(1, 7, seed=1), use_cache=True).past_key_values
+        return llama(input_ids=tokens(1, 3, seed=2), past_key_values=cache).logits
+
+    class Aside(LogitsProcessor):
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            found.append(turns())
+            return scores
+
+    given = {"input_ids": x, "attention_mask": torch.ones_like(x), "max_new_tokens": 2}
+    with controlled(llama, method):
+        alone, plain = turns(), llama.generate(**given, **OPTIONS)
+        beside = llama.generate(**given, **OPTIONS, logits_processor=[Aside()])
+    assert len(found) == 2
+    assert max(far(out, alone) for out in found) <= 1e-5
+    assert max(far(a, b) for a, b in zip(beside.logits, plain.logits, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("start", [1, 4], ids=["start token", "a prompt of its own"])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_ways_of_decoding_behind_an_encoder(phase: str, start: int) -> None:
+    """The prompt of a decoder is what it begins with, whatever the calls are."""
+    model = tiny_transformers("bart")
+    given: dict[str, Any] = {"input_ids": tokens(1, 9), **OPTIONS, "max_new_tokens": 5}
+    if start > 1:
+        given["decoder_input_ids"] = torch.cat([torch.full((1, 1), 2), tokens(1, start - 1, seed=1)], dim=1)
+    where = Where(phases=phase, modules=r".*decoder.*")
+    with controlled(model, HeadGate({(0, 1): 0.1, (1, 2): 3.0}, where=where)):
+        greedy = model.generate(**given)
+        for way in (
+            {"use_cache": False},
+            {"prompt_lookup_num_tokens": 2},
+            {"assistant_model": tiny_transformers("bart", seed=1)},
+            {"assistant_model": model},
+        ):
+            other = model.generate(**given, **way)
+            assert torch.equal(other.sequences, greedy.sequences)
+            assert max(far(a, b) for a, b in zip(other.logits, greedy.logits, strict=True)) <= 1e-5, way
+
+
+def test_a_layer_that_runs_twice_in_a_forward() -> None:
+    """What a method learnt in one of its turns is not what it learnt in the other."""
+    model = tiny_transformers("llama")
+    model.model.layers[2] = model.model.layers[1]
+
+    def steps() -> None:
+        cache = model(input_ids=tokens(1, 7), use_cache=True).past_key_values
+        model(input_ids=tokens(1, 1), past_key_values=cache)
+
+    with controlled(model, ZeroTuning(HEADS, 4.0)):
+        steps()
+    with controlled(model, ACT(HEADS, 0.4, 0.1)), pytest.raises(UnsupportedHost, match="runs several times in one"):
+        steps()
+
+
 def test_early_exit_with_statistics_is_refused_before_it_starts(llama: nn.Module) -> None:
     x = tokens(1, 9)
     given = {"input_ids": x, "attention_mask": torch.ones_like(x), "max_new_tokens": 6, "assistant_early_exit": 1}
@@ -426,6 +490,22 @@ def test_another_attention_while_steered_is_followed_and_kept() -> None:
         with pytest.raises((UnsupportedHost, ValueError, ImportError)):
             model.set_attn_implementation("flash_attention_2")
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_handle_that_is_gone_or_entered_already(llama: nn.Module) -> None:
+    """What would run in the block is the plain model, and the audit of earlier calls would hide it."""
+    x, method = tokens(1, 5), ZeroTuning(HEADS, 4.0)
+    handle = steer(llama, method)
+    steered = llama(input_ids=x).logits
+    handle.remove()
+    with pytest.raises(CompositionError, match="was removed"), handle:
+        pass
+    with pytest.raises(CompositionError, match="was removed"), handle.freeze():
+        pass
+    with steer(llama, method) as handle:
+        with pytest.raises(CompositionError, match="entered already"), handle:
+            pass
+        assert torch.equal(llama(input_ids=x).logits, steered)
 
 
 def test_a_lost_handle_is_found_by_its_model() -> None:

@@ -168,6 +168,8 @@ def test_a_module_without_a_number_of_heads_is_listed_and_leaves_the_others() ->
     assert "does not say how many heads" in listed[2].refused
     assert "cannot be steered: transformer.extra: Anonymous" in str(listed)
     steer(model, HeadGate({(0, 0): 0.0}), control=True).remove()
+    with steer(model, ZeroTuning(gamma=2.0), control=True) as run:
+        assert [s.name for s in run.sites] == ["transformer.h.0.attn", "transformer.h.1.attn"]
     with pytest.raises(UnsupportedHost, match=r"selects transformer\.extra, which cannot be steered"):
         steer(model, ZeroTuning(gamma=2.0, where=Where(modules=r"transformer\.extra")))
     with pytest.raises(SelectionError):
