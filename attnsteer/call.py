@@ -226,6 +226,12 @@ class AttnCall:
 
     # What is a fact of some hosts only.
 
+    @property
+    def own_keys(self) -> slice | None:
+        """Which keys are the rows' own, in their order; None where rows have none, or it is not known which they are."""
+        rows, keys = self.map.shape[2:]
+        return slice(0, rows) if rows == keys else self.facts.get("own keys")
+
     def gives(self, name: str) -> bool:
         """Whether the host gives "tokens", "residual", "image_free", "grid", "capture", "prompt" or "contrast"."""
         return self.facts.get(name) is not None

@@ -69,12 +69,13 @@ class SoftPAG(WeakBranch):
         return mean_query(call, out)
 
     def _identity(self, call: AttnCall, out: Tensor) -> Tensor:
-        if call.q.shape[2] != call.k.shape[2]:
+        own = call.own_keys
+        if own is None:
             raise UnsupportedHost(
                 f"{call.site.path} has {call.q.shape[2]} rows and {call.k.shape[2]} keys: identity attention is not defined."
             )
         if call.site.kind != "joint" or self.joint == "joint_identity":
-            return call.values
+            return call.values[:, :, own]
         image, text = image_text(call)
         new = out.clone()
         new[:, :, image] = {

@@ -14,16 +14,36 @@ from ...account import Samples, Track
 from ...branches import samples_of
 from ...call import AttnCall
 from ...engine import SiteRuntime
-from ...errors import UnsupportedHost
+from ...errors import AttnSteerError, SelectionError, UnsupportedHost
 from ...maps.words_to_image import Capture, MapsComplete
 from ...site import Site
 from .declarations import Declarations
 from .latents import INPUTS, unet_scale
+from .probe import probe
 from .steps import TIMES, Sampling
-from .streams import order_of
+from .streams import RAGGED, order_of, structure_of
 
 if TYPE_CHECKING:
     from ...steering import Steering
+
+
+class ProcessorCall:
+    """The running call of one attention processor.
+
+    Attributes:
+        primitives: attention primitives called so far. image_rows: rows of `hidden_states` where the text came as a second
+            argument, else None. ran: whether a primitive was called in this pass; only written where code may be compiled.
+        negative: the output for the negative prompt, where one is compared with. collecting: this call is made for that.
+    """
+
+    __slots__ = ("collecting", "image_rows", "negative", "primitives", "ran")
+
+    def __init__(self) -> None:
+        self.primitives = 0
+        self.image_rows: int | None = None
+        self.ran = False
+        self.negative: Tensor | None = None
+        self.collecting = False
 
 
 class DenoiserClock:
@@ -36,13 +56,19 @@ class DenoiserClock:
         size: (height, width) of the latent, in units whose ratio is that of the token grid.
         contrast: the negative prompt of the running pass. collecting: attention runs for its output alone, which is raised.
         capture: where the maps of the running pass go. cut: whether that pass ends as soon as all are there.
+        calls: by path of a site, the running call of its processor.
     """
 
     def __init__(self, run: Steering, name: str, owner: nn.Module, model: nn.Module, sampling: Sampling):
         self.run, self.name, self.owner, self.model, self.sampling = run, name, owner, model, sampling
         self.runtimes = {path: r for path, r in run.runtimes.items() if r.site.component == name}
         self.declared = Declarations.of(run, self.runtimes.values(), owner, model)
-        self._orders = {path: order_of(r.site) for path, r in self.runtimes.items()}
+        self._orders = {path: order_of(r.site, model) for path, r in self.runtimes.items()}
+        self._own = {path: (structure_of(model, r.site.name) or ("", (), ""))[2] for path, r in self.runtimes.items()}
+        # Sites whose order a method needs and no table has, until the model was looked at.
+        needed = any("segments" in b.method.needs or b.where.rows in ("image", "text") for b in run.bounds)
+        told = RAGGED.search(type(model).__name__) or self.declared.compiled or not needed
+        self.unknown = set() if told else {path for path, order in self._orders.items() if not order}
         self._patch = getattr(getattr(model, "config", None), "patch_size", 1)
         # Compiled code is compiled anew for each value that it reads here, so it reads no more than is needed.
         self._acting: dict[str, tuple[int, ...]] = {}
@@ -54,17 +80,60 @@ class DenoiserClock:
         self.collecting = False
         self.capture: Capture | None = None
         self.cut = False
+        self.calls: dict[str, ProcessorCall] = {}
+
+    def forget_calls(self) -> None:
+        """A pass begins: no site has computed its attention."""
+        for call in self.calls.values():
+            call.ran = False
+
+    def reached(self) -> set[str]:
+        """Paths of the sites that have computed their attention since."""
+        return {path for path, call in self.calls.items() if call.ran}
+
+    def paths_of(self, index: int) -> set[str]:
+        """The sites here at which intervention number `index` is attached."""
+        return {path for path, r in self.runtimes.items() if any(b.index == index for b, _ in r.entries)}
+
+    def look(self, run: Callable[[dict[str, Any]], Any], values: dict[str, Any]) -> None:
+        """Find out in what order the streams lie at sites of which no table says it, from this call's own arguments.
+
+        What cannot be found out stays unknown, so that a method that needs it raises.
+        """
+        unknown, self.unknown = self.unknown, set()
+        acting, self._acting = self._acting, {path: () for path in self.runtimes}
+        try:
+            found = probe(self.model, values, run)
+        except (AttnSteerError, RuntimeError, TypeError, ValueError):
+            return
+        finally:
+            self._acting = acting
+        for path in unknown:
+            orders = {s.order for s in found if s.site == self.runtimes[path].site.name and not s.ragged}
+            if len(orders) == 1 and set(*orders) == {"image", "text"} and len(min(orders)) == 2:
+                self._orders[path] = min(orders)
 
     def begin(self, values: dict[str, Any]) -> None:
         """Read the arguments of one forward of the denoiser."""
-        sample = next(values[n] for n in INPUTS if values.get(n) is not None)
+        latent = next((n for n in INPUTS if values.get(n) is not None), None)
+        if latent is None:
+            raise UnsupportedHost(
+                f"{type(self.model).__name__} has no latent among its arguments ({', '.join(INPUTS)}), so what its calls are about "
+                "is not known: no guidance, steps or branches here. Edits without them act as they do elsewhere."
+            )
+        sample = values[latent]
         self.batch = len(sample)
         self.image_tokens = _image_tokens(sample, self._patch)
         self.size = _grid_size(sample, values)
         self.sampling.begin(next((values[n] for n in TIMES if values.get(n) is not None), None))
         self.layout = self.run.scope.layout
-        if self.layout is None:
-            self.layout = self.sampling.layout(self.batch)
+        if self.layout is not None and self.batch % len(self.layout):
+            raise SelectionError(
+                f"run.branches{self.layout} names {len(self.layout)} equal parts, and a call of {type(self.model).__name__} has "
+                f"{self.batch} rows. Name each part of the batch."
+            )
+        if self.layout is None and self.declared.rows:
+            self.layout = self.sampling.layout(self.batch, values, latent)
         self.sampling.turn += 1
         self.refresh()
 
@@ -131,15 +200,28 @@ class DenoiserClock:
             return -(-self.size[0] // scale), -(-self.size[1] // scale)
         return None if self.image_tokens is None else _grid_of(self.image_tokens, self.size)
 
-    def call(self, site: Site, batch: int, rows: int, keys: int, device: torch.device, image: int | None) -> AttnCall:
+    def call(
+        self,
+        site: Site,
+        batch: int,
+        rows: int,
+        keys: int,
+        device: torch.device,
+        image: int | None,
+        number: int = 1,
+    ) -> AttnCall:
         """One attention call with `rows` query rows of `batch` sequences over `keys` keys.
 
         Args:
             image: rows of the stream that the processor got apart from its text; None when it got one sequence.
+            number: of this call in the processor's, from 1: of the sample, where it attends for each by itself.
         """
         compiling = torch.compiler.is_compiling()
         roles = segments(self._orders[site.path], rows, self.image_tokens if image is None else image)
         facts: dict[str, Any] = {"capture": self.capture}
+        own = self._own.get(site.path)
+        if own and rows < keys:
+            facts["own keys"] = slice(0, rows) if own == "first" else slice(keys - rows, keys)
         states: dict[Any, Any] = {}
         if self.declared.prompt:
             facts["prompt"], states = self.sampling.prompts.current, self.sampling.memory.setdefault("states", {})
@@ -149,8 +231,13 @@ class DenoiserClock:
         step, steps, branch_rows = None, None, None
         if self.declared.steps or not compiling:
             step, steps = self.sampling.step, self.sampling.steps
-        if self.declared.branches and self.layout is not None and batch % max(self.batch, 1) == 0:
-            branch_rows = self._branch_rows(batch, site.module)
+        if self.declared.branches and self.layout is not None:
+            if batch % max(self.batch, 1) == 0:
+                branch_rows = self._branch_rows(batch, site.module)
+            elif batch == 1 and number <= self.batch:
+                # One call for each sample.
+                every = self._branch_rows(self.batch, site.module)
+                branch_rows = {name: found[number - 1 : number] for name, found in every.items()}
         return AttnCall(
             site,
             _track(rows, device, compiling),

@@ -29,7 +29,7 @@ class Declarations:
         watched: whether the arguments of the denoiser must be read at each call.
         steps: whether a method reads the step. branches: whether a selection is by branch.
         prompt: whether a method reads the prompt, and keeps its state from step to step.
-        sampled: whether a method has values per sample.
+        sampled: whether a method has values per sample. rows: whether it matters which rows of a call are conditional.
         latent_moves: whether a method of the run moves the latent, at this denoiser or at another one of the pipeline.
         compiled: whether the denoiser was compiled, as a whole or in parts. whole: as a whole, so that none of its blocks is
             called by itself.
@@ -44,6 +44,7 @@ class Declarations:
     branches: bool
     prompt: bool
     sampled: bool
+    rows: bool
     latent_moves: bool
     compiled: bool
     whole: bool
@@ -74,6 +75,7 @@ class Declarations:
             branches="branches" in selects or "prompt" in needs,
             prompt="prompt" in needs,
             sampled=sampled,
+            rows=bool(around or sampled or "branches" in selects or needs & {"prompt", "contrast"}),
             latent_moves="latent" in needs,
             compiled=whole or any(m._compiled_call_impl is not None for m in model.modules()),
             whole=whole,

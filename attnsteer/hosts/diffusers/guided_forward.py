@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import warnings
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,10 @@ from ...audit import mark_of, unchanged
 from ...bound import Bound
 from ...branches import BranchInputs, Prediction
 from ...edits import Check
-from ...errors import ContractError, UnsupportedHost
+from ...errors import ContractError, UnsupportedHost, listing
 from ...site import Site
 from .bypass import Bypass, blocks_of
+from .caches import Bank
 from .clock import DenoiserClock
 from .contrast import ContrastPasses
 from .latent_loop import Loop
@@ -27,6 +29,8 @@ from .prefix import PrefixReuse, modules_down_to
 if TYPE_CHECKING:
     from ...undo import Journal
 
+# ControlNets and adapters do not predict: what they give is added inside another model.
+PREDICTS = re.compile(r"^(UNet|(?!.*(ControlNet|Adapter)))")
 # From the arguments of one pass to what the denoiser predicts.
 Predict = Callable[[BranchInputs], Prediction]
 
@@ -42,6 +46,11 @@ def guide(clock: DenoiserClock, sites: Sequence[Site], journal: Journal) -> None
     clock.prepare()
     if not declared.watched:
         return
+    if declared.around and not PREDICTS.search(type(model).__name__):
+        raise UnsupportedHost(
+            f"{declared.around[0].name} guides predictions, and what {type(model).__name__} gives are residuals for another model. "
+            "Steer the denoiser."
+        )
     if declared.latent and declared.compiled:
         raise UnsupportedHost(
             f"{declared.latent[0].name} takes gradients through {type(model).__name__} and cuts its forward short, which "
@@ -89,6 +98,8 @@ class GuidedForward:
         self.contrast = ContrastPasses(clock, sites, self.declared.contrast) if self.declared.contrast else None
         # Methods whose first prediction has been checked.
         self._checked: set[int] = set()
+        # How arguments are cut, as far as it had to be found out.
+        self._cuts: dict[str, str] = {}
         self._names = list(inspect.signature(type(clock.model).forward).parameters)[1:]
         # What a weak pass leaves out, by method.
         left_out = {
@@ -109,6 +120,10 @@ class GuidedForward:
             with clock.on_rows(clock.layout, clock.batch):
                 return inner(*args, **kwargs)
         values = dict(zip(self._names, args, strict=False)) | kwargs
+        if clock.unknown:
+            clock.look(functools.partial(self._plainly, inner), values)
+        if sampling.bystander:
+            return inner(*args, **kwargs)
         clock.begin(values)
         clock.check_samples()
         working = [
@@ -134,10 +149,18 @@ class GuidedForward:
             step=sampling.step,
             steps=sampling.steps,
         )
+        inputs.cuts.update(self._cuts)
         prediction = call(inputs)
         if prediction.shift is not None and len(clock.layout) > 1 and sampling.rescales:
             return sampling.rescale.hold(prediction, inputs).wrapped
+        if prediction.shift is not None and sampling.stepping and self.run.scope.layout is None:
+            prediction = sampling.formula.see(prediction, inputs, sampling.turn)
         return prediction.wrapped
+
+    def _plainly(self, inner: Callable[..., Any], values: dict[str, Any]) -> Any:
+        """A dry run of the model itself."""
+        with self.bank.branch("look"):
+            return inner(**values)
 
     def predict(self, inner: Callable[..., Any], inputs: BranchInputs) -> Prediction:
         """One pass of the model itself; containers are copied, because some models empty the lists that they get."""
@@ -148,8 +171,11 @@ class GuidedForward:
         return self._predict(inner, inputs)
 
     def _predict(self, inner: Callable[..., Any], inputs: BranchInputs) -> Prediction:
+        self.clock.forget_calls()
         with self.clock.on_rows(inputs.layout, inputs.batch):
-            return Prediction(inner(**{name: _copied(value) for name, value in inputs.values.items()}))
+            given = inner(**{name: _copied(value) for name, value in inputs.values.items()})
+        self.check_reached(inputs)
+        return Prediction(given, inputs.batch)
 
     def guided(self, bound: Bound, strong: Predict, weak: Predict, inputs: BranchInputs) -> Prediction:
         """One `around` method's prediction.
@@ -165,16 +191,32 @@ class GuidedForward:
         plain: list[Prediction] = []
         asked: list[BranchInputs] = []
         marks: list[Any] = []
-        prefix = PrefixReuse(self.run, self._ways.get(bound.index), inputs)
+        weaks: list[BranchInputs] = []
+        bank = self.bank
+        # A block that is replayed would not reach the hooks that remember the weak passes.
+        prefix = PrefixReuse(self.run, None if bank.caching else self._ways.get(bound.index), inputs)
         first, bypass = bound.index not in self._checked, self._bypasses.get(bound.index)
+
+        def weak_pass(given: BranchInputs) -> Prediction:
+            if bank.whole and given.layout != inputs.layout:
+                return weak(inputs).rows(inputs.part(given.layout[0]))
+            return prefix.replay(weak, given)
 
         def forward(given: Any = None) -> Prediction:
             if not isinstance(given, BranchInputs):
                 raise self.refuse(bound, f"called forward with {_kind(given)}; give it `inputs`, or inputs.only(name).")
             if self.run.is_open(bound):
-                with contextlib.nullcontext() if bypass is None else bypass.on():
-                    return prefix.replay(weak, given)
-            plain.append(prefix.record(strong, given))
+                weaks.append(given)
+                skipping = contextlib.nullcontext() if bypass is None else bypass.on()
+                with bank.branch((bound.index, len(weaks)), self.sampling.step), skipping:
+                    return weak_pass(given)
+            if given is inputs and not plain:
+                plain.append(prefix.record(strong, given))
+                self.settle(given, plain[-1], weak)
+            else:
+                # Not the pipeline's own call: what a cache remembers of it is its own.
+                with bank.branch(("strong", bound.index, len(plain))):
+                    plain.append(strong(given))
             asked.append(given)
             marks.append(mark_of(plain[-1].sample, first))
             return plain[-1]
@@ -223,20 +265,97 @@ class GuidedForward:
         with torch.no_grad():
             Check(bound.name, "around", type(self.model).__name__, model[rows]).output(sample)
 
+    def settle(self, inputs: BranchInputs, whole: Prediction, plain: Predict) -> None:
+        """Find out how the arguments that no table has are cut: some rows alone must give what they gave among the others.
+
+        Args:
+            whole: the prediction of all rows. plain: a pass of the bare model.
+
+        Raises:
+            UnsupportedHost: no way of cutting them does.
+        """
+        doubts = inputs.doubts() if len(inputs.layout) > 1 else {}
+        if not doubts:
+            return
+        name = inputs.layout[-1]
+        expected = whole.raw[inputs.part(name)]
+        # Other batches take other kernels; what is cut wrongly is off by far more.
+        bound = (1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2) * (
+            1.0 + float(expected.abs().max())
+        )
+        likely = {key: ways[0] for key, ways in doubts.items()}
+        others = [(key, way) for key, ways in doubts.items() for way in ways[1:]]
+        tries = [{}, *({key: way} for key, way in others)]
+        tries += [dict(pair) for pair in itertools.combinations(others, 2) if pair[0][0] != pair[1][0]]
+        for changed in tries[:40]:
+            how = {**likely, **changed}
+            found = self._alone(inputs.cut(name, how), plain)
+            if found is not None and found.shape == expected.shape and float((found - expected).abs().max()) <= bound:
+                self._cuts.update(how)
+                inputs.cuts.update(how)
+                return
+        raise UnsupportedHost(
+            f"{type(self.model).__name__}: the rows of one branch alone do not give what they give beside the others, however its "
+            f"arguments {listing(doubts)} are cut, so a weak pass on the conditional rows cannot be made."
+        )
+
+    def _alone(self, inputs: BranchInputs, plain: Predict) -> Tensor | None:
+        """What a bare pass gives for some rows; None where the model cannot take them."""
+        with torch.no_grad(), self.bank.branch("rows alone"):
+            try:
+                return plain(inputs).raw
+            except (RuntimeError, ValueError, IndexError, UnsupportedHost):
+                # Arguments that do not fit each other: not the way.
+                return None
+
+    @property
+    def bank(self) -> Bank:
+        """What feature caches remember of the passes of this run that are not the pipeline's own."""
+        # There are thousands of modules: their hooks are looked at once a run, and when a cache is switched on or off.
+        enabled = bool(getattr(self.model, "is_cache_enabled", False))
+        found = self.sampling.memory.get(("bank", self.clock.name))
+        if found is None or found[0] != enabled:
+            found = self.sampling.memory["bank", self.clock.name] = (enabled, Bank(self.model))
+        return found[1]
+
     def check_cache(self, around: Sequence[Bound]) -> None:
-        """Refuse `around` methods where a feature cache would answer for the model."""
-        memory = self.sampling.memory
-        # There are thousands of modules: their hooks are looked at once a run.
-        hooked = "hooks seen" not in memory and _caching_hooks(self.model)
-        memory["hooks seen"] = True
-        if around and (hooked or getattr(self.model, "is_cache_enabled", False)):
+        """Refuse methods that take gradients where a feature cache would answer for the model."""
+        moving = [b for b in around if b in self.declared.latent]
+        if around and self.bank.caching and moving:
             raise UnsupportedHost(
-                f"{type(self.model).__name__} has a feature cache: the weak pass would be answered from it and guidance would "
-                "silently vanish. Call disable_cache(), or take the cache's hooks off, first."
+                f"{type(self.model).__name__} has a feature cache, and {moving[0].name} takes gradients through passes that it "
+                "would answer. Call disable_cache(), or take the cache's hooks off, first."
             )
 
+    def check_reached(self, inputs: BranchInputs) -> None:
+        """Raise where a site that is edited, or that ran in the run's first pass of this kind, did not run in this pass.
+
+        Something answered for it. Of the caches of diffusers this is known, and counted; of anything else it is not, so that
+        strong and weak pass would share what it remembers.
+        """
+        reached = self.clock.reached()
+        opened = self.run.opened[-1] if self.run.opened else None
+        key = ("reached", self.clock.name, inputs.layout)
+        before: set[str] = (
+            self.sampling.memory.setdefault(key, set()) if opened is None else self.sampling.memory.get(key, set())
+        )
+        wanted = before if opened is None else before & self.clock.paths_of(opened)
+        missed = wanted - reached
+        if opened is None:
+            before |= reached
+        if not missed or opened in self._bypasses:
+            # Blocks that a method leaves out run in none of its passes.
+            return
+        if not self.bank.caching:
+            raise UnsupportedHost(
+                f"{min(missed)} ran in the first pass of this run and not in this one: something keeps outputs of "
+                f"{type(self.model).__name__} from call to call, and guidance would be answered from it. Take it off first."
+            )
+        if opened is not None:
+            self.run.audit.count(opened, "answered from a cache")
+
     def check_rows(self) -> None:
-        """Refuse a call whose rows are not known; warn where the combination is not a plain one."""
+        """Refuse a call whose rows are not known."""
         clock, sampling = self.clock, self.sampling
         name = type(sampling.pipeline if sampling.pipeline is not None else self.model).__name__
         if clock.layout is None:
@@ -244,11 +363,6 @@ class GuidedForward:
                 f"which of the {clock.batch} rows of this call are conditional is not known for {name} (its latents have "
                 f"{sampling.latent_rows} rows): steer a pipeline with known rows rather than its model, and use no other "
                 'guidance that adds denoiser calls or rows; or enter run.branches("uncond", "cond") around the calls.'
-            )
-        if sampling.convention.normalised and not sampling.memory.get("warned"):
-            sampling.memory["warned"] = True
-            warnings.warn(
-                f"{name} may normalise the combined prediction; the guidance term is added before that.", stacklevel=5
             )
 
 
@@ -260,9 +374,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _copied(v) for k, v in value.items()}
     return list(value) if type(value) is list else value
-
-
-def _caching_hooks(model: nn.Module) -> bool:
-    """Whether hooks of diffusers keep outputs from call to call; `apply_...` functions put them on without a flag."""
-    registries = (vars(m).get("_diffusers_hook") for m in model.modules())
-    return any(getattr(hook, "_is_stateful", False) for r in registries if r is not None for hook in r.hooks.values())

@@ -14,7 +14,8 @@ from ..base import Host, imported
 from ..sdpa.rebind import names_called
 from .clock import DenoiserClock
 from .guided_forward import guide
-from .processors import attach_linear, attach_processor, usable
+from .guiders import watch_guider
+from .processors import attach_linear, attach_processor, is_eager, usable
 from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 # Pipeline components that predict noise or velocity; encoders, VAEs and ControlNets are not steered.
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+
+# What attention modules call their numbers of heads.
+HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads", "n_head")
+KEY_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
 
 
 class DiffusersHost(Host):
@@ -57,7 +62,7 @@ class DiffusersHost(Host):
         if site.linear:
             return
         processor = usable(site.module.processor)
-        if not names_called(type(processor).__call__):
+        if not names_called(type(processor).__call__) and not is_eager(processor):
             raise UnsupportedHost(
                 f"{site.path} uses {type(processor).__name__}, which reaches attention neither through "
                 "F.scaled_dot_product_attention nor through dispatch_attention_fn; it cannot be steered exactly. "
@@ -65,7 +70,7 @@ class DiffusersHost(Host):
             )
 
     def attach(self, run: Steering, journal: Journal) -> None:
-        sampling = Sampling(self.pipeline)
+        self.sampling = sampling = Sampling(self.pipeline)
         clocks = {
             name: DenoiserClock(run, name, owner, self.models[name], sampling) for name, owner in self.owners.items()
         }
@@ -77,10 +82,15 @@ class DiffusersHost(Host):
         if self.pipeline is not None:
             steered = {clock.name: clock.model for clock in clocks.values() if clock.runtimes}
             watch_parts(self.pipeline, steered, sampling, journal)
+            watch_guider(self.pipeline, sampling, journal)
 
 
 def _is_pipeline(target: object) -> bool:
-    kinds = imported("diffusers", "pipelines.pipeline_utils.DiffusionPipeline")
+    kinds = imported(
+        "diffusers",
+        "pipelines.pipeline_utils.DiffusionPipeline",
+        "modular_pipelines.modular_pipeline.ModularPipeline",
+    )
     return bool(kinds) and isinstance(target, kinds)
 
 
@@ -120,19 +130,22 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
     for name, module in found:
         # Several attentions of one transformer block share its layer number; the prompt's own layers count apart.
         block = re.match(r"(.*\.\d+)(\.|$)", name)
-        modality = modality_of(name)
+        modality = modality_of(name, model)
         numbers = layers.setdefault(modality, {})
-        heads, kv = _heads(module)
+        heads, kv, refused = *_heads(module), ""
+        if not heads:
+            refused = f"{type(module).__name__} does not say how many heads it has"
         sites.append(
             Site(
                 name=name,
                 layer=numbers.setdefault(block[1] if block else name, len(numbers)),
-                kind=kind_of(name, module, unet),
+                kind=kind_of(name, module, model),
                 heads=heads,
                 kv_heads=kv,
                 modality=modality,
                 stack="denoiser",
                 component=component,
+                refused=refused,
                 linear=bool(LINEAR.search(type(module.processor).__name__)),
                 module=module,
             )
@@ -141,16 +154,11 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
 
 
 def _heads(module: nn.Module) -> tuple[int, int]:
-    heads = next(
-        (getattr(module, n) for n in ("heads", "num_heads", "n_heads") if isinstance(getattr(module, n, None), int)),
-        None,
-    )
+    heads = next((getattr(module, n) for n in HEADS if isinstance(getattr(module, n, None), int)), None)
     if heads is None:
-        raise UnsupportedHost(f"{type(module).__name__} does not say how many heads it has.")
+        return 0, 0
     inner, inner_kv = getattr(module, "inner_dim", None), getattr(module, "inner_kv_dim", None)
     if isinstance(inner, int) and isinstance(inner_kv, int) and inner_kv != inner:
         return heads, inner_kv // (inner // heads)
-    kv = next(
-        (getattr(module, n) for n in ("kv_heads", "num_kv_heads") if isinstance(getattr(module, n, None), int)), heads
-    )
+    kv = next((getattr(module, n) for n in KEY_HEADS if isinstance(getattr(module, n, None), int)), heads)
     return heads, kv

@@ -1,7 +1,7 @@
-"""Which rows of a denoiser call are conditional, for each pipeline of diffusers.
+"""How pipelines of diffusers call their denoiser for guidance, for where the values of a call do not tell (`rows.py`).
 
-Read in the pipelines' own code (diffusers 0.42.1) and checked against it by a test. A pipeline that is not listed here
-has no known rows: guidance and `Where(branches=...)` refuse it instead of guessing.
+Read in the pipelines' own code (diffusers 0.42.1) and checked against it by a test. Equal prompts, class labels, and what is
+joined before anybody could see it look the same on both sides; a pipeline that is not listed here is refused then.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ IN_TURN = re.compile(
     r"Lumina2|WanVideoToVideo|HunyuanVideo(Framepack|ImageToVideo)|HunyuanSkyreels|Cosmos2TextToImage|Cosmos2VideoToWorld|"
     r"CosmosTextToWorld|CosmosVideoToWorld"
 )
-# These rescale the combined prediction by norms: a term added to every row acts before, not after, that.
-NORMALISED = re.compile(r"QwenImage(?!21)|Lumina2|LongCatImage")
 UNCOND_COND = ("uncond", "cond")
 
 
@@ -47,25 +45,22 @@ class Convention:
         calls: "batch": one call, its batch in equal parts; "contexts": one call per branch, in a cache context of its name;
             "turns": one call per branch, the conditional one first; None: not known.
         parts: names of the parts of a guided batch, in order.
-        normalised: whether the combined prediction is rescaled by norms.
     """
 
     calls: str | None
     parts: tuple[str, ...] = ()
-    normalised: bool = False
 
 
 def convention_of(pipe: DiffusionPipeline | None) -> Convention:
     """The convention of a pipeline, by the class of diffusers whose `__call__` runs."""
     name = caller(pipe)
-    normalised = bool(NORMALISED.match(name))
     if IN_CONTEXTS.match(name):
-        return Convention("contexts", normalised=normalised)
+        return Convention("contexts")
     if IN_TURN.match(name):
-        return Convention("turns", normalised=normalised)
+        return Convention("turns")
     if TRIPLED.match(name):
-        return Convention("batch", ("cond", "uncond", "uncond"), normalised)
-    return Convention("batch", UNCOND_COND, normalised) if DOUBLED.match(name) else Convention(None)
+        return Convention("batch", ("cond", "uncond", "uncond"))
+    return Convention("batch", UNCOND_COND) if DOUBLED.match(name) else Convention(None)
 
 
 def caller(pipe: DiffusionPipeline | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import re
+import types
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,62 +18,69 @@ from ...kernels import Attention
 from ...site import Site
 from ..sdpa.host import same_kernel
 from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
+from .clock import DenoiserClock, ProcessorCall
 from .contrast import Collected, NegativeText
 
 if TYPE_CHECKING:
     from ...undo import Journal
-    from .clock import DenoiserClock
 
 # What comes after query, key and value in F.scaled_dot_product_attention and in diffusers' dispatch_attention_fn.
 OPTIONS = ("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa", "attention_kwargs")
 
 
-class ProcessorCall:
-    """The running call of one processor.
-
-    Attributes:
-        primitives: attention primitives called so far. image_rows: rows of `hidden_states` where the text came as a second
-            argument, else None. negative: the output for the negative prompt, where one is compared with. collecting: this
-            call is made for that.
-    """
-
-    __slots__ = ("collecting", "image_rows", "negative", "primitives")
-
-    def __init__(self) -> None:
-        self.primitives = 0
-        self.image_rows: int | None = None
-        self.negative: Tensor | None = None
-        self.collecting = False
-
-
 def usable(processor: Any) -> Any:
-    """The processor itself, or the SDPA form of an eager, sliced or xformers one that has no weights of its own."""
-    if names_called(type(processor).__call__) or isinstance(processor, nn.Module):
+    """What runs in a processor's place while an edit acts: the processor itself wherever its attention can be reached.
+
+    Sliced ones compute what the eager ones do, slice by slice; those of xformers have an SDPA form, with the module's own scale.
+    """
+    if names_called(type(processor).__call__) or is_eager(processor) or isinstance(processor, nn.Module):
         return processor
     import diffusers.models.attention_processor as known
 
-    plain = re.sub(r"^(XFormers|Sliced)", "", type(processor).__name__)
-    twin = getattr(known, f"{plain}2_0", None)
-    return processor if twin is None else twin()
+    name = type(processor).__name__
+    twin = name.removeprefix("Sliced") if name.startswith("Sliced") else f"{name.removeprefix('XFormers')}2_0"
+    found = getattr(known, twin, None) if twin != name else None
+    return processor if found is None else found()
+
+
+def is_eager(processor: Any) -> bool:
+    """Whether its code takes whole maps from `get_attention_scores` and multiplies them with the values by `torch.bmm`."""
+    code = getattr(inspect.unwrap(type(processor).__call__), "__code__", None)
+    names = set() if code is None else set(code.co_names)
+    return {"get_attention_scores", "bmm", "torch"} <= names and "slice_size" not in names
 
 
 def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:
     """Exchange the processor of a site for a copy whose attention primitive asks `runtime`."""
     module, site = runtime.site.module, runtime.site
-    processor = usable(module.processor)
+    own = module.processor
+    processor = usable(own)
     original = inspect.unwrap(type(processor).__call__)
-    running = ProcessorCall()
-    main = _main_call(type(processor).__name__, original)
-    steered = functools.partial(_primitive, runtime, clock, running, main)
-    primitives = {SDPA: steered(torch.nn.functional.scaled_dot_product_attention)}
+    running = clock.calls[site.path] = ProcessorCall()
+    streams = _Streams.of(type(processor).__name__, original, runtime)
+    steered = functools.partial(_primitive, runtime, clock, running, streams)
+    primitives: dict[str, Any] = {}
+    if is_eager(processor):
+        eager = _Eager(module, getattr(own, "slice_size", None), steered)
+        primitives["torch"] = eager.torch
+        seen = lambda attn: _Scoring(attn)  # noqa: E731
+    else:
+        scale = float(module.scale) if type(processor) is not type(own) else None
+        primitives[SDPA] = steered(torch.nn.functional.scaled_dot_product_attention, scale=scale)
+        seen = lambda attn: attn  # noqa: E731
     dispatch = original.__globals__.get(DISPATCH)
     if dispatch is not None:
         primitives[DISPATCH] = steered(dispatch, rows_first=True)
     copied = rebind(original, primitives)
     names = list(inspect.signature(original).parameters)[2:]
+    # Another form is there for edits only: without one, the model's own code runs.
+    exchanged = type(processor) is not type(own)
 
     @functools.wraps(original)
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
+        if exchanged and not clock.active(runtime):
+            running.ran = True
+            return own(attn, *args, **kwargs)
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden, text = given.get("hidden_states"), given.get("encoder_hidden_states")
         apart = isinstance(hidden, Tensor) and isinstance(text, Tensor)
@@ -81,10 +88,10 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
         if isinstance(clock.contrast, NegativeText) and site.name in clock.contrast.names:
             running.collecting = True
             try:
-                running.negative = clock.contrast.output(copied, self, attn, given, site.path)
+                running.negative = clock.contrast.output(copied, self, seen(attn), given, site.path)
             finally:
                 running.collecting, running.primitives = False, 0
-        out = copied(self, attn, *args, **kwargs)
+        out = copied(self, seen(attn), *args, **kwargs)
         if not running.primitives and clock.active(runtime):
             raise UnsupportedHost(
                 f"{site.path}: {type(self).__name__} computed its attention without the primitive that it names, so nothing "
@@ -94,54 +101,127 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
         clock.end_if_captured()
         return out
 
-    _exchange(module, _steered_processor(processor, __call__, module.processor), journal)
+    _exchange(module, _steered_processor(processor, __call__, own), journal)
 
 
 def _primitive(
     runtime: SiteRuntime,
     clock: DenoiserClock,
     running: ProcessorCall,
-    main: Callable[[int, Site, Any], bool] | None,
+    streams: _Streams,
     base: Callable[..., Tensor],
     rows_first: bool = False,
+    scale: float | None = None,
+    fused: bool = True,
 ) -> Callable[..., Tensor]:
     """A stand-in for an attention primitive in one processor; the model's own stays the base kernel.
 
     Args:
-        main: from `_main_call`. base: the primitive. rows_first: it takes [B, N, H, d], as `dispatch_attention_fn` does; else
-            [B, H, N, d].
+        base: the primitive. rows_first: it takes [B, N, H, d], as `dispatch_attention_fn` does; else [B, H, N, d].
+        scale: of a module whose processor gives none to its primitive; None: what the primitive is given.
+        fused: whether `base` is torch's SDPA.
     """
     site = runtime.site
 
     def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if scale is not None:
+            kwargs["scale"] = scale
         if running.collecting:
             out = base(query, key, value, *args, **kwargs)
             raise Collected(out.transpose(1, 2) if rows_first else out)
         running.primitives += 1
+        running.ran = True
         active = clock.active(runtime)
-        if not active or not (main is None or main(running.primitives, site, active)):
+        active = streams.acting(running.primitives, active) if active else active
+        if not active:
             return base(query, key, value, *args, **kwargs)
         if query.ndim != 4:
             raise UnsupportedHost(f"{site.path} attends on {query.ndim}-D tensors; [B, H, N, d] is needed.")
         options = dict(zip(OPTIONS, args, strict=False)) | kwargs
-        mask, scale = _plain_mask(site, query, key, options, rows_first), options.get("scale")
+        blind = streams.blind(active)
+        mask = None if blind else _plain_mask(site, query, key, options, rows_first)
+        factor = options.get("scale")
         q, k, v = (t.transpose(1, 2) for t in (query, key, value)) if rows_first else (query, key, value)
-        call = clock.call(site, q.shape[0], q.shape[2], k.shape[2], q.device, running.image_rows)
+        call = clock.call(site, q.shape[0], q.shape[2], k.shape[2], q.device, running.image_rows, running.primitives)
         if clock.contrast is not None:
             call.facts["contrast"] = clock.contrast.fact(
                 running.negative, site.kind == "joint" and running.image_rows is not None
             )
-        scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-        att = Attention(q, k, v, scale, mask=mask, causal=bool(options.get("is_causal")))
+        factor = float(q.shape[-1] ** -0.5 if factor is None else factor)
+        att = Attention(q, k, v, factor, mask=mask, causal=bool(options.get("is_causal")) and not blind)
         if rows_first:
             run_base = lambda: base(query, key, value, *args, **kwargs).transpose(1, 2)  # noqa: E731
             return runtime(att, run_base, call, active).transpose(1, 2)
         # Without `enable_gqa` the broadcast of one kv head runs another kernel than ours.
-        plain = options.get("enable_gqa") or q.shape[1] == k.shape[1]
+        plain = fused and (options.get("enable_gqa") or q.shape[1] == k.shape[1])
         same = functools.partial(same_kernel, att) if plain else None
         return runtime(att, lambda: base(query, key, value, *args, **kwargs), call, active, same)
 
     return attend
+
+
+class _Scoring:
+    """Stands for an attention module inside an eager processor: the scores are kept apart until values meet them."""
+
+    def __init__(self, attn: nn.Module):
+        self._attn = attn
+
+    def get_attention_scores(self, query: Tensor, key: Tensor, attention_mask: Tensor | None = None) -> _Scores:
+        """What would be a map [B H, n, m]."""
+        return _Scores(query, key, attention_mask)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attn, name)
+
+
+class _Scores:
+    """The queries and keys of a map that is not computed yet."""
+
+    def __init__(self, query: Tensor, key: Tensor, mask: Tensor | None):
+        self.query, self.key, self.mask = query, key, mask
+
+
+class _Eager:
+    """`torch` for the code of an eager processor: where the map meets the values, the attention is asked of the runtime.
+
+    Attributes:
+        torch: the module, with another `bmm`.
+    """
+
+    def __init__(self, module: nn.Module, slices: int | None, steered: Callable[..., Any]):
+        self._module, self._slices = module, slices
+        self._attend = steered(self._base, scale=float(module.scale), fused=False)
+        self.torch = types.ModuleType("torch")
+        self.torch.__dict__.update(torch.__dict__)
+        self.torch.bmm = self._bmm
+
+    def _bmm(self, first: Any, second: Tensor, **kwargs: Any) -> Tensor:
+        if not isinstance(first, _Scores):
+            return torch.bmm(first, second, **kwargs)
+        heads = self._module.heads
+        fold = lambda t: t.view(-1, heads, *t.shape[1:])  # noqa: E731
+        mask = first.mask
+        if mask is not None and mask.shape[0] == len(first.query):
+            mask = fold(mask)
+        elif mask is not None:
+            mask = mask[:, None]
+        return self._attend(fold(first.query), fold(first.key), fold(second), attn_mask=mask).flatten(0, 1)
+
+    def _base(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+        """The model's own computation, in its slices."""
+        attn, heads = self._module, q.shape[1]
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        mask = attn_mask
+        if mask is not None:
+            mask = mask.flatten(0, 1) if mask.shape[0] * mask.shape[1] == len(q) else mask[:, 0]
+        if self._slices is None:
+            return torch.bmm(attn.get_attention_scores(q, k, mask), v).unflatten(0, (-1, heads))
+        out = v.new_zeros(len(q), q.shape[1], v.shape[-1])
+        for start in range(0, len(q), self._slices):
+            part = slice(start, start + self._slices)
+            scores = attn.get_attention_scores(q[part], k[part], None if mask is None else mask[part])
+            out[part] = torch.bmm(scores, v[part])
+        return out.unflatten(0, (-1, heads))
 
 
 def _plain_mask(site: Site, query: Tensor, key: Tensor, options: dict[str, Any], rows_first: bool) -> Tensor | None:
@@ -237,25 +317,45 @@ def _refuse_processor(*_: Any, **__: Any) -> None:
     )
 
 
-def _main_call(name: str, call: Callable[..., Any]) -> Callable[[int, Site, Any], bool] | None:
-    """Which primitive calls of a processor with several are the text or self attention itself; None: all.
+class _Streams:
+    """Which methods act in which primitive call of a processor that computes several attentions.
 
-    Image-prompt streams (IP-Adapter, image-to-video) are separate attentions over other keys.
+    All of them go into the same heads: sums (image prompts, added to the text's), differences, rows of one sequence. A gate on a
+    head's output is thus a gate on each; a method that reads or edits the map has one attention in mind, the text's or the rows'.
     """
-    if primitive_count(call) < 2:
-        return None
-    if "IPAdapter" in name:
-        return lambda number, site, active: number == 1
-    if name in ("WanAttnProcessor", "SkyReelsV2AttnProcessor"):
-        # Image keys, where there are any, come first.
-        return lambda number, site, active: number == (2 if site.module.add_k_proj is not None else 1)
 
-    def refuse(number: int, site: Site, active: Any) -> bool:
-        if number > 1 and active:
+    def __init__(self, runtime: SiteRuntime, name: str, main: Callable[[int], bool] | None):
+        self.runtime, self.name, self.main = runtime, name, main
+        bounds = [bound for bound, _ in runtime.entries]
+        self._gates = frozenset(i for i, b in enumerate(bounds) if b.method.linear and b.doors == {"output"})
+        self._values = frozenset(i for i, b in enumerate(bounds) if b.method.linear and runtime.site.kind == "self")
+
+    @classmethod
+    def of(cls, name: str, call: Callable[..., Any], runtime: SiteRuntime) -> _Streams:
+        """Those of a processor class."""
+        module = runtime.site.module
+        if "IPAdapter" in name:
+            return cls(runtime, name, lambda number: number == 1)
+        if name in ("WanAttnProcessor", "SkyReelsV2AttnProcessor"):
+            # Image keys, where there are any, come first.
+            return cls(runtime, name, lambda number: number == (2 if module.add_k_proj is not None else 1))
+        # One place in the code: a loop over the samples, each of which is the attention meant.
+        return cls(runtime, name, (lambda number: True) if primitive_count(call) < 2 else None)
+
+    def acting(self, number: int, active: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of `active` that act in the `number`-th primitive call, from 1."""
+        if self.main is not None and self.main(number):
+            return active
+        if number == 1 and self.main is None:
+            return active
+        gates = tuple(i for i in active if i in self._gates)
+        if self.main is None and len(gates) < len(active):
             raise UnsupportedHost(
-                f"{site.path}: {name} computes several attentions in one call, and which one is meant is not known. "
-                "Leave this site out of Where."
+                f"{self.runtime.site.path}: {self.name} computes several attentions in one call, and which one is meant is not "
+                "known. Leave this site out of Where; gates on head outputs act in all of them."
             )
-        return number == 1
+        return gates
 
-    return refuse
+    def blind(self, active: tuple[int, ...]) -> bool:
+        """Whether nothing that acts asks which keys a row sees, so that the form of the mask does not matter."""
+        return all(i in self._gates or i in self._values for i in active)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import UnsupportedHost
+from .formula import Formula
 from .latents import Latents
 from .pipelines import UNCOND_COND, convention_of
 from .prompt_words import Prompts
 from .rescale import Rescale
+from .rows import ENCODES, Conditions, fingerprint, layout_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -31,6 +33,7 @@ class Sampling:
         step: 0-based index among the distinct timesteps of this run. steps: how many there will be, where known.
         timestep: the scheduler's for this step, where a pipeline is steered, else what the model was given.
         turn: calls of a denoiser since the last step of the scheduler. latent_rows: rows of the pipeline's latents.
+        asked: the layouts of these calls.
         context: name of the running cache context. memory: a dictionary that lives through one run.
         convention: how the pipeline calls its denoiser for guidance.
         latents: what the scheduler is about to step from. prompts: what the pipeline was asked for.
@@ -43,10 +46,18 @@ class Sampling:
         self.steps: int | None = None
         self.timestep: float | None = None
         self.turn = 0
+        self.asked: list[tuple[str, ...]] = []
+        # (step, steps, timestep) as a guider says them, and whether the running call belongs to a method of its own.
+        self.told: tuple[int, int, float] | None = None
+        self.bystander = False
+        # Raises where parts of the pipeline were exchanged; asked at each denoiser call.
+        self.guard: Callable[[], None] | None = None
+        self.conditions = Conditions(pipeline)
         self.latent_rows: int | None = None
         self.context: str | None = None
         self.memory: dict[Any, Any] = {}
         self.rescale = Rescale(pipeline)
+        self.formula = Formula(pipeline)
         self.latents = Latents(pipeline)
         self.prompts = Prompts(pipeline)
         # The scheduler whose steps are watched; None: none is.
@@ -57,10 +68,15 @@ class Sampling:
 
     def begin(self, timestep: Any) -> None:
         """Read the timestep of one denoiser call."""
+        if self.guard is not None:
+            self.guard()
         if timestep is None:
             raise UnsupportedHost(
                 f"a denoiser call without a timestep argument ({', '.join(TIMES)}) has no known step."
             )
+        if self.told is not None:
+            self._begin_told(*self.told)
+            return
         # Frames or tokens that are given have timestep zero: the largest is that of the step.
         t = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
         if self._times and t == self._times[-1]:
@@ -71,12 +87,24 @@ class Sampling:
         if not self._times or turned or over or t == self._times[0]:
             self._times = []
             self.memory.clear()
+            self.formula.restart()
             self._plan = self._planned(t)
             self.steps = len(self._plan) if self._plan else None
         self._times.append(t)
         self.step, self.turn = len(self._times) - 1, 0
+        self.asked.clear()
         # Some models are given t / 1000, 1000 - t or the like: the scheduler's own number counts.
         self.timestep = self._plan[self.step] if self.step < len(self._plan) else t
+
+    def _begin_told(self, step: int, steps: int, timestep: float) -> None:
+        """As `begin`, where a guider says what step it is."""
+        if (step == 0 and self.step != 0) or self.steps != steps:
+            self.memory.clear()
+            self.formula.restart()
+        if step != self.step:
+            self.turn = 0
+            self.asked.clear()
+        self.step, self.steps, self.timestep = step, steps, timestep
 
     def _planned(self, start: float) -> list[float]:
         """Distinct timesteps of the run that begins with the denoiser call at `start`.
@@ -95,21 +123,66 @@ class Sampling:
             planned = planned[first : first + running]
         return torch.unique_consecutive(planned).tolist()
 
-    def layout(self, rows: int) -> tuple[str, ...] | None:
-        """Names of the equal parts of the `rows` of the running denoiser call; None where they are not known."""
-        calls, parts = self.convention.calls, None
-        if calls == "contexts":
-            parts = (self.context,) if self.context in UNCOND_COND else None
-        elif calls == "turns":
-            parts = (UNCOND_COND[1 - self.turn],) if self.turn < 2 else None
-        elif calls == "batch":
+    def layout(self, rows: int, values: dict[str, Any], latent: str) -> tuple[str, ...] | None:
+        """Names of the equal parts of the `rows` of the running denoiser call; None where they are not known.
+
+        The pipeline's own word counts first (a cache context that it names), then what its values say, then, where they say
+        nothing (equal prompts, class labels), the table of pipelines that were read.
+
+        Args:
+            values: the arguments of the call. latent: the name of the one that holds the latent.
+        """
+        found = (self.context,) if self.context in UNCOND_COND else None
+        if found is not None and self.told is not None:
+            self.asked.append(found)
+            return found
+        if found is None and self.pipeline is not None:
+            found = self._measured(rows, values, latent)
+        if found is None:
+            found = self._listed(rows)
+        if found is None or (self.latent_rows is not None and rows != len(found) * self.latent_rows):
+            return None
+        if found.count("cond") > 1 or self._other_guidance(found):
+            return None
+        self.asked.append(found)
+        return found
+
+    def _other_guidance(self, found: tuple[str, ...]) -> bool:
+        """Whether the conditional rows of this step have come before, so that this call belongs to another guidance."""
+        if found != ("cond",):
+            return False
+        before = [name for parts in self.asked for name in parts]
+        return "cond" in before and "uncond" in before
+
+    def _measured(self, rows: int, values: dict[str, Any], latent: str) -> tuple[str, ...] | None:
+        key, kept = fingerprint(values, latent)
+        known = self.memory.setdefault("rows", {})
+        if key not in known:
+            labels = self.conditions.labels(values, rows, latent)
+            # The tensors are kept, so that no other one can take the place of theirs.
+            known[key] = (None if labels is None else layout_of(labels, self.latent_rows), kept)
+        return known[key][0]
+
+    def _listed(self, rows: int) -> tuple[str, ...] | None:
+        calls = self.convention.calls
+        if calls == "turns":
+            return (UNCOND_COND[1 - self.turn],) if self.turn < 2 else None
+        if calls == "batch" and self.latent_rows is not None:
             guided = getattr(self.pipeline, "do_classifier_free_guidance", None)
-            if guided is None:
-                guided = self.latent_rows is not None and rows != self.latent_rows
-            parts = self.convention.parts if guided else ("cond",)
-        # A pipeline that makes other calls as well fails here.
-        fits = parts is not None and self.latent_rows is not None and rows == len(parts) * self.latent_rows
-        return parts if fits else None
+            guided = rows != self.latent_rows if guided is None else guided
+            return self.convention.parts if guided else ("cond",)
+        if calls != "contexts" and self.latent_rows == rows and not self.asked and self._unguided():
+            return ("cond",)
+        return None
+
+    def _unguided(self) -> bool:
+        """Whether the running pipeline says itself that it does not guide."""
+        return getattr(self.pipeline, "do_classifier_free_guidance", None) is False
+
+    @property
+    def stepping(self) -> bool:
+        """Whether the steps of the pipeline's scheduler are seen."""
+        return self.told is not None or callable(getattr(self.scheduler, "step", None))
 
     @property
     def rescales(self) -> bool:
@@ -136,6 +209,8 @@ class Sampling:
             (scheduler, "set_timesteps", self._set_timesteps),
             (scheduler, "step", self._step),
         ]
+        encoders = [name for name in dir(type(pipe)) if ENCODES.fullmatch(name)] if pipe is not None else []
+        seams += [(pipe, name, self.conditions.encoding) for name in encoders]
         if latent or prompts:
             seams += [
                 (pipe, "check_inputs", self.prompts.check_inputs),
@@ -165,7 +240,8 @@ class Sampling:
 
     def _step(self, inner: Callable[..., Any], model_output: Any, *args: Any, **kwargs: Any) -> Any:
         self.turn = 0
-        output = model_output if self.rescale.held is None else self.rescale.apply(model_output)
+        self.asked.clear()
+        output = self.formula.step(model_output) if self.rescale.held is None else self.rescale.apply(model_output)
         return inner(output, *args, **kwargs)
 
     @contextlib.contextmanager

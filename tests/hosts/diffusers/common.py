@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from attnsteer import Where, sites, steer
 from attnsteer.testing import PIPELINES, STOCHASTIC_SCHEDULERS, tiny_call, tiny_pipeline
@@ -83,3 +85,32 @@ def against_a_wrapper(pipe: Any, call: Callable[[], dict[str, Any]], method: Any
     assert relative(ours, expected) < BOUND
     assert relative(plain, expected) > EFFECT
     assert torch.equal(pipe(**call())[0], plain)
+
+
+class _Values(TorchFunctionMode):
+    """Attention gives its values back wherever it is on: the identity map of PAG, also in joint attention."""
+
+    on = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.on and func is torch.nn.functional.scaled_dot_product_attention:
+            q, _, v = [*args, *(kwargs.get(n) for n in ("query", "key", "value")[len(args) :])][:3]
+            return v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def identity_at(model: torch.nn.Module, site: str) -> Iterator[None]:
+    """In this block the attention of one module is the identity, edited from outside of the library."""
+    mode, module = _Values(), model.get_submodule(site)
+    handles = [
+        module.register_forward_pre_hook(lambda *_: setattr(mode, "on", True)),
+        module.register_forward_hook(lambda *_: setattr(mode, "on", False), always_call=True),
+    ]
+    try:
+        with mode:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

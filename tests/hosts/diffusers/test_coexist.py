@@ -11,7 +11,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
 from attnsteer import PAG, SEG, HeadGate, SoftPAG, Where, sites, steer
-from attnsteer.errors import NeverFired, NothingChanged, SelectionError, UnsupportedHost
+from attnsteer.errors import NeverFired, SelectionError
 from attnsteer.testing import tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
 from tests.hosts.diffusers.common import at, denoiser, paths, relative
 from tests.hosts.families import forward, randn
@@ -184,29 +184,6 @@ def test_a_t2i_adapter_reaches_both_passes() -> None:
 
 def list_of(where: Where) -> list[str]:
     return [m.replace("\\", "") for m in where.modules]
-
-
-# --------------------------------------------------------------------------------------------- feature caches
-
-
-def test_feature_caches_are_refused() -> None:
-    from diffusers import FirstBlockCacheConfig
-
-    pipe = tiny_pipeline("flux")
-    call = tiny_call("flux", steps=2)
-    method = PAG(3.0, where=Where(layers=[1]))
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(UnsupportedHost, match="disable_cache"):
-        steer(pipe, method)
-    pipe.transformer.disable_cache()
-    handle = steer(pipe, method)
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-    with pytest.raises(UnsupportedHost, match="disable_cache"):
-        pipe(**call)
-    with pytest.warns(NothingChanged, match="never acted"):
-        handle.remove()
-    pipe.transformer.disable_cache()
-    pipe(**call)
 
 
 # ------------------------------------------------------------------------------------------------- exceptions

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from attnsteer import PAG, HeadGate, Where, sites, steer
+from attnsteer import PAG, HeadGate, Intervention, Where, sites, steer
+from attnsteer.call import AttnCall, Reweight
 from attnsteer.testing import official_pag, tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
 from tests.hosts.diffusers.common import relative
 from tests.hosts.families import DIM, FAMILIES, B, forward, randn
@@ -43,28 +45,68 @@ def with_ip_adapter(model: nn.Module, tokens: int = 4) -> None:
     model._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
 
 
-def test_an_image_prompt_is_not_the_text_attention() -> None:
-    model = tiny_denoiser("sd")
-    with_ip_adapter(model)
-    inputs = {**tiny_denoiser_inputs("sd", model), "added_cond_kwargs": {"image_embeds": [randn(2, 1, DIM, seed=9)]}}
-    site = next(s for s in sites(model) if s.kind == "cross")
-    assert type(site.module.processor).__name__ == "IPAdapterAttnProcessor2_0"
-    both = entering(site.module, model, inputs)
-    site.module.processor.scale = [0.0]
-    text = entering(site.module, model, inputs)
-    site.module.processor.scale = [1.0]
+@dataclass(frozen=True)
+class First(Intervention):
+    """Every row sees the first text key only."""
+
+    def weights(self, call: AttnCall) -> Reweight:
+        return Reweight((((torch.arange(call.k.shape[2]) > 0)[None, None], 0.0),))
+
+
+def check_streams(module: nn.Module, model: nn.Module, inputs: dict[str, Any], text: Tensor) -> None:
+    """A gate is on a head's whole output; an edit of the map is one of the text's.
+
+    Args:
+        text: what enters the output projection without the image prompt.
+    """
+    site = next(s for s in sites(model) if s.module is module)
+    both = entering(module, model, inputs)
     image = both - text
-    assert relative(text, both) > 1e-2
-    gates = {(site.layer, head): 0.0 for head in range(site.heads)}
-    with steer(model, HeadGate(gates, where=Where(kinds="cross"))) as run:
-        gated = entering(site.module, model, inputs)
-        # scales set on the adapter while steered still hold
-        site.module.processor.scale = [0.0]
-        assert not entering(site.module, model, inputs).any()
-        site.module.processor.scale = [1.0]
-    assert relative(gated, image) < 1e-5
-    assert run.audit.records[0, site.path].calls == 2
-    assert torch.equal(entering(site.module, model, inputs), both)
+    assert relative(text, both) > 1e-2 and relative(image, both) > 1e-2
+    width = both.shape[-1] // site.heads
+    with steer(model, HeadGate({(site.layer, 0): 0.0}, where=Where(kinds="cross"))):
+        gated = entering(module, model, inputs)
+    assert not gated[..., :width].any()
+    assert torch.equal(gated[..., width:], both[..., width:])
+    with steer(model, HeadGate({(site.layer, h): 0.5 for h in range(site.heads)}, where=Where(kinds="cross"))):
+        assert relative(entering(module, model, inputs), 0.5 * both) < 1e-6
+    with steer(model, First(where=Where(kinds="cross", layers=[site.layer]))):
+        moved = entering(module, model, inputs) - image
+    # All rows of a head have that key's value.
+    assert relative(moved, moved[:, :1].expand_as(moved)) < 1e-5
+    assert relative(moved, text) > 1e-2
+    assert torch.equal(entering(module, model, inputs), both)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_image_prompt_is_not_the_text_attention(eager: bool) -> None:
+    model = tiny_denoiser("sd")
+    if eager:
+        from diffusers.models.attention_processor import AttnProcessor
+
+        model.set_attn_processor(AttnProcessor())
+    with_ip_adapter(model)
+    if eager:
+        make_eager(model)
+    inputs = {**tiny_denoiser_inputs("sd", model), "added_cond_kwargs": {"image_embeds": [randn(2, 1, DIM, seed=9)]}}
+    module = next(s for s in sites(model) if s.kind == "cross").module
+    assert type(module.processor).__name__ == ("IPAdapterAttnProcessor" if eager else "IPAdapterAttnProcessor2_0")
+    module.processor.scale = [0.0]
+    text = entering(module, model, inputs)
+    module.processor.scale = [1.0]
+    check_streams(module, model, inputs, text)
+
+
+def make_eager(model: nn.Module) -> None:
+    """The image-prompt processors in their form without SDPA, with the same weights."""
+    from diffusers.models.attention_processor import IPAdapterAttnProcessor
+
+    for site in sites(model):
+        own = site.module.processor
+        if type(own).__name__ == "IPAdapterAttnProcessor2_0":
+            eager = IPAdapterAttnProcessor(own.hidden_size, own.cross_attention_dim, own.num_tokens, own.scale)
+            eager.load_state_dict(own.state_dict())
+            site.module.set_processor(eager)
 
 
 def test_pag_with_an_image_prompt_is_the_official_one() -> None:
@@ -93,14 +135,9 @@ def test_image_keys_of_image_to_video_are_not_the_text_attention(name: str) -> N
     inputs["encoder_hidden_states_image"] = randn(B, 5, 16, seed=4)
     site = next(s for s in sites(model) if s.kind == "cross")
     module = site.module
-    both = entering(module, model, inputs)
     weight = module.add_v_proj.weight.clone(), module.add_v_proj.bias.clone()
     with torch.no_grad():
         module.add_v_proj.weight.zero_(), module.add_v_proj.bias.zero_()
         text = entering(module, model, inputs)
         module.add_v_proj.weight.copy_(weight[0]), module.add_v_proj.bias.copy_(weight[1])
-    gates = {(site.layer, head): 0.0 for head in range(site.heads)}
-    with steer(model, HeadGate(gates, where=Where(kinds="cross"))):
-        gated = entering(module, model, inputs)
-    assert relative(text, both) > 1e-2
-    assert relative(gated, both - text) < 1e-5
+    check_streams(module, model, inputs, text)

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from attnsteer import PAG, HeadGate, SoftPAG, Where, sites, steer
 from attnsteer.call import AttnCall, Reweight
 from attnsteer.errors import UnsupportedHost
 from attnsteer.hosts.diffusers.host import DiffusersHost
-from attnsteer.hosts.diffusers.processors import usable
+from attnsteer.hosts.diffusers.processors import is_eager, usable
 from attnsteer.hosts.diffusers.streams import LINEAR
 from attnsteer.hosts.sdpa.rebind import names_called
 from attnsteer.intervention import Intervention
@@ -42,9 +43,7 @@ def processor_classes() -> dict[str, type]:
 
 # Of a second attention function of their own, or of weights that have no SDPA form.
 REFUSED = {
-    "CustomDiffusionAttnProcessor",
     "CustomDiffusionXFormersAttnProcessor",
-    "IPAdapterAttnProcessor",
     "IPAdapterXFormersAttnProcessor",
     "LTX2VideoVaeNeighborhoodNattenProcessor",
     "SanaMultiscaleAttnProcessor2_0",
@@ -55,11 +54,11 @@ LINEAR_ONES = {
     "PAGCFGSanaLinearAttnProcessor2_0",
     "PAGIdentitySanaLinearAttnProcessor2_0",
 }
+# The map is taken apart where it meets the values; sliced ones run the eager form of theirs in their slices.
+EAGER = {"AttnProcessor", "AttnAddedKVProcessor", "CustomDiffusionAttnProcessor", "IPAdapterAttnProcessor"}
 EXCHANGED = {
-    "AttnProcessor": "AttnProcessor2_0",
-    "AttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
-    "SlicedAttnProcessor": "AttnProcessor2_0",
-    "SlicedAttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
+    "SlicedAttnProcessor": "AttnProcessor",
+    "SlicedAttnAddedKVProcessor": "AttnAddedKVProcessor",
     "XFormersAttnProcessor": "AttnProcessor2_0",
     "XFormersAttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
     "XFormersJointAttnProcessor": "JointAttnProcessor2_0",
@@ -71,7 +70,8 @@ def test_every_processor_class_has_its_place() -> None:
     assert len(classes) >= 115
     named = {name for name, cls in classes.items() if names_called(cls.__call__)}
     assert len(named) >= 95
-    assert set(classes) - named == REFUSED | LINEAR_ONES | set(EXCHANGED)
+    assert set(classes) - named == REFUSED | LINEAR_ONES | set(EXCHANGED) | EAGER
+    assert {n for n, cls in classes.items() if is_eager(object.__new__(cls))} == EAGER
     assert {n for n in classes if LINEAR.search(n)} == LINEAR_ONES
 
 
@@ -142,6 +142,26 @@ def test_fused_projections(name: str) -> None:
     with steer(model, gate):
         assert relative(forward(model, inputs), expected) < 5e-6
     assert torch.equal(forward(model, inputs), plain)
+
+
+@pytest.mark.parametrize("how", ["eager", "sliced"])
+@torch.no_grad()
+def test_old_processors_keep_the_scale_and_the_bits_of_the_module(how: str) -> None:
+    """`attn.scale` is the eager processors' own: an identity gate is bit-identical, a closed one zeroes the head."""
+    model = tiny_denoiser("sd")
+    inputs = tiny_denoiser_inputs("sd", model)
+    set_plain(SimpleNamespace(unet=model, enable_attention_slicing=model.set_attention_slice), how)
+    site = sites(model)[2]
+    site.module.scale *= 0.7
+    plain = forward(model, inputs)
+    every = {(s.layer, h): 1.0 for s in sites(model) for h in range(s.heads)}
+    with steer(model, HeadGate(every), control=True):
+        assert torch.equal(forward(model, inputs), plain)
+    with steer(model, HeadGate({(site.layer, 0): 0.0}, where=at([site.name]))):
+        ours = forward(model, inputs)
+    site.module.to_v.weight[: site.module.to_v.out_features // site.heads] = 0
+    assert relative(ours, forward(model, inputs)) < 5e-6
+    assert relative(ours, plain) > 1e-3
 
 
 def test_processors_cannot_be_exchanged_while_steered() -> None:

@@ -11,7 +11,17 @@ from torch import Tensor
 from attnsteer import PAG, HeadGate, SoftPAG, Where, steer
 from attnsteer.errors import NothingChanged, SelectionError, UnsupportedHost
 from attnsteer.testing import official_pag, tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
-from tests.hosts.diffusers.common import BOUND, EFFECT, against_a_wrapper, at, call_of, paths, pipeline, relative
+from tests.hosts.diffusers.common import (
+    BOUND,
+    EFFECT,
+    against_a_wrapper,
+    at,
+    call_of,
+    identity_at,
+    paths,
+    pipeline,
+    relative,
+)
 from tests.reference.guidance_loops import Edit, combine, edited, guided_latents
 
 # ------------------------------------------------------------------------------------------- pipelines, by running
@@ -218,6 +228,7 @@ def test_a_bare_denoiser_is_told_its_branches() -> None:
     method = SoftPAG(3.0, 0.5, where=Where(modules="mid_block.*attn1"))
     plain = model(**inputs).sample
     half = {k: v[2:] if v.ndim else v for k, v in inputs.items()}
+    alone = model(**half).sample
     with edited(model, ["mid_block.attentions.0.transformer_blocks.0.attn1"], Edit(strength=0.5), (16, 16)):
         weak = model(**half).sample
     run = steer(model, method)
@@ -231,7 +242,7 @@ def test_a_bare_denoiser_is_told_its_branches() -> None:
         given = (inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"])
         assert relative(model(*given).sample, plain + torch.cat([term, term])) < BOUND
     with run.branches("cond"):
-        assert relative(model(**half).sample, combine(plain[2:], None, weak, 1.0, 3.0)) < BOUND
+        assert relative(model(**half).sample, combine(alone, None, weak, 1.0, 3.0)) < BOUND
     with run.branches("uncond"), pytest.raises(UnsupportedHost, match="conditional branch first"):
         model(**{**half, "timestep": torch.tensor(7)})
     run.remove()
@@ -271,29 +282,40 @@ def test_branches_of_a_bare_denoiser_are_not_guessed() -> None:
 # ----------------------------------------------------------------------------------------------------- refusals
 
 
-def test_unknown_pipelines_are_refused_with_a_hint() -> None:
+def test_pipelines_that_no_table_lists_are_known_by_their_values() -> None:
     from diffusers import StableDiffusionPipeline
 
-    class Same(StableDiffusionPipeline):
-        pass
-
-    class Mine(StableDiffusionPipeline):
+    class Other(StableDiffusionPipeline):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return super().__call__(*args, **kwargs)
 
     text = tiny_pipeline("sd")
-    call = tiny_call("sd", steps=1)
-    for cls in (Same, Mine):
-        pipe = cls(**text.components, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        if cls is Same:
-            with steer(pipe, PAG(3.0)):
-                pipe(**call)
-    with pytest.raises(UnsupportedHost, match=r"Mine .*run\.branches"), steer(pipe, PAG(3.0)):
-        pipe(**call)
-    expected = guided_latents("sd", text, call, paths(text, "mid_block"), Edit(), 3.0)
-    with steer(pipe, PAG(3.0)) as run, run.branches("uncond", "cond"):
+    pipe = Other(**text.components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    call = tiny_call("sd", steps=2)
+    # What holds for one call is nothing for the next, whose prompt was the other's negative one.
+    swapped = {**call, "prompt_embeds": call["negative_prompt_embeds"], "negative_prompt_embeds": call["prompt_embeds"]}
+    expected, other = (guided_latents("sd", text, c, paths(text, "mid_block"), Edit(), 3.0) for c in (call, swapped))
+    with steer(pipe, PAG(3.0)) as run:
         assert relative(pipe(**call)[0], expected) < BOUND
+        assert relative(pipe(**swapped)[0], other) < BOUND
+        with run.branches("uncond", "cond"):
+            assert relative(pipe(**call)[0], expected) < BOUND
+    # Equal prompts do not tell, and no table has this pipeline.
+    equal = {**call, "negative_prompt_embeds": call["prompt_embeds"]}
+    with pytest.raises(UnsupportedHost, match=r"Other .*run\.branches"), steer(pipe, PAG(3.0)):
+        pipe(**equal)
+    expected = guided_latents("sd", text, equal, paths(text, "mid_block"), Edit(), 3.0)
+    with steer(text, PAG(3.0)):
+        assert relative(text(**equal)[0], expected) < BOUND
+
+
+def test_parts_that_do_not_divide_the_rows_are_refused() -> None:
+    model = tiny_denoiser("sd")
+    run = steer(model, PAG(3.0), control=True)
+    with pytest.raises(SelectionError, match="3 rows"), run.branches("uncond", "cond"):
+        model(**tiny_denoiser_inputs("sd", model, batch=3))
+    run.remove()
 
 
 def test_other_guidance_that_adds_rows_or_calls_is_refused() -> None:
@@ -309,12 +331,25 @@ def test_other_guidance_that_adds_rows_or_calls_is_refused() -> None:
         pipe(**call, skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)
 
 
-def test_normalised_combinations_warn() -> None:
+def test_a_term_goes_behind_a_combination_that_normalises() -> None:
+    """Qwen-Image pulls the combination to the norm of the conditional prediction; guidance is added to what comes out."""
     pipe = tiny_pipeline("qwenimage")
     call = tiny_call("qwenimage", steps=2)
     plain = pipe(**call)[0]
-    method = PAG(3.0, joint="joint_identity", where=Where(layers=[1]))
-    with pytest.warns(UserWarning, match="normalise") as caught, steer(pipe, method):
+    with steer(pipe, PAG(3.0, joint="joint_identity", where=Where(layers=[1]))):
         steered = pipe(**call)[0]
-    assert len([w for w in caught if "normalise" in str(w.message)]) == 1
+    model, step, state = pipe.transformer, pipe.scheduler.step, {"calls": 0}
+
+    def forward(**kwargs: Any) -> Any:
+        out = type(model).forward(model, **{**kwargs, "return_dict": False})
+        state["calls"] += 1
+        if state["calls"] % 2:
+            with identity_at(model, "transformer_blocks.1.attn"):
+                state["term"] = 3.0 * (out[0] - type(model).forward(model, **{**kwargs, "return_dict": False})[0])
+        return out
+
+    model.forward = forward
+    pipe.scheduler.step = lambda noise, *args, **kwargs: step(noise + state["term"], *args, **kwargs)
+    expected = pipe(**call)[0]
+    assert relative(steered, expected) < BOUND
     assert relative(steered, plain) > EFFECT

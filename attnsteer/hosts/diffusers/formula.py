@@ -1,0 +1,127 @@
+"""The pipeline's own guidance formula, measured: where a term must go so that it counts exactly once.
+
+A term on every row counts once where the formula is a sum whose weights add up to one, as in classifier-free guidance. Where it
+normalises what it combines (Qwen-Image, Lumina 2, Z-Image with `cfg_normalization`, projected guidance), a term inside would be
+normalised too. There the rows stay as they are, and the term is added to what the scheduler's step is given.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...branches import BranchInputs, Prediction
+from ...errors import UnsupportedHost
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+# What the code of a pipeline that normalises its combination names.
+NORMALISES = frozenset(
+    {"cond_norm", "noise_norm", "normalized_guidance", "cfg_normalization", "_cfg_normalization", "ori_pos_norm"}
+)
+# Numbers of one sample's prediction that are compared, and how far from a sum in exact arithmetic they may be.
+NUMBERS, EXACT = 1 << 14, 1e-3
+
+
+class Formula:
+    """How one pipeline combines the prediction rows of a step.
+
+    Attributes:
+        outside: whether a term is added to the combination, instead of to each row.
+        held: the term that waits for the scheduler's step.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline | None):
+        self.pipeline = pipeline
+        code = getattr(inspect.unwrap(type(pipeline).__call__), "__code__", None) if pipeline is not None else None
+        self.outside = code is not None and bool(NORMALISES & {*code.co_names, *code.co_varnames})
+        self.held: Tensor | None = None
+        self._rows: list[Tensor] = []
+        self._known = False
+
+    def restart(self) -> None:
+        """A new run."""
+        self.held, self._rows, self._known = None, [], False
+
+    def see(self, prediction: Prediction, inputs: BranchInputs, turn: int) -> Prediction:
+        """What the pipeline gets of a guided prediction.
+
+        Args:
+            turn: of this call among those since the last step of the scheduler, from 1.
+
+        Raises:
+            UnsupportedHost: an earlier term was never used.
+        """
+        if turn == 1 and self.held is not None:
+            raise UnsupportedHost(
+                f"a guidance term for {type(self.pipeline).__name__} was never used: the scheduler's step did not run, or another "
+                "scheduler's did. Attach again; scale=0 in such calls."
+            )
+        if turn == 1:
+            self._rows = []
+        given = prediction.with_sample(prediction.raw) if self.outside else prediction
+        if self.outside:
+            self.held = prediction.shift
+        if not self._known:
+            size = inputs.batch // len(inputs.layout)
+            self._rows += [given.sample[i * size].detach() for i in range(len(inputs.layout))]
+        return given
+
+    def take(self) -> Tensor | None:
+        """The term that waits; it waits no longer."""
+        term, self.held = self.held, None
+        return term
+
+    def step(self, output: Any) -> Any:
+        """The model output of a scheduler's step, with the held term.
+
+        Raises:
+            UnsupportedHost: a term inside did not count once, by measure; or a held one does not fit the output.
+        """
+        term, self.held = self.held, None
+        if not isinstance(output, Tensor):
+            return output
+        sign = self._measure(output[:1] if output.ndim else output)
+        if term is None:
+            return output
+        term = _leading(term, output)
+        if term is None:
+            raise UnsupportedHost(
+                f"{type(self.pipeline).__name__} normalises its combination and changes the prediction's form before the "
+                "scheduler's step, so that a guidance term cannot be added behind it."
+            )
+        return output + sign * term.to(output.dtype)
+
+    def _measure(self, output: Tensor) -> float:
+        """The sign with which a prediction enters the combination; once a run, from the first sample's rows."""
+        rows = [_leading(r[None], output) for r in self._rows]
+        if self._known or not rows or any(r is None for r in rows):
+            return getattr(self, "_sign", 1.0)
+        self._known, self._rows = True, []
+        stride = max(1, output.numel() // NUMBERS)
+        y = output.detach().flatten()[::stride].double()
+        A = torch.stack([r.flatten()[::stride].double() for r in rows], dim=1)
+        # Equal rows (equal prompts) leave their weights open, not their sum.
+        weights = torch.linalg.pinv(A) @ y
+        total, rest = float(weights.sum()), float((A @ weights - y).norm() / y.norm().clamp_min(1e-30))
+        self._sign = -1.0 if total < 0 else 1.0
+        half = output.dtype in (torch.float16, torch.bfloat16)
+        bound = 0.1 if half else EXACT
+        if not self.outside and rest < bound and abs(abs(total) - 1.0) > max(bound, 2e-2):
+            shown = [round(float(w), 3) for w in weights]
+            raise UnsupportedHost(
+                f"{type(self.pipeline).__name__} combines its predictions with weights {shown}, whose "
+                f"sum is {total:.3f}: a guidance term on every row counts {total:.2f} times. Use the pipeline's plain guidance."
+            )
+        return self._sign
+
+
+def _leading(term: Tensor, output: Tensor) -> Tensor | None:
+    """The leading part of `term` in the form of `output` (learned variances, or further tokens, follow); None where it has none."""
+    if term.ndim != output.ndim or any(t < o for t, o in zip(term.shape, output.shape, strict=True)):
+        return None
+    return term[tuple(slice(0, o) for o in output.shape)]

@@ -1,0 +1,302 @@
+"""What each attention call of a denoiser is, found by looking at a computation: whose rows are its queries and its keys.
+
+Two ideas make it readable at any depth. Attention is cut: a call gives its values back (or zeros, where it has other keys than
+rows), so that no row sees another and each is a function of its own token. And what is changed is the order of one input's tokens:
+a vector that is pooled over them stays as it is, so that only rows that *are* these tokens move, and modulation by the text does
+not look like text. Inputs that still move every row alike are told apart by changing a single token.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ...errors import UnsupportedHost
+
+SDPA = F.scaled_dot_product_attention
+# Arguments that hold positions or masks, no tokens.
+NO_TOKENS = ("ids", "rotary", "rope", "mask", "freqs", "coords", "pos")
+# A row moved if it changed by more than this, relative to its own size.
+MOVED = 1e-4
+# A stream is what the denoiser calls its latent, or its text.
+LATENTS = ("sample", "hidden_states", "x", "latents")
+TEXTS = re.compile(r"encoder|text|prompt|cap|llama|t5|input_ids")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One attention call.
+
+    Attributes:
+        site: name of the module. number: of this call among those of the module, from 0.
+        queries, keys: the segments in order, (names of the inputs whose tokens they are, length); no names: constants (registers,
+            padding). heads, kv_heads: as the primitive gets them. ragged: the samples' rows lie differently.
+    """
+
+    site: str
+    number: int
+    queries: tuple[tuple[tuple[str, ...], int], ...]
+    keys: tuple[tuple[tuple[str, ...], int], ...]
+    heads: int
+    kv_heads: int
+    ragged: bool
+
+    @property
+    def kind(self) -> str:
+        """ "self", "joint", "cross"; "own" where a row's own stream is among further keys; "?" where the rows contradict."""
+        own = [set(names) for names, _ in self.queries if names]
+        seen = [set(names) for names, _ in self.keys if names]
+        rows, keys = (sum(size for _, size in side) for side in (self.queries, self.keys))
+        if self.queries == self.keys and rows == keys:
+            return "self" if len(own) <= 1 or set.intersection(*own) else "joint"
+        if own and seen and not set.union(*own) & set.union(*seen):
+            return "cross"
+        if not (own and seen) and rows == keys:
+            return "?"
+        return (
+            "own"
+            if rows != keys and own and set.union(*own) & set.union(*(seen or [set()]))
+            else "cross"
+            if not own or not seen
+            else "?"
+        )
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The streams of the rows in order, by `role_of`; what is constant counts with nothing."""
+        found: list[str] = []
+        for names, _ in self.queries:
+            if names:
+                role = role_of(names)
+                if not found or found[-1] != role:
+                    found.append(role)
+        return tuple(found)
+
+    @property
+    def own_keys(self) -> slice | None:
+        """Where the rows' own keys are, in the order of the rows; None where they are not one run."""
+        rows = sum(size for _, size in self.queries)
+        places, start = [], 0
+        wanted = {name for names, _ in self.queries for name in names}
+        for names, size in self.keys:
+            if set(names) & wanted:
+                places.append(slice(start, start + size))
+            start += size
+        return places[0] if len(places) == 1 and places[0].stop - places[0].start == rows else None
+
+
+def role_of(names: tuple[str, ...]) -> str:
+    """ "image" for the latent's tokens, "audio" or "text" by what the denoiser calls its inputs, else "other"."""
+    if set(names) & set(LATENTS):
+        return "image"
+    joined = " ".join(names)
+    if "audio" in joined:
+        return "audio"
+    return "text" if TEXTS.search(joined) and "image" not in joined else "other"
+
+
+class _Tape(TorchFunctionMode):
+    """Records q and k of each attention call, and cuts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Tensor, Tensor, int]] = []
+        self.inside: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not SDPA and getattr(func, "__name__", "") != "flex_attention":
+            return func(*args, **kwargs)
+        q, k, v = [*args, *(kwargs.get(n) for n in ("query", "key", "value")[len(args) :])][:3]
+        self.calls.append((self.inside[-1] if self.inside else "", q.detach().clone(), k.detach().clone(), v.shape[1]))
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], 1) if v.shape[1] != q.shape[1] else v
+        if q.shape[2] == k.shape[2] and q.shape[0] == v.shape[0]:
+            return v.clone()
+        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+
+
+def probe(
+    model: nn.Module, inputs: dict[str, Any], run: Callable[[dict[str, Any]], Any] | None = None
+) -> list[Structure]:
+    """The attention calls of one forward, in order.
+
+    The model is left as it was: no hook, no state, no random number of it is used up.
+
+    Args:
+        inputs: keyword arguments of one forward, with at least four tokens in each stream. run: makes the forward of such
+            arguments; None: the model does.
+
+    Raises:
+        UnsupportedHost: the model is in training mode, or its calls depend on the order of tokens.
+    """
+    if model.training:
+        raise UnsupportedHost(f"{type(model).__name__} is in training mode; call eval() before it is looked at.")
+    tape = functools.partial(_run, model, run or (lambda given: model(**given)))
+    base = tape(inputs)
+    sources: dict[str, list[str]] = {}
+    for path, tensor in _leaves(inputs):
+        if _has_tokens(path, tensor):
+            sources.setdefault(path.split("[")[0], []).append(path)
+    moved = {}
+    for source, paths in sources.items():
+        other = tape(_put(inputs, lambda p, t, own=paths: _rolled(t) if p in own else t))
+        if len(other) != len(base):
+            raise UnsupportedHost(
+                f"{type(model).__name__}: its attention calls depend on the order of the tokens of {source}."
+            )
+        moved[source] = other
+    hits = {source: [_changes(a, b) for a, b in zip(other, base, strict=True)] for source, other in moved.items()}
+    modulating = _modulating(tape, inputs, sources, base, hits)
+    counts: dict[str, int] = {}
+    found = []
+    for i, (site, q, _, kv) in enumerate(base):
+        rows = {side: _labels(hits, modulating, i, side) for side in (0, 1)}
+        number = counts[site] = counts.get(site, -1) + 1
+        apart = len({_runs(one) for one in rows[0]}) > 1
+        queries, keys = (
+            _runs([frozenset().union(*cells) for cells in zip(*rows[side], strict=True)]) for side in (0, 1)
+        )
+        found.append(Structure(site, number, queries, keys, q.shape[1], kv, apart))
+    return found
+
+
+def _labels(hits: Any, modulating: Any, i: int, side: int) -> list[list[frozenset[str]]]:
+    """Per sample, per row, the sources that own it."""
+    some = next(iter(hits.values()))[i][side]
+    labels = [[set() for _ in range(some.shape[1])] for _ in range(some.shape[0])]
+    for source, calls in hits.items():
+        change = calls[i][side]
+        if change.shape != some.shape or (source, i, side) in modulating:
+            continue
+        for b, r in (change > MOVED).nonzero().tolist():
+            labels[b][r].add(source)
+    return [[frozenset(cell) for cell in one] for one in labels]
+
+
+def _modulating(
+    tape: Callable[[Any], Any], inputs: Any, sources: Any, base: Any, hits: Any
+) -> set[tuple[str, int, int]]:
+    """(source, call, side) where a source moves rows that are another's, all of them alike: it owns none there."""
+    doubtful: set[str] = set()
+    for i, side in itertools.product(range(len(base)), (0, 1)):
+        marks = {s: (calls[i][side] > MOVED).any(0) for s, calls in hits.items()}
+        for a, b in itertools.permutations(marks, 2):
+            if marks[a].shape == marks[b].shape and bool((marks[a] & marks[b]).any()):
+                doubtful.add(a)
+    found = set()
+    for source in doubtful:
+        singles, own = [], sources[source]
+        for axis in (-2, -1):
+            try:
+                other = tape(_put(inputs, lambda p, t, ax=axis, own=own: _one_token(t, ax) if p in own else t))
+            except (RuntimeError, IndexError):
+                continue
+            if len(other) == len(base):
+                singles.append([_changes(a, b) for a, b in zip(other, base, strict=True)])
+        for i, side in itertools.product(range(len(base)), (0, 1)):
+            hit = (hits[source][i][side] > MOVED).any(0)
+            if not bool(hit.any()):
+                continue
+            alone = [one[i][side][..., hit].amax(0) for one in singles]
+            if not any(float(c.max()) > 5 * float(c.median()) for c in alone):
+                found.add((source, i, side))
+    return found
+
+
+def _run(
+    model: nn.Module, run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any]
+) -> list[tuple[str, Tensor, Tensor, int]]:
+    tape, handles = _Tape(), []
+    for name, module in model.named_modules():
+        if callable(getattr(module, "processor", None)) or "Attention" in type(module).__name__:
+            handles.append(module.register_forward_pre_hook(lambda m, a, n=name: tape.inside.append(n)))
+            handles.append(module.register_forward_hook(lambda m, a, o: (tape.inside.pop(), None)[1], always_call=True))
+    given = _put(inputs, lambda p, t: t.clone())
+    if "return_dict" in inspect.signature(type(model).forward).parameters:
+        given["return_dict"] = False
+    state = torch.get_rng_state()
+    try:
+        with warnings.catch_warnings(), torch.no_grad(), tape:
+            warnings.simplefilter("ignore")
+            torch.manual_seed(0)
+            run(given)
+    finally:
+        torch.set_rng_state(state)
+        for handle in handles:
+            handle.remove()
+    return tape.calls
+
+
+def _changes(other: Any, base: Any) -> tuple[Tensor, Tensor]:
+    """For queries and keys, how much each row [B, n] changed, relative to its size; nothing where the form is another."""
+    found = []
+    for a, b in zip(other[1:3], base[1:3], strict=True):
+        if a.shape != b.shape:
+            found.append(torch.zeros(b.shape[0], b.shape[2]))
+            continue
+        scale = b.float().abs().amax((1, 3)) + 1e-12
+        found.append((a.float() - b.float()).abs().amax((1, 3)) / scale)
+    return found[0], found[1]
+
+
+def _runs(labels: list[frozenset[str]]) -> tuple[tuple[tuple[str, ...], int], ...]:
+    return tuple((tuple(sorted(names)), len(list(run))) for names, run in itertools.groupby(labels))
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, v in value.items():
+            yield from _leaves(v, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for i, v in enumerate(value):
+            yield from _leaves(v, f"{path}[{i}]")
+
+
+def _put(value: Any, change: Callable[[str, Tensor], Tensor], path: str = "") -> Any:
+    """The same arguments with changed tensors."""
+    if isinstance(value, Tensor):
+        return change(path, value)
+    if isinstance(value, dict):
+        return {k: _put(v, change, f"{path}.{k}" if path else str(k)) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_put(v, change, f"{path}[{i}]") for i, v in enumerate(value))
+    return value
+
+
+def _has_tokens(path: str, tensor: Tensor) -> bool:
+    leaf = path.split("[")[0].split(".")[-1]
+    if not tensor.numel() or any(word in leaf.replace("input_ids", "") for word in NO_TOKENS):
+        return False
+    if tensor.is_floating_point():
+        return tensor.ndim >= (2 if "[" in path else 3)
+    return not tensor.is_complex() and tensor.ndim == 2 and tensor.shape[1] > 1 and "input_ids" in path
+
+
+def _rolled(tensor: Tensor) -> Tensor:
+    """Another order of the tokens; of a grid, along its last two axes."""
+    if not tensor.is_floating_point():
+        return tensor.roll(1, 1)
+    if tensor.shape[-2] == 1 and tensor.ndim == 3:
+        return -tensor
+    return tensor.roll(1, -1).roll(1, -2) if tensor.ndim in (4, 5) else tensor.roll(1, -2)
+
+
+def _one_token(tensor: Tensor, axis: int) -> Tensor:
+    """Another value of the first token."""
+    new = tensor.clone()
+    part = new.narrow(new.ndim + axis if new.is_floating_point() else 1, 0, 1)
+    part.copy_(-part if new.is_floating_point() else (part + 1) % 2)
+    return new

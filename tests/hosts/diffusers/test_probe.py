@@ -1,0 +1,111 @@
+"""What attention calls are, found by looking: the tables must say the same, and what no table says is looked up in the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from attnsteer import PAG, Where, sites, steer
+from attnsteer.hosts.diffusers import streams
+from attnsteer.hosts.diffusers.probe import probe
+from attnsteer.testing import tiny_denoiser, tiny_denoiser_inputs
+from tests.hosts.diffusers.common import relative
+from tests.hosts.families import forward, known
+
+ALL = known()
+SAMPLE = [
+    "sd",
+    "sd35",
+    "flux",
+    "wan",
+    "lumina2",
+    "kandinsky3",
+    "prx",
+    "cascade",
+    "stableaudio",
+    "hunyuanvideo",
+    "zimage",
+]
+
+
+@pytest.mark.parametrize("name", [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.long) for n in ALL])
+def test_the_tables_say_what_the_probe_sees(name: str) -> None:
+    model, inputs = ALL[name].build(), ALL[name].inputs()
+    plain, state = forward(model, inputs), torch.get_rng_state()
+    found = probe(model, inputs)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(forward(model, inputs), plain)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    listed = {s.name: s for s in sites(model)}
+    assert found
+    for structure in found:
+        site = listed.get(structure.site)
+        if site is None or structure.kind == "?":
+            # Mochi's pooler is no site.
+            continue
+        # Tokens that are all alike (OmniGen's prompt) look like constants.
+        if name != "omnigen":
+            assert site.kind == streams.listed_kind(structure.kind, structure.order), structure
+        order = streams.order_of(site, model)
+        if site.kind == "joint" and order:
+            assert structure.order == order, structure
+        assert structure.heads == site.heads or structure.kv_heads == site.kv_heads
+
+
+def test_a_training_model_is_not_looked_at() -> None:
+    from attnsteer.errors import UnsupportedHost
+
+    model = tiny_denoiser("sd").train()
+    with pytest.raises(UnsupportedHost, match="eval"):
+        probe(model, tiny_denoiser_inputs("sd", model))
+
+
+class _OwnValues(TorchFunctionMode):
+    """Each row keeps the value of its own key, which is among further keys."""
+
+    def __init__(self, place: str):
+        super().__init__()
+        self.place = place
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            q, _, v = [*args, *((kwargs or {}).get(n) for n in ("query", "key", "value")[len(args) :])][:3]
+            rows = q.shape[2]
+            return v[:, :, :rows] if self.place == "first" else v[:, :, -rows:]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "place"), [("prx", "last"), ("cascade", "first")])
+def test_identity_among_further_keys_is_the_rows_own(name: str, place: str) -> None:
+    model, inputs = ALL[name].build(), ALL[name].inputs()
+    plain = forward(model, inputs)
+    where = Where(kinds="self")
+    with steer(model, PAG(2.0, where=where)) as run, run.branches("cond"):
+        ours = forward(model, inputs)
+    with _OwnValues(place):
+        weak = forward(model, inputs)
+    expected = plain + 2.0 * (plain - weak)
+    assert relative(ours, expected) < 5e-6
+    assert relative(plain, expected) > 1e-2
+
+
+def test_an_order_that_no_table_has_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def guided(model: nn.Module) -> Tensor:
+        method = PAG(2.0, joint="ii_identity", where=Where(layers=[1], kinds="joint"))
+        with steer(model, method) as run, run.branches("cond"):
+            return forward(model, inputs)
+
+    model, inputs = ALL["flux"].build(), ALL["flux"].inputs()
+    expected = guided(model)
+    never = streams.re.compile(r"(?!)")
+    monkeypatch.setattr(streams, "_structures", dict)
+    monkeypatch.setattr(streams, "IMAGE_FIRST", never)
+    monkeypatch.setattr(streams, "TEXT_FIRST", never)
+    site = next(s for s in sites(model) if s.kind == "joint")
+    assert streams.order_of(site, model) == ()
+    assert torch.equal(guided(model), expected)
+    assert not any(m._forward_hooks for m in model.modules())
