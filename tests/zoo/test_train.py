@@ -74,7 +74,7 @@ def test_batches_draw_single_objects_and_empty_captions_as_often_as_asked() -> N
     assert 0.4 < sum(empty) / sum(single[1]) < 0.6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_model_trains_for_a_few_steps(tmp_path: Path) -> None:
     """Also that a stock library loads what was written, and that it computes."""
     from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
