@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import StaticCache
 from transformers.modeling_utils import AttentionInterface
 
 from attnsteer import ACT, SpotLight, steer
@@ -74,3 +75,32 @@ def test_a_kernel_that_does_something_else_is_refused(monkeypatch: pytest.Monkey
     model = on_flash(TRANSFORMERS["llama"].build(num_hidden_layers=1))
     with steer(model, METHODS[0], control=True), pytest.raises(UnsupportedHost, match="does something else"):
         model(torch.randint(5, 60, (1, 12)))
+
+
+@pytest.mark.parametrize("kind", ["packed", "static cache"])
+def test_what_hides_its_mask_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", stand_in())
+    model = on_flash(TRANSFORMERS["llama"].build(num_hidden_layers=1))
+    mask, lengths = torch.ones(1, 12, dtype=torch.long), torch.tensor([0, 5, 12], dtype=torch.int32)
+    mask[:, :4] = 0
+    more: dict[str, Any] = {
+        "packed": {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 7, "max_length_k": 7},
+        "static cache": {"attention_mask": mask, "past_key_values": StaticCache(model.config, max_cache_len=20)},
+    }[kind]
+    with steer(model, METHODS[0], control=True), pytest.raises(UnsupportedHost, match="on padded batches"):
+        model(torch.randint(5, 60, (1, 12)), **more)
+
+
+@torch.no_grad()
+def test_compiled_code_is_left_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", stand_in())
+    model, ids = on_flash(TRANSFORMERS["llama"].build(num_hidden_layers=1)), torch.randint(5, 60, (2, 12))
+    plain = model(ids).logits
+    torch._dynamo.reset()
+    with steer(model, *METHODS):
+        expected = model(ids).logits
+        torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, expected)
+    torch._dynamo.reset()
+    with steer(model, *METHODS, control=True), pytest.raises(Exception, match="not steered inside compiled code"):
+        torch.compile(model, backend="eager", fullgraph=True)(ids)
+    assert (expected - plain).abs().max() > 1e-2
