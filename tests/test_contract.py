@@ -381,8 +381,10 @@ def test_a_module_that_is_no_library_s_is_checked_alike() -> None:
         num_heads = 2
 
         def forward(self, x: Tensor) -> Tensor:
-            q = x.unflatten(-1, (2, -1)).transpose(1, 2)
-            return torch.nn.functional.scaled_dot_product_attention(q, q + 1, q - 1).transpose(1, 2).flatten(2)
+            q, n = x.unflatten(-1, (2, -1)).transpose(1, 2), x.shape[1]
+            mask = torch.ones(n, n, dtype=torch.bool).tril()
+            out = torch.nn.functional.scaled_dot_product_attention(q, q + 1, q - 1, attn_mask=mask)
+            return out.transpose(1, 2).flatten(2)
 
     module, x = Attention(), torch.randn(2, 9, 8)
     plain = module(x)
