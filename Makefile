@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
-.PHONY: help venv test test-quick sweep lint format demo bench-quick clean
+.PHONY: help venv test test-long test-quick sweep lint format demo bench-quick clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -33,6 +33,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: $(READY)  ## run the tests
 	$(PY) -m pytest -q -n 2 $(ARGS)
+
+test-long: $(READY)  ## run the tests that take minutes: all pairs of laws, whole trainings, runs that are killed
+	$(PY) -m pytest -q -n 2 -m long $(ARGS)
 
 test-quick: $(READY)  ## run a sample of the tests, under two minutes on two cores
 	$(PY) -m pytest -q -n 2 -m "not slow and not full and not long" $(ARGS)

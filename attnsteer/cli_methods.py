@@ -14,9 +14,16 @@ from .output import print_json, print_table
 EXAMPLES = {
     "boxes": '{"fox": (0.1, 0.4, 0.5, 0.9)}',
     "gates": "{(0, 3): 0.0}",
+    "groups": '[("red", "fox"), ("blue", "ball")]',
+    "local": "[[0, 5, 17]]",
+    "negative": '"blurry"',
+    "source": '"previous"',
     "spans": "[[(6, 10)]]",
+    "summary": "[[3]]",
     "words": '["fox"]',
 }
+# Methods whose source is another run, and what to capture of it.
+OF_A_RUN = {"FreezeMaps": '("q", "k")', "PatchHeads": '"output"'}
 
 
 def methods(
@@ -72,7 +79,7 @@ def _print_one(name: str, as_json: bool) -> None:
 def parameters(cls: type) -> list[dict[str, Any]]:
     """The hyper-parameters of a method: {"name", "type", "values", "required", "default"}; the default as it is written."""
     out = []
-    for field in fields(cls):
+    for field in (f for f in fields(cls) if f.init):
         required = field.default is MISSING and field.default_factory is MISSING
         default = field.default_factory() if field.default is MISSING and not required else field.default
         row = {"name": field.name, "type": _type(field), "values": _values(cls, field), "required": required}
@@ -102,6 +109,12 @@ def example(name: str, cls: type, hosts: tuple[str, ...]) -> str:
     given = ", ".join(f"{key}={EXAMPLES.get(key, '...')}" for key in required)
     public = name in attnsteer.__all__
     imports = f"from attnsteer import {name}, steer" if public else "from attnsteer import get_method, steer"
+    if name in OF_A_RUN:
+        given = "source=seen"
+        imports = (
+            f"from attnsteer import {name}, capture, steer\n\n"
+            f"with capture(model, what={OF_A_RUN[name]}) as seen:\n    model(**inputs)"
+        )
     made = f"{name}({given})" if public else f"get_method({name!r})({given})"
     target, call = (
         ("pipe", 'image = pipe("a fox").images[0]') if hosts == ("diffusers",) else ("model", "out = model(**inputs)")

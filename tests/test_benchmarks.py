@@ -177,7 +177,7 @@ def test_the_latent_case_compares_with_the_built_in_pipeline() -> None:
     assert set(found.times["step"].rounds) == {"built-in", "steered", "without"} and found.value > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_peak_memory_is_that_of_the_arm() -> None:
     size = cases.CASES["prefill-32k"].sizes["smoke"]
     request = {"shape": size.shape.to_dict(), "tokens": 2048, "share": 0.2}

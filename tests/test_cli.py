@@ -15,10 +15,11 @@ from typer.testing import CliRunner
 
 import attnsteer
 from attnsteer import __version__, cli, methods, sites
-from attnsteer.testing import tiny_pipeline, tiny_transformers
+from attnsteer.testing import tiny_pipeline, tiny_transformers, tiny_transformers_inputs
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"methods", "sites", "doctor", "demo", "run", "calibrate", "compare", "report", "serve"}
+GROUPS = {"recipes", "zoo"}
 
 
 def run(*args: str) -> Any:
@@ -54,8 +55,8 @@ def test_help_names_every_command_that_exists_and_no_other() -> None:
     done = run("--help")
     assert done.exit_code == 0
     assert {c.callback.__name__ for c in cli.app.registered_commands} == COMMANDS
-    assert {g.name for g in cli.app.registered_groups} == {"recipes"}
-    for name in (*sorted(COMMANDS), "recipes"):
+    assert {g.name for g in cli.app.registered_groups} == GROUPS
+    for name in sorted(COMMANDS | GROUPS):
         assert name in done.output
         page = run(name, "--help")
         assert page.exit_code == 0 and "--help" in page.output
@@ -125,13 +126,16 @@ def test_methods_as_json_has_all_facts() -> None:
 def test_one_method_is_told_whole(name: str) -> None:
     found = json.loads(run("methods", name, "--json").output)
     cls = attnsteer.get_method(name)
-    assert [p["name"] for p in found["parameters"]] == [f.name for f in dataclasses.fields(cls)]
+    assert [p["name"] for p in found["parameters"]] == [f.name for f in dataclasses.fields(cls) if f.init]
     for row in found["parameters"]:
         assert row["type"] and row["values"] and (row["default"] is None) == row["required"]
     # The example's method can be made as it is written.
-    imports, _, steered = found["example"].partition("\n\n")
+    before, _, steered = found["example"].rpartition("\n\n")
     names: dict[str, Any] = {}
-    exec(imports, names)
+    if "capture(" in before:
+        names["model"] = tiny_transformers("llama")
+        names["inputs"] = tiny_transformers_inputs("llama", names["model"])
+    exec(before, names)
     made = eval(steered.partition(", ")[2].partition(") as run:")[0], names)
     assert isinstance(made, cls)
     table = run("methods", name).output

@@ -12,24 +12,36 @@ import torch
 
 from attnsteer import (
     ACT,
+    ADHH,
     CONFORM,
+    HGAI,
     NAG,
     PAG,
+    PAI,
+    PAINT,
     PASTA,
     SEG,
     SLG,
+    SPIN,
     VAR,
     VHR,
     AttendAndExcite,
+    AttentionBuckets,
     AttentionRefocusing,
     AttentionRegulation,
+    FreezeMaps,
     HeadGate,
     HeadSet,
+    InjectMap,
+    InstABoost,
     Intervention,
+    PatchHeads,
     SoftPAG,
     SpotLight,
+    VisualKnockout,
     Where,
     ZeroTuning,
+    capture,
     get_method,
     methods,
     steer,
@@ -48,12 +60,22 @@ LANGUAGE: dict[str, Intervention] = {
     "spotlight": SpotLight([[(1, 3)], [(1, 3)]], 0.4, where=Where(heads=HEADS)),
     "spotlight-pooled": SpotLight([[(1, 3)], [(1, 3)]], 0.5, pooled=True, where=Where(layers=-1, rows=(2, 9))),
     "headgate": HeadGate({(0, 1): -1.5, (2, 3): 0}, where=Where(rows="last")),
+    "instaboost": InstABoost([[(1, 3)], [(1, 3)]], 4.0, exclude_first_token=True, where=Where(layers=[1])),
+    "injectmap": InjectMap("block:2", {0: [1], 2: [3]}, strength=0.5),
+    "injectmap-mask": InjectMap("span", HEADS, "mask", rows=[1, 2], spans=[[(0, 3)], [(1, 4)]], sums="keep"),
+    "buckets": AttentionBuckets((10000.0, 200.0), "probs"),
 }
 # On models with images; where they are is said for the language model of the other tests.
 VISION: dict[str, Intervention] = {
     "var": VAR((3, 17), 1.6, 0.2, 0.1, where=Where(layers=[0, 2])),
     "var-released": VAR.released_code((3, 17), 1.6, rho=0.9, where=Where(heads=HEADS)),
     "vhr": VHR(0.5, rows="last", last=2, outliers=False),
+    "pai": PAI(0.8, {1: [0]}),
+    "hgai": HGAI(0.8, where=Where(layers=[1])),
+    "paint": PAINT([[0, 3], []], [[1], [2, 4]], 0.9, 1.4),
+    "adhh": ADHH(HEADS, 0.3),
+    "spin": SPIN(0.5, 0.1, where=Where(layers=[0, 2])),
+    "knockout": VisualKnockout([("last", "image"), ("question", "before")]),
 }
 GUIDANCE: dict[str, Intervention] = {
     "pag": PAG(2.0, where=Where(steps=(0.0, 0.5))),
@@ -76,11 +98,25 @@ LATENT: dict[str, Intervention] = {
     "refocusing-released": AttentionRefocusing.released_code([BOXES, {"fox": (0, 0, 1, 0.5)}]),
 }
 ALL = LANGUAGE | VISION | GUIDANCE | LATENT
+# What they hold is a run's, which has files of its own (`Captured.load`).
+NOT_SAVED = {FreezeMaps, PatchHeads}
 
 
 def test_every_built_in_method_is_here() -> None:
     known = {get_method(name) for name in methods()}
-    assert {cls for cls in known if cls.__module__.startswith("attnsteer.")} == {type(m) for m in ALL.values()}
+    assert {cls for cls in known if cls.__module__.startswith("attnsteer.")} == {
+        type(m) for m in ALL.values()
+    } | NOT_SAVED
+
+
+def test_a_method_that_holds_a_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    model = tiny_transformers("llama")
+    with torch.no_grad(), capture(model, what=("q", "k", "output")) as seen:
+        model(**tiny_transformers_inputs("llama", model))
+    for cls in NOT_SAVED:
+        with pytest.raises(SerializationError, match="Captured cannot be saved"):
+            cls(seen).save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -112,6 +112,7 @@ def test_nothing_is_imported_without_a_word(hush: Path) -> None:
     assert not imported() and "Hush" not in methods()
 
 
+@pytest.mark.long
 def test_the_commands_import(hush: Path) -> None:
     done = shell("methods", "Hush", "--import", hush, "--json")
     found = json.loads(done.stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 import time
@@ -13,17 +14,51 @@ import numpy as np
 import pytest
 import torch
 
-from attnsteer import HeadGate, HeadSet, Intervention, Where, ZeroTuning, get_method, methods
+from attnsteer import Captured, HeadGate, HeadSet, Intervention, Where, ZeroTuning, capture, get_method, methods
 from attnsteer.errors import SelectionError
 from attnsteer.parameters import Choice, Flag, Number, Parsed, declared, integer, number
+from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 
-# What stands for the fields without a default.
+
+@functools.cache
+def clean() -> Captured:
+    """What a run takes for methods whose source is one."""
+    model = tiny_transformers("llama")
+    with torch.no_grad(), capture(model, what=("q", "k", "output")) as seen:
+        model(**tiny_transformers_inputs("llama", model, batch=1, length=4))
+    return seen
+
+
+# What stands for the fields without a default; a function is called for it.
 REQUIRED: dict[str, dict[str, Any]] = {
     "AttendAndExcite": {"words": ["cat"]},
     "AttentionRefocusing": {"boxes": {"cat": (0.0, 0.0, 0.5, 0.5)}},
+    "AttentionRegulation": {"words": ["cat"]},
+    "CONFORM": {"groups": [("red", "cube"), "ball"]},
+    "FreezeMaps": {"source": clean},
     "HeadGate": {"gates": {(0, 1): 0.5}},
+    "InjectMap": {"source": "previous"},
+    "InstABoost": {"spans": "a"},
+    "NAG": {"negative": "dark"},
+    "PAINT": {"local": [[0]], "summary": [[1]]},
     "PASTA": {"spans": "a"},
     "SpotLight": {"spans": "a"},
+}
+# What a method needs beside those, by itself or with one of its parameters.
+BESIDE: dict[str, dict[str, Any]] = {"PatchHeads": {"source": clean}}
+WITH: dict[tuple[str, str], dict[str, Any]] = {
+    ("ACT", "alpha"): {"threshold": None},
+    ("InjectMap", "share"): {"keys": "image"},
+    ("SLG", "start"): {"stop": None},
+}
+# Values of the tables below that some parameters take.
+ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {
+    # No heads are a set too, which steer() refuses.
+    ("", "heads"): ("empty", "generator"),
+    ("CONFORM", "refine_at"): ("empty",),
+    ("InjectMap", "sentence_ends"): ("empty",),
+    ("InjectMap", "source"): ("vector",),
+    ("VisualKnockout", "blocks"): ("empty",),
 }
 BUILT_IN = [n for n in methods() if get_method(n).__module__.startswith("attnsteer.methods.")]
 DECLARED = [(n, f.name) for n in BUILT_IN for f in fields(get_method(n)) if declared(get_method(n), f.name) is not None]
@@ -57,12 +92,14 @@ WRONG_TYPES: dict[type, dict[str, Any]] = {
 
 
 def make(name: str, **values: Any) -> Any:
-    return get_method(name)(**{**REQUIRED.get(name, {}), **values})
+    given = {**REQUIRED.get(name, {}), **BESIDE.get(name, {}), **values}
+    return get_method(name)(**{k: v() if v is clean else v for k, v in given.items()})
 
 
 def test_every_hyper_parameter_of_every_method_is_declared() -> None:
-    undeclared = {(n, f.name) for n in BUILT_IN for f in fields(get_method(n))} - set(DECLARED)
-    assert undeclared == {("PASTA", "tokenizer"), ("SpotLight", "tokenizer")}
+    undeclared = {(n, f.name) for n in BUILT_IN for f in fields(get_method(n)) if f.init} - set(DECLARED)
+    with_texts = ("InjectMap", "InstABoost", "PASTA", "PatchHeads", "SpotLight")
+    assert undeclared == {(name, "tokenizer") for name in with_texts}
     for name in BUILT_IN:
         missing = {f.name for f in fields(get_method(name)) if f.default is MISSING and f.default_factory is MISSING}
         assert missing == set(REQUIRED.get(name, {}))
@@ -78,9 +115,8 @@ def test_a_hostile_value_is_refused_with_method_parameter_and_what_it_takes(name
     if form.per_sample:
         # One value for a batch of one.
         table.pop("list", None)
-    if parameter == "heads":
-        # No heads are a set too, which steer() refuses.
-        del table["empty"], table["generator"]
+    for label in ALLOWED.get((name, parameter), ALLOWED.get(("", parameter), ())):
+        del table[label]
     for label, value in table.items():
         with pytest.raises(SelectionError) as caught:
             make(name, **{parameter: value})
@@ -108,7 +144,7 @@ def test_bounds_hold_and_numpy_and_torch_numbers_are_taken(name: str, parameter:
                 make(name, **{parameter: out})
     value = 3 if form.whole else 0.5
     kinds = (np.int32, np.uint8, torch.tensor) if form.whole else (np.float32, np.float64, np.float16, torch.tensor)
-    options = {"threshold": None} if (name, parameter) == ("ACT", "alpha") else {}
+    options = WITH.get((name, parameter), {})
     for kind in kinds:
         kept = getattr(make(name, **{parameter: kind(value)}, **options), parameter)
         assert kept == value and type(kept) is type(value)

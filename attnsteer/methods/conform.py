@@ -52,7 +52,10 @@ def _of_prompt(given: Any) -> tuple[Any, ...]:
 
 
 def _when(given: Any) -> tuple[int | float, ...]:
-    return tuple(calls(when) for when in plain(given))
+    given = plain(given)
+    if not isinstance(given, (list, tuple)):
+        raise SelectionError(f"give a list of numbers of calls, or of fractions of the loop; not {brief(given)}.")
+    return tuple(calls(when) for when in given)
 
 
 @register_method

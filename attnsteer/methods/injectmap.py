@@ -63,7 +63,11 @@ def head_pairs(value: Any) -> dict[tuple[int, int], tuple[int, int]]:
 
 
 def _ids(value: Any) -> tuple[int, ...]:
-    return tuple(int(i) for i in plain(value))
+    given = plain(value)
+    ids = [whole(i) for i in given] if isinstance(given, (list, tuple)) else [None]
+    if None in ids:
+        raise SelectionError("give a list of token ids, integers.")
+    return tuple(ids)
 
 
 @register_method

@@ -18,24 +18,31 @@ from .schema import InterventionSpec, ModelSpec
 
 Sample = Mapping[str, Any]
 # The strength at which a method does nothing; the laws' "identity" holds each of them to it.
-ZERO: dict[str, dict[str, float]] = {
+ZERO: dict[str, dict[str, Any]] = {
     "ACT": {"beta": 1.0},
+    # A share above 1 is never reached.
+    "ADHH": {"threshold": 1.1},
     "AttendAndExcite": {"step_size": 0.0},
     "AttentionRefocusing": {"step_size": 0.0},
     "AttentionRegulation": {"strength": 0.0},
     "CONFORM": {"step_size": 0.0},
-    "NAG": {"scale": 0.0},
-    "PAG": {"scale": 0.0},
-    "PASTA": {"alpha": 1.0},
-    "SEG": {"scale": 0.0},
-    "SLG": {"scale": 0.0},
-    "SoftPAG": {"scale": 0.0},
+    "HGAI": {"alpha": 0.0},
     "InjectMap": {"strength": 0.0},
     "InstABoost": {"factor": 1.0},
+    "NAG": {"scale": 0.0},
+    "PAG": {"scale": 0.0},
+    "PAI": {"alpha": 0.0},
+    "PAINT": {"alpha": 0.0, "beta": 0.0},
+    "PASTA": {"alpha": 1.0},
     "PatchHeads": {"strength": 0.0},
+    "SEG": {"scale": 0.0},
+    "SLG": {"scale": 0.0},
+    "SPIN": {"scale": 1.0},
+    "SoftPAG": {"scale": 0.0},
     "SpotLight": {"target": 0.0},
     "VAR": {"move_fraction": 0.0},
     "VHR": {"alpha": 1.0},
+    "VisualKnockout": {"blocks": []},
     "ZeroTuning": {"gamma": 1.0},
 }
 # What stands for a sample's value while a recipe is checked, by the name of the parameter.

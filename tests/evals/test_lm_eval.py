@@ -286,7 +286,7 @@ class TestSteer:
             AttnSteerLM(tiny_transformers("t5"), tokenizer=text.tokenizer)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_line(tasks: Path, text: Any, tmp_path: Path) -> None:
     folder = METHOD.save_pretrained(tmp_path / "act")
     command = [sys.executable, "-m", "attnsteer.evals.lm_eval", "--model", "attnsteer"]

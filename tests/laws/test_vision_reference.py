@@ -86,8 +86,9 @@ def _short(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def far(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative where b is above one: Gemma 3's logits reach 37, of which fp32 keeps 4e-6."""
     assert torch.isfinite(a).all()
-    return float((a - b).abs().max())
+    return float(((a - b).abs() / b.abs().clamp_min(1.0)).max())
 
 
 def forward(setup: Setup) -> Tensor:

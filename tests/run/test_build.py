@@ -7,14 +7,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from attnsteer import ACT, PASTA, HeadSet, Where, get_method, methods
+from attnsteer import ACT, PASTA, HeadSet, Where, capture, get_method, methods
 from attnsteer.errors import RecipeError
 from attnsteer.recipe.arms import head_counts, random_heads, random_heads_of_all
 from attnsteer.recipe.checks import check
 from attnsteer.recipe.parameters import ZERO
 from attnsteer.run.build import Plan, plan
 from attnsteer.site import Site
+from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from tests.run.common import BASE, changed, recipe
 
 SIZES = [Site(name=f"l{i}", layer=i, kind="self", heads=8, kv_heads=8, modality="text") for i in range(6)]
@@ -172,12 +174,22 @@ def test_heads_of_a_method_without_that_field_go_into_its_where() -> None:
     assert made.where == Where(heads=HeadSet({1: [0, 2]}), phases="prefill")
 
 
-def test_every_method_of_the_library_has_a_zero_strength_that_builds() -> None:
-    own = {n for n in methods() if get_method(n).__module__.startswith("attnsteer.methods.")} - {"HeadGate"}
-    assert own <= set(ZERO)
-    needed = {"words": {"sample": "words"}, "boxes": {"sample": "boxes"}, "spans": {"sample": "spans"}}
+# Gates name their heads, bases are off at the model's own, and a frozen map is off where the run is the clean one.
+NEVER_OFF = {"AttentionBuckets", "FreezeMaps", "HeadGate"}
+
+
+def test_every_method_of_the_library_has_a_zero_strength_that_builds(tmp_path: Path) -> None:
+    own = {n for n in methods() if get_method(n).__module__.startswith("attnsteer.methods.")} - NEVER_OFF
+    assert own == {n for n in ZERO if n in methods()}
+    model = tiny_transformers("llama")
+    with torch.no_grad(), capture(model, what="output", to=tmp_path / "seen"):
+        model(**tiny_transformers_inputs("llama", model, batch=1, length=4))
+    needed = {key: {"sample": key} for key in ("words", "boxes", "spans", "groups")}
+    needed |= {"negative": "dark", "local": [[0]], "summary": [[1]]}
+    sources = {"InjectMap": "previous", "PatchHeads": str(tmp_path / "seen")}
     for name in sorted(own):
-        params = {k: v for k, v in needed.items() if k in {f.name for f in _fields(name)}}
+        known = needed | {"source": sources.get(name)}
+        params = {k: v for k, v in known.items() if k in {f.name for f in _fields(name)}}
         data = changed({"interventions": [{"method": name, "params": params, "where": {"layers": 0}}]})
         from attnsteer.recipe.validate import validate
 

@@ -56,6 +56,7 @@ def test_a_recipe_alone_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_an_import_is_recorded_and_a_run_goes_on_with_it(tmp_path: Path) -> None:
     path, out = recipe_file(tmp_path), tmp_path / "run"
     done = command("run", path, "--out", out, "--allow-imports")
@@ -94,7 +95,7 @@ def test_a_method_file_needs_no_field_of_the_recipe(tmp_path: Path) -> None:
     assert set(load(tmp_path / "run" / "identity.json")["imports"]) == {"hush.py"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_processes_import(tmp_path: Path) -> None:
     path = recipe_file(tmp_path)
     alone = command("run", path, "--out", tmp_path / "alone", "--allow-imports")

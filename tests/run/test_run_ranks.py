@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("share", ["off", "auto"])
+@pytest.mark.parametrize("share", ["off", pytest.param("auto", marks=pytest.mark.long)])
 def test_two_processes_make_the_files_of_one(tmp_path: Path, share: str) -> None:
     changes = {"data": {**READING["data"], "limit": 22}, "share": share}
     path = written(tmp_path, **changes)

@@ -70,7 +70,7 @@ print(json.dumps({"folders": folders, "records": states}))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     path = written(tmp_path, data={**READING["data"], "limit": 20}, batch_size=2, controls={"zero": True})
     done = subprocess.run(

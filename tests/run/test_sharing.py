@@ -198,9 +198,8 @@ def test_an_arm_whose_heads_were_never_asked_is_an_error() -> None:
     steering: Any = SimpleNamespace(audit=audit, sites=[site(0), site(3)])
     pair = lambda kind: [Arm(k, k, methods[k], {}) for k in ("method", kind)]  # noqa: E731
     (method,), (zero,) = sharing.audits(pair("zero"), steering)
-    assert {p: s["heads"] for p, s in method["sites"].items()} == {site(0).path: 2} and list(zero["sites"]) == [
-        site(3).path
-    ]
+    # Of sites that never ran an audit tells nothing.
+    assert {p: s["heads"] for p, s in method["sites"].items()} == {site(0).path: 2} and not zero["sites"]
     with pytest.raises(NeverFired, match="ZeroTuning of the arm random never acted"):
         sharing.audits(pair("random"), steering)
 

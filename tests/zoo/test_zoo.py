@@ -71,6 +71,7 @@ PLAIN = {
 }
 
 
+@pytest.mark.long
 def test_plain_libraries_load_them() -> None:
     """In a process that never imports attnsteer; one for all, since most of its time is the libraries'."""
     parts = [f"p = {str(zoo.MODELS / name)!r}\n{PLAIN[name]}" for name in zoo.available()]

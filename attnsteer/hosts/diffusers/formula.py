@@ -115,7 +115,8 @@ class Formula:
             shown = [round(float(w), 3) for w in weights]
             raise UnsupportedHost(
                 f"{type(self.pipeline).__name__} combines its predictions with weights {shown}, whose "
-                f"sum is {total:.3f}: a guidance term on every row counts {total:.2f} times. Use the pipeline's plain guidance."
+                f"sum is {total:.3f}: a guidance term on every row counts {total:.2f} times. Use the pipeline's plain guidance, "
+                "and put hooks that change the denoiser's prediction on before it is steered."
             )
         return self._sign
 

@@ -124,6 +124,10 @@ class Forward:
             memo=self.memo,
         )
 
+    def last_row(self) -> Forward:
+        """The account of a layer that computes its last row only, over the keys of all of them."""
+        return replace(self, past=self.past + self.new - 1, new=1, memo={})
+
     def _check_once(self, path: str) -> None:
         """Raise where a module runs twice in a forward over a cache: its memory would be that of its last turn for all of them."""
         ran = self.memo.setdefault("ran", set())

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedHost
 from ...site import Site
+from .forward import Forward
+from .outer_calls import CURRENT, KEY
 
 
 @dataclass
@@ -165,7 +167,8 @@ def _last_row(original: Callable[..., Any], cache: Any, hidden_states: Tensor, *
     """The last block for its last row; of the other rows only their keys and values are computed."""
     n = hidden_states.shape[1]
     parts = [_rows(kwargs, n, slice(0, n - 1)), _rows(kwargs, n, slice(n - 1, n))]
-    if args or None in parts:
+    if args or None in parts or (KEY not in kwargs and CURRENT.get()):
+        # Nor where the account of the rows does not come with the arguments, to be cut with them.
         return original(hidden_states, *args, **kwargs)
     update = cache.update
 
@@ -180,6 +183,8 @@ def _last_row(original: Callable[..., Any], cache: Any, hidden_states: Tensor, *
         pass
     finally:
         del cache.update
+    if KEY in kwargs:
+        parts[1][KEY] = {run: f.last_row() if isinstance(f, Forward) else f for run, f in kwargs[KEY].items()}
     return original(hidden_states[:, -1:], **parts[1])
 
 

@@ -11,7 +11,7 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor
 
 from attnsteer import PAG, SEG, HeadGate, SoftPAG, Where, sites, steer
-from attnsteer.errors import NeverFired, SelectionError
+from attnsteer.errors import NeverFired, SelectionError, UnsupportedHost
 from attnsteer.testing import tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
 from tests.hosts.diffusers.common import at, denoiser, paths, relative
 from tests.hosts.families import forward, randn
@@ -79,6 +79,13 @@ def test_hooks_of_diffusers() -> None:
         def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
             return (2 * output[0],)
 
+    seen = []
+
+    class Seen(ModelHook):
+        def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+            seen.append(output[0])
+            return output
+
     registry = HookRegistry.check_if_exists_or_initialize(pipe.transformer)
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float32, compute_dtype=torch.float32)
     registry.register_hook(Twice(), "twice")
@@ -94,11 +101,16 @@ def test_hooks_of_diffusers() -> None:
     with steer(pipe, method):
         assert relative(pipe(**call)[0], expected) < 5e-6
     assert torch.equal(pipe(**call)[0], plain)
-    # hooked while steered, and unhooked after
+    # Hooked while steered, it stands outside, and unhooked after: what it does to the prediction it does to the term.
     run = steer(pipe, method)
+    registry.register_hook(Seen(), "seen")
+    assert relative(pipe(**call)[0], expected) < 5e-6
+    assert seen
     registry.register_hook(Twice(), "twice")
-    assert relative(pipe(**call)[0], expected) > 1e-2
+    with pytest.raises(UnsupportedHost, match=r"counts 2\.00 times"):
+        pipe(**call)
     run.remove()
+    registry.remove_hook("seen")
     assert torch.equal(pipe(**call)[0], doubled)
     registry.remove_hook("twice")
     assert torch.equal(pipe(**call)[0], plain)

@@ -142,8 +142,8 @@ def test_guidance_compiled_after_it_was_attached(how: str) -> None:
         HeadGate({(0, 0): -1.0}, where=Where(kinds="self", steps=[1, 2])),
         HeadGate({(0, 0): -1.0}, where=Where(kinds="self", branches="cond")),
         SoftPAG(3.0, 0.5, where=Where(steps=(0.25, 0.75))),
-        SEG(3.0, 1.0),
-        SEG(3.0),
+        pytest.param(SEG(3.0, 1.0), marks=pytest.mark.long),
+        pytest.param(SEG(3.0), marks=pytest.mark.long),
     ],
     ids=["steps", "branch", "window", "blur", "mean_query"],
 )

@@ -171,16 +171,27 @@ def test_a_gate_does_not_care_for_the_scheduler_but_for_its_denoiser() -> None:
     assert not torch.equal(pipe(**call)[0], ours)
 
 
-def test_feature_caches_put_on_by_their_function_are_refused() -> None:
+def test_feature_caches_put_on_by_their_function_are_seen_early_and_late() -> None:
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 
-    pipe = tiny_pipeline("wan")
+    def cached() -> Any:
+        pipe = tiny_pipeline("wan")
+        apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=10.0))
+        return pipe
+
+    call = tiny_call("wan", steps=3)
     method = SoftPAG(3.0, 0.5, where=Where(layers=[1], kinds="self"))
-    apply_first_block_cache(pipe.transformer, FirstBlockCacheConfig(threshold=10.0))
-    with pytest.raises(UnsupportedHost, match="feature cache"):
-        steer(pipe, method)
+    plain = cached()(**call)[0]
+    pipe = cached()
+    with steer(pipe, method) as run:
+        early = pipe(**call)[0]
+    assert run.audit.to_dict()["interventions"][0]["answered from a cache"] > 0
+    assert relative(early, plain) > 1e-3
+    # What the passes of the steering remembered is not the pipeline's.
+    assert torch.equal(pipe(**call)[0], plain)
+    # Under a live handle; before the first call, because diffusers tells hooks that come later no context.
     late = tiny_pipeline("wan")
-    with pytest.raises(UnsupportedHost, match="feature cache"), steer(late, method):
-        late(**tiny_call("wan", steps=1))
+    with steer(late, method):
         apply_first_block_cache(late.transformer, FirstBlockCacheConfig(threshold=10.0))
-        late(**tiny_call("wan", steps=1))
+        assert torch.equal(late(**call)[0], early)
+    assert torch.equal(late(**call)[0], plain)
