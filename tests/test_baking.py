@@ -112,7 +112,7 @@ def test_weights_that_act_elsewhere_too_are_refused() -> None:
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 def test_adapters_take_the_gate_too() -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     model = tiny_transformers("llama")
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj", "q_proj"], init_lora_weights=False))
     inputs = tiny_transformers_inputs("llama", model)

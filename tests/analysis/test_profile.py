@@ -138,7 +138,7 @@ def test_a_planted_induction_model_is_found(tmp_path: Path) -> None:
     assert max(v for p, v in table["induction"].items() if p != (1, 1)) < 0.3
     low, high = table.intervals("induction")[1, 1][1:]
     assert low <= table["induction"][1, 1] <= high and float(table.column("induction").chance.max()) < 0.2
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     table.plot("induction", tmp_path / "induction.png", selected=table.to_heads("induction", top=1))
     table.save(tmp_path / "t.json")
     table.save(tmp_path / "t.csv")
@@ -256,7 +256,7 @@ def test_sinks_of_columns_and_massive_activations(tmp_path: Path) -> None:
     places = [(m.layer, m.sample, m.index, m.dim, m.token) for m in massive]
     assert (0, 1, 3, 3, 5) in places and {m.token for m in massive} == {5}
     assert list(found.to_heads(0, top=1)) == [max(zip(found.alpha[:, 0].tolist(), found.heads, strict=True))[1]]
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     found.plot(tmp_path / "sinks.png")
     with pytest.raises(SelectionError, match="threshold"):
         sinks(model, [inputs], threshold=1.5)

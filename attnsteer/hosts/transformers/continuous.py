@@ -27,7 +27,7 @@ from .prefixes import salt_prefixes
 BASES = ("sdpa", "eager", "paged|eager")
 # What continuous batching cannot give a method: it takes token ids, and runs layers on packed rows.
 ABSENT = ("images", "image_free", "residual")
-# Where the library keeps a manager for the next session.
+# Where the library keeps a manager that later calls take again.
 CACHED = "_cached_continuous_batching_manager"
 
 

@@ -28,7 +28,7 @@ from ...hosts.diffusers.streams import listed_kind, pattern_of
 from ...site import Site
 from ..weights import randomize_
 from .rows import Row
-from .watch import watching
+from .watch import inside, watching
 
 RECORDS = Path(__file__).with_name("recorded") / "denoisers.json"
 # Parts of other models, wrappers, and what predicts no noise: no denoisers of their own.
@@ -289,16 +289,8 @@ class _Values(TorchFunctionMode):
 def identity_at(model: nn.Module, name: str) -> Iterator[None]:
     """In this block the attention of one module gives its values."""
     mode, module = _Values(), model.get_submodule(name)
-    handles = [
-        module.register_forward_pre_hook(lambda *_: setattr(mode, "on", True)),
-        module.register_forward_hook(lambda *_: setattr(mode, "on", False), always_call=True),
-    ]
-    try:
-        with mode:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with inside(module, mode):
+        yield
 
 
 def _open(found: list[Site]) -> HeadGate:

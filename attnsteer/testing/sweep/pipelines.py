@@ -32,7 +32,7 @@ from ...errors import AttnSteerError
 from ...site import Site
 from ..weights import randomize_
 from .rows import Row
-from .watch import watching
+from .watch import inside, watching
 
 # Final latents, relative to the largest: two ways to compute the same, through several steps in float32.
 LIMIT = 5e-4
@@ -295,16 +295,8 @@ class _Mix(TorchFunctionMode):
 def _mixed_at(module: nn.Module, share: float) -> Iterator[None]:
     mode = _Mix()
     mode.share = share
-    handles = [
-        module.register_forward_pre_hook(lambda *_: setattr(mode, "on", True)),
-        module.register_forward_hook(lambda *_: setattr(mode, "on", False), always_call=True),
-    ]
-    try:
-        with mode:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with inside(module, mode):
+        yield
 
 
 class Loop:

@@ -136,3 +136,18 @@ def watching(model: nn.Module, edits: Mapping[str, tuple[int, int]] | None = Non
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def inside(module: nn.Module, mode: Any) -> Iterator[None]:
+    """In this block a function mode acts while the module's forward runs (its `on` says so), and nowhere else."""
+    handles = [
+        module.register_forward_pre_hook(lambda *_: setattr(mode, "on", True)),
+        module.register_forward_hook(lambda *_: setattr(mode, "on", False), always_call=True),
+    ]
+    try:
+        with mode:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -12,7 +12,7 @@ from attnsteer import HeadGate, Intervention, SpotLight, Where, steer
 from attnsteer.call import AttnCall
 from attnsteer.testing import tiny_transformers
 
-peft = pytest.importorskip("peft")
+peft = pytest.importorskip("peft", reason="peft is not installed")
 
 # What peft asks of the library, and how it is told of it.
 pytestmark = [
