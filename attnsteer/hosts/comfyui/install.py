@@ -182,14 +182,20 @@ class Sampling:
                 if not self.run.opened:
                     return strong
                 calc = sys.modules["comfy.samplers"].calc_cond_batch
+                before = self._edits()
                 (weak,) = calc(args["model"], [args["cond"]], x, sigma, options)
-                return Prediction(weak)
+                # A pass of its own rounds otherwise than the same rows in a larger batch: nothing edited is nothing added.
+                return Prediction(weak if self._edits() != before else args["cond_denoised"])
 
             guided = bound.method.around(forward, inputs, self.run).sample
             if guided is not before:
                 self.run.audit.moved(bound.index, (guided != before).any())
                 self.report.guided(bound.index, guided, before)
         return guided
+
+    def _edits(self) -> int:
+        """How many edits the weak branches have returned in this run."""
+        return sum(r.edits for (i, _), r in self.run.audit.records.items() if any(b.index == i for b in self.guides))
 
     @staticmethod
     def _timestep(model: Any, sigma: Tensor) -> float | None:

@@ -11,7 +11,6 @@ import importlib.machinery
 import os
 import sys
 import types
-import uuid
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ CHECKOUT = os.environ.get("ATTNSTEER_COMFYUI")
 class _Stub(types.ModuleType):
     """Stands for torchvision and torchaudio, which the modules import and do not use here."""
 
-    __path__: list[str] = []
+    __path__ = ()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -135,12 +134,24 @@ def sample(
     guider = s.CFGGuider(model)
     guider.set_cfg(cfg)
     guider.set_conds(positive, negative)
-    sigmas = s.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
-    return guider.sample(
-        noise, torch.zeros_like(noise), s.sampler_object(sampler), sigmas, denoise_mask=denoise_mask, disable_pbar=True, seed=0
+    out = guider.sample(
+        noise,
+        torch.zeros_like(noise),
+        s.sampler_object(sampler),
+        sigmas(model, steps),
+        denoise_mask=denoise_mask,
+        disable_pbar=True,
+        seed=0,
     )
+    # As the sampler left it, not as the decoder takes it.
+    return model.model.process_latent_in(out)
 
 
-def identifier() -> uuid.UUID:
-    """As each conditioning has one."""
-    return uuid.uuid4()
+def sigmas(model: Any, steps: int) -> torch.Tensor:
+    """Its own schedule."""
+    return comfy().samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+
+
+def start(model: Any, noise: torch.Tensor, schedule: torch.Tensor) -> torch.Tensor:
+    """The latent from which a sampler starts."""
+    return model.model.model_sampling.noise_scaling(schedule[0], noise, torch.zeros_like(noise), True)
