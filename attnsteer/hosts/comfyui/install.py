@@ -27,6 +27,7 @@ from ...steering import Steering
 from .host import ComfyHost
 from .latent import LatentMoves
 from .passes import MARK, Pass, step_of
+from .preview import WordMaps
 from .report import Report
 
 LOG = logging.getLogger("attnsteer")
@@ -124,6 +125,9 @@ class Sampling:
         self.compared, self.memory, self.capture = set(), {}, None
         for report in (self.report, *self.told):
             report.begin()
+        for method in self.run.interventions:
+            if isinstance(method, WordMaps):
+                method.maps.clear()
 
     def end(self, patcher: Any, *_: Any) -> None:
         text = self.report.finish(self.run)

@@ -58,6 +58,8 @@ class Report:
         wanted = sum(any(b.index == index for b, _ in runtime.entries) for runtime in run.runtimes.values())
         if not any(r.calls for r in records):
             return f"{name} did nothing: none of its {wanted} sites ran in a step in which it acts"
+        if run.bounds[index].method.observes:
+            return f"{name} read {sum(r.calls for r in records)} maps at {len(records)} of {wanted} sites, {len(self.steps)} steps"
         changed = run.audit.changed(index)
         moved = self.terms.get(index) or (self._attended if not self.terms else [])
         mean = float(torch.stack([m.float().cpu() for m in moved]).mean()) if moved else 0.0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 
 import attnsteer
+import attnsteer.comfyui as nodes_of
 from attnsteer import NAG, PAG, SEG, AttentionRefocusing, HeadSet, Intervention, SoftPAG, Where
 from attnsteer.errors import CompositionError, SelectionError, UnsupportedHost
 from attnsteer.hosts.comfyui.install import install, installed
@@ -120,6 +122,7 @@ METHODS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_a_unet_is_steered_as_in_diffusers(world: Any, name: str) -> None:
     patcher = world.unet(unet())
@@ -144,8 +147,10 @@ def test_sites_have_the_names_and_numbers_of_diffusers(world: Any) -> None:
 # Negative prompts.
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("cfg", [7.0, 1.0])
+@pytest.mark.parametrize(
+    ("split", "cfg"),
+    [(True, 7.0), *(pytest.param(*case, marks=pytest.mark.long) for case in ((False, 7.0), (False, 1.0), (True, 1.0)))],
+)
 def test_nag_is_that_of_diffusers_also_where_the_branches_run_apart(alone: Any, split: bool, cfg: float) -> None:
     stub.State.split = split
     patcher = alone.unet(unet())
@@ -155,12 +160,14 @@ def test_nag_is_that_of_diffusers_also_where_the_branches_run_apart(alone: Any, 
     assert "NAG fired: 4 of 4 sites" in report.text
 
 
+@pytest.mark.long
 def test_nag_in_the_program_itself_and_with_a_longer_negative_prompt(world: Any) -> None:
     patcher, longer = world.unet(unet()), drawn(1, 14, 16, seed=5)
     clone, _ = install(patcher, NAG({"context": longer}, scale=4.0))
     close(sampled(world, clone), by_diffusers(world, patcher, NAG({"encoder_hidden_states": longer}, scale=4.0)))
 
 
+@pytest.mark.long
 def test_nag_takes_one_negative_prompt_and_all_heads(alone: Any) -> None:
     clone, _ = install(alone.unet(unet()), NAG(NEGATIVE_OF["comfy"], where=Where(layers=[0])))
     with pytest.raises(CompositionError, match=r"NAG is at .*attn2 already"):
@@ -220,7 +227,7 @@ FLUX = {
 }
 
 
-@pytest.mark.parametrize("name", FLUX)
+@pytest.mark.parametrize("name", [n if n == "nag" else pytest.param(n, marks=pytest.mark.long) for n in FLUX])
 def test_flux_is_steered_as_in_diffusers(world: Any, name: str) -> None:
     patcher = world.flux(flux())
     ours, theirs = FLUX[name]
@@ -233,6 +240,7 @@ def test_flux_is_steered_as_in_diffusers(world: Any, name: str) -> None:
     assert torch.equal(flux_sampled(world, patcher), base)
 
 
+@pytest.mark.long
 def test_flux_needs_layers_and_nag_all_of_them(alone: Any) -> None:
     patcher = alone.flux(flux())
     with pytest.raises(SelectionError, match="needs where="):
@@ -259,6 +267,7 @@ def test_neutral_strengths_change_no_bit(world: Any, neutral: Intervention) -> N
     assert "did nothing" in report.text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("deep", [False, True])
 def test_clones_share_what_acts_and_what_reports(alone: Any, deep: bool) -> None:
     stub.State.deep = deep
@@ -278,6 +287,7 @@ def test_clones_share_what_acts_and_what_reports(alone: Any, deep: bool) -> None
         install(two, SEG(1.0, where=Where(layers=[0])))
 
 
+@pytest.mark.long
 def test_an_exception_leaves_the_model_as_it_was(world: Any) -> None:
     patcher = world.unet(unet())
     base = sampled(world, patcher)
@@ -299,6 +309,7 @@ def test_an_exception_leaves_the_model_as_it_was(world: Any) -> None:
 # Other nodes.
 
 
+@pytest.mark.long
 def test_a_later_node_that_takes_the_slot_is_called_and_not_lost(world: Any) -> None:
     patcher = world.unet(unet())
     clone, _ = install(patcher, PAG(3.0))
@@ -332,6 +343,7 @@ def test_another_attention_at_a_steered_site_is_refused(alone: Any) -> None:
         sampled(alone, clone)
 
 
+@pytest.mark.long
 def test_patches_of_other_nodes_stay_in_place(alone: Any) -> None:
     patcher, seen = alone.unet(unet()), []
     patched = patcher.clone()
@@ -350,6 +362,7 @@ def test_patches_of_other_nodes_stay_in_place(alone: Any) -> None:
 # Rows.
 
 
+@pytest.mark.long
 def test_splitting_unequal_prompts_and_areas(alone: Any) -> None:
     patcher = alone.unet(unet())
     clone, _ = install(patcher, PAG(3.0), NAG(NEGATIVE_OF["comfy"], scale=4.0))
@@ -393,6 +406,7 @@ def by_areas(world: Any, patcher: Any, method: Intervention) -> torch.Tensor:
         return euler(world, patcher, predict, NOISE)
 
 
+@pytest.mark.long
 def test_each_sample_has_its_own_strength(alone: Any) -> None:
     patcher = alone.unet(unet())
     each = sampled(alone, install(patcher, SoftPAG(scale=[3.0, 1.0], strength=[0.5, None]))[0])
@@ -401,6 +415,7 @@ def test_each_sample_has_its_own_strength(alone: Any) -> None:
     close(each[1:], sampled(alone, patcher)[1:])
 
 
+@pytest.mark.long
 def test_fp16(world: Any) -> None:
     patcher = world.unet(unet(), torch.float16)
     clone, report = install(patcher, SoftPAG(3.0, 0.5), NAG(NEGATIVE_OF["comfy"], scale=4.0))
@@ -437,6 +452,7 @@ BOXES = AttentionRefocusing(
 )
 
 
+@pytest.mark.long
 def test_boxes_move_the_latent_as_in_diffusers(alone: Any) -> None:
     from diffusers import EulerDiscreteScheduler
 
@@ -469,15 +485,123 @@ def test_boxes_move_the_latent_as_in_diffusers(alone: Any) -> None:
     assert torch.equal(sampled(alone, patcher, noise=noise, **how), base)
 
 
+@pytest.mark.long
 def test_boxes_in_the_program_itself(world: Any) -> None:
-    patcher = world.unet(unet())
-    clone, report = install(patcher, BOXES)
+    # Weights are loaded in inference mode there, in which nothing may be kept for a gradient.
     with torch.inference_mode():
+        patcher = world.unet(unet())
+        held = [*patcher.model.diffusion_model.parameters()]
+        clone, report = install(patcher, BOXES)
         ours = world.sample(clone, NOISE.clone(), world.conds(POSITIVE), world.conds(NEGATIVE))
         base = world.sample(patcher, NOISE.clone(), world.conds(POSITIVE), world.conds(NEGATIVE))
     assert float((ours - base).norm() / base.norm()) > 1e-4 and "AttentionRefocusing fired" in report.text
-    assert not any(p.requires_grad for p in patcher.model.diffusion_model.parameters()) or world is stub
+    assert all(a is b for a, b in zip(held, patcher.model.diffusion_model.parameters(), strict=True))
     with pytest.raises(UnsupportedHost, match="steps from another tensor"):
         sampled(world, clone, sampler="heun")
     with pytest.raises(UnsupportedHost, match="noise mask"):
         sampled(world, clone, denoise_mask=torch.ones(1, 1, 16, 16))
+
+
+# Nodes.
+
+
+class Clip:
+    """Seven tokens: the start, five words, the end."""
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+
+    def tokenize(self, text: str) -> dict[str, Any]:
+        return {"l": [[(t, 1.0) for t in ["<|startoftext|>", *(f"{w}</w>" for w in text.split()), "<|endoftext|>"]]]}
+
+    def untokenize(self, chunk: Any) -> Any:
+        return [(pair, pair[0]) for pair in chunk]
+
+
+def test_nodes_steer_and_tell(alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    server = types.SimpleNamespace(send_progress_text=lambda text, node: told.append((node, text)))
+    monkeypatch.setitem(
+        sys.modules, "server", types.SimpleNamespace(PromptServer=types.SimpleNamespace(instance=server))
+    )
+    nodes, patcher = nodes_of.classic(), alone.unet(unet())
+
+    def run(name: str, number: str = "7", **inputs: Any) -> Any:
+        cls = nodes[name]
+        given = {k: v[1]["default"] for k, v in cls.INPUT_TYPES()["required"].items() if "default" in v[1]}
+        return getattr(cls(), cls.FUNCTION)(unique_id=number, **{**given, **inputs})
+
+    one, report = run("AttnsteerSoftPAG", model=patcher, heads="1: 0, 2\n3: 1")
+    two, both = run("AttnsteerNAG", "8", model=one, negative=alone.conds(NEGATIVE))
+    out = sampled(alone, two)
+    chosen = SoftPAG(3.0, 0.5, heads=HeadSet({1: [0, 2], 3: [1]}), where=Where(layers=[1, 3]))
+    close(out, by_diffusers(alone, patcher, chosen, NAG(NEGATIVE_OF["diffusers"])))
+    shown = run("AttnsteerReport", latent={}, report=report)
+    assert shown["ui"]["text"] == shown["result"] == (report.text,) and report.text == both.text
+    assert "SoftPAG fired: 2 of 2 sites" in report.text and "NAG fired: 4 of 4 sites" in report.text
+    assert {node for node, _ in told} == {"7", "8"} and all(text == report.text for _, text in told)
+
+    mapped, maps = run("AttnsteerWordMaps", model=patcher, clip=Clip(), text="a red fox runs by", words="red, fox runs")
+    assert torch.equal(sampled(alone, mapped), sampled(alone, patcher))
+    (images,) = run("AttnsteerMapPreview", latent={}, maps=maps)
+    assert images.shape == (2 * 2, 256, 256, 3) and images.amax() == 1.0 and images.std() > 0.01
+    boxed, report = run(
+        "AttnsteerRefocus",
+        model=patcher,
+        clip=Clip(),
+        text="a red fox runs by",
+        boxes="fox: 0.0, 0.0, 0.5, 1.0",
+        step_size=4.0,
+    )
+    assert not torch.equal(sampled(alone, boxed), sampled(alone, patcher)) and "fired" in report.text
+    for name, inputs, match in (
+        ("AttnsteerSoftPAG", {"model": patcher, "heads": "1, 2"}, "give one layer a line"),
+        ("AttnsteerPAG", {"model": patcher, "layers": "9"}, "9"),
+        (
+            "AttnsteerRefocus",
+            {"model": patcher, "clip": Clip(), "text": "a fox", "boxes": "cat: 0, 0, 1, 1"},
+            "not in the prompt",
+        ),
+        (
+            "AttnsteerRefocus",
+            {"model": patcher, "clip": Clip(), "text": "a fox", "boxes": "fox 0 0 1 1"},
+            "give a phrase",
+        ),
+        ("AttnsteerNAG", {"model": patcher, "negative": alone.conds(NEGATIVE) * 2}, "one negative prompt"),
+    ):
+        with pytest.raises(SelectionError, match=match):
+            run(name, **inputs)
+
+
+@pytest.mark.skipif(not real.CHECKOUT, reason="needs a checkout in ATTNSTEER_COMFYUI")
+def test_nodes_in_the_newer_form() -> None:
+    real.comfy()
+    found = {cls.define_schema().node_id: cls for cls in nodes_of.current()}
+    assert set(found) == set(nodes_of.classic())
+    for cls in found.values():
+        cls.GET_SCHEMA()
+    patcher = real.unet(unet())
+    clone, report = (
+        found["AttnsteerPAG"].execute(model=patcher, scale=3.0, layers="", steps_from=0.0, steps_to=1.0).result
+    )
+    sampled(real, clone)
+    shown = found["AttnsteerReport"].execute(latent={}, report=report)
+    assert shown.result == (report.text,) and "PAG fired" in str(shown.ui.as_dict())
+
+
+def test_the_pack_hands_its_nodes_over_in_one_form() -> None:
+    import asyncio
+    import importlib.util
+    from pathlib import Path
+
+    folder = Path(__file__).parents[3] / "integrations" / "comfyui"
+    spec = importlib.util.spec_from_file_location("attnsteer_pack", folder / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if importlib.util.find_spec("comfy_api") is None:
+        assert set(module.NODE_CLASS_MAPPINGS) == set(module.NODE_DISPLAY_NAME_MAPPINGS) == set(nodes_of.classic())
+        assert not hasattr(module, "comfy_entrypoint")
+    else:
+        assert not hasattr(module, "NODE_CLASS_MAPPINGS")
+        extension = asyncio.run(module.comfy_entrypoint())
+        assert len(asyncio.run(extension.get_node_list())) == len(nodes_of.NODES)
