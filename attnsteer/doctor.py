@@ -160,19 +160,11 @@ def features() -> tuple[Feature, ...]:
         Feature("embedded models", bool(names), ", ".join(names) or f"{models} holds none: install the package again")
     )
     compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "cl") if c and shutil.which(c)), None)
+    hint = "torch.compile needs a C++ compiler on CPU: install g++ or clang"
+    found.append(Feature("compiled models", compiler is not None, compiler or hint))
+    several = torch.distributed.is_available()
     found.append(
-        Feature(
-            "compiled models",
-            compiler is not None,
-            compiler or "torch.compile needs a C++ compiler on CPU: install g++ or clang",
-        )
-    )
-    found.append(
-        Feature(
-            "several processes",
-            torch.distributed.is_available(),
-            "gloo" if torch.distributed.is_available() else "torch without it",
-        )
+        Feature("several processes", several, "torch.distributed" if several else "this torch was built without it")
     )
     for name, modules, extra in EXTRAS:
         absent = [m for m in modules if importlib.util.find_spec(m) is None]

@@ -79,7 +79,7 @@ class Intervention(Named):
 
     # Said so that type checkers see it too.
     _: KW_ONLY
-    where: Where = parsed(_where, "Where", default_factory=Where)
+    where: Where = parsed(_where, "Where", default_factory=Where, kw_only=True)
 
     looks_ahead: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("self", "cross", "joint")

@@ -1,7 +1,7 @@
 """Builds wheel and sdist, and tries the wheel in a clean environment: `make release`. Not collected by pytest.
 
-Checked: what is in both archives, that the sdist builds the same wheel, that the installed package is the wheel's alone (no checkout
-on the path), says its version, finds its recipes and models, passes `attnsteer doctor`, and steers an embedded model.
+Checked: what is in both archives, that the sdist builds the same wheel, that the installed package is the wheel's alone (no
+checkout on the path), says its version, finds its recipes and models, passes `attnsteer doctor`, and steers an embedded model.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def main() -> int:
     names = zipfile.ZipFile(wheel).namelist()
     missing = [n for n in NEEDED if not any(n in name for name in names)]
     extra = [n for n in names if n.startswith(FOREIGN)]
-    inner = [n.partition("/")[2] for n in tarfile.open(sdist).getnames()]
+    with tarfile.open(sdist) as archive:
+        inner = [n.partition("/")[2] for n in archive.getnames()]
     missing += [n for n in SOURCES if n not in inner]
     assert version in sdist.name, (wheel.name, sdist.name)
     if missing or extra:
