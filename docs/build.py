@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -137,9 +138,10 @@ def method_page(name: str) -> str:
     first, _, rest = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")
     known = effects()
     shipped = recipes_of().get(name, [])
+    source = docstring(module.partition("\n\n")[2]) or paper
     lines = [
-        f"# {name}", "", escaped(entry.summary), "", "## Equation", "", "```text", " ".join(first.split()), "```", "",
-        "## Source", "", f"{paper}{link}", "", docstring(module.partition("\n\n")[2]), "",
+        f"# {name}", "", escaped(entry.summary[:1].upper() + entry.summary[1:]), "", "## Equation", "", "```text",
+        *textwrap.wrap(" ".join(first.split()), 78), "```", "", "## Source", "", f"{source}{link}", "",
         "## When it helps, when it harms", "",
     ]  # fmt: skip
     measured = [(r, *known[r]) for r in shipped if r in known]
