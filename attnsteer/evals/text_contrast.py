@@ -22,8 +22,8 @@ from ..hosts.transformers.image_tokens import family_of, placeholders
 class TextContrast(LogitsProcessor):
     """log p' = gamma (log p - log p_u) + log p_u, and -inf where p < cut max p.
 
-    p is what the model says of the next token, p_u what it says without the images, after the same continuation. Without the images it
-    runs as if nothing were attached (`run.paused()`), over a cache of its own.
+    p is what the model says of the next token, p_u what it says without the images, after the same continuation. Without the
+    images it runs as if nothing were attached (`run.paused()`), over a cache of its own.
 
         contrast = TextContrast(model, inputs, run, gamma=1.1)
         model.generate(**inputs, logits_processor=[contrast])
@@ -83,8 +83,8 @@ class TextContrast(LogitsProcessor):
         fits = ids.shape[1] >= prompt and len(ids) % samples == 0
         if not fits or not torch.equal(ids[:, :prompt], self._prompts.repeat_interleave(len(ids) // samples, dim=0)):
             raise SelectionError(
-                f"TextContrast was made for {samples} prompts of {prompt} tokens, and generate works on {list(ids.shape)} others. Make one "
-                "for each call of generate, from its own inputs."
+                f"TextContrast was made for {samples} prompts of {prompt} tokens, and generate works on {list(ids.shape)} others. "
+                "Make one for each call of generate, from its own inputs."
             )
         before = self._before(ids)
         if before is None:
