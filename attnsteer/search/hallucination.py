@@ -2,7 +2,8 @@
 
 Yang et al., "Understanding and Mitigating Hallucination in Large Vision-Language Models via Modular Attribution and Intervention"
 (ICLR 2025), section 3; official code TianyunYoung/Hallucination-Attribution. The influence of a head on a word is the drop of the
-word's probability when the head's output is zero; a head's score is its mean influence on hallucinated words less that on true ones.
+word's probability when the head's output is zero; a head's score is its mean influence on hallucinated words less that on true
+ones.
 """
 
 from __future__ import annotations
