@@ -175,8 +175,8 @@ LAWS: dict[str, Law] = {
         Law(
             "continuous",
             "requests that share a batch of continuous batching each get what generate gives them alone",
-            "a statistic runs over the rows of the call, which are of several requests; take those of each by call.rows.request, and "
-            "say `row_local = True` only where no row depends on another",
+            "a statistic runs over the rows of the call, which are of several requests; take those of each by call.rows.request, "
+            "and say `row_local = True` only where no row depends on another",
             requests.continuous,
         ),
         Law(
