@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import html.parser
 import importlib
 import inspect
@@ -93,6 +94,7 @@ def docstring(text: str | None) -> str:
     return "\n".join(out)
 
 
+@functools.cache
 def effects() -> dict[str, tuple[str, str]]:
     """Recipe -> (its row of docs/effects.md, "helps", "harms" or "neither"), by the interval of the paired difference."""
     found = {}
@@ -105,6 +107,7 @@ def effects() -> dict[str, tuple[str, str]]:
     return found
 
 
+@functools.cache
 def recipes_of() -> dict[str, list[str]]:
     """Method -> names of the shipped recipes that have it."""
     found: dict[str, list[str]] = {}
