@@ -102,7 +102,10 @@ def effects() -> dict[str, tuple[str, str]]:
         match = re.match(r"\| `([\w-]+/[\w-]+)` \|", line)
         if match is None:
             continue
-        low, high = map(float, re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", line).groups())
+        interval = re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", line)
+        if interval is None:
+            raise SystemExit(f"docs/effects.md: the row of {match[1]} has no interval [low, high] of its difference.")
+        low, high = map(float, interval.groups())
         found[match[1]] = line, "helps" if low > 0 else "harms" if high < 0 else "neither"
     return found
 
