@@ -1,4 +1,4 @@
-"""What an engine offers its requests: the sites of its model, the steerings that it was started with, and the check of what is asked."""
+"""What an engine offers its requests: the sites of its model and its named steerings; and the check of what a request asks for."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Facts:
     """What the checks need to know of an engine.
 
     Attributes:
-        model: its name, for messages. layers, heads, kv_heads: of the whole model. shards: processes that share the heads of a layer.
+        model: its name, for messages. layers, heads, kv_heads: of the whole model. shards: processes that share a layer's heads.
         whole_prompts: whether prompts are never cut (no chunked prefill).
     """
 
@@ -102,10 +102,14 @@ def settings_of(additional: Any, environment: Mapping[str, str] | None = None) -
     if found is None:
         return None
     if not isinstance(found, Mapping):
-        raise SelectionError(f"{wire.KEY}={brief(found)}: give an object, e.g. {{}} or {{'steerings': {{'calm': 'folder'}}}}.")
+        raise SelectionError(
+            f"{wire.KEY}={brief(found)}: give an object, e.g. {{}} or {{'steerings': {{'calm': 'folder'}}}}."
+        )
     for name in found:
         if name not in SETTINGS:
-            raise SelectionError(f"{wire.KEY} has no setting {name!r}; it has {listing(SETTINGS)}.{did_you_mean(name, SETTINGS)}")
+            raise SelectionError(
+                f"{wire.KEY} has no setting {name!r}; it has {listing(SETTINGS)}.{did_you_mean(name, SETTINGS)}"
+            )
     return dict(found)
 
 
@@ -219,7 +223,9 @@ class Menu:
             methods = [type(self.choices.parts[i].bound.method) for i in self.choices.names[name]]
             known = list(dict.fromkeys(n for m in methods for n in wire.saved(m)))
             wrong = next(iter(values))
-            raise SelectionError(f"{name!r} has no parameter {wrong!r}; it has {listing(known, 30)}.{did_you_mean(wrong, known)}")
+            raise SelectionError(
+                f"{name!r} has no parameter {wrong!r}; it has {listing(known, 30)}.{did_you_mean(wrong, known)}"
+            )
         return Choice(tuple(found))
 
     @staticmethod
@@ -236,8 +242,8 @@ class Menu:
             return
         names = [p.bound.name for p in choice.parts if not p.bound.method.row_local] or [choice.parts[0].bound.name]
         raise UnsupportedHost(
-            f"{listing(names)} takes statistics over the prompt, which this engine may cut into chunks, at places that depend on its "
-            "other requests. Start it with enable_chunked_prefill=False (--no-enable-chunked-prefill), or say in its "
+            f"{listing(names)} takes statistics over the prompt, which this engine may cut into chunks, at places that depend on "
+            "its other requests. Start it with enable_chunked_prefill=False (--no-enable-chunked-prefill), or say in its "
             f'configuration {{"{wire.KEY}": {{"chunked_statistics": true}}}} that each chunk may go by the rows so far.'
         )
 

@@ -1,4 +1,4 @@
-"""Decode rows over a paged cache, each row's attention split at a set of keys: one pass over the keys as they lie, nothing gathered.
+"""Decode rows over a paged cache, their attention split at a set of keys: one pass over the keys as they lie, nothing gathered.
 
 For each row and head the pass gives output and log-sum-exp of the keys inside a set and of those outside, from which every
 reweighting of two groups is one interpolation (as in `attnsteer.forms`). Compiled by numba, which vLLM brings; float32 on CPU.
@@ -18,7 +18,9 @@ def compiled() -> Any:
     """The pass as machine code; the first call compiles it (some seconds, kept on disk)."""
     from numba import njit
 
-    return njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False, error_model="numpy")(_split)
+    return njit(nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"}, boundscheck=False, error_model="numpy")(
+        _split
+    )
 
 
 def _split(
@@ -28,7 +30,7 @@ def _split(
 
     Args:
         q: [B, h, d]. cache: the whole cache, flat. strides: of a block and of a kv head in it, and where the values begin.
-        across: whether keys lie as [lane, token]; else [token, lane]. table: [B, blocks]. length, first: keys of each row, the first
+        across: whether keys lie as [lane, token]; else [token, lane]. table: [B, blocks]. length, first: keys of a row, the first
         one that it sees. pad: what slot its first key has in `member`: bool [B or 1, h or 1, slots], behind which no key is inside.
         kv: [h]. size: tokens of a block. inside, outside: [B, h, d]. lse_in, lse_out: [B, h].
     """

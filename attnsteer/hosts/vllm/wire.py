@@ -1,4 +1,4 @@
-"""Methods as JSON: what a request may say of its steering, and what travels with it to the workers. Data only, never a path, never code.
+"""Methods as JSON: what a request may say of its steering, and what travels with it to the workers. Data only: no path, no code.
 
 A request says one of
 
@@ -125,7 +125,9 @@ def _plain(value: Any) -> Any:
             return float(value["$float"])
         if set(value) == {"$pairs"}:
             return {_hashable(_plain(k)): _plain(v) for k, v in value["$pairs"]}
-        return {int(k) if isinstance(k, str) and k.isdecimal() and len(k) < 10 else k: _plain(v) for k, v in value.items()}
+        return {
+            int(k) if isinstance(k, str) and k.isdecimal() and len(k) < 10 else k: _plain(v) for k, v in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -146,7 +148,9 @@ def one(method: Intervention) -> Intervention | None:
 
     def which(name: str, count: int) -> int:
         if count != 1:
-            raise SelectionError(f"{type(method).__name__}({name}=...) has values for {count} samples; this is one request.")
+            raise SelectionError(
+                f"{type(method).__name__}({name}=...) has values for {count} samples; this is one request."
+            )
         return 0
 
     return method.of_sample(which)
