@@ -71,7 +71,8 @@ def check_layers(
     text = config.model_config.hf_text_config
     found: dict[int, tuple[str, Any]] = {}
     for name, layer in context.items():
-        if "draft" in name:
+        if "draft" in name or not hasattr(layer, "get_kv_cache_spec"):
+            # A drafter's, which is not steered; layers of experts, which only stand in the same table.
             continue
         reason = _refused(layer)
         if reason:

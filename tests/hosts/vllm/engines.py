@@ -19,7 +19,7 @@ os.environ.update(
 
 import torch
 
-from attnsteer import ACT, PASTA, HeadGate, InstABoost, SpotLight, ZeroTuning, steer
+from attnsteer import PASTA, HeadGate, InstABoost, SpotLight, ZeroTuning, steer
 from attnsteer.hosts.vllm.wire import request_args
 
 VOCAB = 1000
@@ -138,10 +138,32 @@ def oracle(path: Path, prompts: list[list[int]], chosen: list[Any], tokens: int 
     return found
 
 
+# Engines that this process has started.
+_STARTED: list[Path] = []
+
+
+def close(llm: Any) -> None:
+    """End an engine, so that this process can start another one."""
+    import gc
+
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
 def engine(path: Path, steered: Any = True, **options: Any) -> Any:
     """An `LLM`; `steered`: the plug-in's settings, True for none in particular, False for an engine without it."""
     from vllm import LLM
 
+    if _STARTED:
+        # It is done once for a process, and fails a second time.
+        from vllm.platforms import current_platform
+
+        type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+    _STARTED.append(path)
     settings = {} if steered is True else steered
     own = dict(
         skip_tokenizer_init=True, dtype="float32", max_model_len=512, enforce_eager=True, max_num_seqs=64, disable_log_stats=True,
@@ -186,4 +208,3 @@ def ledger(llm: Any) -> Any:
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.attnsteer_ledger
 
 
-METHODS = (ACT, PASTA, HeadGate, InstABoost, SpotLight, ZeroTuning)
