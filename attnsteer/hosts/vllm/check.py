@@ -101,6 +101,6 @@ def _compare(name: str, what: str, wanted: Tensor, found: Tensor) -> None:
     error = (wanted.float() - found.float()).abs().max()
     if not bool(error <= limit * wanted.float().abs().max().clamp_min(1.0)):
         raise UnsupportedHost(
-            f"{name}: {what} of a small batch differs by {float(error):.2g} from its definition; this version of vLLM computes or keeps "
-            "something otherwise than attnsteer knows."
+            f"{name}: {what} of a small batch differs by {float(error):.2g} from its definition; this version of vLLM computes or "
+            "keeps something otherwise than attnsteer knows."
         )

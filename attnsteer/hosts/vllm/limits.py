@@ -22,8 +22,8 @@ def check_version(version: str, untested: bool) -> None:
         return
     first, last = (".".join(map(str, t)) for t in TESTED)
     raise UnsupportedHost(
-        f"this is vLLM {version}; attnsteer was tested with {first} up to {last}, which is left out, and what it relies on has moved "
-        'between releases. Install one of those, or set "untested_version": true in its settings: what can be checked by behaviour '
+        f"this is vLLM {version}; attnsteer was tested with {first} up to {last}, which is left out, and what it relies on has "
+        'moved between releases. Install one of those, or set "untested_version": true in its settings: what can be checked by behaviour '
         "is checked all the same."
     )
 
@@ -36,7 +36,7 @@ def check_engine(config: Any) -> None:
         raise UnsupportedHost("only engines that generate are steered; this one pools.")
     if has(model, "use_mla", False):
         raise UnsupportedHost(
-            f"{model.model} has multi-head latent attention, whose cache holds no keys and values of heads. It is not steered in vLLM."
+            f"{model.model} has multi-head latent attention, whose cache holds no keys of heads. It is not steered in vLLM."
         )
     asked = {
         "decode_context_parallel_size=1": has(parallel, "decode_context_parallel_size", 1) > 1,
@@ -95,8 +95,8 @@ def check_layers(
     missing = [i for i in range(first, stop) if i not in found]
     if missing:
         raise UnsupportedHost(
-            f"layers {listing(missing)} of {config.model_config.model} have no softmax attention of the usual kind (a hybrid model). "
-            "Such models are not steered in vLLM; steer them in transformers."
+            f"layers {listing(missing)} of {config.model_config.model} have no softmax attention of the usual kind (a hybrid "
+            "model). Such models are not steered in vLLM; steer them in transformers."
         )
     return found
 

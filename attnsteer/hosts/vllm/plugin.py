@@ -1,4 +1,4 @@
-"""The entry point that vLLM calls once in each of its processes. It imports the standard library only; the rest comes when it is needed.
+"""The entry point that vLLM calls once in each of its processes. It imports the standard library only; the rest comes when needed.
 
 It puts a layer around five functions, each of which first asks whether this engine was started with steering, and passes on if not.
 """
@@ -76,8 +76,8 @@ def _complete(inner: Any, core: Any, *args: Any, **kwargs: Any) -> None:
     found = core.collective_rpc(status)
     if not all(own.get("armed") for own in found):
         raise UnsupportedHost(
-            f"{sum(not own.get('armed') for own in found)} of {len(found)} workers did not load attnsteer's plug-in, and would leave "
-            "steered requests as they are. Look for its error in their logs, and at VLLM_PLUGINS."
+            f"{sum(not own.get('armed') for own in found)} of {len(found)} workers did not load attnsteer's plug-in, and would "
+            "leave steered requests as they are. Look for its error in their logs, and at VLLM_PLUGINS."
         )
 
 

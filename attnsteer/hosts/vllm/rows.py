@@ -1,7 +1,7 @@
 """Which rows of a step belong to which request, and what acts on them: the one file that knows vLLM's two model runners.
 
-A plan is drawn up once for each step and travels on the step's attention metadata, from which each layer reads it. A row's phase is its
-own, not the step's: a request that was preempted computes its prompt and what it had generated again in one piece.
+A plan is drawn up once for each step and travels on the step's attention metadata, from which each layer reads it. A row's phase is
+its own, not the step's: a request that was preempted computes its prompt and what it had generated again in one piece.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class _Checked:
 
 
 class Armed:
-    """The steering of a worker: a `Run` for the engine of edits. Methods are numbered by their form: those of one number can be joined."""
+    """The steering of a worker: a `Run` for the engine of edits. Methods have the number of their form, by which they are joined."""
 
     measure = reference = False
     branch = None

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-
 # exp(z) = 2^n 2^f with f from -1/2 to 1/2: 2^f as a polynomial, which is done for many keys at a time.
 LOG2E = np.float32(1.4426950408889634)
 LEAST = np.float32(-126.0)
@@ -96,7 +95,9 @@ def _add_values(p, values, out, start, stop):  # type: ignore[no-untyped-def]
     while t + 4 <= stop:
         p0, p1, p2, p3 = p[t], p[t + 1], p[t + 2], p[t + 3]
         for lane in range(d):
-            out[lane] += p0 * values[t, lane] + p1 * values[t + 1, lane] + p2 * values[t + 2, lane] + p3 * values[t + 3, lane]
+            out[lane] += (
+                p0 * values[t, lane] + p1 * values[t + 1, lane] + p2 * values[t + 2, lane] + p3 * values[t + 3, lane]
+            )
         t += 4
     while t < stop:
         p0 = p[t]

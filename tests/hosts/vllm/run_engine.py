@@ -1,4 +1,4 @@
-"""Runs one engine in a process of its own: python run_engine.py WORK.json, which gets an `answers` entry for each round of requests."""
+"""Runs one engine in a process of its own: python run_engine.py WORK.json, which gets `answers` for each round of requests."""
 
 from __future__ import annotations
 

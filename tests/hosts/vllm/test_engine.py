@@ -12,7 +12,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from attnsteer import ACT, ZeroTuning
 from attnsteer.hosts.vllm import admission
-
 from tests.hosts.vllm import engines as E
 
 CLOSE = 1e-4
@@ -78,7 +77,13 @@ class TestLlama:
 
         prompts, chosen, _ = work
         params = SamplingParams(
-            temperature=1.0, n=3, seed=5, max_tokens=4, detokenize=False, extra_args=E.request_args(chosen[0]), logprobs=1
+            temperature=1.0,
+            n=3,
+            seed=5,
+            max_tokens=4,
+            detokenize=False,
+            extra_args=E.request_args(chosen[0]),
+            logprobs=1,
         )
         (out,) = llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False)
         (one,) = llm.generate([{"prompt_token_ids": prompts[0]}], params.clone(), use_tqdm=False)
@@ -91,7 +96,7 @@ class TestLlama:
             {"method": "SpotLight", "spans": [[1, 4000]]}, {"method": "VAR", "sink_dims": [1]}, {"method": "ACT"}, 5,
         ]  # fmt: skip
         for value in wrong:
-            with pytest.raises(ValueError, match="."):
+            with pytest.raises(ValueError, match=r"."):
                 E.answers(llm, prompts[:1], [{"attnsteer": value}])
         assert E.worst(E.answers(llm, prompts[:8], chosen[:8]), wanted[:8]) < CLOSE
 
@@ -139,9 +144,11 @@ def test_prompts_in_chunks_and_full_caches(models: Any, monkeypatch: Any) -> Non
 def test_whole_prompts_and_their_statistics(models: Any) -> None:
     path = E.saved("llama", models)
     prompts, _ = E.requests(12, seed=2)
-    act = [ACT(heads=E.HEADS, beta=0.4, threshold=0.02), ACT(beta=0.2, threshold=0.03, decode="running"), None]
+    act = [ACT(heads=E.HEADS, beta=0.4, threshold=0.02), ACT(beta=0.2, threshold=0.01, decode="running"), None]
     chosen = [act[i % 3] for i in range(12)]
     wanted = checked(E.oracle(path, prompts, chosen))
+    plain = E.oracle(path, prompts[:6], [None] * 6)
+    assert [E.worst([w], [p]) > CLOSE for w, p in zip(wanted, plain, strict=False)] == [True, True, False] * 2
     llm = E.engine(path, enable_chunked_prefill=False, max_num_batched_tokens=1024, block_size=32)
     try:
         assert E.worst(E.answers(llm, prompts, chosen), wanted) < CLOSE
@@ -152,7 +159,12 @@ def test_whole_prompts_and_their_statistics(models: Any) -> None:
         from vllm import SamplingParams
 
         params = SamplingParams(
-            temperature=0, n=2, max_tokens=E.TOKENS, detokenize=False, ignore_eos=True, extra_args=E.request_args(act[0])
+            temperature=0,
+            n=2,
+            max_tokens=E.TOKENS,
+            detokenize=False,
+            ignore_eos=True,
+            extra_args=E.request_args(act[0]),
         )
         params.temperature = 1e-4
         (out,) = llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False)
@@ -167,7 +179,15 @@ FAMILIES = [
     ("gemma2", "eager", {"max_num_batched_tokens": 64}),
     ("gpt_oss", "eager", {}),
     ("llama", "sdpa", {"enforce_eager": False}),
-    ("llama", "sdpa", {"speculative_config": dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1)}),
+    (
+        "llama",
+        "sdpa",
+        {
+            "speculative_config": dict(
+                method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1
+            )
+        },
+    ),
 ]
 
 
@@ -200,7 +220,14 @@ def streams(count: int, seed: int) -> tuple[list[list[int]], list[Any]]:
     draw = random.Random(seed)
     trunk = [1] + [draw.randrange(3, E.VOCAB) for _ in range(95)]
     ends = [[draw.randrange(3, E.VOCAB) for _ in range(40)] for _ in range(3)]
-    own = [None, ZeroTuning(gamma=0.2), ZeroTuning(gamma=4.0), E.steerings(24)[3], E.steerings(24)[4], E.steerings(24)[6]]
+    own = [
+        None,
+        ZeroTuning(gamma=0.2),
+        ZeroTuning(gamma=4.0),
+        E.steerings(24)[3],
+        E.steerings(24)[4],
+        E.steerings(24)[6],
+    ]
     prompts, chosen = [], []
     for _ in range(count):
         cut, more = draw.choice([32, 64, 80, 96]), draw.randrange(1, 40)

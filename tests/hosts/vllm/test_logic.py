@@ -132,7 +132,9 @@ def test_statistics_of_a_prompt_want_it_whole() -> None:
     whole = Facts("tiny", 4, 4, 2, whole_prompts=True)
     assert Menu({}, whole).asked(act, PROMPT).parts
     with pytest.raises(UnsupportedHost, match="tensor_parallel_size"):
-        menu(facts=Facts("tiny", 4, 4, 2, shards=2)).asked({"method": "SpotLight", "spans": [[1, 2]], "pooled": True}, PROMPT)
+        menu(facts=Facts("tiny", 4, 4, 2, shards=2)).asked(
+            {"method": "SpotLight", "spans": [[1, 2]], "pooled": True}, PROMPT
+        )
 
 
 def test_the_settings() -> None:
@@ -158,7 +160,10 @@ def salt_of(value: Any, own: str | None = None, id: str = "r-1") -> Any:
 def test_blocks_are_shared_by_requests_that_are_steered_alike_only() -> None:
     gentle, strong = ({"method": "ZeroTuning", "gamma": g} for g in (0.5, 0.4))
     assert salt_of(gentle) == salt_of(copy.deepcopy(gentle)) == salt_of(json.dumps(gentle))
-    salts = [salt_of(v) for v in (None, gentle, strong, {**gentle, "heads": {"1": [0]}}, {**gentle, "where": {"phases": "decode"}})]
+    salts = [
+        salt_of(v)
+        for v in (None, gentle, strong, {**gentle, "heads": {"1": [0]}}, {**gentle, "where": {"phases": "decode"}})
+    ]
     assert len(set(salts)) == 5 and salts[0] is None
     assert salt_of(gentle, "mine") != salt_of(gentle, "yours") != salt_of(gentle)
     assert salt_of(None, "mine") == "mine"
@@ -166,7 +171,9 @@ def test_blocks_are_shared_by_requests_that_are_steered_alike_only() -> None:
     act = {"method": "ACT", "beta": 0.4}
     assert salt_of(act, id="a") != salt_of(act, id="b")
     asked = admission.admit(request(act), menu())
-    children = [admission.enter(copy.deepcopy(Space(**{**vars(asked), "request_id": i})), menu()).cache_salt for i in "ab"]
+    children = [
+        admission.enter(copy.deepcopy(Space(**{**vars(asked), "request_id": i})), menu()).cache_salt for i in "ab"
+    ]
     assert asked.sampling_params.skip_reading_prefix_cache and children[0] != children[1]
 
 
@@ -339,7 +346,9 @@ def test_keys_are_read_when_somebody_asks() -> None:
     part = att.select((1, 2))
     assert (att.shape, att.groups, part.shape, part.groups, att.held) == ((1, 4, 1, 6), 2, (1, 2, 1, 6), 1, ("q",))
     assert not reads
-    assert torch.equal(part.k, k[:, [0, 1]]) and att.held == ("q", "k", "v") and type(att.replace(scale=1.0)) is Attention
+    assert (
+        torch.equal(part.k, k[:, [0, 1]]) and att.held == ("q", "k", "v") and type(att.replace(scale=1.0)) is Attention
+    )
     assert len(reads) == 1
 
 

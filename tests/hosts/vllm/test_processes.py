@@ -1,4 +1,4 @@
-"""Engines in processes of their own: tensor and pipeline parallel workers, the second model runner, a backend of CUDA (interpreted)."""
+"""Engines in processes of their own: tensor and pipeline parallel workers, the second model runner, an interpreted backend."""
 
 from __future__ import annotations
 
@@ -32,7 +32,14 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_an_engine_of_its_own(case: str, tmp_path: Path) -> None:
     model = E.saved("llama", tmp_path)
-    work: dict[str, Any] = {"model": str(model), "count": 16, "seed": 4, "longest": 200, "rounds": 2, "tokens": E.TOKENS}
+    work: dict[str, Any] = {
+        "model": str(model),
+        "count": 16,
+        "seed": 4,
+        "longest": 200,
+        "rounds": 2,
+        "tokens": E.TOKENS,
+    }
     work |= {k: v for k, v in CASES[case].items() if k != "env"}
     prompts, chosen = E.requests(work["count"], seed=4, longest=work["longest"])
     wanted = E.oracle(model, prompts, chosen, work["tokens"])

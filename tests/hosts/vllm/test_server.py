@@ -1,4 +1,4 @@
-"""The OpenAI-compatible server of vLLM with steering by request: many clients at once, requests that are wrong, clients that leave."""
+"""The OpenAI-compatible server of vLLM with steering by request: many clients at once, wrong requests, clients that leave."""
 
 from __future__ import annotations
 
@@ -53,7 +53,9 @@ METHODS = [
 
 
 def body(text: str, method: Any, **other: Any) -> dict[str, Any]:
-    own: dict[str, Any] = dict(model="shapes", prompt=text, max_tokens=TOKENS, temperature=0, logprobs=1, ignore_eos=True)
+    own: dict[str, Any] = dict(
+        model="shapes", prompt=text, max_tokens=TOKENS, temperature=0, logprobs=1, ignore_eos=True
+    )
     if method is not None:
         own["vllm_xargs"] = {"attnsteer": json.dumps(request_args(method)["attnsteer"])}
     return {**own, **other}
@@ -101,7 +103,11 @@ def far(answer: Any, wanted: list[float]) -> float:
 def test_many_clients_with_steerings_of_their_own(client: Client, oracle: Any) -> None:
     # The effects are not what an error could hide in.
     texts = {text for text, _ in oracle}
-    assert all(max(abs(a - b) for a, b in zip(oracle[t, 0], oracle[t, i], strict=True)) > 10 * CLOSE for t in texts for i in (1, 3))
+    assert all(
+        max(abs(a - b) for a, b in zip(oracle[t, 0], oracle[t, i], strict=True)) > 10 * CLOSE
+        for t in texts
+        for i in (1, 3)
+    )
     work = [key for key in oracle for _ in range(3)][:96]
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda key: client.call("/v1/completions", body(key[0], METHODS[key[1]])), work))
@@ -117,7 +123,9 @@ def test_text_of_a_prompt_is_found(client: Client, oracle: Any, path: Any) -> No
     text = next(t for t, _ in oracle)
     ids = AutoTokenizer.from_pretrained(path)(text).input_ids
     words = AutoTokenizer.from_pretrained(path).decode(ids[1:3]).strip()
-    asked = body(text, None, vllm_xargs={"attnsteer": json.dumps({"method": "SpotLight", "spans": [words], "target": 0.5})})
+    asked = body(
+        text, None, vllm_xargs={"attnsteer": json.dumps({"method": "SpotLight", "spans": [words], "target": 0.5})}
+    )
     status, answer = client.call("/v1/completions", asked)
     assert status == 200, answer
     assert far(answer, oracle[text, 3]) < CLOSE
@@ -127,23 +135,27 @@ def malformed() -> list[Any]:
     """Fifty requests that ask for steering wrongly: (what is said, words of the answer)."""
     z = {"method": "ZeroTuning"}
     values: list[tuple[Any, str]] = [
-        ("calmer", "calm"), ("", "calm"), ("{", "JSON"), ("[1]", "give a name"), ("5", "5"), (5, "give a name"), (1.5, "give a name"),
-        (["calm"], "give a name"), ("{}", "one of the two"), ('{"name": 5}', "calm"), ('{"name": "calm", "x": 1}', "gamma"),
-        ("null}", "null"), ("../../etc/passwd", "calm"), ("/tmp", "calm"), ("hf://x/y", "calm"),
+        ("calmer", "calm"), ("", "calm"), ("{", "JSON"), ("[1]", "give a name"), ("5", "5"), (5, "give a name"),
+        (1.5, "give a name"), (["calm"], "give a name"), ("{}", "one of the two"), ('{"name": 5}', "calm"),
+        ('{"name": "calm", "x": 1}', "gamma"), ("null}", "null"), ("../../etc/passwd", "calm"), ("/tmp", "calm"),
+        ("hf://x/y", "calm"),
     ]  # fmt: skip
     objects: list[tuple[Any, str]] = [
         ({"method": "Nope"}, "ZeroTuning"), ({"method": None}, "name of a method"), ({"method": ["a"]}, "name of a method"),
-        ({"method": "os:system"}, "no method"), ({**z, "gamma": "1"}, "gamma"), ({**z, "gamma": None}, "gamma"), ({**z, "gamma": 0}, "above 0"),
-        ({**z, "gamma": -1}, "above 0"), ({**z, "gamma": 1e300}, "gamma"), ({**z, "gamma": True}, "gamma"), ({**z, "gamma": {}}, "gamma"),
-        ({**z, "gamma": [1, 2]}, "2 samples"), ({**z, "beta": 1}, "gamma"), ({**z, "heads": {"0": [99]}}, "heads"),
-        ({**z, "heads": {"99": [0]}}, "layers"), ({**z, "heads": {"0": [-1]}}, "heads"), ({**z, "heads": {}}, "head"), ({**z, "heads": "all"}, "heads"),
+        ({"method": "os:system"}, "no method"), ({**z, "gamma": "1"}, "gamma"), ({**z, "gamma": None}, "gamma"),
+        ({**z, "gamma": 0}, "above 0"), ({**z, "gamma": -1}, "above 0"), ({**z, "gamma": 1e300}, "gamma"),
+        ({**z, "gamma": True}, "gamma"), ({**z, "gamma": {}}, "gamma"), ({**z, "gamma": [1, 2]}, "2 samples"),
+        ({**z, "beta": 1}, "gamma"), ({**z, "heads": {"0": [99]}}, "heads"), ({**z, "heads": {"99": [0]}}, "layers"),
+        ({**z, "heads": {"0": [-1]}}, "heads"), ({**z, "heads": {}}, "head"), ({**z, "heads": "all"}, "heads"),
         ({**z, "heads": {"a": [0]}}, "heads"), ({**z, "where": 5}, "where"), ({**z, "where": {"layers": 99}}, "layers"),
-        ({**z, "where": {"x": 1}}, "layers"), ({**z, "where": {"steps": [0]}}, "steps"), ({**z, "where": {"modules": ".*"}}, "modules"),
-        ({"method": "SpotLight"}, "spans"), ({"method": "SpotLight", "spans": [[0, 500]]}, "tokens"), ({"method": "SpotLight", "spans": [[4, 2]]}, "("),
-        ({"method": "SpotLight", "spans": ["not there"]}, "not there"), ({"method": "SpotLight", "spans": [[0, 2]], "target": 2}, "target"),
-        ({"method": "PASTA", "spans": [[0, 2]], "scale_position": "both"}, "exclude"), ({"method": "HeadGate", "gates": {"0": 1}}, "gate"),
-        ({"method": "HeadGate", "gates": [[0, 0, "x"]]}, "gate"), ({"method": "VAR", "sink_dims": [1]}, "image"), ({"method": "PAG"}, "denoisers"),
-        ({"method": "ACT"}, "chunked"),
+        ({**z, "where": {"x": 1}}, "layers"), ({**z, "where": {"steps": [0]}}, "steps"),
+        ({**z, "where": {"modules": ".*"}}, "modules"), ({"method": "SpotLight"}, "spans"),
+        ({"method": "SpotLight", "spans": [[0, 500]]}, "tokens"), ({"method": "SpotLight", "spans": [[4, 2]]}, "("),
+        ({"method": "SpotLight", "spans": ["not there"]}, "not there"),
+        ({"method": "SpotLight", "spans": [[0, 2]], "target": 2}, "target"),
+        ({"method": "PASTA", "spans": [[0, 2]], "scale_position": "both"}, "exclude"),
+        ({"method": "HeadGate", "gates": {"0": 1}}, "gate"), ({"method": "HeadGate", "gates": [[0, 0, "x"]]}, "gate"),
+        ({"method": "VAR", "sink_dims": [1]}, "image"), ({"method": "PAG"}, "denoisers"), ({"method": "ACT"}, "chunked"),
     ]  # fmt: skip
     return [*values, *((json.dumps(o), word) for o, word in objects)]
 
@@ -180,14 +192,21 @@ def test_a_client_that_leaves_leaves_nothing_behind(client: Client, oracle: Any)
     for _ in range(4):
         line = http.client.HTTPConnection(client.url.removeprefix("http://"), timeout=60)
         line.request(
-            "POST", "/v1/completions", json.dumps(body(text, METHODS[3], max_tokens=200, stream=True)), {"Content-Type": "application/json"}
+            "POST",
+            "/v1/completions",
+            json.dumps(body(text, METHODS[3], max_tokens=200, stream=True)),
+            {"Content-Type": "application/json"},
         )
         line.getresponse().read(64)
         line.sock.close() if line.sock else line.close()
     end = time.monotonic() + 60
     while time.monotonic() < end:
         lines = client.call("/metrics")[1].splitlines()
-        running = [float(l.split()[-1]) for l in lines if l.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))]
+        running = [
+            float(l.split()[-1])
+            for l in lines
+            if l.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{"))
+        ]
         if running and not any(running):
             break
         time.sleep(0.5)
