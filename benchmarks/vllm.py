@@ -3,8 +3,8 @@
 One engine, the same requests over and over: as vLLM runs them, with the plug-in loaded and nobody steered, all steered by each
 method in turn. Rounds alternate, so that what else the machine does falls on all alike; ratios are of medians.
 
-The default shape: 8 layers of 1,024 channels, 16 heads, 4 key heads, 64 lanes, float32; 64 requests with prompts of 64 to 512 tokens,
-32 new tokens each; no prefix cache.
+The default shape: 8 layers of 1,024 channels, 16 heads, 4 key heads, 64 lanes, float32; 64 requests with prompts of 64 to 512
+tokens, 32 new tokens each; no prefix cache.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def check_version(version: str, untested: bool) -> None:
     first, last = (".".join(map(str, t)) for t in TESTED)
     raise UnsupportedHost(
         f"this is vLLM {version}; attnsteer was tested with {first} up to {last}, which is left out, and what it relies on has "
-        'moved between releases. Install one of those, or set "untested_version": true in its settings: what can be checked by behaviour '
-        "is checked all the same."
+        'moved between releases. Install one of those, or set "untested_version": true in its settings: what can be checked by '
+        "behaviour is checked all the same."
     )
 
 

@@ -130,7 +130,7 @@ class _Checked:
 
 
 class Armed:
-    """The steering of a worker: a `Run` for the engine of edits. Methods have the number of their form, by which they are joined."""
+    """The steering of a worker: a `Run` for the engine of edits. Methods have the number of their form, by which they join."""
 
     measure = reference = False
     branch = None

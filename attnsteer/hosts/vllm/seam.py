@@ -1,6 +1,6 @@
 """In a worker: each attention layer's own implementation runs, then the rows of steered requests are edited in its output.
 
-vLLM runs attention in an operator that its compiler does not look into, and that asks the layer for its implementation at each call.
+vLLM runs attention in an operator that its compiler does not look into, and that asks the layer for its implementation each time.
 So it is enough to give that object a class of ours, which derives from its own: everything else of vLLM sees what it saw.
 """
 
@@ -231,7 +231,7 @@ def attach(worker: Any, settings: dict[str, Any]) -> Ledger:
 
 
 def self_check(seam: Layer, layer: Any) -> None:
-    """One block written and read, and a steered row against the slow form, on a cache of its own. Not on CPU the first call does it.
+    """One block written and read, and a steered row against the slow form, on a cache of its own (CPU; elsewhere the first call does).
 
     Raises:
         UnsupportedHost: this version keeps its cache, or computes its attention, otherwise than is known here.
