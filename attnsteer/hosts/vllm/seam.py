@@ -231,7 +231,7 @@ def attach(worker: Any, settings: dict[str, Any]) -> Ledger:
 
 
 def self_check(seam: Layer, layer: Any) -> None:
-    """One block written and read, and a steered row against the slow form, on a cache of its own (CPU; elsewhere the first call does).
+    """One block written and read, and a steered row against the slow form, on a scratch cache (CPU; elsewhere the first call does).
 
     Raises:
         UnsupportedHost: this version keeps its cache, or computes its attention, otherwise than is known here.
