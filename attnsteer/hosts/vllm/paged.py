@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -173,8 +174,7 @@ class Decoding:
         """(out, lse) of the keys inside a set [B or 1, h or 1, slots], and of those outside: [B, h, 1, d] and [B, h, 1]."""
         _, kv_heads, size, both = self.cache.shape
         d, every = both // 2, self.q.shape[1]
-        index = torch.tensor(heads)
-        kv = index // (every // kv_heads)
+        index, kv = _places(tuple(heads), every // kv_heads)
         q = self.q if len(heads) == every else self.q.index_select(1, index)
         B, h = q.shape[:2]
         outs = torch.empty(2, B, h, d)
@@ -186,6 +186,14 @@ class Decoding:
             self.scale, size, outs[0].numpy(), outs[1].numpy(), sums[0].numpy(), sums[1].numpy(),
         )  # fmt: skip
         return outs[0][:, :, None], sums[0][:, :, None], outs[1][:, :, None], sums[1][:, :, None]
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(heads: tuple[int, ...], groups: int) -> tuple[Tensor, Tensor]:
+    """These query heads, and the kv heads that they read."""
+    with torch.inference_mode(False):
+        index = torch.tensor(heads)
+        return index, index // groups
 
 
 class PagedForms:
