@@ -82,7 +82,8 @@ class Bench:
         draw = random.Random(0)
         sizes = [draw.randrange(args.shortest, args.longest) for _ in range(args.requests)]
         self.prompts = [{"prompt_token_ids": [1] + [draw.randrange(3, VOCAB) for _ in range(n - 1)]} for n in sizes]
-        self.tokens = args.tokens
+        # How many new tokens each request has; 1 is the prompt alone.
+        self.tokens = (args.tokens, 1) if args.prompts else (args.tokens,)
 
     def plug(self, on: bool) -> None:
         """Put the plug-in on the layers and the runner, or take it off (model runner V1)."""
@@ -94,12 +95,12 @@ class Bench:
             if on:
                 runner["_build_attention_metadata"] = self.built
 
-    def round(self, method: Any) -> tuple[float, float]:
-        """(seconds of all requests, seconds of their prompts alone)."""
+    def round(self, method: Any) -> list[float]:
+        """[seconds of all requests, seconds of their prompts alone where that was asked for]."""
         from vllm import SamplingParams
 
         seconds = []
-        for tokens in (1, self.tokens):
+        for tokens in self.tokens:
             params = SamplingParams(
                 temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
                 extra_args=None if method is None else request_args(method),
@@ -107,7 +108,7 @@ class Bench:
             start = time.perf_counter()
             self.llm.generate(self.prompts, params, use_tqdm=False)
             seconds.append(time.perf_counter() - start)
-        return seconds[1], seconds[0]
+        return seconds
 
 
 def main() -> None:
@@ -122,6 +123,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
+    parser.add_argument(
+        "--prompts", action="store_true", help="measure prompts apart from decoding, in a run of their own"
+    )
     parser.add_argument("--only", default="", help="methods whose name holds this")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -133,25 +137,22 @@ def main() -> None:
     for plugged, method in cases.values():
         bench.plug(plugged)
         bench.round(method)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    found: dict[str, list[list[float]]] = {name: [] for name in cases}
     for _ in range(args.rounds):
         for name, (plugged, method) in cases.items():
             bench.plug(plugged)
             found[name].append(bench.round(method))
-            print(f"  {name}: {found[name][-1][0]:.2f} s, prompts {found[name][-1][1]:.2f} s", flush=True)
+            print(f"  {name}: {', '.join(f'{s:.2f} s' for s in found[name][-1])}", flush=True)
     table = {}
-    plain = [statistics.median(v[i] for v in found["vLLM"]) for i in (0, 1)]
-    tokens = args.requests * args.tokens
-    for name, values in found.items():
-        whole, prompts = (statistics.median(v[i] for v in values) for i in (0, 1))
-        table[name] = {
-            "seconds": whole, "ratio": whole / plain[0], "prompts": prompts / plain[1],
-            "decode": (whole - prompts) / (plain[0] - plain[1]), "tokens per second": tokens / whole,
-        }  # fmt: skip
-        print(
-            f"{name:28s} {whole:8.2f} s  {whole / plain[0]:6.3f}x  prompts {table[name]['prompts']:.3f}x  "
-            f"decode {table[name]['decode']:.3f}x  {tokens / whole:.0f} tokens/s"
-        )
+    medians = {name: [statistics.median(own) for own in zip(*values, strict=True)] for name, values in found.items()}
+    plain, tokens = medians["vLLM"], args.requests * args.tokens
+    for name, own in medians.items():
+        table[name] = {"seconds": own[0], "ratio": own[0] / plain[0], "tokens per second": tokens / own[0]}
+        text = f"{name:28s} {own[0]:8.2f} s  {own[0] / plain[0]:6.3f}x  {tokens / own[0]:.0f} tokens/s"
+        if args.prompts:
+            table[name] |= {"prompts": own[1] / plain[1], "decode": (own[0] - own[1]) / (plain[0] - plain[1])}
+            text += f"  prompts {table[name]['prompts']:.3f}x  decode {table[name]['decode']:.3f}x"
+        print(text)
     if args.out:
         shape = {k: str(v) for k, v in vars(args).items() if k != "out"}
         args.out.write_text(json.dumps({"shape": shape, "table": table}, indent=2) + "\n")
