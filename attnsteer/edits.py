@@ -21,6 +21,21 @@ class KeyBias:
 
 
 @dataclass(frozen=True)
+class BlockBias:
+    """Rows see some blocks of keys only; the scores of the others become minus infinity. No mask of rows and keys is built for it.
+
+    Attributes:
+        block: int64 [B or 1, m], the block of each key, from 0 to C - 1; a key of block -1 is seen as before by all rows.
+        keep: bool [B or 1, H or 1, n, C], the blocks that each row keeps; a row that keeps none sees nothing.
+        there: bool, broadcastable to that, the blocks that hold something for a row to see; None: all. The audit counts by it.
+    """
+
+    block: Tensor
+    keep: Tensor
+    there: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Reweight:
     """Weights per row for disjoint sets of keys: A'_ij = w_{i,g(j)} A_ij.
 
@@ -96,8 +111,11 @@ class Check:
 
     @torch.no_grad()
     def bias(self, edit: Any) -> None:
-        """A `KeyBias`, or a score term that broadcasts to [B, H, n, m]; minus infinity is allowed, NaN is not."""
+        """A `KeyBias`, or a score term that broadcasts to [B, H, n, m]; minus infinity is allowed, NaN is not. Or a `BlockBias`."""
         B, H, n, m = self.att.shape
+        if isinstance(edit, BlockBias):
+            self._blocks(edit)
+            return
         term = edit.bias if isinstance(edit, KeyBias) else edit
         if not isinstance(term, Tensor):
             raise self.refuse(f"returned {_kind(term)}; return a KeyBias, a tensor [B, H, n, m], or None.")
@@ -112,6 +130,21 @@ class Check:
             raise self.refuse(
                 f"the bias has NaN or plus infinity in {self.att.stat_dtype}, in which it is used; finite numbers and minus "
                 "infinity are defined."
+            )
+
+    def _blocks(self, edit: BlockBias) -> None:
+        B, H, n, m = self.att.shape
+        block, keep = edit.block, edit.keep
+        if not isinstance(block, Tensor) or block.dtype != torch.long or block.shape not in ((1, m), (B, m)):
+            raise self.refuse(f"the blocks of the keys are {_kind(block)}; expected int64 [{B} or 1, {m}].")
+        fits = isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.ndim == 4 and keep.shape[2] == n
+        if not fits or keep.shape[0] not in (1, B) or keep.shape[1] not in (1, H):
+            raise self.refuse(f"the kept blocks are {_kind(keep)}; expected bool [{B} or 1, {H} or 1, {n}, blocks].")
+        self._device("the blocks of the keys", block)
+        self._device("the kept blocks", keep)
+        if bool((block >= keep.shape[-1]).any()):
+            raise self.refuse(
+                f"a key is in block {int(block.max())}, and {keep.shape[-1]} blocks are kept or left out."
             )
 
     @torch.no_grad()

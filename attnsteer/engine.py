@@ -16,7 +16,7 @@ from .attention_map import FEW_ROWS, AttentionMap, DenseMap
 from .audit import Audit, Flag, Mark, mark_of, unchanged
 from .bound import Bound, Heads
 from .call import AttnCall
-from .edits import Check, KeyBias, Reweight, Share, check_state
+from .edits import BlockBias, Check, KeyBias, Reweight, Share, check_state
 from .errors import CompositionError, SelectionError, UnsupportedHost
 from .forms import WholeForms
 from .intervention import Intervention
@@ -46,6 +46,8 @@ class Run(Protocol):
 _WEIGHTS = frozenset({"weights"})
 # Outputs up to so many numbers are kept for a later comparison.
 SMALL = 1 << 14
+# Rows of a call that are computed exactly beside an approximation, where its error is measured.
+SAMPLED = 64
 
 
 class SiteAttention:
@@ -355,7 +357,25 @@ class _HeadGroup:
         for bound in bounds:
             if "output" in bound.doors:
                 out = self.output(bound, out)
+        if self.runtime.run.measure and out is not None:
+            self.measure_error(bounds, plain, out)
         return out
+
+    def measure_error(self, bounds: list[Bound], plain: AttentionMap, out: Tensor) -> None:
+        """How far some rows of the edited output are from exact attention, for the methods that approximate it."""
+        approximate = [b for b in bounds if b.method.approximate and self.runtime.rows is None]
+        if not approximate:
+            return
+        n = out.shape[2]
+        index = torch.arange(0, n, -(-n // SAMPLED), device=out.device)
+        with torch.no_grad():
+            exact = kernels.attend(plain.att.take(index)).to(torch.float32)
+            moved = out.index_select(2, index).to(torch.float32) - exact
+            keep = self.base.rows.valid[:, index][:, None, :, None]
+            moved, size = ((t * keep).square().sum() for t in (moved, exact))
+            error = (moved / size.clamp_min(1e-30)).sqrt()
+        for bound in approximate:
+            self.marks[bound.index].record.err(error)
 
     def together(self, bound: Bound, edit: Any) -> bool:
         """Let all heads of the call take an edit in one form, where there is one."""
@@ -566,6 +586,9 @@ class _HeadGroup:
         if term is None:
             return
         att, mask = self.map.att, self.chosen(bound)
+        if isinstance(term, BlockBias):
+            self.hide(bound, term, mask)
+            return
         if isinstance(term, KeyBias) and mask is not None and mask.shape[-1] == 1:
             term, mask = KeyBias(torch.where(mask, term.bias, torch.zeros_like(term.bias))), None
         if isinstance(term, KeyBias) and mask is None:
@@ -578,6 +601,25 @@ class _HeadGroup:
             self.rescore(_with_bias(att, full))
             moved = full != 0
         self.mark(bound, "bias", moved)
+
+    def hide(self, bound: Bound, term: BlockBias, chosen: Tensor | None) -> None:
+        """From here on rows see the kept blocks only."""
+        att = self.map.att
+        keep = term.keep if chosen is None else term.keep | ~chosen[..., None]
+        blocks, there = kernels.KeyBlocks(term.block, keep), torch.ones_like(keep) if term.there is None else term.there
+        left_out = ~keep & there
+        if self.runtime.run.reference:
+            self.rescore(kernels.hide_blocks(att, blocks))
+        else:
+            pair = functools.cache(lambda: kernels.attend_blocks(att, blocks))
+            # The mask is written out where a later method asks for more than the output.
+            self.map = AttentionMap(
+                lambda: kernels.hide_blocks(att, blocks), lambda: pair()[0], pair, whole=att, heads=att.shape[1]
+            )
+        if self.runtime.run.measure:
+            share = left_out.sum().float() / there.expand(left_out.shape).sum().clamp_min(1)
+            self.marks[bound.index].record.keep(1.0 - share)
+        self.mark(bound, "bias", left_out)
 
     def weights(self, bound: Bound) -> None:
         edit = self.ask(bound, "weights")

@@ -362,7 +362,8 @@ def steer(
         target: a transformers model or `Pipeline`, a diffusers model or `DiffusionPipeline`, or any
             `nn.Module` that reaches `F.scaled_dot_product_attention`.
         interventions: applied in this order, within each stage (inputs, bias, weights, output).
-        measure: also record how far reweightings move the map (total variation; costs a little).
+        measure: also record how far reweightings move the map (total variation; costs a little), and how far methods that
+            approximate attention are from it, on some rows of each call.
         reference: compute every edit from the explicit [n, m] map instead of the identities: slow, for checking.
         control: this steering is meant to change nothing (a zero-strength control): that is no error then.
         named: in place of `interventions`, several steerings under names, each one intervention or a list. Requests of

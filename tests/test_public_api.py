@@ -21,6 +21,7 @@ METHODS = [
     "AttentionBuckets",
     "AttentionRefocusing",
     "AttentionRegulation",
+    "BlockMask",
     "CONFORM",
     "FreezeMaps",
     "HeadGate",

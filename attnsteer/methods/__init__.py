@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .attention_refocusing import AttentionRefocusing
     from .attention_regulation import AttentionRegulation
     from .attentionbuckets import AttentionBuckets
+    from .blockmask import BlockMask
     from .conform import CONFORM
     from .freezemaps import FreezeMaps
     from .headgate import HeadGate
