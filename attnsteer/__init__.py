@@ -39,9 +39,12 @@ if TYPE_CHECKING:
         InjectMap,
         InstABoost,
         PatchHeads,
+        Scatterbrain,
         SoftPAG,
         SpotLight,
+        TokenMerge,
         VisualKnockout,
+        VisualTokenMerge,
         ZeroTuning,
     )
     from .methods.bases.latent_loss import LatentLoss
@@ -89,10 +92,12 @@ __getattr__, _names, __all__ = lazy(
         "NAG": "methods",
         "PAG": "methods",
         "PASTA": "methods",
+        "Scatterbrain": "methods",
         "SEG": "methods",
         "SLG": "methods",
         "SoftPAG": "methods",
         "SpotLight": "methods",
+        "TokenMerge": "methods",
         "VAR": "methods",
         "VHR": "methods",
         "ADHH": "methods",
@@ -101,6 +106,7 @@ __getattr__, _names, __all__ = lazy(
         "PAINT": "methods",
         "SPIN": "methods",
         "VisualKnockout": "methods",
+        "VisualTokenMerge": "methods",
         "ZeroTuning": "methods",
     },
 )

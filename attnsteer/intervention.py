@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .account import Samples
-    from .call import AttnCall, BlockBias, KeyBias, Reweight
+    from .call import AttnCall, BlockBias, HeadOutputs, KeyBias, MergedTokens, Reweight
     from .site import Site
     from .tokens import Tokens
 
 SCHEMA_VERSION = 1
 RECORD, HEADS = "steer.json", "heads.safetensors"
+# Needs of methods whose `around` door a language model has: streams of it, or the layers behind some one.
+PASSES = frozenset({"bases", "layers"})
 # The methods of the contract, and what each is called with.
 DOORS = {
     "inputs": ("call",),
@@ -139,8 +141,8 @@ class Intervention(Named):
         form = declared(type(self), name)
         return value.of_heads or (value.rests and form is not None and not form.optional)
 
-    def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return edited (q, k, v), or None for no edit."""
+    def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | MergedTokens | HeadOutputs | None:
+        """Return edited (q, k, v), `MergedTokens`, `HeadOutputs`, or None for no edit."""
 
     def bias(self, call: AttnCall) -> KeyBias | BlockBias | Tensor | None:
         """Return an additive score term: a `KeyBias`, a tensor broadcastable to [B, H, n, m], or a `BlockBias`."""

@@ -26,7 +26,7 @@ from .errors import (
     did_you_mean,
     listing,
 )
-from .intervention import Intervention
+from .intervention import PASSES, Intervention
 from .parameters import Flag, named
 from .registry import get_host, hosts
 from .scope import PLAIN, SCOPES, Scope
@@ -512,7 +512,7 @@ def _check_host(method: Intervention, host: Any) -> None:
         raise SelectionError(f"{name}(where={brief(method.where)}): give a Where, e.g. Where(layers=[0]).")
     if not doors:
         raise SelectionError(f"{name} overrides no method of the contract; it would do nothing.")
-    if "around" in doors and "around" not in host.provides and "bases" not in method.needs:
+    if "around" in doors and "around" not in host.provides and not PASSES & set(method.needs):
         raise UnsupportedHost(
             f"{name} calls the model several times and combines the predictions, which is defined for denoisers and "
             f"pipelines of diffusers; {target} is neither."

@@ -34,14 +34,17 @@ METHODS = [
     "PAINT",
     "PASTA",
     "PatchHeads",
+    "Scatterbrain",
     "SEG",
     "SLG",
     "SoftPAG",
     "SPIN",
     "SpotLight",
+    "TokenMerge",
     "VAR",
     "VHR",
     "VisualKnockout",
+    "VisualTokenMerge",
     "ZeroTuning",
 ]
 NAMES = [
