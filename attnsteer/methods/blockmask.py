@@ -47,8 +47,9 @@ class BlockMask(Intervention):
         block_size: tokens of a block, counted from a sample's first token (the last block may be short); or (height, width) of
             tiles of the image (denoisers). The text of joint attention is in no block: it sees all and is seen by all.
         top_k: blocks that a row keeps, its own included; None: by `threshold`.
-        threshold: tau: blocks are kept, the best first, until their gates, brought to 0 to 1 by the range of the group, are this
-            share of the group's sum. As in the official code, one block beside a row's own is kept at least. 1 keeps all.
+        threshold: tau, where top_k is None: blocks are kept, the best first, until their gates, brought to 0 to 1 by the range of
+            the group, are this share of the group's sum. As in the official code, one block beside a row's own is kept at least. 1
+            keeps all.
         select: what competes: "query_head" the blocks of a row, in each head; "head_global" all (row, block) pairs of a head;
             "overall" those of all heads; "block" the rows and heads of a block (by `threshold` only). Causal sites take the first.
         released: as the official code, which attends to everything where only own blocks were chosen (`released_code`).
@@ -60,7 +61,7 @@ class BlockMask(Intervention):
 
     block_size: Any = parsed(_block_size, "a number of tokens, or (height, width)", 512)
     top_k: int | None = integer(None, low=1)
-    threshold: float | None = number(None, low=0.0, high=1.0)
+    threshold: float = number(0.25, low=0.0, high=1.0)
     select: str = choice("query_head", SELECT)
     released: bool = flag(False, kw_only=True)
 
@@ -71,10 +72,8 @@ class BlockMask(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.top_k is None) == (self.threshold is None):
-            raise SelectionError("BlockMask takes one of top_k=... and threshold=..., e.g. BlockMask(512, top_k=8).")
-        if self.select == "block" and self.threshold is None:
-            raise SelectionError('BlockMask(select="block") has no form with top_k; give threshold=...')
+        if self.select == "block" and self.top_k is not None:
+            raise SelectionError('BlockMask(select="block") has no form with top_k; give threshold=... alone.')
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -94,7 +93,7 @@ class BlockMask(Intervention):
                 f"{call.site.path}: select={self.select!r} lets rows compete with later ones, which causal attention must not see; "
                 'use "query_head".'
             )
-        if self.threshold == 1.0:
+        if self.top_k is None and self.threshold == 1.0:
             return None
         own, block, count = self._blocks(call)
         if count < 2 or (self.top_k is not None and self.top_k >= count):

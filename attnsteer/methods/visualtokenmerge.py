@@ -37,8 +37,8 @@ class VisualTokenMerge(Intervention):
     """The image tokens of a prompt become `keep` tokens, from layer `layer` on; approximate.
 
     Args:
-        keep: image tokens that stay, for each sample; or None: by `ratio`. Not less than there are: nothing is edited.
-        ratio: the share of a sample's image tokens that stays, rounded to whole tokens; 1 changes nothing.
+        keep: image tokens that stay, for each sample; not less than there are: nothing is edited. None: by `ratio`.
+        ratio: where keep is None, the share of a sample's image tokens that stays, rounded to whole tokens; 1 changes nothing.
         method: "cluster": k-means of the tokens as they enter layer `layer` (10 steps, started from the tokens farthest from each
             other), the mean of each cluster at the rounded mean of its members' places. "spatial": evenly strided. "random": drawn
             by `seed`. "attention": those to which the prompt's last token attends most, by the head mean of the layer before
@@ -56,7 +56,7 @@ class VisualTokenMerge(Intervention):
     """
 
     keep: int | None = integer(None, low=1)
-    ratio: float | None = number(None, above=0, high=1)
+    ratio: float = number(0.25, above=0, high=1)
     method: str = choice("cluster", (*BLIND, *SCORED, "visionzip"))
     layer: int = integer(0, low=0)
     positions: str = choice("keep", ("keep", "renumber"))
@@ -69,10 +69,6 @@ class VisualTokenMerge(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.keep is None) == (self.ratio is None):
-            raise SelectionError(
-                "VisualTokenMerge takes one of keep=... and ratio=..., e.g. VisualTokenMerge(keep=64)."
-            )
         if self.method in SCORED and self.layer < 1:
             raise SelectionError(
                 f'VisualTokenMerge(method="{self.method}") reads the scores of the layer before; give layer=1 or more, e.g. 2.'
@@ -101,7 +97,7 @@ class VisualTokenMerge(Intervention):
         The class token itself, which the official code hands on as one of the dominant, is no token of the models here. A sum is
         its target plus the mean of its members, as there, but of projected tokens.
         """
-        return cls(dominant + contextual, None, "visionzip", contextual=contextual)
+        return cls(dominant + contextual, method="visionzip", contextual=contextual)
 
     def default_where(self, sites: Sequence[Site]) -> Where:
         layers = sorted({s.layer for s in sites if s.modality == "text" and not s.refused})

@@ -260,8 +260,7 @@ def test_tiles_of_the_image_of_a_denoiser() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: BlockMask(16), "one of top_k"),
-        (lambda: BlockMask(16, top_k=2, threshold=0.5), "one of top_k"),
+        (lambda: BlockMask(16, threshold=1.5), "threshold"),
         (lambda: BlockMask(0, top_k=2), "tokens of a block"),
         (lambda: BlockMask((2, 2, 2), top_k=2), "tokens of a block"),
         (lambda: BlockMask(16, top_k=2, select="block"), "no form with top_k"),
