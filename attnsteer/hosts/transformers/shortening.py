@@ -22,7 +22,7 @@ from ...kernels import Attention
 from .cache_state import STATE, Memory
 from .layers import block_of
 from .outer_calls import KEY as ACCOUNT
-from .outer_calls import OUTER, UNTRACED, Outer, Prepared, entry, refuse_tracing
+from .outer_calls import OUTER, UNTRACED, Outer, OuterFacts, Prepared, entry, refuse_tracing
 
 # The call of a shortened model that runs, by steering; each thread and task has its own.
 CALL: ContextVar[Mapping[int, Any]] = ContextVar("attnsteer_shortening", default={})  # noqa: B039  never mutated
@@ -276,9 +276,9 @@ class Shortening:
 
     def _check(self, values: Mapping[str, Any]) -> None:
         name = self.bound.name
-        if torch.compiler.is_compiling():
-            raise UnsupportedHost(f"{name}: compiled code has one mask for all layers. Do not compile the model.")
         own = values.get(ACCOUNT, {})
+        if any(isinstance(v, OuterFacts) for v in own.values()):
+            raise UnsupportedHost(f"{name}: compiled code has one mask for all layers. Do not compile the model.")
         if values.get("cache") is not None or any(isinstance(v, Prepared) for v in own.values()):
             raise UnsupportedHost(
                 f"{name}: requests of continuous batching share one paged cache with one length. Use generate."
