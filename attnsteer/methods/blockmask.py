@@ -69,6 +69,7 @@ class BlockMask(Intervention):
     approximate = True
     # What is pooled over rows is refused on causal sites.
     row_local = True
+    whole_heads = property(lambda self: self.select in ("overall", "block"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

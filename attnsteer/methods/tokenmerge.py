@@ -71,6 +71,8 @@ class TokenMerge(Intervention):
 
     kinds = ("self", "joint")
     approximate = True
+    # Tokens are compared by the mean over its heads.
+    whole_heads = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
