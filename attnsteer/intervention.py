@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .account import Samples
-    from .call import AttnCall, KeyBias, Reweight
+    from .call import AttnCall, BlockBias, HeadOutputs, KeyBias, MergedTokens, Reweight
     from .site import Site
     from .tokens import Tokens
 
 SCHEMA_VERSION = 1
 RECORD, HEADS = "steer.json", "heads.safetensors"
+# Needs of methods whose `around` door a language model has: streams of it, or the layers behind some one.
+PASSES = frozenset({"bases", "layers"})
 # The methods of the contract, and what each is called with.
 DOORS = {
     "inputs": ("call",),
@@ -72,6 +74,7 @@ class Intervention(Named):
             divide them.
         pools_heads: the same, but as sums that it takes through `call.over_heads`, so tensor parallelism may divide them.
         skips_blocks: whether the blocks that hold its sites are left out of its weak passes.
+        approximate: whether it computes less than the model's attention on purpose; `steer(..., measure=True)` records its error.
         row_local: whether what a row gets depends on that row, its keys and the parameters alone: nothing is pooled over rows, and
             nothing is kept in `call.state`. Such a method takes prompts in chunks and shared prefixes as they come; the prompts
             of others are kept whole in continuous batching.
@@ -91,6 +94,7 @@ class Intervention(Named):
     may_rest: ClassVar[bool] = False
     skips_blocks: ClassVar[bool] = False
     row_local: ClassVar[bool] = False
+    approximate: ClassVar[bool] = False
     # Set when it is made: the parameters with one value per sample, by name; and those of them by which it leaves some
     # samples, or heads of samples, alone.
     sample_values: ClassVar[dict[str, PerSample]] = {}
@@ -137,11 +141,11 @@ class Intervention(Named):
         form = declared(type(self), name)
         return value.of_heads or (value.rests and form is not None and not form.optional)
 
-    def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return edited (q, k, v), or None for no edit."""
+    def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | MergedTokens | HeadOutputs | None:
+        """Return edited (q, k, v), `MergedTokens`, `HeadOutputs`, or None for no edit."""
 
-    def bias(self, call: AttnCall) -> KeyBias | Tensor | None:
-        """Return an additive score term: a `KeyBias`, or a tensor broadcastable to [B, H, n, m]."""
+    def bias(self, call: AttnCall) -> KeyBias | BlockBias | Tensor | None:
+        """Return an additive score term: a `KeyBias`, a tensor broadcastable to [B, H, n, m], or a `BlockBias`."""
 
     def weights(self, call: AttnCall) -> Reweight | None:
         """Return weights for groups of keys, or None for no edit."""

@@ -21,6 +21,7 @@ METHODS = [
     "AttentionBuckets",
     "AttentionRefocusing",
     "AttentionRegulation",
+    "BlockMask",
     "CONFORM",
     "FreezeMaps",
     "HeadGate",
@@ -33,14 +34,17 @@ METHODS = [
     "PAINT",
     "PASTA",
     "PatchHeads",
+    "Scatterbrain",
     "SEG",
     "SLG",
     "SoftPAG",
     "SPIN",
     "SpotLight",
+    "TokenMerge",
     "VAR",
     "VHR",
     "VisualKnockout",
+    "VisualTokenMerge",
     "ZeroTuning",
 ]
 NAMES = [
@@ -101,6 +105,12 @@ SIGNATURES = {
     "SoftPAG": "scale=3.0, strength=1.0, joint='joint_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "SpotLight": "spans, target=0.2, pooled=False, *, where, tokenizer=None",
     "VAR": "sink_dims=None, tau=20.0, rho=0.5, min_image_mass=0.2, move_fraction=0.6, *, where, released=False",
+    "BlockMask": "block_size=512, top_k=None, threshold=0.25, select='query_head', *, where, released=False",
+    "Scatterbrain": "nb_features=None, n_hashes=2, cluster_size=64, seed=0, *, where",
+    "TokenMerge": "ratio=0.5, stride=(2, 2), use_rand=True, size_bias=True, *, where, match='grid', grid=None, frames=1, "
+    "special=0, "
+    "protect=0.0, seed=0",
+    "VisualTokenMerge": "keep=None, ratio=0.25, method='cluster', layer=0, positions='keep', *, where, contextual=0, seed=0",
     "ADHH": "heads=None, threshold=0.4, *, where",
     "HGAI": "alpha=0.5, *, where",
     "PAI": "alpha=0.5, heads=None, *, where",
