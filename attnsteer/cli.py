@@ -233,6 +233,11 @@ def _print_report(report: Any) -> None:
     absent = [(name, found or "-", OPTIONAL[name][1]) for name, found in report.optional.items()]
     _print_table(("optional package", "version", "for"), absent)
     print()
+    _print_table(
+        ("what", "works here", "with, or what to do"),
+        [(f.name, "yes" if f.works else "no", f.detail) for f in report.features],
+    )
+    print()
     rows = [
         (
             c.device,

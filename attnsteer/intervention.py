@@ -6,9 +6,9 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .errors import RegistrationError, SelectionError, SerializationError, brief, did_you_mean
 from .heads import HeadSet, checked_path, union
@@ -80,6 +80,8 @@ class Intervention(Named):
             of others are kept whole in continuous batching.
     """
 
+    # Said so that type checkers see it too.
+    _: KW_ONLY
     where: Where = parsed(_where, "Where", default_factory=Where, kw_only=True)
 
     looks_ahead: ClassVar[bool] = False
@@ -206,7 +208,7 @@ class Intervention(Named):
         """Which of the five methods of the contract the class overrides."""
         return {n for n in DOORS if getattr(type(self), n) is not getattr(Intervention, n)}
 
-    def new(self, **changes: Any) -> Intervention:
+    def new(self, **changes: Any) -> Self:
         """A copy with some hyper-parameters changed."""
         return replace(self, **changes)
 
