@@ -230,9 +230,14 @@ class ControlsSpec(Spec):
 
     zero: bool = Field(True, description="The method at zero strength, which must equal the baseline.")
     random_heads: int = Field(0, ge=0, le=100, description="Draws of random heads, as many as chosen ones.")
-    random_from: Literal["layer", "where"] = Field(
+    random_from: Literal["layer", "where", "both"] = Field(
         "layer",
-        description="Drawn from the layers of the chosen heads, as many in each; or from all heads that `where` allows.",
+        description="Drawn from the layers of the chosen heads, as many in each; or from all heads that `where` allows; or both.",
+    )
+    spans: list[Name] = Field(
+        [],
+        max_length=10,
+        description="Keys of the samples: what is marked in the place of `spans`, in an arm each, such as a random span.",
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from attnsteer.recipe.schema import ZOO_TASKS, DataSpec
 from attnsteer.run.data import load
-from attnsteer.zoo.texts.draw import split_of
+from attnsteer.zoo.texts.draw import other_words, split_of
 from attnsteer.zoo.texts.facts import CAPITALS, KINDS, MIXTURE, facts
 from attnsteer.zoo.texts.passages import readings, sources
 
@@ -67,4 +67,17 @@ def test_recipes_draw_them(source: str) -> None:
     spec = DataSpec(zoo=source, split="test", start=5, limit=10)
     samples = load(spec, ZOO_TASKS[source][0]).samples
     assert [s["index"] for s in samples] == list(range(5, 15)) and len({s["id"] for s in samples}) == 10
-    assert all(isinstance(text, str) and text in s["prompt"] for s in samples for text in (*s["fact"], *s["other"]))
+    assert all(
+        isinstance(text, str) and s["prompt"].count(text) == 1
+        for s in samples
+        for text in (*s["fact"], *s["other"], *s["random"])
+    )
+
+
+def test_a_random_span_has_as_many_words_and_at_most_half_of_the_marked_ones() -> None:
+    found = [(s.prompt, s.fact, other_words(s.prompt, s.fact)) for s in islice(facts("test"), 200)]
+    for prompt, fact, (drawn,) in found:
+        assert prompt.count(drawn) == 1 and drawn != fact and len(drawn.split()) == len(fact.split())
+        assert sum(w in fact.split() for w in set(drawn.split()) - {"the", "capital", "of"}) <= len(fact.split()) // 2
+    assert len({prompt.index(drawn) for prompt, _, (drawn,) in found}) > 3
+    assert other_words("a b", "a b") == [] and other_words("a b a b", "a b") != ["a b"]

@@ -15,6 +15,7 @@ from ...zoo.shapes.reading import TASKS, reading
 from ...zoo.shapes.world import SPLITS
 from ...zoo.texts import facts as text_facts
 from ...zoo.texts import passages
+from ...zoo.texts.draw import other_words
 from .sample import Data, Sample
 
 if TYPE_CHECKING:
@@ -193,7 +194,8 @@ def _layout(item: Layout) -> Sample:
 
 
 def facts(split: str, kind: str = "now") -> Iterator[Sample]:
-    """Facts that a passage overrules, and their guards; `category` is the kind, `fact` the clause to be marked, as a text."""
+    """Facts that a passage overrules, and their guards; `category` is the kind, `fact` the clause to be marked, as a text;
+    `other` the clause about the earlier fact, `random` as many words from elsewhere: controls."""
     for number, item in enumerate(text_facts.facts(split, kind)):
         yield {
             "id": f"facts-{kind}-{split}-{number}",
@@ -203,11 +205,13 @@ def facts(split: str, kind: str = "now") -> Iterator[Sample]:
             "category": item.kind,
             "fact": [item.fact] if item.fact is not None else [],
             "other": [item.other] if item.other is not None else [],
+            "random": other_words(item.prompt, item.fact) if item.fact is not None else [],
         }
 
 
 def looked_up(source: str) -> Callable[[str], Iterator[Sample]]:
-    """Passages with a question; `fact` is the sentence that holds the answer, `other` the first that does not, as texts."""
+    """Passages with a question; `fact` is the sentence that holds the answer, `other` the first that does not, `random` as many
+    words from elsewhere, as texts."""
 
     def samples(split: str) -> Iterator[Sample]:
         draw = passages.readings if source == "passages" else passages.sources
@@ -219,6 +223,7 @@ def looked_up(source: str) -> Callable[[str], Iterator[Sample]]:
                 "answer": item.answer,
                 "fact": [item.fact],
                 "other": [item.others[0]],
+                "random": other_words(item.prompt, item.fact),
             }
 
     return samples

@@ -26,6 +26,22 @@ def shuffled(count: int, split: str, stream: int, seed: int) -> list[int]:
     return rng(split, 0, stream, seed).permutation(count).tolist()
 
 
+def other_words(prompt: str, text: str) -> list[str]:
+    """A control for a marked text: a run of as many words of the prompt, at most half of them of it, drawn by the prompt's hash.
+
+    Empty where there is none that the prompt holds once.
+    """
+    words, size = prompt.split(" "), len(text.split(" "))
+    at = len(prompt[: prompt.index(text)].split(" ")) - 1
+    runs = [
+        " ".join(words[i : i + size])
+        for i in range(len(words) - size + 1)
+        if max(0, size - abs(i - at)) <= size // 2 and prompt.count(" ".join(words[i : i + size])) == 1
+    ]
+    seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
+    return [runs[seed % len(runs)]] if runs else []
+
+
 def pick(g: np.random.Generator, values: tuple[str, ...], count: int = 1) -> list[str]:
     """Different values, in random order."""
     return [values[i] for i in g.permutation(len(values))[:count]]
