@@ -26,7 +26,7 @@ COMMANDS = {
     "output",
     "__main__",
 }
-ENDS = COMMANDS | {"demo", "doctor", "serving", "showcase", "skeleton", "catalogue"}
+ENDS = COMMANDS | {"demo", "demo_page", "demo_text", "doctor", "serving", "showcase", "skeleton", "catalogue"}
 # What a module of the core may import from outside. `typing_extensions` and the standard library are free.
 CORE = {"torch", "safetensors", "huggingface_hub"}
 

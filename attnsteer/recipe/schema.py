@@ -59,6 +59,7 @@ ZOO_TASKS = {
     "facts": ("choice", "answer"),
     "passages": ("choice", "answer"),
     "sources": ("choice", "answer"),
+    "reviews": ("choice", "answer"),
 }
 FORMATS = {
     "choices": ("choice", "answer"),
@@ -149,7 +150,7 @@ class DataSpec(Spec):
     zoo: Name | None = Field(
         None,
         description="A source of the shapes world: reading, existence, captions, layouts or prompts; or in plain English: "
-        "facts, passages or sources.",
+        "facts, passages, sources or reviews.",
     )
     file: Name | None = Field(None, description="A JSON or JSON Lines file, relative to the recipe.")
     hub: Name | None = Field(None, description="A data set on the hub, as owner/name; needs the extra `eval`.")

@@ -15,7 +15,7 @@ from . import fetched
 from .fetched import fetch
 from .folders import FETCHED, KNOWN, MODELS, NAMES, available, folder, present
 from .hashes import HASHES, seal
-from .presets import preset, presets
+from .presets import PRESETS, preset, presets
 
 __all__ = [
     "FETCHED",
@@ -23,6 +23,7 @@ __all__ = [
     "KNOWN",
     "MODELS",
     "NAMES",
+    "PRESETS",
     "Text",
     "Vision",
     "available",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -13,6 +14,7 @@ from attnsteer.run.data import load
 from attnsteer.zoo.texts.draw import other_words, split_of
 from attnsteer.zoo.texts.facts import CAPITALS, KINDS, MIXTURE, facts
 from attnsteer.zoo.texts.passages import readings, sources
+from attnsteer.zoo.texts.reviews import reviews
 
 TEST, CALIBRATION = 1000, 400
 DRAWS: dict[str, Callable[[str], Iterator[Any]]] = {
@@ -81,3 +83,17 @@ def test_a_random_span_has_as_many_words_and_at_most_half_of_the_marked_ones() -
         assert sum(w in fact.split() for w in set(drawn.split()) - {"the", "capital", "of"}) <= len(fact.split()) // 2
     assert len({prompt.index(drawn) for prompt, _, (drawn,) in found}) > 3
     assert other_words("a b", "a b") == [] and other_words("a b a b", "a b") != ["a b"]
+
+
+def test_reviews_differ_are_balanced_and_their_splits_share_none() -> None:
+    test, calibration = (
+        list(islice(reviews(split), count)) for split, count in (("test", TEST), ("calibration", CALIBRATION))
+    )
+    texts = [{r.text for r in part} for part in (test, calibration)]
+    assert tuple(map(len, texts)) == (TEST, CALIBRATION) and not texts[0] & texts[1]
+    assert all(split_of(t) == "test" for t in texts[0]) and test == list(islice(reviews("test"), TEST))
+    assert 0.45 < sum(r.answer for r in test) / TEST < 0.55
+    for review in test[:100]:
+        shown = re.findall(r"Review: (.*)\nSentiment:( \w+)?", review.prompt)
+        assert [label.strip() for _, label in shown] == ["positive", "negative", ""] and shown[-1][0] == review.text
+        assert not texts[1] & {text for text, _ in shown}

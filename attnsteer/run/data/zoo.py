@@ -15,7 +15,9 @@ from ...zoo.shapes.reading import TASKS, reading
 from ...zoo.shapes.world import SPLITS
 from ...zoo.texts import facts as text_facts
 from ...zoo.texts import passages
-from ...zoo.texts.draw import other_words
+from ...zoo.texts.draw import other_range, other_words
+from ...zoo.texts.reviews import LABELS
+from ...zoo.texts.reviews import reviews as text_reviews
 from .sample import Data, Sample
 
 if TYPE_CHECKING:
@@ -77,7 +79,8 @@ def _marks(prompt: str, kind: str) -> dict[str, Any]:
     """What methods on marked text can speak of, as token ranges from the first token, which is <s>.
 
     spans: the question that is asked (few-shot: the example that is asked about). fact: the phrase that answers it.
-    passage: what it is asked about. `question` is the text of the first.
+    passage: what it is asked about. random: as many words of that as the fact has, from elsewhere in it. `question` is the text of
+    the first.
     """
     words = prompt.split()
     if kind == "few-shot":
@@ -88,7 +91,9 @@ def _marks(prompt: str, kind: str) -> dict[str, Any]:
     begin = 1 + max((i for i, w in enumerate(words[:at]) if w == "answer"), default=-3) + 2
     asked = (at, at + words[at:].index("?") + 1)
     out = {"question": " ".join(words[at + 1 : asked[1]]), "spans": [_shift(asked)], "passage": [_shift((begin, at))]}
-    return {**out, "fact": [_shift(_fact(words, begin, at, asked[1]))]}
+    fact = _fact(words, begin, at, asked[1])
+    random = other_range(prompt, at - begin, fact[0] - begin, fact[1] - begin)
+    return {**out, "fact": [_shift(fact)], "random": [_shift((begin + a, begin + b)) for a, b in random]}
 
 
 def _fact(words: list[str], begin: int, at: int, end: int) -> tuple[int, int]:
@@ -229,6 +234,18 @@ def looked_up(source: str) -> Callable[[str], Iterator[Sample]]:
     return samples
 
 
+def reviews(split: str) -> Iterator[Sample]:
+    """Reviews to be called positive or negative, after one of each; `fact` is the review, as a text."""
+    for number, item in enumerate(text_reviews(split)):
+        yield {
+            "id": f"reviews-{split}-{number}",
+            "prompt": item.prompt,
+            "choices": list(LABELS),
+            "answer": item.answer,
+            "fact": [item.text],
+        }
+
+
 # Source -> its options with their values, and what draws it.
 SOURCES: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[..., Iterator[Sample]]]] = {
     "reading": ({"task": (*TASKS, "all")}, readings),
@@ -239,4 +256,5 @@ SOURCES: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[..., Iterator[Samp
     "facts": ({"kind": (*text_facts.KINDS, "mixture")}, facts),
     "passages": ({}, looked_up("passages")),
     "sources": ({}, looked_up("sources")),
+    "reviews": ({}, reviews),
 }

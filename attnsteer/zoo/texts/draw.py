@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -33,11 +34,20 @@ def other_words(prompt: str, text: str) -> list[str]:
     """
     words, size = prompt.split(" "), len(text.split(" "))
     at = len(prompt[: prompt.index(text)].split(" ")) - 1
-    runs = [
-        " ".join(words[i : i + size])
-        for i in range(len(words) - size + 1)
-        if max(0, size - abs(i - at)) <= size // 2 and prompt.count(" ".join(words[i : i + size])) == 1
-    ]
+    runs = [" ".join(words[a:b]) for a, b in _elsewhere(len(words), at, size)]
+    return _drawn([run for run in runs if prompt.count(run) == 1], prompt)
+
+
+def other_range(prompt: str, count: int, start: int, stop: int) -> list[tuple[int, int]]:
+    """The same for a range of `count` places in all."""
+    return _drawn(_elsewhere(count, start, stop - start), prompt)
+
+
+def _elsewhere(count: int, at: int, size: int) -> list[tuple[int, int]]:
+    return [(i, i + size) for i in range(count - size + 1) if max(0, size - abs(i - at)) <= size // 2]
+
+
+def _drawn(runs: list[Any], prompt: str) -> list[Any]:
     seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
     return [runs[seed % len(runs)]] if runs else []
 
