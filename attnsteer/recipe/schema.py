@@ -60,6 +60,7 @@ ZOO_TASKS = {
     "passages": ("choice", "answer"),
     "sources": ("choice", "answer"),
     "reviews": ("choice", "answer"),
+    "instructions": ("answer",),
 }
 FORMATS = {
     "choices": ("choice", "answer"),
@@ -150,7 +151,7 @@ class DataSpec(Spec):
     zoo: Name | None = Field(
         None,
         description="A source of the shapes world: reading, existence, captions, layouts or prompts; or in plain English: "
-        "facts, passages, sources or reviews.",
+        "facts, passages, sources, reviews or instructions.",
     )
     file: Name | None = Field(None, description="A JSON or JSON Lines file, relative to the recipe.")
     hub: Name | None = Field(None, description="A data set on the hub, as owner/name; needs the extra `eval`.")

@@ -13,6 +13,8 @@ from attnsteer.recipe.schema import ZOO_TASKS, DataSpec
 from attnsteer.run.data import load
 from attnsteer.zoo.texts.draw import other_words, split_of
 from attnsteer.zoo.texts.facts import CAPITALS, KINDS, MIXTURE, facts
+from attnsteer.zoo.texts.instructions import KINDS as DEMANDED
+from attnsteer.zoo.texts.instructions import instructions
 from attnsteer.zoo.texts.passages import readings, sources
 from attnsteer.zoo.texts.reviews import reviews
 
@@ -97,3 +99,17 @@ def test_reviews_differ_are_balanced_and_their_splits_share_none() -> None:
         shown = re.findall(r"Review: (.*)\nSentiment:( \w+)?", review.prompt)
         assert [label.strip() for _, label in shown] == ["positive", "negative", ""] and shown[-1][0] == review.text
         assert not texts[1] & {text for text, _ in shown}
+
+
+@pytest.mark.parametrize("kind", ["all", "bullet"])
+def test_instructions_differ_and_their_splits_share_none(kind: str) -> None:
+    count = {"all": (TEST, CALIBRATION), "bullet": (100, 40)}[kind]
+    test, calibration = (
+        list(islice(instructions(split, kind), n)) for split, n in zip(("test", "calibration"), count, strict=True)
+    )
+    prompts = [{i.prompt for i in part} for part in (test, calibration)]
+    assert tuple(map(len, prompts)) == count and not prompts[0] & prompts[1]
+    assert [i.kind for i in test[:8]] == (list(DEMANDED) * 2 if kind == "all" else [kind] * 8)
+    for item in test[:50]:
+        assert item.prompt.count(item.demand) == 1 and item.prompt.endswith("<|im_start|>assistant\n")
+        assert item.kind == "bullet" or item.word in item.demand.lower()

@@ -16,6 +16,8 @@ from ...zoo.shapes.world import SPLITS
 from ...zoo.texts import facts as text_facts
 from ...zoo.texts import passages
 from ...zoo.texts.draw import other_range, other_words
+from ...zoo.texts.instructions import FORMS, KINDS
+from ...zoo.texts.instructions import instructions as text_instructions
 from ...zoo.texts.reviews import LABELS
 from ...zoo.texts.reviews import reviews as text_reviews
 from .sample import Data, Sample
@@ -246,6 +248,18 @@ def reviews(split: str) -> Iterator[Sample]:
         }
 
 
+def instructions(split: str, kind: str = "all", form: str = "chatml") -> Iterator[Sample]:
+    """Questions with a demand on the form of the answer; `fact` is the demand, as a text, `name` the word that it names."""
+    for number, item in enumerate(text_instructions(split, kind, form)):
+        yield {
+            "id": f"instructions-{kind}-{split}-{number}",
+            "prompt": item.prompt,
+            "category": item.kind,
+            "name": item.word,
+            "fact": [item.demand],
+        }
+
+
 # Source -> its options with their values, and what draws it.
 SOURCES: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[..., Iterator[Sample]]]] = {
     "reading": ({"task": (*TASKS, "all")}, readings),
@@ -257,4 +271,5 @@ SOURCES: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[..., Iterator[Samp
     "passages": ({}, looked_up("passages")),
     "sources": ({}, looked_up("sources")),
     "reviews": ({}, reviews),
+    "instructions": ({"kind": (*KINDS, "all"), "form": tuple(FORMS)}, instructions),
 }

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from .draw import pick, rng, split_of
+from .draw import rng, split_of
 
 SUBJECTS = (
     "film", "book", "hotel", "restaurant", "phone", "concert", "train ride", "museum", "lamp", "coffee machine", "headset",
@@ -59,15 +60,20 @@ def reviews(split: str, seed: int = 0) -> Iterator[Review]:
     seen: set[str] = set()
     for number in itertools.count():
         g = rng(split, number, 30, seed)
-        drawn = []
-        for label in (*LABELS, LABELS[int(g.integers(2))]):
-            (subject,), (opening,), (reason,), (form,) = (
-                pick(g, values) for values in (SUBJECTS, OPENINGS[label], REASONS[label], FORMS)
-            )
-            drawn.append((form.format(a=opening.format(s=subject), b=reason), label))
-        (text, label) = drawn[-1]
-        if text in seen or any(split_of(t) != split for t, _ in drawn) or len({t for t, _ in drawn}) < 3:
+        labels = (*LABELS, LABELS[int(g.integers(2))])
+        texts = [_text(g, label, split) for label in labels]
+        if texts[-1] in seen or len(set(texts)) < len(texts):
             continue
-        seen.add(text)
-        shots = "\n\n".join(f"Review: {t}\nSentiment: {said}" for t, said in drawn[:2])
-        yield Review(f"{shots}\n\nReview: {text}\nSentiment:", text, LABELS.index(label))
+        seen.add(texts[-1])
+        shots = "\n\n".join(f"Review: {t}\nSentiment: {label}" for t, label in zip(texts, LABELS, strict=False))
+        yield Review(f"{shots}\n\nReview: {texts[-1]}\nSentiment:", texts[-1], LABELS.index(labels[-1]))
+
+
+def _text(g: Any, label: str, split: str) -> str:
+    """A review that belongs to the split."""
+    parts = (SUBJECTS, OPENINGS[label], REASONS[label], FORMS)
+    while True:
+        subject, opening, reason, form = (values[int(g.integers(len(values)))] for values in parts)
+        text = form.format(a=opening.format(s=subject), b=reason)
+        if split_of(text) == split:
+            return text
