@@ -203,9 +203,10 @@ def _marked(sample: dict[str, Any]) -> tuple[str, str, str]:
     if isinstance(span, str):
         before, _, behind = sample["prompt"].partition(span)
         return before, span, behind
-    # Token ranges of the shapes world count from <s>; its tokens are words.
-    words, (start, stop) = sample["prompt"].split(), (span[0] - 1, span[1] - 1)
-    return " ".join(words[:start]) + " ", " ".join(words[start:stop]), " " + " ".join(words[stop:])
+    # Token ranges of the shapes world count from <s>; its tokens are words. The example before the passage is left out.
+    words, begin = sample["prompt"].split(), sample["passage"][0][0] - 1
+    start, stop = span[0] - 1, span[1] - 1
+    return f"[an example] {' '.join(words[begin:start])} ", " ".join(words[start:stop]), f" {' '.join(words[stop:])}"
 
 
 def _row(
