@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,10 +69,8 @@ def _row(row: Row) -> str:
 
 def _example(example: Example) -> str:
     before, marked, behind = example.text
-    lines = [
-        f"{example.model}:  {before}[[{marked}]]{behind} ...",
-        f"  {'answer':<20}before  after    ({example.note})",
-    ]
+    lines = textwrap.wrap(f"{example.model}: {before}[[{marked}]]{behind} ...", 110)
+    lines.append(f"  {'answer':<20}before  after    ({example.note})")
     for i, choice in enumerate(example.choices):
         name = f"{choice}{' (right)' if i == example.answer else ''}"
         lines.append(f"  {name:<20}{example.before[i]:6.1%} {example.after[i]:6.1%}")
