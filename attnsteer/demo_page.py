@@ -26,6 +26,7 @@ blockquote { margin: .75rem 0; padding: .5rem 1rem; background: #f8f9fb; border-
 .track { background: #eef1f4; height: 1.1rem; position: relative; border-radius: 3px }
 .track i { display: block; height: 100%; border-radius: 3px; background: #aab4c0 }
 .track i.with { background: #1f6feb }
+.track:has(.last) { margin-bottom: .5rem }
 .track i.control { background: #d9b48f }
 .track b { position: absolute; top: .5rem; height: 2px; background: #0b2a5b }
 .num { font-variant-numeric: tabular-nums; text-align: right }
@@ -108,7 +109,7 @@ def _example(example: Example) -> str:
     for i, choice in enumerate(example.choices):
         right = i == example.answer
         bars.append(_bar(f"{choice}{' (right)' if right else ''}", example.before[i], "", right=right))
-        bars.append(_bar("", example.after[i], "with"))
+        bars.append(_bar("", example.after[i], "with last"))
     return (
         f"<pre>{html.escape(example.code)}</pre><blockquote>{before}<mark>{marked}</mark>{behind} <b>...</b></blockquote>"
         f'<p>How likely each answer is, before and after ({html.escape(example.note)}):</p><div class="bars">{"".join(bars)}</div>'

@@ -17,7 +17,7 @@ from . import zoo
 from .evals.significance import Interval, paired_bootstrap
 from .steering import steer
 
-READINGS, FACTS, BOXES, PROMPTS, SHOWN = 120, 16, 8, 16, 6
+READINGS, FACTS, BOXES, PROMPTS, SHOWN = 120, 16, 6, 16, 4
 REAL = "smollm2-135m"
 LEADING = (REAL, "shapes-lm", "shapes-sd")
 LABELS = ("as it is", "steered")
