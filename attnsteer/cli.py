@@ -122,42 +122,25 @@ def doctor(as_json: JSON = False) -> None:
 @app.command()
 def demo(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Embedded models; all of them without it.")
+        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Models of the zoo; all that are there without it.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the contact sheets.")] = Path("outputs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("outputs/demo"),
 ) -> None:
-    """Check the kernels, then steer the embedded models and show what changed, before and after.
+    """Show what methods do to small models: answers, pictures, cost, before and after; and write a page of it.
 
     Needs no download. Exits with 1 when a check fails or the steering did not do what it should.
     """
     from . import zoo
-    from .demo import run_demo
+    from .demo_text import show
     from .doctor import examine
-    from .showcase import showcase
 
     for name in names or ():
         zoo.folder(name)
     report = examine()
-    print(_verdict(report))
     if not report.ok:
+        print(_verdict(report))
         raise typer.Exit(FAILED)
-    exact = run_demo()
-    print(f"\n{exact.method} on a random Llama:")
-    print(f"  largest difference of a logit from the same edit over the full map: {exact.exact:.1e}")
-    print(f"  after removal the logits are the first ones, bit for bit: {'yes' if exact.restored else 'NO'}")
-    print("\nThe embedded models, before and after (95 % intervals of the paired change; few samples):\n", flush=True)
-    lines, sheets = showcase(out, names)
-    rows = []
-    for line in lines:
-        change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*line.change)
-        name = line.method.split("(")[0]
-        rows.append(
-            (line.model, name, line.figure, f"{line.before:.3f}", f"{line.after:.3f}", change, f"{line.seconds:.0f} s")
-        )
-    _print_table(("model", "method", "figure", "before", "after", "change", "time"), rows)
-    for sheet in sheets:
-        print(f"\npictures before and after: {sheet.resolve()}")
-    if not (exact.ok and all(line.fired for line in lines)):
+    if not show(_verdict(report), out, names):
         raise typer.Exit(FAILED)
 
 

@@ -17,6 +17,7 @@ HOST_LIBRARIES = {"vllm", "transformers", "diffusers", "accelerate", "timm", "pe
 # Ends of the program: they may use everything, and nothing of the library uses them.
 COMMANDS = {
     "cli",
+    "cli_heads",
     "cli_methods",
     "cli_options",
     "cli_recipes",
@@ -26,7 +27,7 @@ COMMANDS = {
     "output",
     "__main__",
 }
-ENDS = COMMANDS | {"comfyui", "demo", "doctor", "serving", "showcase", "skeleton", "catalogue"}
+ENDS = COMMANDS | {"catalogue", "comfyui", "demo", "demo_page", "demo_text", "doctor", "serving", "showcase", "skeleton"}
 # What a module of the core may import from outside. `typing_extensions` and the standard library are free.
 CORE = {"torch", "safetensors", "huggingface_hub"}
 

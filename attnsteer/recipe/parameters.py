@@ -304,7 +304,7 @@ def head_set(
 
 
 def _zoo_file(name: str, model: ModelSpec) -> Path:
-    from ..zoo import folder
+    from ..zoo.folders import folder
 
     if model.zoo is None:
         raise RecipeError(f"{ZOO}{name} are heads of an embedded model; this recipe has another one.")

@@ -155,13 +155,23 @@ def _method(run: RunFolder, head: Headline) -> str:
 
 
 def _role(kind: str) -> str:
-    return kind if kind in ("baseline", "method", "random", "zero") else "none"
+    return "random" if kind == "span" else kind if kind in ("baseline", "method", "random", "zero") else "none"
+
+
+def _family(run: RunFolder, arm: str) -> str:
+    """What controls of one kind are called together; "" for other arms."""
+    kind = run.arms.get(arm, {}).get("kind")
+    if kind == "span":
+        return "other spans"
+    return "" if kind != "random" else "random heads anywhere" if "anywhere" in arm else "random heads"
 
 
 def _label(run: RunFolder, arm: str) -> str:
     kind = run.arms.get(arm, {}).get("kind")
     if kind == "random":
-        return f"random heads {arm.partition('-')[2]}".strip()
+        return f"random heads {arm.partition('-')[2].replace('-', ' ')}".strip()
+    if kind == "span":
+        return f"marked: {arm.partition('-')[2]}"
     if kind == "method":
         point = next((p for p in run.points if p["arms"].get("method") == arm), {"values": {}})
         return values_text(point["values"]) or "method"
@@ -214,22 +224,21 @@ def _checks(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str,
     if equal is not None:
         text = "equals the baseline, record for record" if equal else "is not the baseline"
         found.append({"state": "pass" if equal else "fail", "name": "Zero strength", "text": text})
-    changes = []
+    families: dict[str, list[Figure]] = {}
     for role, arm in head.point["arms"].items():
-        if run.arms.get(arm, {}).get("kind") != "random":
-            continue
-        entry = difference(run, head.point, head.metric, against=role)
+        entry = difference(run, head.point, head.metric, against=role) if _family(run, arm) else None
         if entry is not None and head.estimate in entry["estimates"]:
-            changes.append(Figure.of(entry["estimates"][head.estimate], share, signed=True))
-    if changes:
+            change = Figure.of(entry["estimates"][head.estimate], share, signed=True)
+            families.setdefault(_family(run, arm), []).append(change)
+    for name, changes in families.items():
         said = [verdict(c, head.better, None) for c in changes]
         state = "pass" if set(said) == {"better"} else "fail" if "worse" in said else "open"
-        text = f"method minus random heads: {changes[0]}"
+        text = f"method minus {name}: {changes[0]}"
         if len(changes) > 1:
             numbers = ", ".join(c.number for c in changes)
-            text = f"method minus random heads, {len(changes)} draws: {numbers}{changes[0].unit}; "
+            text = f"method minus {name}, {len(changes)} draws: {numbers}{changes[0].unit}; "
             text += f"better than {said.count('better')} of them"
-        found.append({"state": state, "name": "Random heads", "text": text})
+        found.append({"state": state, "name": name.capitalize(), "text": text})
     return found
 
 
@@ -260,9 +269,10 @@ def _took(status: Mapping[str, Any]) -> str:
 def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str, Any]]:
     """One row per figure: baseline, method, and their difference; then the other arms."""
     others = [a for a in head.point["arms"].values() if a not in (head.base, head.arm)]
-    draws = [a for a in others if run.arms.get(a, {}).get("kind") == "random"]
     # Many draws are one column.
-    columns = [[a] for a in others] if len(draws) < 2 else [*([a] for a in others if a not in draws), draws]
+    drawn = [a for a in others if run.arms.get(a, {}).get("kind") == "random"]
+    draws = [[a for a in drawn if _family(run, a) == name] for name in dict.fromkeys(_family(run, a) for a in drawn)]
+    columns = [[a] for a in others if a not in drawn] + draws
     arms = run.metrics["arms"]
     claims = {c["metric"]: c for c in _claims(run)}
     found = []
@@ -293,7 +303,7 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
                 }
             )
     found.sort(key=lambda r: not r["primary"])
-    names = [_label(run, c[0]) if len(c) == 1 else f"random heads: mean, range of {len(c)}" for c in columns]
+    names = [_label(run, c[0]) if len(c) == 1 else f"{_family(run, c[0])}: mean, range of {len(c)}" for c in columns]
     return [{"others": names, "rows": found}] if found else []
 
 
