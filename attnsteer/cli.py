@@ -21,7 +21,9 @@ from .output import print_table as _print_table
 
 # Heavy libraries are imported inside the commands, so that `--help` and errors of usage come at once.
 
-USAGE, FAILED, DIFFERS, STOPPED = 2, 1, 3, 130
+USAGE, FAILED, STOPPED = 2, 1, 130
+# What a run exits with, by its verdict.
+EXITS = {"unchanged": FAILED, "invalid": 3}
 
 
 class _Group(typer.core.TyperGroup):
@@ -176,7 +178,7 @@ def run(
 ) -> None:
     """Evaluate a method as a recipe says: against its baseline and controls, on the same samples.
 
-    Exits with 1 when the method changed nothing, and with 3 when the control at zero strength differs from the baseline (not
+    Ends with its verdict. Exits with 1 when the method did nothing, and with 3 when the control at zero strength moved (not
     with --tiny). The same command goes on with a run that was stopped. `accelerate launch -m attnsteer run ...` shares the
     samples among processes.
     """
@@ -192,7 +194,7 @@ def run(
         job = prepare(chosen, target, tiny, limit)
         print(f"{chosen.name}: {len(job.data.samples)} samples, nothing found wrong")
         return
-    from .results.summary import control_differs, method_unchanged, table
+    from .results.summary import table, verdict_of
     from .run import run as evaluate
 
     try:
@@ -205,10 +207,9 @@ def run(
         _print_table(head, rows)
         print("\n" + "\n".join([*remarks, f"run folder: {target}"]))
         # A tiny run tests the recipe, not the method.
-        if method_unchanged(target) and not tiny:
-            raise typer.Exit(FAILED)
-        if control_differs(target) and not tiny:
-            raise typer.Exit(DIFFERS)
+        code = 0 if tiny else EXITS.get(verdict_of(target).key, 0)
+        if code:
+            raise typer.Exit(code)
 
 
 def _verdict(report: Any) -> str:

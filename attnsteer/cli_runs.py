@@ -19,14 +19,21 @@ def compare(
     other_model: Annotated[bool, typer.Option("--other-model", help="Runs of unlike models too.")] = False,
     partial: Annotated[bool, typer.Option("--partial", help="Unfinished runs too, on what there is.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of Markdown.")] = False,
+    page: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write it as one HTML page.")] = None,
 ) -> None:
     """Compare runs over the same samples: paired differences with intervals, tests adjusted for all of them, cost.
 
-    Prints Markdown. What differs in the recipes is listed at the end.
+    Prints Markdown: each arm with the verdict of its run and its difference from its own baseline, then the runs against
+    the first. What differs in the recipes is listed at the end.
     """
     from .results import comparison
 
     found = comparison.compare(runs, other_samples=other_samples, other_model=other_model, partial=partial)
+    if page is not None:
+        from .results.reports.comparison_page import comparison_page
+        from .run.store import write_atomic
+
+        write_atomic(page, comparison_page(found).encode("utf-8", "backslashreplace"))
     if as_json:
         print(json.dumps(found.to_dict(), indent=2, allow_nan=False))
         return

@@ -14,6 +14,7 @@ from ..recipe.arms import (
     methods_of,
     random_heads_of_all,
     with_random_heads,
+    with_random_spans,
 )
 from ..recipe.schema import Recipe, digest
 from ..recipe.sweep import points
@@ -85,6 +86,8 @@ def _arms(recipe: Recipe, sites: list[Site] | None, found: Mapping[str, Any] | N
     if recipe.controls.zero:
         out.append(Arm("zero", "zero", at_zero_strength(recipe, chosen), decoding))
     out.append(Arm("method", "method", chosen, decoding))
+    spans = range(1, recipe.controls.random_spans + 1)
+    out += [Arm(f"random-spans-{n}", "random", with_random_spans(chosen, n), decoding) for n in spans]
     draws = range(1, recipe.controls.random_heads + 1)
     if recipe.controls.random_from == "layer" or not draws:
         return out + [Arm(f"random-{n}", "random", with_random_heads(chosen, sizes, n), decoding) for n in draws]

@@ -26,6 +26,7 @@ from .job import Job, prepare
 from .loaded import Loaded
 from .merging import PARTS, finish, read_records, score
 from .models import load as load_model
+from .progress import Progress
 from .ranks import Ranks
 from .tasks import Request, get_task
 
@@ -297,9 +298,11 @@ class Answers(NamedTuple):
 
 
 class Work:
-    """The batches of one process."""
+    """The batches of one process. status: None where answers are only given again (`again`)."""
 
-    def __init__(self, job: Job, loaded: Loaded, arms: Sequence[Arm], ranks: Ranks, status: Status, progress: bool):
+    def __init__(
+        self, job: Job, loaded: Loaded, arms: Sequence[Arm], ranks: Ranks, status: Status | None, progress: bool
+    ):
         self.job, self.loaded, self.arms, self.ranks, self.status = job, loaded, arms, ranks, status
         self.task = get_task(job.recipe.task)
         self.progress = progress and ranks.first
@@ -309,15 +312,13 @@ class Work:
 
     def all(self, done: dict[str, dict[tuple[int, str], Any]]) -> None:
         """Do what is not done: for each seed, for each batch, each arm, so that a stopped run has pairs."""
-        from tqdm import tqdm
-
         recipe, samples = self.job.recipe, self.job.data.samples
         size = recipe.batch_size
         batches = [(b, samples[s : s + size]) for b, s in enumerate(range(0, len(samples), size))]
         own = [(b, part) for b, part in batches if b % self.ranks.world == self.ranks.rank]
         total = len(recipe.seeds) * len(self.arms) * sum(len(part) for _, part in own)
         files = {name: store.Lines(store.part(self.job.folder, name, self.ranks.rank)) for name in PARTS}
-        bar = tqdm(total=total, unit="sample", desc=recipe.name, disable=None if self.progress else True)
+        bar = Progress(total, recipe.name, self.progress)
         try:
             for seed in recipe.seeds:
                 for number, part in own:
@@ -330,7 +331,7 @@ class Work:
                         }
                         if missing:
                             self._group(group, seed, number, part, missing, files)
-                        bar.update(len(part) * len(group))
+                        bar.update(len(part) * len(group), new=bool(missing))
         finally:
             bar.close()
             for file in files.values():
@@ -404,6 +405,16 @@ class Work:
         files[store.RECORDS].append(records)
         self._begun |= {arm.id for arm in group}
         self.status.more(len(records))
+
+    def again(self, seed: int, part: list[Sample]) -> dict[str, list[dict[str, Any]]]:
+        """The records of one batch by arm, as the run gave them; nothing is written but pictures, into the job's folder."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for group in sharing.of_batch(self.groups, part, self.loaded, self.task.DECODING):
+            for arm, own in zip(group, self._answers(group, seed, part), strict=True):
+                found[arm.id] = [
+                    {"arm": arm.id, "seed": seed, "id": s["id"], **r} for s, r in zip(part, own.records, strict=True)
+                ]
+        return found
 
     def _answers(self, group: list[Arm], seed: int, part: list[Sample]) -> list[Answers]:
         """The answers of each arm, from one batch that has the samples once for each."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -13,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
+from ..manifest import MANIFEST
+from ..manifest import file_hash as file_hash
 
 RECIPE, IDENTITY, STATUS, SAMPLES, ARMS = "recipe.yaml", "identity.json", "status.json", "samples.jsonl", "arms.json"
 RECORDS, TIMINGS, METRICS, AUDIT = "records.jsonl", "timings.jsonl", "metrics.json", "audit.json"
 ENVIRONMENT, IMAGES, LOCK = "environment.json", "images", ".lock"
 # What a run writes; and with what its searches find, and what is made from it later.
 WRITTEN = (RECIPE, STATUS, SAMPLES, ARMS, RECORDS, TIMINGS, METRICS, AUDIT, ENVIRONMENT)
-OWN = (*WRITTEN, IMAGES, "calibration", "attention.json", "report.html", "report.md")
+OWN = (*WRITTEN, IMAGES, "calibration", MANIFEST, "attention.json", "report.html", "report.md", "verified.json")
 AGAIN = "start the run again with the same command, and it goes on where it stopped"
 Line = dict[str, Any]
 
@@ -197,12 +198,6 @@ def inside(folder: Path, name: str) -> Path | None:
     if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir or "\0" in name:
         return None
     return folder / path
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256, in hex, of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -48,6 +48,7 @@ def recipe(name: str, zoo: str, kind: str, data: str, task: str, metrics: list[A
         "controls": {"zero": True, "random_heads": 1},
         "metrics": metrics,
         "primary": primary,
+        "chosen": "calibration",
         "seeds": [0],
         "batch_size": 20,
         "sweep": {},
@@ -179,7 +180,8 @@ def image_run(path: Path, *, side: int = 64, **more: Any) -> Path:
         {"method": "AttentionRefocusing", "params": {"boxes": {"sample": "boxes"}}, "zero": {"step_size": 0}}
     ]
     samples, records = [], []
-    arms = [arm("baseline", "baseline"), arm("method", "method", "AttentionRefocusing")]
+    told = {"boxes": {"sample": "boxes"}}
+    arms = [arm("baseline", "baseline"), arm("method", "method", "AttentionRefocusing", **told)]
     scenes: list[tuple[str, Scene]] = []
     for i in range(COUNT):
         asked = layout("test", i, "objects", 2)
