@@ -160,7 +160,8 @@ PICKLE = b"\x80\x04\x95\x0f\x00\x00\x00\x00\x00\x00\x00cposix\nsystem\n."
 # Name -> files of the repository beside a right manifest, or a change of the manifest.
 STRANGE_NAMES = [
     "method.py", "pytorch_model.bin", "heads.pkl", "steer.json.exe", "modeling_act.py", "../evil.json", "/abs.json",
-    "a/../../x.json", "..\\..\\w.json", "c:steer.json", "sub/steer.json", "tokenizer.model", "heads.pt", ".git/config", "steer.JSON",
+    "a/../../x.json", "..\\..\\w.json", "c:steer.json", "sub/steer.json", "tokenizer.model", "heads.pt",
+    ".git/config", "steer.JSON",
 ]  # fmt: skip
 CONTENTS: dict[str, dict[str, bytes]] = {
     "pickle in place of heads": {"steer.json": WITH_HEADS, "heads.safetensors": PICKLE},
