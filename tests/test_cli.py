@@ -25,6 +25,8 @@ COMMANDS = {
     "demo",
     "run",
     "calibrate",
+    "profile",
+    "bake",
     "compare",
     "report",
     "verify",
