@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,6 +199,8 @@ def _merge(job: Job, arms: Plan, claims: Path, status: Status) -> None:
         finish(job, arms)
         status.done = status.total
         status.put("complete", ended=True)
+        # Whoever waits for a file in it has it open, and finds the run complete.
+        shutil.rmtree(claims, ignore_errors=True)
 
 
 def _complete(folder: Path) -> bool:
