@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
-.PHONY: help venv test test-long test-quick test-vllm sweep lint format demo bench-quick clean coverage types docs release
+.PHONY: help venv test test-long test-quick test-vllm sweep lint format demo bench-quick clean coverage types docs release board
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -92,6 +92,10 @@ $(VENV)-%/.installed: pyproject.toml
 
 demo: $(READY)  ## run the demonstration on the embedded models
 	$(PY) -m attnsteer demo $(ARGS)
+
+board: $(READY)  ## build the board over the runs that come with the project, outputs/board.html
+	@mkdir -p outputs
+	$(PY) -m attnsteer board docs/board/runs --out outputs/board.html --reports $(ARGS)
 
 bench-quick: $(READY)  ## run the short benchmark
 	$(PY) -m benchmarks.run --quick $(ARGS)

@@ -18,6 +18,7 @@ HOST_LIBRARIES = {"vllm", "transformers", "diffusers", "accelerate", "timm", "pe
 COMMANDS = {
     "cli",
     "cli_heads",
+    "cli_hub",
     "cli_methods",
     "cli_options",
     "cli_recipes",
