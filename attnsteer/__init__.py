@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         ZeroTuning,
     )
     from .methods.bases.latent_loss import LatentLoss
-    from .reading import flow, rollout
+    from .reading import CARVE, TAG, AttentionPrompting, flow, rollout
     from .registry import get_method, register_host, register_method
     from .site import Site
     from .steering import Steering, detach, sites, steer
@@ -76,6 +76,9 @@ __getattr__, _names, __all__ = lazy(
         "sites": "steering",
         "steer": "steering",
         "zoo": "zoo",
+        "AttentionPrompting": "reading",
+        "CARVE": "reading",
+        "TAG": "reading",
         "ACT": "methods",
         "AttendAndExcite": "methods",
         "AttentionBuckets": "methods",

@@ -43,6 +43,8 @@ METHODS = [
     "VisualKnockout",
     "ZeroTuning",
 ]
+# Readers: what they are made of is no intervention.
+READERS = ["AttentionPrompting", "CARVE", "TAG"]
 NAMES = [
     "Captured",
     "HeadSet",
@@ -66,6 +68,7 @@ NAMES = [
     "steer",
     "zoo",
     *METHODS,
+    *READERS,
 ]
 ERRORS = [
     "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite",

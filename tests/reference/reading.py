@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-__all__ = ["flow", "gated", "rollout"]
+__all__ = ["carve", "carve_mask", "flow", "gated", "prompting", "rollout", "soft_or", "tag_boxes", "tag_map"]
 
 
 def _joint(W: Tensor, residual: bool) -> Tensor:
@@ -68,3 +68,103 @@ def gated(parts: list[Tensor], gain: Tensor, eps: float, W_g: Tensor, W_u: Tenso
     slope = s + t * a * s * (1 - s)
     left, right = (slope * t * u).mean(dim=0), (t * a * s).mean(dim=0)
     return [(W_d @ (left * (W_g @ p) + right * (W_u @ p))).float() for p in own]
+
+
+def carve(query: list[list[Tensor]], general: list[list[Tensor]], size: tuple[int, int], lam: float) -> Tensor:
+    """S [height, width] of maps [steps][layers] [h, w], as fuse_contrastive_attention of YuyaoGe/CARVE at a1f0442 adds them up;
+    each map is brought to the image's size (width, height) by PIL, as there."""
+    import numpy as np
+    from PIL import Image
+
+    S = np.zeros((size[1], size[0]))
+    for step in range(min(len(query), len(general))):
+        for q, g in zip(query[step], general[step], strict=True):
+            hat = (q / (g + lam)).numpy().astype(np.float32)
+            S += (step + 1) * np.asarray(Image.fromarray(hat, mode="F").resize(size, Image.BILINEAR))
+    return torch.tensor(S)
+
+
+def carve_mask(S: Tensor, share: float, regions: int, floor: bool) -> Tensor:
+    """create_attention_mask of the same (strategy "attention_sum"), with a flood fill for scipy's labels."""
+    import numpy as np
+
+    s = S.numpy()
+    kept = s >= np.percentile(s, (1.0 - share) * 100)
+    parts, seen = [], np.zeros_like(kept)
+    for y, x in itertools.product(*map(range, kept.shape)):
+        if kept[y, x] and not seen[y, x]:
+            part, waiting = [], [(y, x)]
+            while waiting:
+                a, b = waiting.pop()
+                if 0 <= a < kept.shape[0] and 0 <= b < kept.shape[1] and kept[a, b] and not seen[a, b]:
+                    seen[a, b] = True
+                    part.append((a, b))
+                    waiting += [(a + 1, b), (a - 1, b), (a, b + 1), (a, b - 1)]
+            parts.append(part)
+    parts.sort(key=lambda part: -sum(s[p] for p in part))
+    mask = torch.zeros(S.shape, dtype=torch.bool)
+    for part in parts[: max(regions, int(len(parts) * share)) if floor else regions]:
+        for p in part:
+            mask[p] = True
+    return mask
+
+
+def tag_boxes(found: Tensor, threshold: float, side: int = 14) -> list[tuple[list[int], float]]:
+    """find_connected_regions_with_confidence of HeimingX/TAG at 1c6236f on patches repeated to `side` pixels: ([x0, y0, x1, y1],
+    ends included, and the largest value), in the order in which they are found."""
+    image = (found / found.max()).T.repeat_interleave(side, 0).repeat_interleave(side, 1)
+    image = image * (image >= threshold)
+    width, height = image.shape
+    on, value = (image > 0).tolist(), image.tolist()
+    visited = [[False] * height for _ in range(width)]
+    boxes = []
+    for i, j in itertools.product(range(width), range(height)):
+        if not on[i][j] or visited[i][j]:
+            continue
+        part, waiting = [], [(i, j)]
+        while waiting:
+            a, b = waiting.pop()
+            if not (0 <= a < width and 0 <= b < height) or visited[a][b] or not on[a][b]:
+                continue
+            visited[a][b] = True
+            part.append((a, b))
+            waiting += [(a + da, b + db) for da in (-1, 0, 1) for db in (-1, 0, 1)]
+        x0, x1 = min(p[0] for p in part), max(p[0] for p in part)
+        y0, y1 = min(p[1] for p in part), max(p[1] for p in part)
+        for a, b in itertools.product(range(x0, x1 + 1), range(y0, y1 + 1)):
+            visited[a][b] = True
+        boxes.append(([x0, y0, x1, y1], max(value[a][b] for a in range(x0, x1 + 1) for b in range(y0, y1 + 1))))
+    return boxes
+
+
+def tag_map(rows: Tensor, keep: int) -> Tensor:
+    """token_to_learnable_query of the same without slices: [N] of rows [tokens, pairs, N]."""
+    made = []
+    for row in rows:
+        order = sorted(range(len(row)), key=lambda h: float(row[h].sum()), reverse=True)[:keep]
+        made.append(sum(row[h] for h in order) / keep)
+    return sum(made) / len(made)
+
+
+def prompting(found: Tensor, contrast: float) -> Tensor:
+    """revise_mask of yu-rp/apiprompting at eed9978, in loops."""
+    z = (found - found.min()) / (found.max() - found.min())
+    z = torch.sigmoid(contrast * (z - z.mean()) / z.std())
+    return _mean3(z)
+
+
+def soft_or(own: Tensor, patches: Tensor, contrast: float) -> Tensor:
+    """merge_mask of the same."""
+    a = prompting(own, contrast)
+    b = _mean3((patches.max() - patches) / (patches.max() - patches.min()))
+    m = a + b - a * b
+    return (m - m.min()) / (m.max() - m.min())
+
+
+def _mean3(z: Tensor) -> Tensor:
+    h, w = z.shape
+    out = torch.zeros_like(z)
+    for y, x in itertools.product(range(h), range(w)):
+        near = [z[min(max(y + a, 0), h - 1), min(max(x + b, 0), w - 1)] for a in (-1, 0, 1) for b in (-1, 0, 1)]
+        out[y, x] = sum(near) / 9
+    return out
