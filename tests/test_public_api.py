@@ -44,7 +44,7 @@ METHODS = [
     "ZeroTuning",
 ]
 # Readers: what they are made of is no intervention.
-READERS = ["AttentionPrompting", "CARVE", "TAG"]
+READERS = ["AttentionPrompting", "CARVE", "ControlMLLM", "TAG"]
 NAMES = [
     "Captured",
     "HeadSet",

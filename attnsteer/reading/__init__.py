@@ -8,6 +8,8 @@ __getattr__, __dir__, __all__ = lazy(
         "Relevance": "chains",
         "AttentionPrompting": "attention_prompting",
         "CARVE": "carve",
+        "ControlMLLM": "controlmllm",
+        "Controlled": "controlmllm",
         "Grounded": "tag",
         "NormMap": "norms",
         "Prompted": "attention_prompting",

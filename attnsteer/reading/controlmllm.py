@@ -1,15 +1,15 @@
 """ControlMLLM: an offset on the image's embeddings, optimised until the text's rows look at a marked region; then the answer.
 
-Wu et al., "ControlMLLM: Training-Free Visual Prompt Learning for Multimodal Large Language Models" (NeurIPS 2024, arXiv 2407.21534),
-and ControlMLLM++ (arXiv 2602.19505); abstracts and code read; official code mrwu-mac/ControlMLLM at 57e16e7. With a the mean over
-layers, heads and rows of the attention to the image tokens, and w the weight of each cell: rho = sum(a w) / sum(a), loss
+Wu et al., "ControlMLLM: Training-Free Visual Prompt Learning for Multimodal Large Language Models" (NeurIPS 2024, arXiv
+2407.21534), and ControlMLLM++ (arXiv 2602.19505); abstracts and code read; official code mrwu-mac/ControlMLLM at 57e16e7. With a
+the mean over layers, heads and rows of the attention to the image tokens, and w the weight of each cell: rho = sum(a w) / sum(a), loss
 alpha (1 - rho)^2, summed over regions. w is 1 inside a box or mask; of a scribble or point the density of N(x; 0, sigma), x the
 distance over the largest one in the image.
 
-Plain: v_t = beta p_t + (1 - beta) v_{t-1} (v_{-1} = p_0 = 0) is added in pass t, p_{t+1} = p_t - lr dloss/dp_t, and v_T in the answer;
-stopped where the loss has changed by more than `stop` percent. The released scripts add every v_t to the same embeddings, so
-that they accumulate: `ControlMLLM.released_code()`. ++: Adam (eps 1e-3) on the offset itself, the last row alone, layers 14 to 25 of 32:
-`ControlMLLM.plus_plus()`; its contrastive decoding is in a fork that could not be read, and is left out.
+Plain: v_t = beta p_t + (1 - beta) v_{t-1} (v_{-1} = p_0 = 0) is added in pass t, p_{t+1} = p_t - lr dloss/dp_t, and v_T in the
+answer; stopped where the loss has changed by more than `stop` percent. The released scripts add every v_t to the same embeddings,
+so that they accumulate: `ControlMLLM.released_code()`. ++: Adam (eps 1e-3) on the offset itself, the last row alone, layers 14 to
+25 of 32: `ControlMLLM.plus_plus()`; its contrastive decoding is in a fork that could not be read, and is left out.
 
 With sigma 0.1 the density is 3.99 at the mark, so that rho may pass 1, behind which the loss pushes attention away: `peak` divides
 by it. Distances are exact, where the code has OpenCV's 5 x 5 approximation in 8 bits.
@@ -71,7 +71,7 @@ class ControlMLLM(Named):
         steps: gradient steps (T of the paper; T - 1 of ++'s scripts). lr: step size. alpha: factor on the loss.
         beta: share of the new offset in the moving average, 0 to 1; of `optimiser` "average".
         sigma: width of the weight around scribbles and points, in largest distances. peak: scale it to 1 at the mark.
-        optimiser: "average" (of the paper) or "adam" (++). accumulate: offsets add up from pass to pass, as in the released scripts.
+        optimiser: "average" (of the paper) or "adam" (++). accumulate: offsets add up from pass to pass, as in the scripts.
         rows: "text": all rows of the prompt behind the image; "last": its last one. layers: None: all; "middle": from 14/32 to
             26/32 of the depth; or numbers.
         stop: percent by which the loss may change, against the first pass; None: never stopped.
@@ -318,8 +318,8 @@ def image_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     marks = [m for m in marks if isinstance(m, int)]
     if not isinstance(ids, Tensor) or not marks:
         raise UnsupportedHost(
-            f"which tokens of {type(model).__name__} are the image's is not known: its config has no image_token_id, or the inputs no "
-            "input_ids."
+            f"which tokens of {type(model).__name__} are the image's is not known: its config has no image_token_id, or the "
+            "inputs no input_ids."
         )
     if len(ids) != 1:
         raise SelectionError(f"ControlMLLM: {len(ids)} samples; give one at a time.")

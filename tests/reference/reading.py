@@ -7,7 +7,9 @@ import itertools
 import torch
 from torch import Tensor
 
-__all__ = ["carve", "carve_mask", "flow", "gated", "prompting", "rollout", "soft_or", "tag_boxes", "tag_map"]
+__all__ = [
+    "adam", "carve", "carve_mask", "controlled", "flow", "gated", "prompting", "rollout", "soft_or", "tag_boxes", "tag_map",
+]  # fmt: skip
 
 
 def _joint(W: Tensor, residual: bool) -> Tensor:
@@ -168,3 +170,38 @@ def _mean3(z: Tensor) -> Tensor:
         near = [z[min(max(y + a, 0), h - 1), min(max(x + b, 0), w - 1)] for a in (-1, 0, 1) for b in (-1, 0, 1)]
         out[y, x] = sum(near) / 9
     return out
+
+
+def controlled(loss, tokens: int, width: int, steps: int, lr: float, beta: float, stop: float, accumulate: bool):  # noqa: ANN001, ANN201
+    """The loop of llava_rtc.py of mrwu-mac/ControlMLLM at 57e16e7, aliased embeddings and all: (offset of each pass, of the answer).
+
+    loss: of embeddings' offset [tokens, width] -> number. accumulate=False: the written algorithm, without the aliasing.
+    """
+    base = torch.zeros(tokens, width)
+    visual_prompt = torch.zeros(tokens, width, requires_grad=True)
+    history, vprompt_history, seen = [], visual_prompt, []
+    for _ in range(steps):
+        new = base if accumulate else base.clone()
+        vprompt_cur = beta * visual_prompt + (1 - beta) * vprompt_history
+        new += vprompt_cur
+        seen.append(new.detach().clone())
+        value = loss(new)
+        history.append(value.item())
+        if len(history) >= 2 and abs((history[-1] - history[0]) / history[0]) * 100 > stop:
+            break
+        vprompt_history = vprompt_cur
+        (grad,) = torch.autograd.grad(value, [visual_prompt], retain_graph=True)
+        visual_prompt = visual_prompt - lr * grad
+    new = base if accumulate else base.clone()
+    new = new + (beta * visual_prompt + (1 - beta) * vprompt_history)
+    return seen, new.detach()
+
+
+def adam(gradients: list[Tensor], lr: float) -> Tensor:
+    """The hand-written Adam of controlmllm++ at the same commit."""
+    p, m, s = torch.zeros_like(gradients[0]), 0.0, 0.0
+    for t, g in enumerate(gradients, start=1):
+        m = 0.9 * m + 0.1 * g
+        s = 0.999 * s + 0.001 * g**2
+        p = p - lr * (m / (1 - 0.9**t)) / (torch.sqrt(s / (1 - 0.999**t)) + 1e-3)
+    return p
