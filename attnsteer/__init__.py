@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         ZeroTuning,
     )
     from .methods.bases.latent_loss import LatentLoss
-    from .reading import CARVE, TAG, AttentionPrompting, ControlMLLM, flow, rollout
+    from .reading import CARVE, TAG, AttentionPrompting, ControlMLLM, RefAM, flow, rollout
     from .registry import get_method, register_host, register_method
     from .site import Site
     from .steering import Steering, detach, sites, steer
@@ -79,6 +79,7 @@ __getattr__, _names, __all__ = lazy(
         "AttentionPrompting": "reading",
         "CARVE": "reading",
         "ControlMLLM": "reading",
+        "RefAM": "reading",
         "TAG": "reading",
         "ACT": "methods",
         "AttendAndExcite": "methods",

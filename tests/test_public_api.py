@@ -44,7 +44,7 @@ METHODS = [
     "ZeroTuning",
 ]
 # Readers: what they are made of is no intervention.
-READERS = ["AttentionPrompting", "CARVE", "ControlMLLM", "TAG"]
+READERS = ["AttentionPrompting", "CARVE", "ControlMLLM", "RefAM", "TAG"]
 NAMES = [
     "Captured",
     "HeadSet",

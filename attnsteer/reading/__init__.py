@@ -13,6 +13,8 @@ __getattr__, __dir__, __all__ = lazy(
         "Grounded": "tag",
         "NormMap": "norms",
         "Prompted": "attention_prompting",
+        "RefAM": "refam",
+        "Referred": "refam",
         "Refined": "carve",
         "Region": "tag",
         "TAG": "tag",

@@ -1,10 +1,10 @@
 """ControlMLLM: an offset on the image's embeddings, optimised until the text's rows look at a marked region; then the answer.
 
 Wu et al., "ControlMLLM: Training-Free Visual Prompt Learning for Multimodal Large Language Models" (NeurIPS 2024, arXiv
-2407.21534), and ControlMLLM++ (arXiv 2602.19505); abstracts and code read; official code mrwu-mac/ControlMLLM at 57e16e7. With a
-the mean over layers, heads and rows of the attention to the image tokens, and w the weight of each cell: rho = sum(a w) / sum(a), loss
-alpha (1 - rho)^2, summed over regions. w is 1 inside a box or mask; of a scribble or point the density of N(x; 0, sigma), x the
-distance over the largest one in the image.
+2407.21534), and ControlMLLM++ (arXiv 2602.19505); abstracts and code read; official code mrwu-mac/ControlMLLM at 57e16e7. With
+a the mean over layers, heads and rows of the attention to the image tokens, and w the weight of each cell:
+rho = sum(a w) / sum(a), loss alpha (1 - rho)^2, summed over regions. w is 1 inside a box or mask; of a scribble or point the
+density of N(x; 0, sigma), x the distance over the largest one in the image.
 
 Plain: v_t = beta p_t + (1 - beta) v_{t-1} (v_{-1} = p_0 = 0) is added in pass t, p_{t+1} = p_t - lr dloss/dp_t, and v_T in the
 answer; stopped where the loss has changed by more than `stop` percent. The released scripts add every v_t to the same embeddings,

@@ -63,7 +63,7 @@ def test_offsets_of_a_constant_gradient() -> None:
         found = []
         for _ in range(5):
             offset = state.offset(Table(), 1)
-            found.append(float(offset[0, 0]))
+            found.append(offset[0, 0].item())
             state.step(*torch.autograd.grad(offset.sum(), state.leaf))
         found.append(float(state.final(Table(), 1)[0, 0]))
         assert found == wanted

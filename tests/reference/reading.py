@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "adam", "carve", "carve_mask", "controlled", "flow", "gated", "prompting", "rollout", "soft_or", "tag_boxes", "tag_map",
-]  # fmt: skip
+    "adam",
+    "carve",
+    "carve_mask",
+    "controlled",
+    "flow",
+    "gated",
+    "prompting",
+    "refam",
+    "rollout",
+    "soft_or",
+    "tag_boxes",
+    "tag_map",
+]
 
 
 def _joint(W: Tensor, residual: bool) -> Tensor:
@@ -172,8 +184,17 @@ def _mean3(z: Tensor) -> Tensor:
     return out
 
 
-def controlled(loss, tokens: int, width: int, steps: int, lr: float, beta: float, stop: float, accumulate: bool):  # noqa: ANN001, ANN201
-    """The loop of llava_rtc.py of mrwu-mac/ControlMLLM at 57e16e7, aliased embeddings and all: (offset of each pass, of the answer).
+def controlled(
+    loss: Callable[[Tensor], Tensor],
+    tokens: int,
+    width: int,
+    steps: int,
+    lr: float,
+    beta: float,
+    stop: float,
+    accumulate: bool,
+) -> tuple[list[Tensor], Tensor]:
+    """The loop of llava_rtc.py of mrwu-mac/ControlMLLM at 57e16e7, aliased embeddings and all: (offset of each pass, final one).
 
     loss: of embeddings' offset [tokens, width] -> number. accumulate=False: the written algorithm, without the aliasing.
     """
@@ -205,3 +226,27 @@ def adam(gradients: list[Tensor], lr: float) -> Tensor:
         s = 0.999 * s + 0.001 * g**2
         p = p - lr * (m / (1 - 0.9**t)) / (torch.sqrt(s / (1 - 0.999**t)) + 1e-3)
     return p
+
+
+def refam(
+    P: list[list[float]], content: list[int], magnets: list[int], mass: float, flat: float, sinks: str
+) -> tuple[list[float], list[float], list[int]]:
+    """Our reconstruction of RefAM's reading in loops, rows renormalised: (content map, magnet map, sinks), of P [N][M]."""
+    N, M = len(P), len(P[0])
+    columns = [[P[i][j] for i in range(N)] for j in range(M)]
+    means = [sum(c) / N for c in columns]
+    middle = sorted(means)[(M - 1) // 2]
+    found = []
+    for j, c in enumerate(columns):
+        spread = (sum((x - means[j]) ** 2 for x in c) / N) ** 0.5
+        if sinks != "keep" and means[j] > mass * middle and spread / means[j] < flat:
+            found.append(j)
+    own = [j for j in content if j not in found] or content
+    kept = [j for j in range(M) if j not in found or j in own]
+    maps, away = [], []
+    for i in range(N):
+        lost = sum(P[i][j] for j in range(M) if j not in kept)
+        total = sum(P[i][j] for j in kept) + (lost if sinks == "redirect" else 0.0)
+        maps.append(sum(P[i][j] for j in own) / len(own) / total)
+        away.append((sum(P[i][j] for j in magnets if j in kept) + (lost if sinks == "redirect" else 0.0)) / total)
+    return maps, away, found

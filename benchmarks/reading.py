@@ -1,0 +1,265 @@
+"""What readers find on the embedded models, against what needs no attention and against random heads.
+
+    python -m benchmarks.reading pointing --limit 200 --out pointing.json
+
+Cases: pointing and referring (TAG on shapes-lvlm), control (ControlMLLM, descriptions of a marked object), second (CARVE,
+questions on cluttered scenes), segmentation (RefAM on shapes-mmdit). Values are means over samples of the test split with 95 %
+bootstrap intervals, differences are paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnsteer import CARVE, TAG, ControlMLLM, HeadSet, RefAM, Where, zoo
+from attnsteer.evals.metrics.grounding import metric as grounding
+from attnsteer.evals.significance import Interval, paired_bootstrap
+from attnsteer.reading._pictures import box_of
+from attnsteer.reading._vision import decoded, prepared
+from attnsteer.run.data.zoo import image as scene_image
+from attnsteer.zoo.shapes.questions import colour, existence, picture
+from attnsteer.zoo.shapes.render import SIDE, coverage, render
+from attnsteer.zoo.train.diffusion import scene as plain_scene
+
+Values = dict[str, list[float]]
+# Of the language model of shapes-lvlm, and of the block of shapes-mmdit that is read.
+LAYERS, HEADS, BLOCK, BLOCK_HEADS = 6, 8, 3, 8
+# Found on the calibration split: layers where the answer's row localises, a step size that moves attention.
+MIDDLE = (1, 2, 3)
+CONTROL = ControlMLLM(steps=10, lr=0.3, optimiser="adam", rows="last", layers=MIDDLE, stop=None)
+SECOND = CARVE(layers=MIDDLE, steps="first", keep=0.3, regions=1)
+REFER = RefAM(where=Where(layers=[BLOCK]), noise=0.15, include="last")
+
+
+def unique(scene: Any) -> list[Any]:
+    """The objects that their colour and shape tell apart."""
+    return [o for o in scene.objects if len(scene.find(shape=o.shape, colour=o.colour)) == 1]
+
+
+def mask_of(scene: Any, o: Any) -> Tensor:
+    """bool [64, 64]: the pixels of an object."""
+    return coverage([scene])[0][scene.objects.index(o)] > 0.5
+
+
+def random_heads(draw: random.Random, count: int = 10) -> HeadSet:
+    """So many (layer, head) pairs."""
+    chosen = draw.sample([(n, h) for n in range(LAYERS) for h in range(HEADS)], count)
+    return HeadSet({n: sorted(h for m, h in chosen if m == n) for n in {m for m, _ in chosen}})
+
+
+def pointing(split: str, limit: int) -> Values:
+    """A click on a named object: share of clicks inside its box, and on the object itself."""
+    model, processor = zoo.load("shapes-lvlm")
+    found: Values = {}
+    draw, index = random.Random(0), -1
+    while len(found.get("TAG, box", ())) < limit:
+        index += 1
+        scene = picture(split, index)
+        if len(scene.objects) < 2 or not unique(scene):
+            continue
+        o = unique(scene)[index % len(unique(scene))]
+        image = scene_image({"split": split, "image": index})
+        text = f"<image> question is there a {o.colour} {o.shape} ? answer"
+        mask, words = mask_of(scene, o), f"{o.colour} {o.shape}"
+        points = {"centre": (0.5, 0.5)}
+        for name, heads in (("TAG", 10), ("all heads", LAYERS * HEADS), ("random heads", random_heads(draw))):
+            points[name] = TAG(heads=heads).ground(model, processor, image, text, words).point
+        x0, y0, x1, y1 = box_of(mask)
+        for name, (x, y) in points.items():
+            column, row = min(int(x * SIDE), SIDE - 1), min(int(y * SIDE), SIDE - 1)
+            found.setdefault(f"{name}, box", []).append(float(x0 <= column < x1 and y0 <= row < y1))
+            found.setdefault(f"{name}, object", []).append(float(mask[row, column]))
+    return found
+
+
+def referring(split: str, limit: int) -> Values:
+    """The box of a named object: intersection over union."""
+    model, processor = zoo.load("shapes-lvlm")
+    found: Values = {}
+    draw, index = random.Random(0), -1
+    while len(found.get("TAG", ())) < limit:
+        index += 1
+        scene = picture(split, index)
+        if len(scene.objects) < 2 or not unique(scene):
+            continue
+        o = unique(scene)[index % len(unique(scene))]
+        image = scene_image({"split": split, "image": index})
+        text = f"<image> question is there a {o.colour} {o.shape} ? answer"
+        target = [c / SIDE for c in box_of(mask_of(scene, o))]
+        boxes: dict[str, Any] = {"whole image": (0.0, 0.0, 1.0, 1.0), "centre quarter": (0.25, 0.25, 0.75, 0.75)}
+        for name, heads in (("TAG", 10), ("random heads", random_heads(draw))):
+            boxes[name] = TAG(heads=heads).ground(model, processor, image, text, f"{o.colour} {o.shape}").box
+        for name, box in boxes.items():
+            found.setdefault(name, []).append(iou(box, target))
+    return found
+
+
+def control(split: str, limit: int) -> Values:
+    """A description that begins: share of those that name the marked object (colour and shape) in their first phrase."""
+    model, processor = zoo.load("shapes-lvlm")
+    found: Values = {}
+    draw, index = random.Random(0), -1
+    while len(found.get("ControlMLLM", ())) < limit:
+        index += 1
+        scene = picture(split, index)
+        if len(scene.objects) < 3 or not unique(scene):
+            continue
+        o = unique(scene)[index % len(unique(scene))]
+        image = scene_image({"split": split, "image": index})
+        r = 1.4 * o.radius
+        box = [min(max(v, 0.0), 1.0) for v in (o.x - r, o.y - r, o.x + r, o.y + r)]
+        x, y = draw.uniform(r, 1 - r), draw.uniform(r, 1 - r)
+        arms = {
+            "no region": (ControlMLLM(steps=0), box),
+            "ControlMLLM": (CONTROL, box),
+            "a random box": (CONTROL, [x - r, y - r, x + r, y + r]),
+        }
+        for name, (method, region) in arms.items():
+            said, moved = method.ask(model, processor, image, "<image> caption", {"box": region}, max_new_tokens=4)
+            phrase = said.replace(",", " and ").split(" and ")[0].split()
+            found.setdefault(name, []).append(float(o.colour in phrase and o.shape in phrase))
+            if moved.shares and name == "ControlMLLM":
+                found.setdefault("attention in the box, first pass", []).append(moved.shares[0])
+                found.setdefault("attention in the box, last pass", []).append(moved.shares[-1])
+    return found
+
+
+def second(split: str, limit: int) -> Values:
+    """Questions on scenes of four objects or more: share of right answers before and after a second look."""
+    model, processor = zoo.load("shapes-lvlm")
+    found: Values = {}
+    draw, index = random.Random(0), -1
+    while len(found.get("CARVE", ())) < limit:
+        index += 1
+        scene = picture(split, index)
+        if len(scene.objects) < 4:
+            continue
+        single = [o for o in scene.objects if len(scene.find(shape=o.shape)) == 1]
+        question = None
+        if index % 2 and single:
+            o = single[index % len(single)]
+            question = colour(scene, o.shape)
+        elif unique(scene):
+            o = unique(scene)[index % len(unique(scene))]
+            question = existence(scene, o.colour, o.shape)
+        if question is None:
+            continue
+        image = scene_image({"split": split, "image": index})
+        text = f"<image> {question.prompt}"
+        made = SECOND.ask(model, processor, image, text, "<image> caption", max_new_tokens=1)
+        found.setdefault("whole image", []).append(float(made.before == question.answer))
+        found.setdefault("CARVE", []).append(float(made.answer == question.answer))
+        # A window of the same size somewhere, and the one round the object.
+        x0, y0, x1, y1 = made.box
+        left, top = draw.randint(0, SIDE - (x1 - x0)), draw.randint(0, SIDE - (y1 - y0))
+        true = mask_of(scene, o)
+        for name, window in (
+            ("a random window", (left, top, left + x1 - x0, top + y1 - y0)),
+            ("the object's window", tuple(box_of(true))),
+        ):
+            mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+            mask[window[1] : window[3], window[0] : window[2]] = True
+            seen, _ = SECOND.refine(image, mask)
+            inputs = prepared(model, processor, seen, text)
+            with torch.no_grad():
+                said = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            found.setdefault(name, []).append(
+                float(decoded(processor, said[0, inputs["input_ids"].shape[1] :]) == question.answer)
+            )
+        found.setdefault("object inside CARVE's box", []).append(float((true[y0:y1, x0:x1].sum() / true.sum()) > 0.5))
+    return found
+
+
+def segmentation(split: str, limit: int) -> Values:
+    """The pixels of a named object in a given picture: intersection over union."""
+    from PIL import Image
+
+    pipe = zoo.load("shapes-mmdit")
+    found: Values = {}
+    draw, index = random.Random(0), -1
+    while len(found.get("RefAM", ())) < limit:
+        index += 1
+        scene = plain_scene(index, split)
+        if len(scene.objects) < 2 or not unique(scene):
+            continue
+        o = unique(scene)[index % len(unique(scene))]
+        pixels = (render([scene])[0] * 255).round().byte().permute(1, 2, 0).numpy()
+        image, target = Image.fromarray(pixels), mask_of(scene, o)
+        masks = {"whole image": torch.ones(SIDE, SIDE, dtype=torch.bool)}
+        y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+        # As large as the object, in the middle.
+        masks["centre disc"] = (y - 31.5) ** 2 + (x - 31.5) ** 2 <= float(target.sum()) / torch.pi
+        one = HeadSet({BLOCK: [draw.randrange(BLOCK_HEADS)]})
+        arms = {
+            "RefAM": REFER,
+            "without magnets": replaced(REFER, magnets=()),
+            "sinks kept": replaced(REFER, sinks="keep"),
+            "a random head of any block": replaced(REFER, where=Where(heads=HeadSet({draw.randrange(6): one[BLOCK]}))),
+        }
+        for name, method in arms.items():
+            masks[name] = method.refer(pipe, image, f"a {o.colour} {o.shape}", max_sequence_length=32).mask
+        for name, mask in masks.items():
+            found.setdefault(name, []).append(float((mask & target).sum() / (mask | target).sum()))
+    return found
+
+
+def replaced(method: RefAM, **changes: Any) -> RefAM:
+    """A variant."""
+    import dataclasses
+
+    return dataclasses.replace(method, **changes)
+
+
+def iou(a: Any, b: Any) -> float:
+    """Of two boxes."""
+    return grounding().read({"predicted": list(a), "target": list(b)})["iou"]
+
+
+def interval(values: list[float]) -> Interval:
+    """The mean, with its bootstrap interval."""
+    return paired_bootstrap([0.0] * len(values), values)
+
+
+# Case -> (how, the arm, what it is compared with).
+CASES: dict[str, tuple[Callable[[str, int], Values], str, tuple[str, ...]]] = {
+    "pointing": (pointing, "TAG, box", ("centre, box", "random heads, box", "all heads, box")),
+    "referring": (referring, "TAG", ("whole image", "centre quarter", "random heads")),
+    "control": (control, "ControlMLLM", ("no region", "a random box")),
+    "second": (second, "CARVE", ("whole image", "a random window", "the object's window")),
+    "segmentation": (
+        segmentation,
+        "RefAM",
+        ("whole image", "centre disc", "a random head of any block", "without magnets"),
+    ),
+}
+
+
+def main() -> None:
+    """One case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=sorted(CASES))
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--split", default="test", choices=["test", "calibration"])
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    how, arm, others = CASES[given.case]
+    found = how(given.split, given.limit)
+    print("| arm | value [95 %] | samples |\n| --- | --- | --- |")
+    for name, values in found.items():
+        print(f"| {name} | {interval(values)} | {len(values)} |")
+    for other in others:
+        print(f"| {arm} - {other} | {paired_bootstrap(found[other], found[arm])} | {len(found[arm])} |")
+    if given.out is not None:
+        given.out.write_text(json.dumps({"case": given.case, "split": given.split, "values": found}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
