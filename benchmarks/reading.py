@@ -1,8 +1,8 @@
 """What readers find on the embedded models, against what needs no attention and against random heads.
 
-    python -m benchmarks.reading pointing --limit 200 --out pointing.json
+    python -m benchmarks.reading pointing second segmentation control --limit 200 --out readings
 
-Cases: pointing and referring (TAG on shapes-lvlm), control (ControlMLLM, descriptions of a marked object), second (CARVE,
+Cases: pointing (TAG on shapes-lvlm), control (ControlMLLM, questions about a marked object), second (CARVE,
 questions on cluttered scenes), segmentation (RefAM on shapes-mmdit). Values are means over samples of the test split with 95 %
 bootstrap intervals, differences are paired.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,16 @@ from attnsteer.reading._vision import decoded, prepared
 from attnsteer.run.data.zoo import image as scene_image
 from attnsteer.zoo.shapes.questions import colour, existence, picture
 from attnsteer.zoo.shapes.render import SIDE, coverage, render
+from attnsteer.zoo.shapes.world import SHAPES
 from attnsteer.zoo.train.diffusion import scene as plain_scene
 
 Values = dict[str, list[float]]
-# Of the language model of shapes-lvlm, and of the block of shapes-mmdit that is read.
-LAYERS, HEADS, BLOCK, BLOCK_HEADS = 6, 8, 3, 8
+# Of the language model of shapes-lvlm, and of a block of shapes-mmdit.
+LAYERS, HEADS, BLOCK_HEADS = 6, 8, 6
 # Found on the calibration split: layers where the answer's row localises, a step size that moves attention.
 MIDDLE = (1, 2, 3)
-CONTROL = ControlMLLM(steps=10, lr=0.3, optimiser="adam", rows="last", layers=MIDDLE, stop=None)
+CONTROL = ControlMLLM(steps=8, lr=0.1, optimiser="adam", rows="last", stop=None)
 SECOND = CARVE(layers=MIDDLE, steps="first", keep=0.3, regions=1)
-REFER = RefAM(where=Where(layers=[BLOCK]), noise=0.15, include="last")
 
 
 def unique(scene: Any) -> list[Any]:
@@ -56,7 +56,7 @@ def random_heads(draw: random.Random, count: int = 10) -> HeadSet:
 
 
 def pointing(split: str, limit: int) -> Values:
-    """A click on a named object: share of clicks inside its box, and on the object itself."""
+    """A click on a named object (share inside its box, and on the object itself), and its box (intersection over union)."""
     model, processor = zoo.load("shapes-lvlm")
     found: Values = {}
     draw, index = random.Random(0), -1
@@ -68,68 +68,63 @@ def pointing(split: str, limit: int) -> Values:
         o = unique(scene)[index % len(unique(scene))]
         image = scene_image({"split": split, "image": index})
         text = f"<image> question is there a {o.colour} {o.shape} ? answer"
-        mask, words = mask_of(scene, o), f"{o.colour} {o.shape}"
-        points = {"centre": (0.5, 0.5)}
-        for name, heads in (("TAG", 10), ("all heads", LAYERS * HEADS), ("random heads", random_heads(draw))):
-            points[name] = TAG(heads=heads).ground(model, processor, image, text, words).point
+        mask = mask_of(scene, o)
         x0, y0, x1, y1 = box_of(mask)
+        points = {"centre": (0.5, 0.5)}
+        boxes: dict[str, Any] = {"whole image": (0.0, 0.0, 1.0, 1.0), "centre quarter": (0.25, 0.25, 0.75, 0.75)}
+        for name, heads in (("TAG", 10), ("all heads", LAYERS * HEADS), ("random heads", random_heads(draw))):
+            made = TAG(heads=heads).ground(model, processor, image, text, f"{o.colour} {o.shape}")
+            points[name], boxes[name] = made.point, made.box
         for name, (x, y) in points.items():
             column, row = min(int(x * SIDE), SIDE - 1), min(int(y * SIDE), SIDE - 1)
             found.setdefault(f"{name}, box", []).append(float(x0 <= column < x1 and y0 <= row < y1))
             found.setdefault(f"{name}, object", []).append(float(mask[row, column]))
-    return found
-
-
-def referring(split: str, limit: int) -> Values:
-    """The box of a named object: intersection over union."""
-    model, processor = zoo.load("shapes-lvlm")
-    found: Values = {}
-    draw, index = random.Random(0), -1
-    while len(found.get("TAG", ())) < limit:
-        index += 1
-        scene = picture(split, index)
-        if len(scene.objects) < 2 or not unique(scene):
-            continue
-        o = unique(scene)[index % len(unique(scene))]
-        image = scene_image({"split": split, "image": index})
-        text = f"<image> question is there a {o.colour} {o.shape} ? answer"
-        target = [c / SIDE for c in box_of(mask_of(scene, o))]
-        boxes: dict[str, Any] = {"whole image": (0.0, 0.0, 1.0, 1.0), "centre quarter": (0.25, 0.25, 0.75, 0.75)}
-        for name, heads in (("TAG", 10), ("random heads", random_heads(draw))):
-            boxes[name] = TAG(heads=heads).ground(model, processor, image, text, f"{o.colour} {o.shape}").box
         for name, box in boxes.items():
-            found.setdefault(name, []).append(iou(box, target))
+            found.setdefault(f"{name}, IoU", []).append(iou(box, [c / SIDE for c in (x0, y0, x1, y1)]))
     return found
 
 
 def control(split: str, limit: int) -> Values:
-    """A description that begins: share of those that name the marked object (colour and shape) in their first phrase."""
+    """A question with two right answers, one of them marked: the colour of a shape that two objects have. Share of answers that are
+    the marked object's colour."""
     model, processor = zoo.load("shapes-lvlm")
     found: Values = {}
     draw, index = random.Random(0), -1
     while len(found.get("ControlMLLM", ())) < limit:
         index += 1
         scene = picture(split, index)
-        if len(scene.objects) < 3 or not unique(scene):
+        pairs = [
+            pair
+            for pair in ([o for o in scene.objects if o.shape == shape] for shape in SHAPES)
+            if len(pair) == 2 and pair[0].colour != pair[1].colour
+        ]
+        if not pairs:
             continue
-        o = unique(scene)[index % len(unique(scene))]
+        marked, other = draw.sample(pairs[0], 2)
         image = scene_image({"split": split, "image": index})
-        r = 1.4 * o.radius
-        box = [min(max(v, 0.0), 1.0) for v in (o.x - r, o.y - r, o.x + r, o.y + r)]
+        text = f"<image> question what colour is the {marked.shape} ? answer"
+        r = 1.4 * marked.radius
         x, y = draw.uniform(r, 1 - r), draw.uniform(r, 1 - r)
         arms = {
-            "no region": (ControlMLLM(steps=0), box),
-            "ControlMLLM": (CONTROL, box),
-            "a random box": (CONTROL, [x - r, y - r, x + r, y + r]),
+            "no region": (ControlMLLM(steps=0), around(marked)),
+            "ControlMLLM": (CONTROL, around(marked)),
+            "the other object's box": (CONTROL, around(other)),
+            "a random box": (CONTROL, (x - r, y - r, x + r, y + r)),
         }
         for name, (method, region) in arms.items():
-            said, moved = method.ask(model, processor, image, "<image> caption", {"box": region}, max_new_tokens=4)
-            phrase = said.replace(",", " and ").split(" and ")[0].split()
-            found.setdefault(name, []).append(float(o.colour in phrase and o.shape in phrase))
-            if moved.shares and name == "ControlMLLM":
+            said, moved = method.ask(model, processor, image, text, {"box": region}, max_new_tokens=1)
+            found.setdefault(name, []).append(float(said == marked.colour))
+            if name == "ControlMLLM":
                 found.setdefault("attention in the box, first pass", []).append(moved.shares[0])
                 found.setdefault("attention in the box, last pass", []).append(moved.shares[-1])
     return found
+
+
+def around(o: Any) -> tuple[float, float, float, float]:
+    """A box round an object, in fractions of the image."""
+    r = 1.4 * o.radius
+    x0, y0, x1, y1 = (min(max(v, 0.0), 1.0) for v in (o.x - r, o.y - r, o.x + r, o.y + r))
+    return x0, y0, x1, y1
 
 
 def second(split: str, limit: int) -> Values:
@@ -178,36 +173,61 @@ def second(split: str, limit: int) -> Values:
     return found
 
 
-def segmentation(split: str, limit: int) -> Values:
-    """The pixels of a named object in a given picture: intersection over union."""
+def named(split: str, limit: int) -> Iterator[tuple[Any, Tensor, str]]:
+    """Pictures of two objects or more, the pixels of one of them, and its name."""
     from PIL import Image
 
-    pipe = zoo.load("shapes-mmdit")
-    found: Values = {}
-    draw, index = random.Random(0), -1
-    while len(found.get("RefAM", ())) < limit:
+    index, count = -1, 0
+    while count < limit:
         index += 1
         scene = plain_scene(index, split)
         if len(scene.objects) < 2 or not unique(scene):
             continue
+        count += 1
         o = unique(scene)[index % len(unique(scene))]
         pixels = (render([scene])[0] * 255).round().byte().permute(1, 2, 0).numpy()
-        image, target = Image.fromarray(pixels), mask_of(scene, o)
-        masks = {"whole image": torch.ones(SIDE, SIDE, dtype=torch.bool)}
-        y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+        yield Image.fromarray(pixels), mask_of(scene, o), f"a {o.colour} {o.shape}"
+
+
+def overlap(mask: Tensor, target: Tensor) -> float:
+    """Intersection over union."""
+    return float((mask & target).sum() / (mask | target).sum())
+
+
+def segmentation(split: str, limit: int, tried: int = 16) -> Values:
+    """The pixels of a named object in a given picture: intersection over union. Block, noise and words by the calibration split."""
+    pipe = zoo.load("shapes-mmdit")
+    call = {"max_sequence_length": 32}
+    variants = [
+        RefAM(where=Where(layers=[block]), noise=noise, include=include)
+        for block in (3, 5)
+        for noise in (0.15, 0.4)
+        for include in ("words", "last")
+    ]
+    samples = list(named("calibration", tried))
+    scores = [sum(overlap(v.refer(pipe, i, n, **call).mask, t) for i, t, n in samples) / tried for v in variants]
+    best = variants[max(range(len(variants)), key=scores.__getitem__)]
+    print(f"calibration ({tried}): {[round(v, 3) for v in scores]}")
+    print(f"chosen: {best.where}, noise {best.noise}, {best.include}", flush=True)
+    found: Values = {}
+    draw = random.Random(0)
+    y, x = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
+    for image, target, name in named(split, limit):
         # As large as the object, in the middle.
-        masks["centre disc"] = (y - 31.5) ** 2 + (x - 31.5) ** 2 <= float(target.sum()) / torch.pi
-        one = HeadSet({BLOCK: [draw.randrange(BLOCK_HEADS)]})
-        arms = {
-            "RefAM": REFER,
-            "without magnets": replaced(REFER, magnets=()),
-            "sinks kept": replaced(REFER, sinks="keep"),
-            "a random head of any block": replaced(REFER, where=Where(heads=HeadSet({draw.randrange(6): one[BLOCK]}))),
+        masks = {
+            "whole image": torch.ones(SIDE, SIDE, dtype=torch.bool),
+            "centre disc": (y - 31.5) ** 2 + (x - 31.5) ** 2 <= float(target.sum()) / torch.pi,
         }
-        for name, method in arms.items():
-            masks[name] = method.refer(pipe, image, f"a {o.colour} {o.shape}", max_sequence_length=32).mask
-        for name, mask in masks.items():
-            found.setdefault(name, []).append(float((mask & target).sum() / (mask | target).sum()))
+        chosen = HeadSet({draw.randrange(6): [draw.randrange(BLOCK_HEADS)]})
+        arms = {
+            "RefAM": best,
+            "without magnets": replaced(best, magnets=()),
+            "sinks kept": replaced(best, sinks="keep"),
+            "random heads": replaced(best, where=Where(heads=chosen)),
+        }
+        masks |= {arm: method.refer(pipe, image, name, **call).mask for arm, method in arms.items()}
+        for arm, mask in masks.items():
+            found.setdefault(arm, []).append(overlap(mask, target))
     return found
 
 
@@ -228,37 +248,44 @@ def interval(values: list[float]) -> Interval:
     return paired_bootstrap([0.0] * len(values), values)
 
 
-# Case -> (how, the arm, what it is compared with).
-CASES: dict[str, tuple[Callable[[str, int], Values], str, tuple[str, ...]]] = {
-    "pointing": (pointing, "TAG, box", ("centre, box", "random heads, box", "all heads, box")),
-    "referring": (referring, "TAG", ("whole image", "centre quarter", "random heads")),
-    "control": (control, "ControlMLLM", ("no region", "a random box")),
-    "second": (second, "CARVE", ("whole image", "a random window", "the object's window")),
-    "segmentation": (
-        segmentation,
-        "RefAM",
-        ("whole image", "centre disc", "a random head of any block", "without magnets"),
+# Case -> (how, ((an arm, what it is compared with), ...)).
+CASES: dict[str, tuple[Callable[[str, int], Values], Any]] = {
+    "pointing": (
+        pointing,
+        (
+            ("TAG, box", ("centre, box", "random heads, box", "all heads, box")),
+            ("TAG, IoU", ("whole image, IoU", "centre quarter, IoU", "random heads, IoU")),
+        ),
     ),
+    "control": (control, (("ControlMLLM", ("no region", "the other object's box", "a random box")),)),
+    "second": (second, (("CARVE", ("whole image", "a random window", "the object's window")),)),
+    "segmentation": (segmentation, (("RefAM", ("whole image", "centre disc", "random heads", "without magnets")),)),
 }
 
 
 def main() -> None:
-    """One case."""
+    """Some cases, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("case", choices=sorted(CASES))
+    parser.add_argument("cases", nargs="+", choices=sorted(CASES))
     parser.add_argument("--limit", type=int, default=200)
     parser.add_argument("--split", default="test", choices=["test", "calibration"])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="a folder for the values of each sample")
     given = parser.parse_args()
-    how, arm, others = CASES[given.case]
-    found = how(given.split, given.limit)
-    print("| arm | value [95 %] | samples |\n| --- | --- | --- |")
-    for name, values in found.items():
-        print(f"| {name} | {interval(values)} | {len(values)} |")
-    for other in others:
-        print(f"| {arm} - {other} | {paired_bootstrap(found[other], found[arm])} | {len(found[arm])} |")
-    if given.out is not None:
-        given.out.write_text(json.dumps({"case": given.case, "split": given.split, "values": found}) + "\n")
+    for case in given.cases:
+        how, comparisons = CASES[case]
+        found = how(given.split, given.limit)
+        print(f"\n{case}\n\n| arm | value [95 %] | samples |\n| --- | --- | --- |")
+        for name, values in found.items():
+            print(f"| {name} | {interval(values)} | {len(values)} |")
+        for arm, others in comparisons:
+            for other in others:
+                print(
+                    f"| {arm} - {other} | {paired_bootstrap(found[other], found[arm])} | {len(found[arm])} |",
+                    flush=True,
+                )
+        if given.out is not None:
+            given.out.mkdir(parents=True, exist_ok=True)
+            (given.out / f"{case}.json").write_text(json.dumps({"split": given.split, "values": found}) + "\n")
 
 
 if __name__ == "__main__":
