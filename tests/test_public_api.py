@@ -189,7 +189,7 @@ def test_methods_are_frozen_interventions_with_a_paper(name: str) -> None:
     assert entry.summary and "20" in entry.paper and entry.doors and entry.hosts
 
 
-@pytest.mark.parametrize("package", ["", ".recipe", ".results", ".run", ".search", ".viz"])
+@pytest.mark.parametrize("package", ["", ".reading", ".recipe", ".results", ".run", ".search", ".viz"])
 def test_a_package_shows_its_public_names_and_no_others(package: str) -> None:
     module = importlib.import_module(f"attnsteer{package}")
     assert dir(module) == sorted(module.__all__) == sorted(set(module.__all__))

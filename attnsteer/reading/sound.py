@@ -1,9 +1,9 @@
 """Words over time and frequency: where in a sound a diffusion model's text conditioning looks, as heat maps of words.
 
-Tang et al., "What the DAAM: Interpreting Stable Diffusion Using Cross Attention" (ACL 2023, arXiv 2210.04885), whose maps of pictures
-these are, on latents of spectrograms: rows of cross- (or joint) attention over the text keys of a word, brought to the finest
-grid and averaged over heads, sites and steps. The latent of a spectrogram is [time, frequency] (AudioLDM 2); a latent of the
-waveform has time alone (Stable Audio), so that its maps have one bin of frequency.
+Tang et al., "What the DAAM: Interpreting Stable Diffusion Using Cross Attention" (ACL 2023, arXiv 2210.04885), whose maps of
+pictures these are, on latents of spectrograms: rows of cross- (or joint) attention over the text keys of a word, brought to the
+finest grid and averaged over heads, sites and steps. The latent of a spectrogram is [time, frequency] (AudioLDM 2); a latent of
+the waveform has time alone (Stable Audio), so that its maps have one bin of frequency.
 """
 
 from __future__ import annotations
