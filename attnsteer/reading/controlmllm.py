@@ -144,7 +144,7 @@ class ControlMLLM(Named):
             return False
         if self.rising and losses[-1] > losses[-2]:
             return True
-        return self.stop is not None and abs(losses[-1] - losses[0]) / losses[0] * 100 > self.stop
+        return self.stop is not None and abs(losses[-1] - losses[0]) > self.stop / 100 * losses[0]
 
     # With a model.
 
@@ -161,8 +161,8 @@ class ControlMLLM(Named):
 
         Args:
             model: of transformers. inputs: the processor's output, one sample with one image. regions: one (see `weight`), or a
-                list. size: (height, width) of the image in pixels; None: that of the pixel values. grid: (height, width) in image
-                tokens where the model does not tell.
+                list. size: (height, width) of the image in pixels; None: that of the pixel values, or eight for each image token.
+            grid: (height, width) in image tokens where the model does not tell.
 
         Raises:
             SelectionError: a region of no known form, no or several images, a grid that is not known.
@@ -171,8 +171,10 @@ class ControlMLLM(Named):
         """
         image = image_tokens(model, inputs)
         cells = image_grid(model, inputs, int(image.sum()), grid)
-        size = (8 * cells[0], 8 * cells[1]) if size is None and "pixel_values" not in inputs else size
-        size = tuple(inputs["pixel_values"].shape[-2:]) if size is None else size
+        if size is None:
+            values = inputs.get("pixel_values")
+            whole = isinstance(values, Tensor) and values.ndim == 4
+            size = tuple(values.shape[-2:]) if whole else (8 * cells[0], 8 * cells[1])
         wanted = [regions] if isinstance(regions, Mapping) else list(regions)
         if not wanted:
             raise SelectionError("ControlMLLM: no region; give {'box': (x0, y0, x1, y1)} in fractions of the image.")

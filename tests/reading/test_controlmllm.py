@@ -12,6 +12,7 @@ from attnsteer import ControlMLLM, zoo
 from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.reading.controlmllm import _State, distance, image_tokens, nearest
 from attnsteer.run.data.zoo import image as scene_image
+from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from tests.reference import reading as slow
 
 PROMPT = "<image> question what colour is the circle ? answer"
@@ -166,6 +167,19 @@ def test_the_region_is_looked_at(lvlm: Any, inputs: Any, method: ControlMLLM) ->
             )
             again = model(**inputs).logits[:, -1]
     assert not torch.equal(plain.logits[0], moved.logits[0]) and (moved.logits[0] - again).abs().max() < 1e-4
+
+
+def test_a_model_with_three_position_axes_and_a_grid_of_its_own() -> None:
+    model = tiny_transformers("qwen2_vl")
+    inputs = tiny_transformers_inputs("qwen2_vl", model, batch=1, seed=1)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+    found = ControlMLLM(steps=3, lr=0.5, optimiser="adam", rows="last", stop=None).optimise(model, inputs, BOX)
+    assert found.losses[-1] < found.losses[0] and len(found.offset) == int(found.image.sum())
+    with torch.no_grad(), found.applied(model):
+        assert not torch.equal(model(**inputs).logits, plain)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, plain)
 
 
 def test_a_picture_and_a_box(lvlm: Any) -> None:
