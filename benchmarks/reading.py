@@ -10,6 +10,7 @@ bootstrap intervals, differences are paired.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from attnsteer.evals.significance import Interval, paired_bootstrap
 from attnsteer.reading._pictures import box_of
 from attnsteer.reading._vision import decoded, prepared
 from attnsteer.run.data.zoo import image as scene_image
-from attnsteer.zoo.shapes.questions import colour, existence, picture
+from attnsteer.zoo.shapes.questions import picture
 from attnsteer.zoo.shapes.render import SIDE, coverage, render
 from attnsteer.zoo.shapes.world import SHAPES
 from attnsteer.zoo.train.diffusion import scene as plain_scene
@@ -36,7 +37,7 @@ LAYERS, HEADS, BLOCK_HEADS = 6, 8, 6
 # Found on the calibration split: layers where the answer's row localises, a step size that moves attention.
 MIDDLE = (1, 2, 3)
 CONTROL = ControlMLLM(steps=8, lr=0.1, optimiser="adam", rows="last", stop=None)
-SECOND = CARVE(layers=MIDDLE, steps="first", keep=0.3, regions=1)
+SECOND = CARVE(layers=MIDDLE, steps="first")
 
 
 def unique(scene: Any) -> list[Any]:
@@ -127,49 +128,80 @@ def around(o: Any) -> tuple[float, float, float, float]:
     return x0, y0, x1, y1
 
 
-def second(split: str, limit: int) -> Values:
-    """Questions on scenes of four objects or more: share of right answers before and after a second look."""
-    model, processor = zoo.load("shapes-lvlm")
-    found: Values = {}
-    draw, index = random.Random(0), -1
-    while len(found.get("CARVE", ())) < limit:
+def mosaic(split: str, index: int) -> tuple[Any, list[tuple[Any, Tensor, tuple[int, int]]]]:
+    """(a picture of 128 x 128 pixels made of four scenes of up to two objects, (object, its pixels, its quarter) of each object).
+
+    The model sees 64 x 64 pixels, in which the objects are half as large as those that it was trained on.
+    """
+    from PIL import Image
+
+    canvas, objects = torch.zeros(2 * SIDE, 2 * SIDE, 3), []
+    for k in range(4):
+        scene = picture(split, 4 * index + k)
+        scene = dataclasses.replace(scene, objects=scene.objects[:2])
+        top, left = SIDE * (k // 2), SIDE * (k % 2)
+        canvas[top : top + SIDE, left : left + SIDE] = render([scene])[0].permute(1, 2, 0)
+        for o in scene.objects:
+            mask = torch.zeros(2 * SIDE, 2 * SIDE, dtype=torch.bool)
+            mask[top : top + SIDE, left : left + SIDE] = mask_of(scene, o)
+            objects.append((o, mask, (left, top)))
+    return Image.fromarray((canvas * 255).round().byte().numpy()), objects
+
+
+def asked(split: str, limit: int) -> Iterator[tuple[Any, str, str, Tensor, tuple[int, int]]]:
+    """Mosaics with a question: (picture, prompt, answer, pixels of the object that is asked about, its quarter)."""
+    index, count = -1, 0
+    while count < limit:
         index += 1
-        scene = picture(split, index)
-        if len(scene.objects) < 4:
+        image, objects = mosaic(split, index)
+        single = [own for own in objects if sum(o.shape == own[0].shape for o, _, _ in objects) == 1]
+        if not single:
             continue
-        single = [o for o in scene.objects if len(scene.find(shape=o.shape)) == 1]
-        question = None
-        if index % 2 and single:
-            o = single[index % len(single)]
-            question = colour(scene, o.shape)
-        elif unique(scene):
-            o = unique(scene)[index % len(unique(scene))]
-            question = existence(scene, o.colour, o.shape)
-        if question is None:
-            continue
-        image = scene_image({"split": split, "image": index})
-        text = f"<image> {question.prompt}"
-        made = SECOND.ask(model, processor, image, text, "<image> caption", max_new_tokens=1)
-        found.setdefault("whole image", []).append(float(made.before == question.answer))
-        found.setdefault("CARVE", []).append(float(made.answer == question.answer))
-        # A window of the same size somewhere, and the one round the object.
+        count += 1
+        o, mask, quarter = single[index % len(single)]
+        yield image, f"<image> question what colour is the {o.shape} ? answer", o.colour, mask, quarter
+
+
+def second(split: str, limit: int, tried: int = 40) -> Values:
+    """Questions on cluttered pictures whose objects are too small for the model: share of right answers before and after a second
+    look. How much is kept is chosen on the calibration split."""
+    model, processor = zoo.load("shapes-lvlm")
+    general: dict[int, Tensor] = {}
+
+    def look(method: CARVE, number: int, image: Any, text: str) -> Any:
+        if number not in general:
+            own = prepared(model, processor, image, "<image> caption")
+            general[number], _ = method.attention(model, own, max_new_tokens=1)
+        return method.ask(model, processor, image, text, general[number], max_new_tokens=1)
+
+    variants = [replaced(SECOND, keep=keep, regions=regions) for keep in (0.1, 0.25, 0.5) for regions in (1, 2)]
+    samples = list(asked("calibration", tried))
+    right = [sum(look(v, -i - 1, s[0], s[1]).answer == s[2] for i, s in enumerate(samples)) / tried for v in variants]
+    best = variants[max(range(len(variants)), key=right.__getitem__)]
+    print(f"calibration ({tried}): {right}; chosen: keep {best.keep}, regions {best.regions}", flush=True)
+    found: Values = {}
+    draw, full = random.Random(0), 2 * SIDE
+    for number, (image, text, answer, target, (left, top)) in enumerate(asked(split, limit)):
+        made = look(best, number, image, text)
+        found.setdefault("whole image", []).append(float(made.before == answer))
+        found.setdefault("CARVE", []).append(float(made.answer == answer))
         x0, y0, x1, y1 = made.box
-        left, top = draw.randint(0, SIDE - (x1 - x0)), draw.randint(0, SIDE - (y1 - y0))
-        true = mask_of(scene, o)
-        for name, window in (
-            ("a random window", (left, top, left + x1 - x0, top + y1 - y0)),
-            ("the object's window", tuple(box_of(true))),
-        ):
-            mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
-            mask[window[1] : window[3], window[0] : window[2]] = True
-            seen, _ = SECOND.refine(image, mask)
-            inputs = prepared(model, processor, seen, text)
+        x, y = draw.randint(0, full - (x1 - x0)), draw.randint(0, full - (y1 - y0))
+        windows = {
+            "a random window": (x, y, x + x1 - x0, y + y1 - y0),
+            "the object's quarter": (left, top, left + SIDE, top + SIDE),
+        }
+        for name, (a, b, c, d) in windows.items():
+            mask = torch.zeros(full, full, dtype=torch.bool)
+            mask[b:d, a:c] = True
+            inputs = prepared(model, processor, best.refine(image, mask)[0], text)
             with torch.no_grad():
                 said = model.generate(**inputs, max_new_tokens=1, do_sample=False)
-            found.setdefault(name, []).append(
-                float(decoded(processor, said[0, inputs["input_ids"].shape[1] :]) == question.answer)
-            )
-        found.setdefault("object inside CARVE's box", []).append(float((true[y0:y1, x0:x1].sum() / true.sum()) > 0.5))
+            said = decoded(processor, said[0, inputs["input_ids"].shape[1] :])
+            found.setdefault(name, []).append(float(said == answer))
+        kept = float((made.mask & target).sum() / target.sum())
+        found.setdefault("object kept by CARVE", []).append(float(kept > 0.5))
+        found.setdefault("share of the picture that is cut out", []).append((x1 - x0) * (y1 - y0) / full**2)
     return found
 
 
@@ -231,10 +263,8 @@ def segmentation(split: str, limit: int, tried: int = 16) -> Values:
     return found
 
 
-def replaced(method: RefAM, **changes: Any) -> RefAM:
+def replaced(method: Any, **changes: Any) -> Any:
     """A variant."""
-    import dataclasses
-
     return dataclasses.replace(method, **changes)
 
 
@@ -258,7 +288,7 @@ CASES: dict[str, tuple[Callable[[str, int], Values], Any]] = {
         ),
     ),
     "control": (control, (("ControlMLLM", ("no region", "the other object's box", "a random box")),)),
-    "second": (second, (("CARVE", ("whole image", "a random window", "the object's window")),)),
+    "second": (second, (("CARVE", ("whole image", "a random window", "the object's quarter")),)),
     "segmentation": (segmentation, (("RefAM", ("whole image", "centre disc", "random heads", "without magnets")),)),
 }
 
