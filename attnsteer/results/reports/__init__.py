@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from pathlib import Path
 
 from ...run import store
@@ -36,11 +34,10 @@ def page(found: dict) -> str:
     from markupsafe import Markup
 
     from ..._version import __version__
+    from ...viz.page import script_hash, script_json
     from .headline import p_text
-    from .sample_browser import script_json
 
     script = (HERE / "page.js").read_text(encoding="utf-8").strip()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -51,6 +48,6 @@ def page(found: dict) -> str:
         css=Markup((HERE / "page.css").read_text(encoding="utf-8").strip()),
         script=Markup(script),
         # The page's policy lets this script run and no other, so that no text of a run can become one.
-        script_hash=f"sha256-{digest}",
+        script_hash=script_hash(script),
         data_json=Markup(script_json(found["data"])),
     )
