@@ -14,6 +14,7 @@ from .cli_options import ALLOW_IMPORTS, IMPORT, JSON
 from .cli_recipes import calibrate, recipes
 from .cli_runs import compare, report
 from .cli_serve import serve
+from .cli_view import play, view
 from .cli_zoo import zoo as zoo_commands
 from .errors import AttnSteerError
 from .output import print_json as _print_json
@@ -57,6 +58,8 @@ app.add_typer(recipes, name="recipes")
 app.command()(calibrate)
 app.command()(compare)
 app.command()(report)
+app.command()(view)
+app.command()(play)
 app.command()(serve)
 app.add_typer(zoo_commands, name="zoo")
 

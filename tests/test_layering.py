@@ -22,11 +22,12 @@ COMMANDS = {
     "cli_recipes",
     "cli_runs",
     "cli_serve",
+    "cli_view",
     "cli_zoo",
     "output",
     "__main__",
 }
-ENDS = COMMANDS | {"demo", "doctor", "serving", "showcase", "skeleton", "catalogue"}
+ENDS = COMMANDS | {"demo", "doctor", "play", "serving", "showcase", "skeleton", "catalogue"}
 # What a module of the core may import from outside. `typing_extensions` and the standard library are free.
 CORE = {"torch", "safetensors", "huggingface_hub"}
 

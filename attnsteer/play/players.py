@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..capturing import capture
-from ..errors import NeverFired, SelectionError, brief
+from ..errors import NeverFired, SelectionError, brief, listing
 from ..intervention import Intervention
 from ..run.loaded import Loaded
 from ..steering import steer
@@ -118,7 +118,10 @@ class TextPlayer(Player):
     """A language model: the likeliest next tokens, and where the last row looks."""
 
     dials = TEXT
-    example = "a small red star . a large blue ring . question what colour is the star ? answer"
+    example = (
+        "a small red star , a large blue cross and a small green circle . question what colour is the cross ? options A green "
+        "B red C blue D yellow answer"
+    )
 
     def __init__(self, loaded: Loaded, name: str):
         super().__init__(loaded, name)
@@ -130,7 +133,7 @@ class TextPlayer(Player):
     def about(self) -> dict[str, Any]:
         """With the heads."""
         sites = [{"layer": s.layer, "heads": s.heads} for s in self.sites]
-        return {**super().about(), "sites": sites, "example": self.example, "scenes": 0}
+        return {**super().about(), "sites": sites, "example": self.example, "scenes": 0, "where": "all heads"}
 
     def _inputs(self, request: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         """(a key of the request's inputs, what is made of them)."""
@@ -200,7 +203,7 @@ class VisionPlayer(TextPlayer):
     """A vision-language model: the same, about a picture whose places can be marked."""
 
     dials = VISION
-    example = "question how many shapes are there ? answer"
+    example = "question is there a green circle ? answer"
 
     def about(self) -> dict[str, Any]:
         """With the scenes that an embedded model knows."""
@@ -241,7 +244,7 @@ class ImagePlayer(Player):
         sites = [s for s in loaded.sites() if s.kind in ("self", "joint")]
         layers = sorted({s.layer for s in sites})
         # The last third: where the embedded models' recipes guide; a visitor may choose heads instead.
-        own = layers[-max(1, len(layers) // 3) :]
+        own = self.layers = layers[-max(1, len(layers) // 3) :]
         self.dials = image_dials(Where(layers=own, kinds=tuple({s.kind for s in sites if s.layer in own})))
         self.sites = sites
 
@@ -249,7 +252,8 @@ class ImagePlayer(Player):
         """With the heads."""
         sites = [{"layer": s.layer, "heads": s.heads} for s in self.sites]
         example = "a large red circle and a small blue star" if self.name.startswith("shapes-") else "a fox in the snow"
-        return {**super().about(), "sites": sites, "example": example, "steps": STEPS, "seeds": SEEDS}
+        where = f"all heads of layers {listing(self.layers)}"
+        return {**super().about(), "sites": sites, "example": example, "steps": STEPS, "seeds": SEEDS, "where": where}
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         text, choice = _text(request), self._choice({**request, "spans": []}, 0)

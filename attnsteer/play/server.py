@@ -53,7 +53,7 @@ class PlayServer:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise SelectionError(
-                    f"port {port} of {HOST} is in use (another `attnsteer play`?); choose another one, or --port 0 for any that is free."
+                    f"port {port} of {HOST} is in use (another `attnsteer play`?); choose another one, or 0 for any that is free."
                 ) from error
             raise SelectionError(
                 f"port {port} of {HOST} cannot be used ({error.strerror}); choose another one."

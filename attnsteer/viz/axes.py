@@ -78,7 +78,7 @@ def _text(tokenizer: Any, token: int) -> str:
     found = tokenizer.decode([token])
     if found.strip():
         return found
-    return str(tokenizer.convert_ids_to_tokens(token)) if not found else found
+    return found or str(tokenizer.convert_ids_to_tokens(token))
 
 
 def grid_of(count: int, grid: Sequence[int] | None, why: str) -> tuple[int, int]:

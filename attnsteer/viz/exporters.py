@@ -20,8 +20,9 @@ def to_bertviz(
 
         head_view(**to_bertviz(seen, tokenizer=tokenizer), html_action="return")
 
-    They take `attention`, a list over layers of [1, heads, n, n], and `tokens`, n strings; layers are stacked, so all have as many
-    heads (jessevig/bertviz at 0fe6892: head_view.py, model_view.py, util.format_attention). Their pages load scripts from a network.
+    They take `attention`, a list over layers of [1, heads, n, n], and `tokens`, n strings; layers are stacked, so all have as
+    many heads (jessevig/bertviz at 0fe6892: head_view.py, model_view.py, format_attention in util.py). Their pages load scripts
+    from a network.
 
     Args:
         captured: of self-attention, with "map" and all rows of the sample. sample: a batch row; the first that has rows by default.

@@ -191,7 +191,7 @@ def collect(
         )
         for f, frame in enumerate(frames):
             both = []
-            for a, arm in enumerate(arms):
+            for arm in arms:
                 got = maps(arm, site, frame)
                 if tuple(got.shape) != shape or arm.of(site)[0].heads != take.heads:
                     raise SelectionError(

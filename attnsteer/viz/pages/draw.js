@@ -12,7 +12,7 @@ const make = (tag, given = {}, ...children) => {
   return node;
 };
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
-const percent = (p) => p >= 0.9995 ? "100 %" : `${(100 * p).toFixed(p < 0.0995 ? (p < 0.00995 ? 2 : 1) : 0)} %`.replace(/^0\.00 %$/, p > 0 ? "< 0.01 %" : "0 %");
+const percent = (p) => p >= 0.9995 ? "100 %" : p < 0.00005 ? "≈ 0" : `${(100 * p).toFixed(p < 0.0995 ? (p < 0.00995 ? 2 : 1) : 0)} %`;
 const signed = (p) => `${p < 0 ? "−" : "+"}${(100 * Math.abs(p)).toFixed(Math.abs(p) < 0.0995 ? 1 : 0)} pp`;
 const number = (v) => v === null || v === undefined ? "–" : Math.abs(v) >= 1000 || (v !== 0 && Math.abs(v) < 0.001) ? v.toExponential(1).replaceAll("-", "−") : String(+v.toPrecision(3)).replace("-", "−");
 

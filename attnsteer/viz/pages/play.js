@@ -84,7 +84,7 @@
       w.textContent = text.trim() || "␣"; w.title = text;
       b.children[0].style.width = `${100 * x / far}%`; b.children[1].style.width = `${100 * y / far}%`;
       v.replaceChildren(`${percent(x)} → `, make("b", {}, percent(y)));
-      list.children[k].classList.toggle("top", top);
+      list.children[k].classList.toggle("best", top);
     });
   }
 
@@ -209,10 +209,10 @@
     said();
   }
   function said() {
-    const which = state.heads.size ? `${state.heads.size} of ${count} heads chosen` : "all heads";
+    const which = state.heads.size ? `${state.heads.size} of ${count} heads chosen` : about.where;
     const [s, h] = state.cell, change = state.shown?.change?.[s]?.[h], mass = state.shown?.mass;
     const focus = document.activeElement === $("grid") || state.over ? ` · layer ${about.sites[s].layer}, head ${h}${change === undefined ? "" : `: its last row moved by ${percent(change)}`}${mass ? `, on the marks ${percent(mass[0][s][h])} → ${percent(mass[1][s][h])}` : ""}` : "";
-    $("grid-said").textContent = `The method acts in ${which}. ${texts ? "Colour: how far the last token’s attention moved. " : ""}Press heads to choose them${focus}`;
+    $("grid-said").textContent = `The method acts in ${which}. ${texts ? "Colour: how far the last token’s attention moved. " : ""}Press heads to choose them${focus || "."}`;
     $("all").disabled = !state.heads.size;
   }
   const cellAt = (e) => { const box = $("grid").getBoundingClientRect(); const h = Math.floor((e.clientX - box.left - grid.left) / grid.cell), s = Math.floor((e.clientY - box.top - grid.top) / grid.cell); return s >= 0 && s < about.sites.length && h >= 0 && h < about.sites[s].heads ? [s, h] : null; };
