@@ -53,7 +53,7 @@ def test_off_and_unmarked_are_the_model_as_it_is(reader: Any) -> None:
         found = reader.answer(given)
         assert not found["steered"] and all(a["before"] == a["after"] for a in found["answers"])
     # A value that moves nothing is no error.
-    found = reader.answer(request(value=1e-4))
+    found = reader.answer(request(spans=[[0, 19]], value=0.5))
     assert found["steered"] and not found["changed"]
 
 
@@ -81,7 +81,7 @@ def test_every_dial_acts(reader: Any) -> None:
         ({"value": "1"}, "give a number"),
         ({"value": float("nan")}, "give a number"),
         ({"value": 2.0}, "target"),
-        ({"spans": [[2, 900]]}, "among 18 tokens"),
+        ({"spans": [[2, 900]]}, "among 19 tokens"),
         ({"spans": "all"}, "pairs of whole numbers"),
         ({"heads": [[0, 99]]}, "99"),
     ],
@@ -135,7 +135,7 @@ def test_a_picture_and_its_places() -> None:
         looker.answer({**given, "scene": None})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_seeds_of_a_pipeline() -> None:
     drawer = player("shapes-sd")
     given = {"prompt": "a red circle", "method": "PAG", "value": 3.0, "heads": [], "seed": 1, "steps": 2}
