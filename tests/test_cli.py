@@ -18,7 +18,21 @@ from attnsteer import __version__, cli, methods, sites
 from attnsteer.testing import tiny_pipeline, tiny_transformers, tiny_transformers_inputs
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"methods", "sites", "doctor", "demo", "run", "calibrate", "compare", "report", "serve", "view", "play"}
+COMMANDS = {
+    "methods",
+    "sites",
+    "doctor",
+    "demo",
+    "run",
+    "calibrate",
+    "compare",
+    "report",
+    "serve",
+    "view",
+    "play",
+    "profile",
+    "bake",
+}
 GROUPS = {"recipes", "zoo"}
 
 

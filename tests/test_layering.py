@@ -17,6 +17,7 @@ HOST_LIBRARIES = {"transformers", "diffusers", "accelerate", "timm", "peft"}
 # Ends of the program: they may use everything, and nothing of the library uses them.
 COMMANDS = {
     "cli",
+    "cli_heads",
     "cli_methods",
     "cli_options",
     "cli_recipes",

@@ -46,6 +46,7 @@ class PlayServer:
     def __init__(self, player: Player, port: int = 0):
         self.player = player
         self.token = secrets.token_urlsafe(24)
+        self.closed = False
         try:
             self._server = _Server((HOST, port), _Handler)
         except OverflowError as error:
@@ -76,6 +77,7 @@ class PlayServer:
         return self
 
     def __exit__(self, *_: Any) -> None:
+        self.closed = True
         self._server.shutdown()
         self._server.server_close()
         if self._thread is not None:
@@ -138,6 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _enters(self) -> bool:
         """Whether the request is for this server and has its token; it is answered here where not."""
         play = self.server.play
+        if play.closed:
+            # A connection that was kept open is not the way to a server that has ended.
+            self.close_connection = True
+            return False
         host = self.headers.get("Host", "")
         origin = self.headers.get("Origin")
         names = {f"{name}:{play.port}" for name in (HOST, "localhost")}

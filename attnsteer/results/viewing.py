@@ -50,9 +50,10 @@ def view_run(folder: str | Path, out: str | Path | None = None, sample: str | No
             Where(kinds="self") if inputs is not None else Where(branches="cond", steps=_steps(loaded, arm.decoding))
         )
         what = ("map", "q", "k") if inputs is not None else "map"
-        with torch.inference_mode(), capture(loaded.target, where, *methods, what=what) as seen:
+        with capture(loaded.target, where, *methods, what=what) as seen:
             if inputs is not None:
-                loaded.target(**inputs)
+                with torch.no_grad():
+                    loaded.target(**inputs)
             else:
                 _draw(loaded, chosen, seed, arm.decoding)
         taken.append(seen)

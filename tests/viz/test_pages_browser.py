@@ -188,12 +188,13 @@ def test_a_large_model_is_there_in_two_seconds(page: browser.Browser, tmp_path: 
     path = tmp_path / "large.html"
     path.write_text(found.html(), encoding="utf-8")
     assert found.data["kept"]["keys"] == keep and path.stat().st_size > 10 * 2**20
-    painted = []
-    # The best of two: a machine that does something else at the same time says nothing of the page.
-    for _ in range(2):
+    for _ in range(3):
+        # A machine that does something else at the same time says nothing of the page.
         opened(page, path)
-        painted.append(page.js("performance.getEntriesByName('overview')[0].startTime"))
-    assert min(painted) < 2000 and page.errors == []
+        painted = page.js("performance.getEntriesByName('overview')[0].startTime")
+        if painted < 2000:
+            break
+    assert painted < 2000 and page.errors == []
     press(page, "#next")
     until(page, f"({SHOWN}) === '0.1.0'")
 
@@ -258,8 +259,8 @@ def test_from_the_slider_to_the_answer(page: browser.Browser, playing: PlayServe
     assert page.errors == []
 
 
-def test_a_wrong_prompt_and_a_lost_server_are_told(page: browser.Browser) -> None:
-    with PlayServer(player("shapes-lm")) as server:
+def test_a_wrong_prompt_and_a_lost_server_are_told(page: browser.Browser, playing: PlayServer) -> None:
+    with PlayServer(playing.player) as server:
         page.open(server.address)
         until(page, ANSWERS)
         page.js(
