@@ -16,6 +16,7 @@ from .cli_options import ALLOW_IMPORTS, IMPORT, JSON
 from .cli_recipes import calibrate, recipes
 from .cli_runs import board, compare, report, verify
 from .cli_serve import serve
+from .cli_view import play, view
 from .cli_zoo import zoo as zoo_commands
 from .errors import AttnSteerError
 from .output import print_json as _print_json
@@ -67,6 +68,8 @@ app.command()(verify)
 app.command()(board)
 app.command()(push)
 app.command()(pull)
+app.command()(view)
+app.command()(play)
 app.command()(serve)
 app.add_typer(zoo_commands, name="zoo")
 

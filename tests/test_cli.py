@@ -34,6 +34,8 @@ COMMANDS = {
     "push",
     "pull",
     "serve",
+    "view",
+    "play",
 }
 GROUPS = {"recipes", "zoo"}
 

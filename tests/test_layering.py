@@ -24,11 +24,12 @@ COMMANDS = {
     "cli_recipes",
     "cli_runs",
     "cli_serve",
+    "cli_view",
     "cli_zoo",
     "output",
     "__main__",
 }
-ENDS = COMMANDS | {"catalogue", "comfyui", "demo", "demo_page", "demo_text", "doctor", "serving", "showcase", "skeleton"}
+ENDS = COMMANDS | {"catalogue", "comfyui", "demo", "demo_page", "demo_text", "doctor", "play", "serving", "showcase", "skeleton"}
 # What a module of the core may import from outside. `typing_extensions` and the standard library are free.
 CORE = {"torch", "safetensors", "huggingface_hub"}
 
@@ -152,7 +153,9 @@ def test_hosts_are_where_their_library_is() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    sorted(set(MODULES) - set(under("testing", "hosts", "evals", "recipe", "run", "results", "zoo", "viz")) - ENDS),
+    sorted(
+        set(MODULES) - set(under("testing", "hosts", "evals", "recipe", "run", "results", "zoo", "viz", "play")) - ENDS
+    ),
 )
 def test_the_core_knows_no_host_library(name: str) -> None:
     outside, inside = imported(name)
