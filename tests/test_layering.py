@@ -29,7 +29,18 @@ COMMANDS = {
     "output",
     "__main__",
 }
-ENDS = COMMANDS | {"catalogue", "comfyui", "demo", "demo_page", "demo_text", "doctor", "play", "serving", "showcase", "skeleton"}
+ENDS = COMMANDS | {
+    "catalogue",
+    "comfyui",
+    "demo",
+    "demo_page",
+    "demo_text",
+    "doctor",
+    "play",
+    "serving",
+    "showcase",
+    "skeleton",
+}
 # What a module of the core may import from outside. `typing_extensions` and the standard library are free.
 CORE = {"torch", "safetensors", "huggingface_hub"}
 
