@@ -82,8 +82,14 @@ class VisualTokenMerge(Intervention):
             raise SelectionError(
                 'VisualTokenMerge(positions="renumber") acts before the language model; leave layer=0.'
             )
+
+    def prepared(self, target: Any) -> VisualTokenMerge:
+        """The same; a part of the model cannot have fewer tokens."""
         if self.where != Where():
-            raise SelectionError("VisualTokenMerge acts on the whole language model from `layer` on; give it no where.")
+            raise SelectionError(
+                f"VisualTokenMerge acts on the whole language model from `layer` on; {self.where} selects a part of it."
+            )
+        return self
 
     @classmethod
     def fastv(cls, k: int = 2, r: float = 0.5) -> VisualTokenMerge:

