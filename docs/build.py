@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import html.parser
 import importlib
 import inspect
@@ -93,6 +94,7 @@ def docstring(text: str | None) -> str:
     return "\n".join(out)
 
 
+@functools.cache
 def effects() -> dict[str, tuple[str, str]]:
     """Recipe -> (its row of docs/effects.md, "helps", "harms" or "neither"), by the interval of the paired difference."""
     found = {}
@@ -100,11 +102,15 @@ def effects() -> dict[str, tuple[str, str]]:
         match = re.match(r"\| `([\w-]+/[\w-]+)` \|", line)
         if match is None:
             continue
-        low, high = map(float, re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", line).groups())
+        interval = re.search(r"\[(-?[\d.]+), (-?[\d.]+)\]", line)
+        if interval is None:
+            raise SystemExit(f"docs/effects.md: the row of {match[1]} has no interval [low, high] of its difference.")
+        low, high = map(float, interval.groups())
         found[match[1]] = line, "helps" if low > 0 else "harms" if high < 0 else "neither"
     return found
 
 
+@functools.cache
 def recipes_of() -> dict[str, list[str]]:
     """Method -> names of the shipped recipes that have it."""
     found: dict[str, list[str]] = {}

@@ -63,6 +63,13 @@ def test_tasks_are_one_click_from_the_start(pages: Path) -> None:
     assert all(f"({page})" in start for page in TASKS)
 
 
+def test_the_guide_says_what_was_measured() -> None:
+    effects = (ROOT / "docs" / "effects.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "which_method.md").read_text(encoding="utf-8")
+    intervals = re.findall(r"[+-][\d.]+ \[-?[\d.]+, -?[\d.]+\]", guide)
+    assert len(intervals) > 8 and not [i for i in intervals if i not in effects]
+
+
 def test_docstrings_become_markdown(build: ModuleType) -> None:
     text = build.docstring(
         "One [h][w].\n\nArgs:\n    x, y: of a_b,\n        and on. z: more.\n    k: last.\n\nEnd, `[q]`."
