@@ -29,6 +29,7 @@ PRESETS: dict[str, dict[str, str]] = {
         "ACT": "act/smollm-facts",
         "PASTA": "pasta/smollm-facts",
         "SpotLight": "spotlight/smollm-facts",
+        "ZeroTuning": "zerotuning/smollm-facts",
     },
 }
 
