@@ -25,7 +25,9 @@ help:  ## list the targets
 venv: $(STAMP)  ## create or update the virtual environment
 
 # The stamp is written last: an interrupted installation is done again.
-# Byte code is left to the first import, which needs only a part of it.
+# Byte code is left to the first import, which needs only a part of it. So it may not be forbidden:
+# without it every process that a test starts compiles torch and the host libraries anew, ten seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,viz]'

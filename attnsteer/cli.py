@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ._version import __version__
+from .cli_heads import bake, profile
 from .cli_methods import methods
 from .cli_options import ALLOW_IMPORTS, IMPORT, JSON
 from .cli_recipes import calibrate, recipes
@@ -55,6 +56,8 @@ def _version(wanted: bool) -> None:
 
 
 app.command()(methods)
+app.command()(profile)
+app.command()(bake)
 app.add_typer(recipes, name="recipes")
 app.command()(calibrate)
 app.command()(compare)

@@ -1,4 +1,4 @@
-"""What the blocks that are entered around calls say of them: `run.freeze()`, `chunked_prefill`, `images`, `branches`."""
+"""What the blocks that are entered around calls say of them: `run.freeze()`, `paused`, `chunked_prefill`, `images`, `branches`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Scope:
     Attributes:
         frozen: statistics stay as the prompt left them. chunked: calls are chunks of one prompt; chunk_total: its slots.
         images: the processor's output, or token ranges. layout: names of the equal parts of a denoiser's batch.
+        paused: the target runs as it is.
     """
 
     frozen: bool = False
@@ -22,6 +23,7 @@ class Scope:
     chunk_total: int | None = None
     images: Any = None
     layout: tuple[str, ...] | None = None
+    paused: bool = False
 
 
 PLAIN = Scope()

@@ -193,6 +193,18 @@ class Steering:
         """
         return self._scoped(frozen=True)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The calls in this block run as if nothing were attached, and nothing of them is noted.
+
+        A cache that is filled here is one that the steering does not know.
+
+        Raises:
+            UnsupportedHost: the target is no model of transformers.
+        """
+        with self._scoped(paused=True), self.host.pause(self):
+            yield
+
     def chunked_prefill(self, tokens: int | None = None) -> contextlib.AbstractContextManager[None]:
         """The calls in this block are chunks of one prompt: one-token calls too, and spans may lie in later chunks.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..errors import UnsupportedHost
 from ..registry import base_of
 from ..site import Site
 
@@ -48,6 +50,13 @@ class Host:
     def attach(self, run: Steering, journal: Journal) -> None:
         """Patch the sites in `run.runtimes`, with an undo step in `journal` for each change."""
         raise NotImplementedError
+
+    def pause(self, run: Steering) -> contextlib.AbstractContextManager[None]:
+        """The calls of this thread or task in the block run as if nothing were attached, and nothing of them is noted."""
+        raise UnsupportedHost(
+            f"a {type(self.target).__name__} cannot be paused; language and vision-language models of transformers can. Remove the "
+            "steering, and steer again."
+        )
 
 
 def imported(library: str, *names: str) -> tuple[type, ...]:

@@ -1,8 +1,8 @@
 """PAI: raises the scores of the image's tokens in the rows that a token is generated from.
 
 Liu, Zheng, Chen, "Paying More Attention to Image" (ECCV 2024, arXiv 2407.21771), section 3.2; official code LALBJ/PAI
-(attention.py). Its second part, a contrast of the logits with those of a prompt without the image, is decoding and not attention,
-and is not here.
+(attention.py). Its second part, a contrast of the logits with those of a prompt without the image, is decoding and not attention:
+`attnsteer.evals.text_contrast.TextContrast`.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ SEARCHES = {
     "headhunter": SearchSpec(("image",), ("rounds", "steps", "rungs", "score", "batch")),
     "screen_heads": SearchSpec(("lm",), ("metric", "batch")),
     "michel": SearchSpec(("lm",), ("metric", "abs_over", "normalise", "least", "batch"), for_method=False),
+    "hallucination_heads": SearchSpec(("vlm",), ("batch",), for_method=False),
     "vhd": SearchSpec(("vlm",), ("outliers", "layers", "batch"), for_method=False),
     "find_sink_dims": SearchSpec(("lm", "vlm"), ("tau", "layers", "drop", "batch"), heads=False, for_method=False),
 }

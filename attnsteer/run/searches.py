@@ -134,6 +134,32 @@ def _vhd(task: Task) -> HeadSet:
     return vhd(task.subject.target, _batches(task, size), where=where, **options)
 
 
+def _hallucination_heads(task: Task) -> HeadSet:
+    """Of questions that the model answers with yes, where that is right and where it is not."""
+    import torch
+
+    from ..search import Said, hallucination_heads
+
+    options = task.options()
+    size, model, parts = options.pop("batch", 32), task.subject.target, []
+    start = 0
+    for inputs in _batches(task, size):
+        labels = [str(s.get("label", "")).lower() for s in task.samples[start : start + size]]
+        start += size
+        with torch.no_grad():
+            tokens = model(**inputs).logits[:, -1].argmax(dim=-1).tolist()
+        words = [task.subject.tokenizer.decode([t]).strip().lower() for t in tokens]
+        said = [i for i, w in enumerate(words) if w == "yes" and labels[i] in ("yes", "no")]
+        if said:
+            own = {k: v[said] if isinstance(v, torch.Tensor) and len(v) == len(words) else v for k, v in inputs.items()}
+            parts.append(Said(own, [tokens[i] for i in said], [labels[i] == "no" for i in said]))
+    if not parts:
+        raise RecipeError(
+            "calibration (hallucination_heads): the model answers no sample with yes; give questions with a label yes or no."
+        )
+    return hallucination_heads(model, parts, progress=task.progress, **options)
+
+
 def _find_sink_dims(task: Task) -> tuple[int, ...]:
     from ..search import find_sink_dims
 
@@ -198,6 +224,7 @@ RUNNERS: dict[str, Callable[[Task], Any]] = {
     "headhunter": _headhunter,
     "screen_heads": _screen_heads,
     "michel": _michel,
+    "hallucination_heads": _hallucination_heads,
     "vhd": _vhd,
     "find_sink_dims": _find_sink_dims,
 }

@@ -7,6 +7,7 @@ __getattr__, __dir__, __all__ = lazy(
     {
         "Choice": "samples",
         "Pursuit": "pursuit",
+        "Said": "hallucination",
         "Rung": "greedy",
         "ScoredHeads": "scored",
         "SearchState": "state",
@@ -15,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy(
         "candidate_log_likelihoods": "samples",
         "enhanced": "pursuit",
         "halving": "greedy",
+        "hallucination_heads": "hallucination",
         "head_pursuit": "pursuit",
         "headhunter": "greedy",
         "SINK_DIMS": ".methods._sink_dims",

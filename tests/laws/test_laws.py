@@ -27,6 +27,9 @@ COMPILED = {("HeadGate", h) for h in ("llama", "bert", "t5", "llava", "sd", "flu
     ("ACT", "llama"),
     ("PASTA", "gpt_oss"),
 }
+# In every run; tests/hosts has compiled models of the other kinds.
+COMPILED_SHORT = {("HeadGate", "t5"), ("HeadGate", "sd"), ("ACT", "llama")}
+CONTINUOUS = {("ACT", "llama"), ("ZeroTuning", "mistral"), ("PASTA", "gpt_oss"), ("HeadGate", "gpt2")}
 PAIRS = [
     *(
         (m, h)
@@ -47,6 +50,11 @@ CORE = ("effect", "identity", "reference", "padding", "cache", "ways", "packed",
 
 def in_short(law: str, method: MethodCase, host: HostCase) -> bool:
     """Whether the combination is in every run."""
+    if law == "compile":
+        return (method.name, host.name) in COMPILED_SHORT
+    if law == "continuous":
+        # A thread of its own for each batch; tests/hosts/transformers/test_continuous.py has every kind of method.
+        return (method.name, host.name) in CONTINUOUS or not (method in METHODS and host in LANGUAGE)
     if law in CORE or method not in METHODS or host not in LANGUAGE or (method.name, host.name) in WHOLE:
         return True
     return (METHODS.index(method) + LANGUAGE.index(host)) % 3 == 0

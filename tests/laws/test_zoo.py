@@ -36,7 +36,8 @@ from .zoo import (
 # Compilation meets the host rather than the method; test_laws.py has it.
 # The laws of requests ask more of a method than these odd ones were written for.
 REQUESTS = {
-    "packed", "ways", "guided", "crop", "moved_caches", "shared_model", "interrupted", "checkpointed", "inner", "beside",
+    "packed", "ways", "continuous", "guided", "crop", "moved_caches", "shared_model", "interrupted", "checkpointed", "inner",
+    "beside",
 }  # fmt: skip
 QUICK = [law for law in LAWS if law not in {"compile", *REQUESTS}]
 NO_REGISTRY = "is not registered|takes one value per sample|cannot split that"

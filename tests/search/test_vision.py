@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import attnsteer.search
-from attnsteer import VAR, VHR, HeadSet, Where, steer
+from attnsteer import ADHH, VAR, VHR, HeadSet, Where, steer
 from attnsteer.errors import SelectionError
 from attnsteer.methods._sink_dims import known_sink_dims
-from attnsteer.search import SINK_DIMS, find_sink_dims, scaled_tau, vhd
+from attnsteer.search import SINK_DIMS, Said, find_sink_dims, hallucination_heads, scaled_tau, vhd
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from attnsteer.testing.fingerprint import fingerprint
 from tests.hosts.transformers.vision_families import build, prompts
@@ -137,6 +137,48 @@ def test_vhd_is_the_divergence_at_the_projections(outliers: bool) -> None:
     assert found.provenance["samples"] == 4 and found.provenance["score"] == "vhd"
     with steer(model, VHR(where=Where(heads=found.top(4)))):
         model(**data[0])
+
+
+def test_hallucination_heads_are_those_whose_loss_takes_the_wrong_words_away() -> None:
+    model = build("llava")
+    layers = model.model.language_model.layers
+    data = [prompts("llava", [[2, "image", 3], [5, "image", 1]], seed=s)[0] for s in range(2)]
+    tokens, wrong = [[4, 9], [7, 2]], [[True, False], [False, True]]
+    batches = [Said(*each) for each in zip(data, tokens, wrong, strict=True)]
+
+    def chances() -> list[float]:
+        return [
+            float(model(**inputs).logits[b, -1].double().softmax(-1)[own[b]])
+            for inputs, own in zip(data, tokens, strict=True)
+            for b in range(2)
+        ]
+
+    before, expected = chances(), {}
+    for layer in range(2):
+        for head in range(4):
+            part = slice(8 * head, 8 * head + 8)
+
+            def zeroed(_: Any, args: Any, part: slice = part) -> Any:
+                x = args[0].clone()
+                x[..., part] = 0
+                return (x,)
+
+            hook = layers[layer].self_attn.o_proj.register_forward_pre_hook(zeroed)
+            drop = [a - b for a, b in zip(before, chances(), strict=True)]
+            hook.remove()
+            expected[layer, head] = (drop[0] + drop[3]) / 2 - (drop[1] + drop[2]) / 2
+    found = hallucination_heads(model, batches)
+    assert found.scores == pytest.approx(expected, abs=1e-6) and found.shape == (2, 4)
+    assert found.provenance["samples"] == 4 and found.provenance["hallucinated"] == 2
+    with steer(model, ADHH(found.top(2), threshold=0.01)):
+        model(**data[0])
+    with pytest.raises(SelectionError, match="4 of 4 words are hallucinated"):
+        hallucination_heads(model, [b._replace(hallucinated=[True, True]) for b in batches])
+    with pytest.raises(SelectionError, match="2 prompts, 1 tokens"):
+        hallucination_heads(model, [batches[0]._replace(tokens=[4])])
+    right = {**data[0], "attention_mask": torch.ones_like(data[0]["input_ids"]).index_fill(1, torch.tensor([-1]), 0)}
+    with pytest.raises(SelectionError, match="padded on the right"):
+        hallucination_heads(model, [batches[0]._replace(inputs=right), batches[1]])
 
 
 def test_the_package_names_are_lazy() -> None:

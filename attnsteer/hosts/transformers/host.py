@@ -5,6 +5,7 @@ Modules that call SDPA themselves are steered as in the generic host, under the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import re
@@ -23,8 +24,8 @@ from .continuous import Continuous
 from .direct import attach_direct, check_direct
 from .forward import Stack, block_forward
 from .image_tokens import family_of, takes_images
-from .layers import ImageFree, block_of
-from .outer_calls import OuterCalls, outer_modules
+from .layers import ImageFree, PlainPass, block_of
+from .outer_calls import CURRENT, OuterCalls, entry, outer_modules
 from .streams import Streams
 from .traced import prepare, untraceable
 from .written import attach_written, check_written, heads_of, writes_attention
@@ -139,6 +140,9 @@ class TransformersHost(Host):
                 f"{site.path} runs eager attention of {type(site.module).__name__}, whose module has no "
                 'eager_attention_forward to build on. Call model.set_attn_implementation("sdpa") if it is supported.'
             )
+
+    def pause(self, run: Steering) -> contextlib.AbstractContextManager[None]:
+        return entry(CURRENT, run, PlainPass())
 
     def attach(self, run: Steering, journal: Journal) -> None:
         names = dict(self.model.named_modules())

@@ -28,6 +28,31 @@ def block_of(path: str) -> str:
     return found[1] if found else ""
 
 
+class PlainPass:
+    """Stands in the place of a `Forward` where the model runs as it is, and nothing of it is noted."""
+
+    passes = True
+
+    def attend(
+        self,
+        runtime: SiteRuntime,
+        name: str,
+        base: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor | None]:
+        """The model's own attention."""
+        return base(module, query, key, value, mask, **options)
+
+    def layer(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own layer."""
+        return inner(*args, **kwargs)
+
+
 class ImageFree:
     """The prompt of one prefill without its images, carried through the same layers one step behind.
 

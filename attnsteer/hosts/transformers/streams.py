@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...bound import Bound
 from ...errors import ContractError, UnsupportedHost
 from .cache_state import STATE, Memory
-from .outer_calls import GENERATION, KEY, UNTRACED, Prepared, entry, refuse_tracing
+from .outer_calls import CURRENT, GENERATION, KEY, UNTRACED, Prepared, entry, refuse_tracing
 
 # The base of the stream that runs, by steering; each thread and task has its own.
 BASE: ContextVar[Mapping[int, float]] = ContextVar("attnsteer_base", default={})  # noqa: B039  never mutated
@@ -163,7 +163,7 @@ class Streams:
     @torch.compiler.disable(reason=UNTRACED)
     def __call__(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         refuse_tracing()
-        if id(self.run) in BASE.get():
+        if id(self.run) in BASE.get() or getattr(CURRENT.get().get(id(self.run)), "passes", False):
             return inner(*args, **kwargs)
         values = dict(zip(self.names, args, strict=False)) | kwargs
         prepared = kwargs.get(KEY, {}).get(id(self.run))

@@ -173,6 +173,13 @@ LAWS: dict[str, Law] = {
             requests.ways,
         ),
         Law(
+            "continuous",
+            "requests that share a batch of continuous batching each get what generate gives them alone",
+            "a statistic runs over the rows of the call, which are of several requests; take those of each by call.rows.request, "
+            "and say `row_local = True` only where no row depends on another",
+            requests.continuous,
+        ),
+        Law(
             "guided",
             "generate(guidance_scale=...) is two loops by hand, each with its own prompt",
             "the state of one stream is used for the other; keep it in `call.state`",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from typing import Any
@@ -122,6 +123,74 @@ def _difference(a: Any, b: Any) -> float:
     if not torch.equal(a.sequences, b.sequences):
         return float("inf")
     return max(gap(x, y) for x, y in zip(a.logits, b.logits, strict=True))
+
+
+def continuous(bench: Bench) -> None:
+    """Requests of several lengths in one batch of continuous batching each get what `generate` gives them alone."""
+    _need_text(bench)
+    target = bench.target
+    if not hasattr(target, "generate_batch"):
+        raise NotApplicable("the library has no continuous batching for this model")
+    ids = bench.inputs(3)["input_ids"]
+    length = ids.shape[1]
+    prompts = [ids[0].tolist(), ids[1, : length - 2].tolist(), torch.cat([ids[2], ids[0, 1:5]]).tolist()]
+    made = bench.make(1)
+
+    def alone(*methods: Any) -> list[Any]:
+        found = []
+        with attached(target, *methods) if methods else contextlib.nullcontext():
+            for prompt in prompts:
+                given = torch.tensor([prompt])
+                found.append(target.generate(given, attention_mask=torch.ones_like(given), **OPTIONS))
+        return found
+
+    plain = _batch(target, prompts)
+    if plain is None or any(_differs(r, out, p) is not None for r, out, p in zip(plain, alone(), prompts, strict=True)):
+        raise NotApplicable("the library has no continuous batching for this model")
+    try:
+        with attached(target, named={"it": made}):
+            found = _batch(target, prompts, steer="it")
+    except AttnSteerError:
+        # Refused by name is as good as exact.
+        return
+    require(found is not None, "continuous batching ended without an answer")
+    for i, (result, out, prompt) in enumerate(zip(found, alone(made), prompts, strict=True)):
+        far = _differs(result, out, prompt)
+        if far is not None:
+            raise Broken(f"request {i} of 3 in one batch and alone, log-probabilities", far, EXACT)
+
+
+def _batch(target: Any, prompts: list[list[int]], **given: Any) -> list[Any] | None:
+    """The results of `generate_batch`; None where the library fails on this model."""
+    from transformers import GenerationConfig
+    from transformers.generation import ContinuousBatchingConfig
+
+    sampling = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+    batching = ContinuousBatchingConfig(num_blocks=32, page_size=16, max_batch_tokens=128, return_logprobs=True)
+    try:
+        found = list(
+            target.generate_batch(
+                prompts, generation_config=sampling, continuous_batching_config=batching, **given
+            ).values()
+        )
+    except AttnSteerError:
+        raise
+    except Exception:
+        return None
+    return found if len(found) == len(prompts) and all(r.error is None for r in found) else None
+
+
+def _differs(result: Any, out: Any, prompt: list[int]) -> float | None:
+    """How far the log-probabilities of a request are from those of `generate`, if more than rounding; ties may fall either way."""
+    tokens = out.sequences[0, len(prompt) :].tolist()
+    for step, (token, known) in enumerate(zip(result.generated_tokens, result.logprobs, strict=True)):
+        own = out.logits[step][0].log_softmax(-1)
+        far = max(abs(float(own[token]) - known), float(own.max() - own[token]))
+        if not far <= EXACT:
+            return far
+        if token != tokens[step]:
+            return None
+    return None if len(result.generated_tokens) == NEW else float("inf")
 
 
 def _same_logits(a: Any, b: Any) -> bool:

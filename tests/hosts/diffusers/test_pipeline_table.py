@@ -27,7 +27,7 @@ def pipeline_sources() -> dict[str, str]:
         for node in ast.parse(source).body:
             if isinstance(node, ast.ClassDef) and node.name.endswith("Pipeline"):
                 if any(isinstance(f, ast.FunctionDef) and f.name == "__call__" for f in node.body):
-                    found[node.name] = ast.get_source_segment(source, node)
+                    found[node.name] = "\n".join(source.splitlines()[node.lineno - 1 : node.end_lineno])
     return found
 
 
