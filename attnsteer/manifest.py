@@ -39,14 +39,14 @@ def write_manifest(folder: Path, names: Iterable[str], kind: str, **about: Any) 
     return path
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder, its form checked.
+def read_manifest(folder: Path, links: bool = False) -> dict[str, Any]:
+    """The manifest of a folder, its form checked. links: whether it may be a link, as in the hub's cache.
 
     Raises:
         SerializationError: there is none, it is damaged, or of a newer version.
     """
     path = folder / MANIFEST
-    if not path.is_file() or path.is_symlink():
+    if not path.is_file() or (path.is_symlink() and not links):
         raise SerializationError(f"{folder} has no {MANIFEST}, so that nothing in it can be checked.")
     if path.stat().st_size > MOST_BYTES:
         raise SerializationError(f"{path} has {path.stat().st_size:,} bytes, which no manifest has.")
@@ -67,12 +67,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def problems_of(folder: Path, found: Mapping[str, Any]) -> list[str]:
-    """What is not as the manifest says: missing files, other sizes, other contents, links."""
+def problems_of(folder: Path, found: Mapping[str, Any], links: bool = False) -> list[str]:
+    """What is not as the manifest says: missing files, other sizes, other contents, and links unless they are let through."""
     out = []
     for name, entry in found["files"].items():
         path = folder / name
-        if path.is_symlink() or not path.is_file():
+        if (path.is_symlink() and not links) or not path.is_file():
             out.append(f"{name} is {'a link' if path.is_symlink() else 'missing'}")
         elif path.stat().st_size != entry["size"]:
             out.append(f"{name} has {path.stat().st_size} bytes instead of {entry['size']}")
@@ -81,22 +81,22 @@ def problems_of(folder: Path, found: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def checked_manifest(folder: Path, kind: str, known: Iterable[str]) -> dict[str, Any]:
+def checked_manifest(folder: Path, kind: str, known: Iterable[str], links: bool = False) -> dict[str, Any]:
     """The manifest of a folder of one kind, after everything in it was checked.
 
     Args:
-        known: the names that a folder of this kind may have.
+        known: the names that a folder of this kind may have. links: whether files may be links, as in the hub's cache.
 
     Raises:
         SerializationError: another kind, names that are not known, or files that are not as it says.
     """
-    found = read_manifest(folder)
+    found = read_manifest(folder, links)
     if found["kind"] != kind:
         raise SerializationError(f"{folder} holds a {found['kind']}, not a {kind}.")
     strange = sorted(set(found["files"]) - set(known))
     if strange:
         raise SerializationError(f"{folder} has {listing(strange, 4)}, which no {kind} has; nothing of it was read.")
-    problems = problems_of(folder, found)
+    problems = problems_of(folder, found, links)
     if problems:
         raise SerializationError(f"{folder} is not what its {MANIFEST} says: {listing(problems, 4)}. Get it again.")
     return found

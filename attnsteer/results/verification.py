@@ -117,7 +117,9 @@ def _files(run: RunFolder) -> Check:
     try:
         manifest = read_manifest(run.path)
     except SerializationError as error:
-        told = f"{error} Runs of versions before 0.2 have none: start the run again with the same command, which writes it."
+        told = (
+            f"{error} Runs of earlier versions have none: start the run again with the same command, which writes it."
+        )
         return Check("files", "fail", told)
     problems = problems_of(run.path, manifest)
     missing = sorted(set(files_of(run.path)) - set(manifest["files"]))
