@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
-.PHONY: help venv test test-long test-quick sweep lint format demo bench-quick clean
+.PHONY: help venv test test-long test-quick sweep lint format demo board bench-quick clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -55,6 +55,10 @@ format: $(READY)  ## format, and mend what the linter can mend
 
 demo: $(READY)  ## run the demonstration on the embedded models
 	$(PY) -m attnsteer demo $(ARGS)
+
+board: $(READY)  ## build the board over the runs that come with the project, outputs/board.html
+	@mkdir -p outputs
+	$(PY) -m attnsteer board docs/board/runs --out outputs/board.html --reports $(ARGS)
 
 bench-quick: $(READY)  ## run the short benchmark
 	$(PY) -m benchmarks.run --quick $(ARGS)

@@ -16,6 +16,8 @@ from PIL import Image
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.significance import holm
 from attnsteer.heads import HeadSet
+from attnsteer.manifest import MANIFEST, manifest_of
+from attnsteer.run.merging import files_of
 from attnsteer.zoo.shapes.language import caption
 from attnsteer.zoo.shapes.layouts import layout
 from attnsteer.zoo.shapes.questions import picture, pope
@@ -248,6 +250,8 @@ def write(
         (path / name).write_text(json.dumps(value, indent=1), encoding="utf-8")
     lines(path / "samples.jsonl", samples)
     lines(path / "records.jsonl" if state == "complete" else path / "records-0.jsonl", records)
+    if state == "complete":
+        (path / MANIFEST).write_text(json.dumps(manifest_of(path, files_of(path), "run")))
     return path
 
 
