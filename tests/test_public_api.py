@@ -66,7 +66,7 @@ NAMES = [
     *METHODS,
 ]
 ERRORS = [
-    "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite",
+    "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "HubError", "MissingExtra", "NeverFired", "NotFinite",
     "RecipeError", "RecordError", "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName",
     "UnsupportedHost", "ZooError",
 ]  # fmt: skip
