@@ -10,10 +10,11 @@ import typer
 
 from ._version import __version__
 from .cli_heads import bake, profile
+from .cli_hub import pull, push
 from .cli_methods import methods
 from .cli_options import ALLOW_IMPORTS, IMPORT, JSON
 from .cli_recipes import calibrate, recipes
-from .cli_runs import compare, report
+from .cli_runs import board, compare, report, verify
 from .cli_serve import serve
 from .cli_zoo import zoo as zoo_commands
 from .errors import AttnSteerError
@@ -62,6 +63,10 @@ app.add_typer(recipes, name="recipes")
 app.command()(calibrate)
 app.command()(compare)
 app.command()(report)
+app.command()(verify)
+app.command()(board)
+app.command()(push)
+app.command()(pull)
 app.command()(serve)
 app.add_typer(zoo_commands, name="zoo")
 
@@ -176,6 +181,16 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field: interventions.0.params.beta=0.2")
     ] = None,
+    join: Annotated[
+        bool,
+        typer.Option("--join", help="Take part in a run with others, who start and stop as they like: for array jobs."),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Answer one batch, write nothing, and say what a run takes: time, memory, disk."
+        ),
+    ] = False,
     files: IMPORT = None,
     allow_imports: ALLOW_IMPORTS = False,
 ) -> None:
@@ -183,7 +198,7 @@ def run(
 
     Ends with its verdict. Exits with 1 when the method did nothing, and with 3 when the control at zero strength moved (not
     with --tiny). The same command goes on with a run that was stopped. `accelerate launch -m attnsteer run ...` shares the
-    samples among processes.
+    samples among processes that start together; with `--join` each takes the next batch that nobody has.
     """
     from .run.command import import_files, recipe_from_arguments, run_folder
     from .run.ranks import first
@@ -197,8 +212,16 @@ def run(
         job = prepare(chosen, target, tiny, limit)
         print(f"{chosen.name}: {len(job.data.samples)} samples, nothing found wrong")
         return
+    if dry_run:
+        from .run.estimate import estimate
+
+        print("\n".join(estimate(chosen, tiny=tiny, limit=limit).lines()))
+        return
     from .results.summary import table, verdict_of
     from .run import run as evaluate
+
+    if join:
+        from .run.joining import join as evaluate
 
     try:
         evaluate(chosen, target, tiny=tiny, limit=limit)

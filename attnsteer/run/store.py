@@ -17,7 +17,7 @@ from ..manifest import file_hash as file_hash
 
 RECIPE, IDENTITY, STATUS, SAMPLES, ARMS = "recipe.yaml", "identity.json", "status.json", "samples.jsonl", "arms.json"
 RECORDS, TIMINGS, METRICS, AUDIT = "records.jsonl", "timings.jsonl", "metrics.json", "audit.json"
-ENVIRONMENT, IMAGES, LOCK = "environment.json", "images", ".lock"
+ENVIRONMENT, IMAGES, LOCK, ALONE = "environment.json", "images", ".lock", ".alone"
 # What a run writes; and with what its searches find, and what is made from it later.
 WRITTEN = (RECIPE, STATUS, SAMPLES, ARMS, RECORDS, TIMINGS, METRICS, AUDIT, ENVIRONMENT)
 OWN = (*WRITTEN, IMAGES, "calibration", MANIFEST, "attention.json", "report.html", "report.md", "verified.json")
@@ -222,8 +222,8 @@ class Lock:
     The first process takes it alone, so that it fails while any process of another run is left, then shares it.
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / LOCK
+    def __init__(self, folder: Path, name: str = LOCK):
+        self.path = folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._handle: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
