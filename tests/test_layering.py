@@ -17,6 +17,8 @@ HOST_LIBRARIES = {"transformers", "diffusers", "accelerate", "timm", "peft"}
 # Ends of the program: they may use everything, and nothing of the library uses them.
 COMMANDS = {
     "cli",
+    "cli_heads",
+    "cli_hub",
     "cli_methods",
     "cli_options",
     "cli_recipes",
