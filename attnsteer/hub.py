@@ -232,11 +232,11 @@ def origin(about: Mapping[str, Any] | None) -> str:
 @contextmanager
 def told(what: str) -> Iterator[None]:
     """Errors of the hub's client in one line, with what to do."""
-    import httpx2
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RemoteEntryNotFoundError,
@@ -267,7 +267,7 @@ def told(what: str) -> Iterator[None]:
     except HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         raise HubError(f"{what}: {STATUS.get(status, f'the hub answered {status}; try again later')}.") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx2.TransportError, httpx2.InvalidURL) as error:
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError) as error:
         raise HubError(
             f"{what}: the hub cannot be reached, or broke off ({type(error).__name__}); check the network and HF_ENDPOINT, unset "
             "HF_HUB_OFFLINE, and try again."

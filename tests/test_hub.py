@@ -130,15 +130,15 @@ def test_another_models_heads_are_refused(hub: Hub) -> None:
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
-def artefact(tmp_path: Path, files: dict[str, bytes], kind: str = "method", **about: Any) -> dict[str, bytes]:
+def artefact(tmp_path: Path, contents: dict[str, bytes], kind: str = "method", /, **about: Any) -> dict[str, bytes]:
     """Files with a manifest that is right about them."""
     folder = tmp_path / "made"
     shutil.rmtree(folder, ignore_errors=True)
-    for name, content in files.items():
+    for name, content in contents.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    found = {**manifest_of(folder, files, kind), **about}
-    return {**files, MANIFEST: json.dumps(found).encode()}
+    found = {**manifest_of(folder, contents, kind), **about}
+    return {**contents, MANIFEST: json.dumps(found).encode()}
 
 
 STEER = {"schema": 1, "method": "ACT", "parameters": {"beta": 0.4}, "versions": {}}
@@ -155,7 +155,6 @@ def head_file(heads: Any, scores: Any, **meta: str) -> bytes:
 
 
 WITH_HEADS = steer_json(parameters={"heads": {"$heads": "heads.safetensors"}})
-NAN = float("nan")
 PICKLE = b"\x80\x04\x95\x0f\x00\x00\x00\x00\x00\x00\x00cposix\nsystem\n."
 # Name -> files of the repository beside a right manifest, or a change of the manifest.
 STRANGE_NAMES = [

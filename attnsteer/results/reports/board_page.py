@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..boards import Board
 from ..figures import Figure
 from . import plots
 from .pages import render
+
+if TYPE_CHECKING:
+    from ..boards import Board
 
 ROLES = {"better": "gain", "worse": "loss"}
 
