@@ -201,11 +201,12 @@ def collect(
                 both.append(got)
             _small(content, both, small, f)
             for a, got in enumerate(both):
-                whole = got
                 if keep is not None and keep < shape[2]:
-                    whole = strongest(got, keep)
-                    kept.append(float(whole.sum() / got.sum().clamp_min(1e-9)))
-                content.later[f"m-{a}-{f}-{s}"] = zlib.compress(bytes_of(whole), 6 if keep is None else 4)
+                    raw, share = strongest(got, keep)
+                    kept.append(share)
+                else:
+                    raw = bytes_of(got)
+                content.later[f"m-{a}-{f}-{s}"] = zlib.compress(raw, 6 if keep is None else 4)
                 readings.add(a, s, got, pair, take.segments is None and take.kind == "self")
                 if a == 0:
                     starts.append((_striking(got, pair, take), s))
@@ -302,13 +303,14 @@ def _striking(maps: Tensor, pair: tuple[Axis, Axis], take: Any) -> Tensor:
     last = maps[:, -1] if keys.grid is None else maps[:, -1, keys.grid[0] : keys.grid[0] + keys.grid[1] * keys.grid[2]]
     if keys.grid is not None:
         return last.sum(dim=-1) * last.amax(dim=-1)
-    # The largest entry of each row, away from the first key, the row's own and the one before.
-    away = maps.clone()
+    # The largest entry of some rows, away from the first key, the row's own and the one before.
+    at = torch.linspace(0, maps.shape[1] - 1, min(maps.shape[1], 64)).round().long()
+    away, index = maps[:, at].clone(), torch.arange(len(at))
     away[..., 0] = 0
-    if maps.shape[1] == maps.shape[2]:
-        at = torch.arange(maps.shape[1])
-        away[:, at, at] = 0
-        away[:, at[1:], at[:-1]] = 0
+    for back in (0, 1):
+        own = torch.tensor(rows.numbers)[at] - back
+        there = (own >= 0) & (own < maps.shape[2])
+        away[:, index[there], own[there]] = 0
     return away.amax(dim=-1).mean(dim=-1)
 
 
@@ -328,13 +330,18 @@ def _start(found: Sequence[tuple[Tensor, int]], readings: Any, kinds: Sequence[s
 
 def bytes_of(maps: Tensor) -> bytes:
     """Probabilities as round(255 sqrt(p))."""
-    return (maps.clamp(0, 1).sqrt() * 255).round().to(torch.uint8).numpy().tobytes()
+    return _eight_bits(maps).numpy().tobytes()
 
 
-def strongest(maps: Tensor, keep: int) -> Tensor:
-    """Maps [H, n, m] with all but the `keep` largest entries of each row at zero."""
+def strongest(maps: Tensor, keep: int) -> tuple[bytes, float]:
+    """(maps [H, n, m] as `bytes_of` gives them with all but the `keep` largest entries of each row at zero, the share kept)."""
     values, index = maps.topk(keep, dim=-1)
-    return torch.zeros_like(maps).scatter_(-1, index, values)
+    found = torch.zeros(maps.shape, dtype=torch.uint8).scatter_(-1, index, _eight_bits(values))
+    return found.numpy().tobytes(), float(values.sum() / maps.sum().clamp_min(1e-9))
+
+
+def _eight_bits(maps: Tensor) -> Tensor:
+    return (maps.clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
 
 
 def _small(content: Content, both: list[Tensor], size: tuple[int, int], frame: int) -> None:
@@ -391,27 +398,27 @@ class _Readings:
     def add(self, arm: int, site: int, maps: Tensor, pair: tuple[Axis, Axis], line: bool) -> None:
         """One frame of a site, [H, n, m]; line: its rows and keys are tokens of one text."""
         rows, keys = pair
-        seen = (maps > 0).any(dim=0).sum(dim=-1) >= 2
-        if not bool(seen.any()):
-            seen = torch.ones_like(seen)
-        maps = maps[:, seen]
-        put = lambda name, value: self.found[name][arm][site].append(value)  # noqa: E731
-        put("entropy", -(maps * maps.clamp_min(1e-30).log()).sum(dim=-1).mean(dim=-1))
+        seen = (maps.amax(dim=0) > 0).sum(dim=-1) >= 2
+        seen = seen if bool(seen.any()) else torch.ones_like(seen)
+        # Sums over keys come first: maps of long texts are not copied.
+        mean = lambda by_row: by_row[:, seen].mean(dim=-1)  # noqa: E731
+        put = lambda name, value: self.found[name][arm][site].append(mean(value))  # noqa: E731
+        put("entropy", torch.special.entr(maps).sum(dim=-1))
         places = [] if keys.grid is None else list(range(keys.grid[0], keys.grid[0] + keys.grid[1] * keys.grid[2]))
         if places and len(places) < len(keys.numbers):
-            put("image", maps[..., places].sum(dim=-1).mean(dim=-1))
+            put("image", maps[..., places].sum(dim=-1))
             rest = [i for i in range(len(keys.numbers)) if i not in set(places)]
-            put("text", maps[..., rest].sum(dim=-1).mean(dim=-1))
+            put("text", maps[..., rest].sum(dim=-1))
         if line:
-            numbers = torch.tensor(rows.numbers)[seen]
-            put("first", maps[..., 0].mean(dim=-1))
+            numbers = torch.tensor(rows.numbers)
+            put("first", maps[..., 0])
             put("self", self._at(maps, numbers))
             put("previous", self._at(maps, numbers - 1))
 
     @staticmethod
     def _at(maps: Tensor, keys: Tensor) -> Tensor:
         index = keys.clamp_min(0).expand(len(maps), -1)[..., None]
-        return (maps.gather(2, index)[..., 0] * (keys >= 0)).mean(dim=-1)
+        return maps.gather(2, index)[..., 0] * (keys >= 0)
 
     def changed(self, site: int, both: list[Tensor]) -> None:
         """The distance of two arms."""
