@@ -334,6 +334,36 @@ def test_edits_over_the_cache_are_those_of_the_map(interpreted: None) -> None:
     assert not forms.takes_bias(Reweight(((keys, 1.0),), normalise=False), None)
 
 
+def test_edits_of_many_batches_are_done_in_one_pass(interpreted: None) -> None:
+    H, kv, d, size, lengths = 4, 2, 8, 4, [11, 3, 8]
+    cache, table, _ = cached(lengths, kv, d, size)
+    layout, query = paged.Layout(True, paged.ACROSS), torch.randn(5, H, d)
+    together = paged.Together(query, cache, layout, 0.3, 0)
+    wanted = {}
+    for own, packed in (([0, 1], [4, 0]), ([2], [2])):
+        length = torch.tensor([lengths[i] for i in own])
+        base = torch.randn(len(own), H, 1, d)
+        at = (table[own], length, torch.zeros_like(length), max(length) - length, 0.3)
+        rows = paged.Decoding(query[packed], cache, layout, *at)
+        keys = torch.zeros(1, 1, int(max(length)), dtype=torch.bool)
+        keys[..., -2:] = True
+        single = paged.PagedForms(rows, lambda base=base: base)
+        joint = paged.TogetherForms(together, rows, torch.tensor(packed), lambda base=base: base)
+        told = []
+        for forms in (single, joint):
+            told.append(forms.share((1, 2), Share(keys, lambda s: 0.4 * s)))
+            told.append(forms.add_bias(None, (0,), Reweight(((keys, 0.2),), 1.5), None))
+        assert joint.out() is base and not told[3][0]
+        wanted[tuple(packed)] = single.out()[:, :, 0], told
+    found = {heads: (rows.tolist(), new) for rows, heads, new in together.run()}
+    assert set(found) == {(1, 2), (0,)}
+    for packed, (out, told) in wanted.items():
+        for heads, (rows, new) in found.items():
+            for i, row in enumerate(packed):
+                assert torch.allclose(new[rows.index(row)], out[i, list(heads)], atol=1e-6)
+        assert torch.allclose(told[0][1], told[2][1]) and torch.equal(told[1][1], told[3][1]) and bool(told[3][0])
+
+
 def test_keys_are_read_when_somebody_asks() -> None:
     reads = []
     k, v = torch.randn(2, 1, 2, 6, 8)
