@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,6 +251,111 @@ class PagedForms:
 
     def _all(self, heads: tuple[int, ...] | None) -> tuple[int, ...]:
         return tuple(range(self.rows.q.shape[1])) if heads is None else heads
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One edit of some rows and heads, and what tells the audit, filled in by the pass.
+
+    Attributes:
+        rows, table, length, pad: of the rows, int64 [b] and int32 [b, blocks], see `Decoding`. keys: the set. of: new share of
+            old, or None. shift: what is added to the logarithm of the keys inside, or None. told: tensors to fill in.
+    """
+
+    rows: Tensor
+    table: Tensor
+    length: Tensor
+    pad: Tensor
+    keys: Tensor
+    of: Callable[[Tensor], Tensor] | None
+    shift: Tensor | None
+    told: tuple[Tensor, ...]
+
+
+class Together:
+    """The edits of all batches of decode rows at one layer, done in one pass when all are known.
+
+    Args:
+        query: [tokens, H, d]. cache, layout, scale: of the layer. window: keys that a row sees, 0 for all.
+    """
+
+    def __init__(self, query: Tensor, cache: Tensor, layout: Layout, scale: float, window: int):
+        self.query, self.cache, self.layout, self.scale, self.window = query, cache, layout, scale, window
+        self._entries: dict[tuple[int, ...], list[_Entry]] = {}
+
+    def add(self, heads: tuple[int, ...], entry: _Entry) -> None:
+        """One edit more."""
+        self._entries.setdefault(heads, []).append(entry)
+
+    def run(self) -> Iterator[tuple[Tensor, tuple[int, ...], Tensor]]:
+        """(packed rows [b], heads, their outputs [b, h, d]) of all edits."""
+        for heads, entries in self._entries.items():
+            rows, length, pad = (torch.cat([getattr(e, n) for e in entries]) for n in ("rows", "length", "pad"))
+            first = (length - self.window).clamp_min(0) if self.window else torch.zeros_like(length)
+            decoding = Decoding(
+                self.query.index_select(0, rows), self.cache, self.layout, torch.cat([e.table for e in entries]), length, first,
+                pad, self.scale,
+            )  # fmt: skip
+            size, wide = (max(e.keys.shape[i] for e in entries) for i in (2, 1))
+            member, at = torch.zeros(len(rows), wide, size, dtype=torch.bool), 0
+            for e in entries:
+                member[at : at + len(e.rows), :, : e.keys.shape[2]] = e.keys
+                at += len(e.rows)
+            out_in, lse_in, out, lse = decoding.halves(member, heads)
+            share, at = torch.sigmoid(lse_in - lse), 0
+            for e in entries:
+                own = slice(at, at + len(e.rows))
+                self._weigh(e, share[own], lse_in[own], lse[own])
+                at = own.stop
+            yield rows, heads, torch.lerp(out, out_in, share[..., None])[:, :, 0]
+
+    @staticmethod
+    def _weigh(entry: _Entry, share: Tensor, lse_in: Tensor, lse: Tensor) -> None:
+        """The new share of the keys inside, in place; and what the audit is told."""
+        if entry.of is not None:
+            before, after = entry.told
+            before.copy_(share)
+            after.copy_(torch.where((before <= 0) | (before >= 1), before, entry.of(before)))
+            share.copy_(after)
+            return
+        anywhere, by_row = entry.told
+        share.copy_(torch.sigmoid(lse_in + entry.shift - lse))
+        moves = (lse_in > -torch.inf) & (lse > -torch.inf) & (entry.shift != 0)
+        by_row.copy_(moves.flatten(1).any(dim=1))
+        anywhere.copy_(by_row.any())
+
+
+class TogetherForms(PagedForms):
+    """The edits of one batch, of those that are done together."""
+
+    def __init__(self, together: Together, rows: Decoding, packed: Tensor, base: Callable[[], Tensor]):
+        super().__init__(rows, base)
+        self._together, self._packed, self.taken = together, packed, False
+
+    def _add(self, heads: tuple[int, ...], keys: Tensor, of: Any, shift: Any, told: tuple[Tensor, ...]) -> None:
+        rows = self.rows
+        self._together.add(heads, _Entry(self._packed, rows.table, rows.length, rows.pad, keys, of, shift, told))
+        self.taken = True
+
+    def add_bias(self, key: Any, heads: tuple[int, ...] | None, edit: Reweight, chosen: Tensor | None) -> Moves:
+        """Take such an edit; what it moves is known when all are done."""
+        keys, weight = edit.groups[0]
+        told = torch.zeros((), dtype=torch.bool), torch.zeros(len(self._packed), dtype=torch.bool)
+        self._add(self._all(heads), keys, None, _log(weight) - _log(edit.rest), told)
+        return told
+
+    def share(self, heads: tuple[int, ...] | None, edit: Any) -> tuple[Tensor, Tensor] | None:
+        """Take a `Share`; the shares are known when all are done."""
+        if not isinstance(edit, Share):
+            return None
+        heads = self._all(heads)
+        before, after = torch.zeros(2, len(self._packed), len(heads), 1).unbind()
+        self._add(heads, edit.keys, edit.of, None, (before, after))
+        return before, after
+
+    def out(self) -> Tensor | None:
+        """The model's own output as it is, if anything was taken: the pass writes the edits."""
+        return self._base() if self.taken else None
 
 
 def _log(weight: Tensor | float) -> Tensor:

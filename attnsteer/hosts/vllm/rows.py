@@ -63,6 +63,11 @@ class Batch(Group):
         return torch.tensor([p.index for p in self.pieces], device=self.device)  # type: ignore[attr-defined]
 
     @cached_property
+    def packed(self) -> Tensor:
+        """int64 [B], the packed row of each request in a batch of decode rows."""
+        return torch.tensor([p.row for p in self.pieces], device=self.device)
+
+    @cached_property
     def pads(self) -> Tensor:
         """int64 [B], the slots of padding before each request."""
         return torch.tensor([self.length - p.length for p in self.pieces], device=self.device)

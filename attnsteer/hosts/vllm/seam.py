@@ -18,7 +18,7 @@ from ...errors import UnsupportedHost
 from ..exact import check_exact
 from .limits import check_engine, check_layers, check_version
 from .menu import Menu, site_path
-from .paged import Decoding, Layout, PagedAttention, PagedForms, cpu_layout, takes_split
+from .paged import Decoding, Layout, PagedAttention, PagedForms, Together, TogetherForms, cpu_layout, takes_split
 from .rows import Armed, Batch, Ledger, Plan, Tracked, follow
 
 # Rows by which a long prompt's edit is known to have changed something.
@@ -42,16 +42,28 @@ class Layer:
         self, impl: Any, layer: Any, query: Tensor, cache: Tensor, metadata: Any, output: Tensor, plan: Plan
     ) -> None:
         """Edit the rows of a plan in `output` [tokens, H, d], where the layer's own result stands."""
+        if self.layout is None:
+            self.layout = layout_of(impl, layer, cache)
+        together = Together(query, cache, self.layout, impl.scale, window_of(impl))
+        requests: dict[int, Tracked] = {}
         for batch in plan.batches:
             runtime = batch.runtimes.get(self.path)
             active = () if runtime is None else runtime.active(batch.phase, None, None)
             if active:
-                self._edit(impl, layer, query, cache, metadata, output, batch, runtime, active)
+                self._edit(impl, query, cache, metadata, output, batch, runtime, active, together, requests)
+        for rows, heads, new in together.run():
+            place = (rows[:, None], torch.tensor(heads)) if len(heads) < output.shape[1] else (rows,)
+            unsure = [i for i, row in enumerate(rows.tolist()) if requests[row].changed is not True]
+            if unsure:
+                moved = (output[place] != new).flatten(1).any(dim=1).tolist()
+                for i in unsure:
+                    own = requests[int(rows[i])]
+                    own.changed = own.changed | moved[i]
+            output[place] = new.to(output.dtype)
 
     def _edit(
         self,
         impl: Any,
-        layer: Any,
         query: Tensor,
         cache: Tensor,
         metadata: Any,
@@ -59,13 +71,13 @@ class Layer:
         batch: Batch,
         runtime: SiteRuntime,
         active: tuple[int, ...],
+        together: Together,
+        requests: dict[int, Tracked],
     ) -> None:
         B, n = batch.batch, batch.new
         heads = lambda t: t[batch.rows].view(B, n, impl.num_heads, -1).transpose(1, 2)  # noqa: E731
         window = window_of(impl)
         softcap, sinks = impl.logits_soft_cap or None, getattr(impl, "sinks", None)
-        if self.layout is None:
-            self.layout = layout_of(impl, layer, cache)
         mask, causal = batch.mask(window)
         att = PagedAttention(
             heads(query), impl.num_kv_heads, batch.length, lambda: read(self.layout, cache, metadata, batch, window),
@@ -88,11 +100,17 @@ class Layer:
             table = metadata.block_table.index_select(0, batch.index)
             rows = Decoding(att.q[:, :, 0], cache, self.layout, table, batch.lengths, first, batch.pads, impl.scale)
             forms = PagedForms(rows, base)
+            if apart(runtime, active):
+                forms = TogetherForms(together, rows, batch.packed, base)
+                requests |= {p.row: p.request for p in batch.pieces}  # type: ignore[misc]
         states = batch.states
         out = runtime(att, base, batch.call(runtime, batch.length, states), active, forms=forms)
         if states is not batch.pieces[0].request.states:
             check_stateless(runtime, states)
         if made and out is made[0]:
+            if isinstance(forms, TogetherForms) and forms.taken:
+                for piece in batch.pieces:
+                    piece.request.edits += 1  # type: ignore[attr-defined]
             return
         self._note(batch, out, base)
         new = out.transpose(1, 2).reshape(B * n, *output.shape[1:]).to(output.dtype)
@@ -157,6 +175,12 @@ def window_of(impl: Any) -> int:
 def reads_map(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
     """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
     return not all(runtime.entries[i][0].method.linear for i in active)
+
+
+def apart(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
+    """Whether each head has one method at most, which weighs keys and does nothing else: then edits do not build on each other."""
+    groups = runtime.partition(active)
+    return all(len(bounds) == 1 and bounds[0].doors == {"weights"} for _, bounds in groups) and not runtime.late
 
 
 def _own_class(impl: Any) -> type:

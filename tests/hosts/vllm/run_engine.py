@@ -18,8 +18,9 @@ def main(path: Path) -> None:
     llm = E.engine(Path(work["model"]), **work["options"])
     tokens = work.get("tokens", E.TOKENS)
     work["answers"] = [E.answers(llm, prompts, chosen, tokens) for _ in range(work["rounds"])]
-    if not work["options"].get("tensor_parallel_size"):
-        layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context
+    if layers:
+        # They are in this process.
         work["classes"] = sorted({type(l.impl).__mro__[1].__name__ for l in layers.values()})
     path.write_text(json.dumps(work))
 

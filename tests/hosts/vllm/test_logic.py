@@ -15,7 +15,7 @@ from attnsteer import ACT, PASTA, HeadGate, HeadSet, InstABoost, SpotLight, Wher
 from attnsteer.attention_map import AttentionMap
 from attnsteer.edits import Reweight, Share
 from attnsteer.errors import AttnSteerError, CompositionError, SelectionError, UnsupportedHost
-from attnsteer.hosts.vllm import admission, limits, paged, split, wire
+from attnsteer.hosts.vllm import admission, limits, paged, seam, split, wire
 from attnsteer.hosts.vllm.menu import Facts, Menu, settings_of
 from attnsteer.hosts.vllm.rows import Armed, Ledger, put
 from attnsteer.kernels import Attention
@@ -334,6 +334,36 @@ def test_edits_over_the_cache_are_those_of_the_map(interpreted: None) -> None:
     assert not forms.takes_bias(Reweight(((keys, 1.0),), normalise=False), None)
 
 
+def test_edits_of_many_batches_are_done_in_one_pass(interpreted: None) -> None:
+    H, kv, d, size, lengths = 4, 2, 8, 4, [11, 3, 8]
+    cache, table, _ = cached(lengths, kv, d, size)
+    layout, query = paged.Layout(True, paged.ACROSS), torch.randn(5, H, d)
+    together = paged.Together(query, cache, layout, 0.3, 0)
+    wanted = {}
+    for own, packed in (([0, 1], [4, 0]), ([2], [2])):
+        length = torch.tensor([lengths[i] for i in own])
+        base = torch.randn(len(own), H, 1, d)
+        at = (table[own], length, torch.zeros_like(length), max(length) - length, 0.3)
+        rows = paged.Decoding(query[packed], cache, layout, *at)
+        keys = torch.zeros(1, 1, int(max(length)), dtype=torch.bool)
+        keys[..., -2:] = True
+        single = paged.PagedForms(rows, lambda base=base: base)
+        joint = paged.TogetherForms(together, rows, torch.tensor(packed), lambda base=base: base)
+        told = []
+        for forms in (single, joint):
+            told.append(forms.share((1, 2), Share(keys, lambda s: 0.4 * s)))
+            told.append(forms.add_bias(None, (0,), Reweight(((keys, 0.2),), 1.5), None))
+        assert joint.out() is base and not told[3][0]
+        wanted[tuple(packed)] = single.out()[:, :, 0], told
+    found = {heads: (rows.tolist(), new) for rows, heads, new in together.run()}
+    assert set(found) == {(1, 2), (0,)}
+    for packed, (out, told) in wanted.items():
+        for heads, (rows, new) in found.items():
+            for i, row in enumerate(packed):
+                assert torch.allclose(new[rows.index(row)], out[i, list(heads)], atol=1e-6)
+        assert torch.allclose(told[0][1], told[2][1]) and torch.equal(told[1][1], told[3][1]) and bool(told[3][0])
+
+
 def test_keys_are_read_when_somebody_asks() -> None:
     reads = []
     k, v = torch.randn(2, 1, 2, 6, 8)
@@ -350,6 +380,55 @@ def test_keys_are_read_when_somebody_asks() -> None:
         torch.equal(part.k, k[:, [0, 1]]) and att.held == ("q", "k", "v") and type(att.replace(scale=1.0)) is Attention
     )
     assert len(reads) == 1
+
+
+def test_a_layer_edits_the_rows_of_steered_requests_and_no_others(interpreted: None) -> None:
+    """Four requests decode, one begins; two steerings of one method share a pass, a third keeps state, a fourth is a gate."""
+    z, heads = {"method": "ZeroTuning", "heads": {"1": [0, 3]}}, {"1": [1, 2]}
+    asked = [
+        {**z, "gamma": 0.2},
+        None,
+        {**z, "gamma": 3.0},
+        {"method": "SpotLight", "spans": [[1, 3]], "target": 0.6, "where": {"heads": heads}},
+    ]
+    asked += [{"method": "HeadGate", "gates": [[1, 2, 0.5]]}, {**z, "gamma": 0.5}]
+    ledger, sent = armed(*asked)
+    lengths, new = [11, 7, 9, 10, 6, 5], [1, 1, 1, 1, 1, 5]
+    H, kv, d, size = 4, 2, 8, 4
+    cache, table, pairs = cached(lengths, kv, d, size)
+    query, row, steps, plain, wanted = torch.randn(sum(new), H, d), 0, [], [], []
+    for i, (extra, m, n) in enumerate(zip(sent, lengths, new, strict=True)):
+        ledger.enter(str(i), Space(extra_args=extra), m if n > 1 else 4, lambda: PROMPT)
+        steps.append((str(i), i, row, n, m - n))
+        k, v = (t[None] for t in pairs[i])
+        seen = (torch.arange(m) <= torch.arange(m - n, m)[:, None])[None, None]
+        view = AttentionMap(Attention(query[row : row + n].transpose(0, 1)[None], k, v, 0.3, mask=seen))
+        first = torch.zeros(1, H, m, dtype=torch.bool)
+        edited = view.out.clone()
+        if asked[i] is not None and asked[i]["method"] == "ZeroTuning":
+            first[:, [0, 3], 0] = True
+            edited = view.reweight(Reweight(((first, asked[i]["gamma"]),)))
+        elif i == 3:
+            first[:, [1, 2], 1:3] = True
+            edited = view.reweight(Share(first, lambda s: torch.where((s < 0.6) & (s > 0), 0.6 / (1.6 - s), s)))
+        elif i == 4:
+            edited[:, 2] *= 0.5
+        plain.append(view.out[0].transpose(0, 1))
+        wanted.append(edited[0].transpose(0, 1))
+        row += n
+    output = torch.cat(plain).clone()
+    before = output.clone()
+    layer = seam.Layer("layers.1", 1, ledger)
+    layer.layout = paged.Layout(True, paged.ACROSS)
+    impl = Space(num_heads=H, num_kv_heads=kv, scale=0.3, sliding_window=-1, logits_soft_cap=0, sinks=None)
+    with torch.inference_mode():
+        layer.edit(impl, None, query, cache, Space(block_table=table), output, ledger.plan(steps))
+    assert torch.allclose(output, torch.cat(wanted), atol=1e-5)
+    assert torch.equal(output[1], before[1]) and not torch.equal(output[0], before[0])
+    assert [bool(ledger.requests[str(i)].changed) for i in (0, 2, 3, 4, 5)] == [True] * 5
+    assert {ledger.requests[str(i)].edits for i in (0, 2, 3, 4, 5)} == {1}
+    changes = [r.changed for r in ledger.run.audit.records.values()]
+    assert changes and all(changes)
 
 
 def engine(**other: Any) -> Space:

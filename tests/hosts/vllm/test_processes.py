@@ -24,8 +24,8 @@ CASES = {
     "two stages": dict(
         options=dict(pipeline_parallel_size=2, enforce_eager=False), env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     ),
-    "second runner": dict(options=dict(block_size=32, max_num_batched_tokens=96), env=SECOND),
-    "triton": dict(options=dict(block_size=32), env=SECOND, triton=True, longest=60, tokens=4, count=8),
+    "second runner": dict(options=dict(block_size=32, max_num_batched_tokens=96), env=SECOND, rounds=2),
+    "triton": dict(options=dict(block_size=32), env=SECOND, triton=True, longest=60, tokens=3),
 }
 
 
@@ -34,10 +34,10 @@ def test_an_engine_of_its_own(case: str, tmp_path: Path) -> None:
     model = E.saved("llama", tmp_path)
     work: dict[str, Any] = {
         "model": str(model),
-        "count": 16,
+        "count": 8,
         "seed": 4,
         "longest": 200,
-        "rounds": 2,
+        "rounds": 1,
         "tokens": E.TOKENS,
     }
     work |= {k: v for k, v in CASES[case].items() if k != "env"}
