@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
-.PHONY: help venv test test-long test-quick coverage sweep lint format types docs release demo bench-quick clean
+.PHONY: help venv test test-long test-quick test-vllm sweep lint format demo bench-quick clean coverage types docs release board
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,6 +41,20 @@ test-long: $(READY)  ## run the tests that take minutes: all pairs of laws, whol
 
 test-quick: $(READY)  ## run a sample of the tests, under two minutes on two cores
 	$(PY) -m pytest -q -n 2 -m "not slow and not full and not long" $(ARGS)
+
+# vLLM pins a torch and a transformers of its own, so its tests have an environment of their own: some minutes and 3.4 GB, once.
+VLLM_VENV ?= .venv-vllm
+ifeq ($(origin VLLM_PY),undefined)
+VLLM_PY := $(VLLM_VENV)/bin/python
+VLLM_READY := $(VLLM_VENV)/.installed
+endif
+
+$(VLLM_VENV)/.installed: pyproject.toml tests/hosts/vllm/environment.py
+	$(PYTHON) tests/hosts/vllm/environment.py $(VLLM_VENV)
+	@touch $@
+
+test-vllm: $(VLLM_READY)  ## run the tests of the plug-in for vLLM, in an environment of their own
+	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -q tests/hosts/vllm $(ARGS)
 
 coverage: $(READY)  ## run the tests and show which lines they reach; build/coverage has a page of it
 	$(PY) -m coverage erase
@@ -79,9 +93,13 @@ $(VENV)-%/.installed: pyproject.toml
 demo: $(READY)  ## run the demonstration on the embedded models
 	$(PY) -m attnsteer demo $(ARGS)
 
+board: $(READY)  ## build the board over the runs that come with the project, outputs/board.html
+	@mkdir -p outputs
+	$(PY) -m attnsteer board docs/board/runs --out outputs/board.html --reports $(ARGS)
+
 bench-quick: $(READY)  ## run the short benchmark
 	$(PY) -m benchmarks.run --quick $(ARGS)
 
 clean:  ## remove the virtual environment, caches and built files
-	rm -rf $(VENV) $(VENV)-types $(VENV)-docs $(VENV)-release build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .ruff_cache .hypothesis $(VENV)-types $(VENV)-docs $(VENV)-release
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -25,8 +25,9 @@ from attnsteer.zoo.shapes.reading import reading
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").glob("*.md"))]
 # Pages whose code needs what a user brings: tests/evals/test_lm_eval.py runs the same lines on a task of its own, and
-# tests/test_serving.py those of a client.
-ELSEWHERE = {"docs/lm_eval.md", "docs/serving.md"}
+# tests/test_serving.py those of a client, tests/hosts/vllm/ those of an engine of vLLM, tests/test_walkthrough.py a page whose
+# blocks follow each other.
+ELSEWHERE = {"docs/lm_eval.md", "docs/serving.md", "docs/vllm.md", "docs/walkthrough.md"}
 PASSAGE = "a small red star . a large blue ring . question what colour is the star ? answer"
 
 
