@@ -327,6 +327,8 @@ def assemble(folder: Path) -> dict[str, Any]:
         SystemExit: a link leads nowhere, or a page stands in no navigation.
     """
     shutil.rmtree(folder, ignore_errors=True)
+    if (DOCS / "images").exists():
+        shutil.copytree(DOCS / "images", folder / "images")
     found = sources()
     pages = {path.resolve(): page for page, path in found.items()}
     made = generated()
