@@ -16,6 +16,7 @@ from .cli_options import ALLOW_IMPORTS, IMPORT, JSON
 from .cli_recipes import calibrate, recipes
 from .cli_runs import board, compare, report, verify
 from .cli_serve import serve
+from .cli_view import play, view
 from .cli_zoo import zoo as zoo_commands
 from .errors import AttnSteerError
 from .output import print_json as _print_json
@@ -67,6 +68,8 @@ app.command()(verify)
 app.command()(board)
 app.command()(push)
 app.command()(pull)
+app.command()(view)
+app.command()(play)
 app.command()(serve)
 app.add_typer(zoo_commands, name="zoo")
 
@@ -129,42 +132,25 @@ def doctor(as_json: JSON = False) -> None:
 @app.command()
 def demo(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Embedded models; all of them without it.")
+        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Models of the zoo; all that are there without it.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the contact sheets.")] = Path("outputs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("outputs/demo"),
 ) -> None:
-    """Check the kernels, then steer the embedded models and show what changed, before and after.
+    """Show what methods do to small models: answers, pictures, cost, before and after; and write a page of it.
 
     Needs no download. Exits with 1 when a check fails or the steering did not do what it should.
     """
     from . import zoo
-    from .demo import run_demo
+    from .demo_text import show
     from .doctor import examine
-    from .showcase import showcase
 
     for name in names or ():
         zoo.folder(name)
     report = examine()
-    print(_verdict(report))
     if not report.ok:
+        print(_verdict(report))
         raise typer.Exit(FAILED)
-    exact = run_demo()
-    print(f"\n{exact.method} on a random Llama:")
-    print(f"  largest difference of a logit from the same edit over the full map: {exact.exact:.1e}")
-    print(f"  after removal the logits are the first ones, bit for bit: {'yes' if exact.restored else 'NO'}")
-    print("\nThe embedded models, before and after (95 % intervals of the paired change; few samples):\n", flush=True)
-    lines, sheets = showcase(out, names)
-    rows = []
-    for line in lines:
-        change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*line.change)
-        name = line.method.split("(")[0]
-        rows.append(
-            (line.model, name, line.figure, f"{line.before:.3f}", f"{line.after:.3f}", change, f"{line.seconds:.0f} s")
-        )
-    _print_table(("model", "method", "figure", "before", "after", "change", "time"), rows)
-    for sheet in sheets:
-        print(f"\npictures before and after: {sheet.resolve()}")
-    if not (exact.ok and all(line.fired for line in lines)):
+    if not show(_verdict(report), out, names):
         raise typer.Exit(FAILED)
 
 
@@ -256,6 +242,11 @@ def _print_report(report: Any) -> None:
     print()
     absent = [(name, found or "-", OPTIONAL[name][1]) for name, found in report.optional.items()]
     _print_table(("optional package", "version", "for"), absent)
+    print()
+    _print_table(
+        ("what", "works here", "with, or what to do"),
+        [(f.name, "yes" if f.works else "no", f.detail) for f in report.features],
+    )
     print()
     rows = [
         (

@@ -7,9 +7,9 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from .errors import HubError, RegistrationError, SelectionError, SerializationError, brief, did_you_mean
 from .heads import HeadSet, checked_path, union
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .account import Samples
-    from .call import AttnCall, KeyBias, Reweight
+    from .call import AttnCall, BlockBias, HeadOutputs, KeyBias, MergedTokens, Reweight
     from .site import Site
     from .tokens import Tokens
 
 SCHEMA_VERSION = 1
 RECORD, HEADS = "steer.json", "heads.safetensors"
+# Needs of methods whose `around` door a language model has: streams of it, or the layers behind some one.
+PASSES = frozenset({"bases", "layers"})
 # The methods of the contract, and what each is called with.
 DOORS = {
     "inputs": ("call",),
@@ -73,11 +75,14 @@ class Intervention(Named):
             divide them.
         pools_heads: the same, but as sums that it takes through `call.over_heads`, so tensor parallelism may divide them.
         skips_blocks: whether the blocks that hold its sites are left out of its weak passes.
+        approximate: whether it computes less than the model's attention on purpose; `steer(..., measure=True)` records its error.
         row_local: whether what a row gets depends on that row, its keys and the parameters alone: nothing is pooled over rows, and
             nothing is kept in `call.state`. Such a method takes prompts in chunks and shared prefixes as they come; the prompts
             of others are kept whole in continuous batching.
     """
 
+    # Said so that type checkers see it too.
+    _: KW_ONLY
     where: Where = parsed(_where, "Where", default_factory=Where, kw_only=True)
 
     looks_ahead: ClassVar[bool] = False
@@ -92,6 +97,7 @@ class Intervention(Named):
     may_rest: ClassVar[bool] = False
     skips_blocks: ClassVar[bool] = False
     row_local: ClassVar[bool] = False
+    approximate: ClassVar[bool] = False
     # Set when it is made: the parameters with one value per sample, by name; and those of them by which it leaves some
     # samples, or heads of samples, alone.
     sample_values: ClassVar[dict[str, PerSample]] = {}
@@ -138,11 +144,11 @@ class Intervention(Named):
         form = declared(type(self), name)
         return value.of_heads or (value.rests and form is not None and not form.optional)
 
-    def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return edited (q, k, v), or None for no edit."""
+    def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | MergedTokens | HeadOutputs | None:
+        """Return edited (q, k, v), `MergedTokens`, `HeadOutputs`, or None for no edit."""
 
-    def bias(self, call: AttnCall) -> KeyBias | Tensor | None:
-        """Return an additive score term: a `KeyBias`, or a tensor broadcastable to [B, H, n, m]."""
+    def bias(self, call: AttnCall) -> KeyBias | BlockBias | Tensor | None:
+        """Return an additive score term: a `KeyBias`, a tensor broadcastable to [B, H, n, m], or a `BlockBias`."""
 
     def weights(self, call: AttnCall) -> Reweight | None:
         """Return weights for groups of keys, or None for no edit."""
@@ -203,7 +209,7 @@ class Intervention(Named):
         """Which of the five methods of the contract the class overrides."""
         return {n for n in DOORS if getattr(type(self), n) is not getattr(Intervention, n)}
 
-    def new(self, **changes: Any) -> Intervention:
+    def new(self, **changes: Any) -> Self:
         """A copy with some hyper-parameters changed."""
         return replace(self, **changes)
 

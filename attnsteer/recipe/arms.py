@@ -137,6 +137,19 @@ def with_random_heads(chosen: Sequence[Method], sizes: Mapping[int, int] | None,
     )
 
 
+def with_other_spans(chosen: Sequence[Method], key: str, place: str) -> tuple[Method, ...]:
+    """The methods with another key of the samples as their spans.
+
+    Raises:
+        RecipeError: no method takes its spans from the samples, or they are this key already.
+    """
+    marked = [m for m in chosen if is_sample(m.params.get("spans"))]
+    if not marked or any(m.params["spans"]["sample"] == key for m in marked):
+        said = "no intervention has spans: {sample: KEY}" if not marked else f"that is what {marked[0].place} marks"
+        raise RecipeError(f"{place}: {key!r} cannot stand in the place of spans: {said}.")
+    return tuple(replace(m, params={**m.params, "spans": {"sample": key}}) if m in marked else m for m in chosen)
+
+
 def with_random_spans(chosen: Sequence[Method], draw: int) -> tuple[Method, ...]:
     """The methods with other spans in place of the marked ones; see `attnsteer.recipe.parameters.random_spans`.
 

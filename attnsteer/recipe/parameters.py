@@ -26,6 +26,7 @@ ZERO: dict[str, dict[str, Any]] = {
     "AttendAndExcite": {"step_size": 0.0},
     "AttentionRefocusing": {"step_size": 0.0},
     "AttentionRegulation": {"strength": 0.0},
+    "BlockMask": {"top_k": None, "threshold": 1.0},
     "CONFORM": {"step_size": 0.0},
     "HGAI": {"alpha": 0.0},
     "InjectMap": {"strength": 0.0},
@@ -39,11 +40,15 @@ ZERO: dict[str, dict[str, Any]] = {
     "SEG": {"scale": 0.0},
     "SLG": {"scale": 0.0},
     "SPIN": {"scale": 1.0},
+    # All rows and keys in one cluster.
+    "Scatterbrain": {"n_hashes": 2, "cluster_size": 1 << 30},
     "SoftPAG": {"scale": 0.0},
     "SpotLight": {"target": 0.0},
+    "TokenMerge": {"ratio": 0.0},
     "VAR": {"move_fraction": 0.0},
     "VHR": {"alpha": 1.0},
     "VisualKnockout": {"blocks": []},
+    "VisualTokenMerge": {"keep": None, "ratio": 1.0},
     "ZeroTuning": {"gamma": 1.0},
 }
 # What stands for a sample's value while a recipe is checked, by the name of the parameter.
@@ -335,7 +340,7 @@ def head_set(
 
 
 def _zoo_file(name: str, model: ModelSpec) -> Path:
-    from ..zoo import folder
+    from ..zoo.folders import folder
 
     if model.zoo is None:
         raise RecipeError(f"{ZOO}{name} are heads of an embedded model; this recipe has another one.")

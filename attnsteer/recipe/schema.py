@@ -59,6 +59,8 @@ ZOO_TASKS = {
     "facts": ("choice", "answer"),
     "passages": ("choice", "answer"),
     "sources": ("choice", "answer"),
+    "reviews": ("choice", "answer"),
+    "instructions": ("answer",),
 }
 FORMATS = {
     "choices": ("choice", "answer"),
@@ -149,7 +151,7 @@ class DataSpec(Spec):
     zoo: Name | None = Field(
         None,
         description="A source of the shapes world: reading, existence, captions, layouts or prompts; or in plain English: "
-        "facts, passages or sources.",
+        "facts, passages, sources, reviews or instructions.",
     )
     file: Name | None = Field(None, description="A JSON or JSON Lines file, relative to the recipe.")
     hub: Name | None = Field(None, description="A data set on the hub, as owner/name; needs the extra `eval`.")
@@ -236,9 +238,14 @@ class ControlsSpec(Spec):
         le=100,
         description="Draws of random spans of tokens, as many and as long as the marked ones (kind lm).",
     )
-    random_from: Literal["layer", "where"] = Field(
+    random_from: Literal["layer", "where", "both"] = Field(
         "layer",
-        description="Drawn from the layers of the chosen heads, as many in each; or from all heads that `where` allows.",
+        description="Drawn from the layers of the chosen heads, as many in each; or from all heads that `where` allows; or both.",
+    )
+    spans: list[Name] = Field(
+        [],
+        max_length=10,
+        description="Keys of the samples: what is marked in the place of `spans`, in an arm each, such as a random span.",
     )
 
 

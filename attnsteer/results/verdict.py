@@ -30,6 +30,8 @@ WORDS = {
     "invalid": "Invalid run",
 }
 # One character for each, where there is no room for words.
+# Kinds of arms that act elsewhere: heads that were drawn, or other spans.
+DRAWN = ("random", "span")
 SIGNS = {"better": "▲", "worse": "▼", "none": "=", "changed": "●", "random": "≈", "unchanged": "∅", "invalid": "✗"}
 # What to say of a run whose method changed nothing.
 UNCHANGED = (
@@ -195,8 +197,12 @@ def difference(
 
 
 def control_name(arm: str) -> str:
-    """What a random arm drew."""
-    return "random spans" if arm.startswith("random-spans") else "random heads"
+    """What an arm of `DRAWN` has in the place of what the method has."""
+    if arm.startswith("span-"):
+        return f"marked: {arm.partition('-')[2]}"
+    if arm.startswith("random-spans"):
+        return "random spans"
+    return "random heads anywhere" if "anywhere" in arm else "random heads"
 
 
 def _settings(run: RunFolder) -> int:
@@ -240,7 +246,7 @@ def _random(run: RunFolder, point: Mapping[str, Any], metric: str, estimate: str
     changes, names = [], []
     share = is_share(run, metric, estimate)
     for role, arm in point["arms"].items():
-        if run.arms.get(arm, {}).get("kind") != "random":
+        if run.arms.get(arm, {}).get("kind") not in DRAWN:
             continue
         entry = difference(run, point, metric, against=role)
         if entry is not None and estimate in entry["estimates"]:

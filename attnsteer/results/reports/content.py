@@ -10,7 +10,7 @@ from typing import Any
 from ...errors import RunError
 from ...run.folder import RunFolder
 from ..figures import Figure, p_text, shares, values_text
-from ..verdict import TUNED, WORDS, control_name, difference, figure_verdict, guards, judged
+from ..verdict import DRAWN, TUNED, WORDS, control_name, difference, figure_verdict, guards, judged
 from . import plots
 from .album import Album
 from .head_grids import grids, heads_of
@@ -132,13 +132,15 @@ def _method(run: RunFolder, head: Headline) -> str:
 
 
 def _role(kind: str) -> str:
-    return kind if kind in ("baseline", "method", "random", "zero") else "none"
+    return "random" if kind in DRAWN else kind if kind in ("baseline", "method", "random", "zero") else "none"
 
 
 def _label(run: RunFolder, arm: str) -> str:
     kind = run.arms.get(arm, {}).get("kind")
     if kind == "random":
         return f"{control_name(arm)} {arm.rpartition('-')[2]}".strip()
+    if kind == "span":
+        return control_name(arm)
     if kind == "method":
         point = next((p for p in run.points if p["arms"].get("method") == arm), {"values": {}})
         return values_text(point["values"]) or "method"
@@ -212,9 +214,10 @@ def _took(status: Mapping[str, Any]) -> str:
 def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str, Any]]:
     """One row per figure: baseline, method, and their difference; then the other arms."""
     others = [a for a in head.point["arms"].values() if a not in (head.base, head.arm)]
-    draws = [a for a in others if run.arms.get(a, {}).get("kind") == "random"]
     # Many draws are one column.
-    columns = [[a] for a in others] if len(draws) < 2 else [*([a] for a in others if a not in draws), draws]
+    drawn = [a for a in others if run.arms.get(a, {}).get("kind") == "random"]
+    draws = [[a for a in drawn if control_name(a) == name] for name in dict.fromkeys(map(control_name, drawn))]
+    columns = [[a] for a in others if a not in drawn] + draws
     arms = run.metrics["arms"]
     claims = {c["metric"]: c for c in _claims(run)}
     found = []

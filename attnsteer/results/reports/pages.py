@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +19,12 @@ def render(name: str, *, data: Any = None, **values: Any) -> str:
     from markupsafe import Markup
 
     from ..._version import __version__
+    from ...viz.page import script_hash, script_json
     from ..figures import p_text
     from ..verdict import SIGNS, WORDS
-    from .sample_browser import script_json
 
     path = HERE / f"{name}.js"
     script = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -41,6 +38,6 @@ def render(name: str, *, data: Any = None, **values: Any) -> str:
         css=Markup((HERE / "page.css").read_text(encoding="utf-8").strip()),
         script=Markup(script),
         # The page's policy lets this script run and no other, so that no text of a run can become one.
-        script_hash=f"sha256-{digest}",
+        script_hash=script_hash(script),
         data_json=Markup(script_json(data)),
     )

@@ -205,11 +205,3 @@ def _notes(run: RunFolder, total: int, album: Album, arms: Sequence[Any]) -> lis
     if album.shrunk:
         found.append(f"Pictures made smaller for this page: {album.shrunk}.")
     return found
-
-
-def script_json(value: Any) -> str:
-    """JSON that may stand inside a <script> element: no character of it can end the element."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text
