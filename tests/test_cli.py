@@ -18,7 +18,25 @@ from attnsteer import __version__, cli, methods, sites
 from attnsteer.testing import tiny_pipeline, tiny_transformers, tiny_transformers_inputs
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"methods", "sites", "doctor", "demo", "run", "calibrate", "compare", "report", "serve"}
+COMMANDS = {
+    "methods",
+    "sites",
+    "doctor",
+    "demo",
+    "run",
+    "calibrate",
+    "profile",
+    "bake",
+    "compare",
+    "report",
+    "verify",
+    "board",
+    "push",
+    "pull",
+    "serve",
+    "view",
+    "play",
+}
 GROUPS = {"recipes", "zoo"}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import AttnSteerError, RecipeError, RegistrationError, did_you_mean, listing
 from ..heads import HeadSet
 from ..method_files import require
-from .arms import at_zero_strength, methods_of, with_other_spans, with_random_heads
+from .arms import at_zero_strength, methods_of, with_other_spans, with_random_heads, with_random_spans
 from .resolved import METRIC_FILES, absolute_options, names_file, resolve
 from .schema import RESERVED, Recipe
 from .search_specs import calibration_key, search_of, searched_method
@@ -93,6 +93,10 @@ def _check_arms(recipe: Recipe) -> None:
         # Sizes of layers come with the model; until then the chosen heads are all there are.
         least = {layer: max(m.heads[layer]) + 1 for m in chosen if m.heads is not None for layer in m.heads.layers}
         with_random_heads(chosen, least, 1)
+    if recipe.controls.random_spans:
+        if recipe.model.kind != "lm":
+            raise RecipeError("controls.random_spans: is for language models; images take places in other prompts.")
+        with_random_spans(chosen, 1)
 
 
 def _check_decoding(recipe: Recipe) -> None:

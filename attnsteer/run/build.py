@@ -15,6 +15,7 @@ from ..recipe.arms import (
     random_heads_of_all,
     with_other_spans,
     with_random_heads,
+    with_random_spans,
 )
 from ..recipe.schema import Recipe, digest
 from ..recipe.sweep import points
@@ -90,6 +91,8 @@ def _arms(recipe: Recipe, sites: list[Site] | None, found: Mapping[str, Any] | N
         Arm(f"span-{key}", "span", with_other_spans(chosen, key, f"controls.spans.{i}"), decoding)
         for i, key in enumerate(recipe.controls.spans)
     ]
+    spans = range(1, recipe.controls.random_spans + 1)
+    out += [Arm(f"random-spans-{n}", "random", with_random_spans(chosen, n), decoding) for n in spans]
     draws = range(1, recipe.controls.random_heads + 1)
     source = recipe.controls.random_from
     if source != "where":
