@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +61,9 @@ def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: P
             )
     else:
         source = snapshot(str(spec.hub), spec.revision, spec.kind)
-    return _folder(source, spec, dtype, device)
+    found = _folder(source, spec, dtype, device)
+    # The hub's cache names a snapshot after its commit.
+    return found if spec.hub is None else replace(found, revision=source.name)
 
 
 def _zoo(name: str, kind: str, dtype: Any, device: Any) -> Loaded:
