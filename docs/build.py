@@ -304,6 +304,9 @@ def relinked(text: str, file: Path, page: str, pages: dict[Path, str], made: Col
             return f"[{label}]({os.path.relpath(pages[found], Path(page).parent)}{mark}{anchor})"
         if os.path.normpath(Path(page).parent / path) in made:
             return match[0]
+        if found.is_file() and found.parent == DOCS / "images":
+            # Pictures lie beside the pages, as they do here.
+            return f"[{label}]({os.path.relpath(Path('images') / found.name, Path(page).parent)})"
         if not found.exists():
             raise SystemExit(f"{file.relative_to(ROOT)}: the link to {target} leads nowhere.")
         return label if label.startswith("`") else f"`{label}`"
@@ -334,6 +337,7 @@ def assemble(folder: Path) -> dict[str, Any]:
     page = "write_a_method.md"
     made[page] = relinked(made[page], ROOT / "CONTRIBUTING.md", page, pages, made)
     texts |= made
+    shutil.copytree(DOCS / "images", folder / "images")
     for page, text in texts.items():
         (folder / page).parent.mkdir(parents=True, exist_ok=True)
         (folder / page).write_text(text, encoding="utf-8")
