@@ -304,9 +304,6 @@ def relinked(text: str, file: Path, page: str, pages: dict[Path, str], made: Col
             return f"[{label}]({os.path.relpath(pages[found], Path(page).parent)}{mark}{anchor})"
         if os.path.normpath(Path(page).parent / path) in made:
             return match[0]
-        if found.is_file() and found.parent == DOCS / "images":
-            # Pictures lie beside the pages, as they do here.
-            return f"[{label}]({os.path.relpath(Path('images') / found.name, Path(page).parent)})"
         if not found.exists():
             raise SystemExit(f"{file.relative_to(ROOT)}: the link to {target} leads nowhere.")
         return label if label.startswith("`") else f"`{label}`"
