@@ -130,7 +130,7 @@ def test_gradients_are_those_of_eager_attention(lvlm: Any, inputs: Any, method: 
     loss = eager_loss(model, inputs, image, leaf, rows, layers)
     (wanted,) = torch.autograd.grad(loss, leaf)
     found = method.optimise(model, inputs, BOX)
-    assert found.losses[0] == pytest.approx(float(loss), rel=1e-5)
+    assert found.losses[0] == pytest.approx(loss.item(), rel=1e-5)
     # One step of size one, averaged by half: the first pass has the whole gradient.
     assert (found.offset + 0.5 * wanted).abs().max() <= 1e-5 * max(1.0, float(wanted.abs().max()))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
