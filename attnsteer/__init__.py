@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         ZeroTuning,
     )
     from .methods.bases.latent_loss import LatentLoss
+    from .reading import CARVE, TAG, AttentionPrompting, ControlMLLM, RefAM, flow, rollout
     from .registry import get_method, register_host, register_method
     from .site import Site
     from .steering import Steering, detach, sites, steer
@@ -70,13 +71,20 @@ __getattr__, _names, __all__ = lazy(
         "bake": "baking",
         "detach": "steering",
         "errors": "errors",
+        "flow": "reading",
         "get_method": "registry",
         "methods": "methods",
         "register_host": "registry",
         "register_method": "registry",
+        "rollout": "reading",
         "sites": "steering",
         "steer": "steering",
         "zoo": "zoo",
+        "AttentionPrompting": "reading",
+        "CARVE": "reading",
+        "ControlMLLM": "reading",
+        "RefAM": "reading",
+        "TAG": "reading",
         "ACT": "methods",
         "AttendAndExcite": "methods",
         "AttentionBuckets": "methods",

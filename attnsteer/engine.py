@@ -142,6 +142,7 @@ class SiteRuntime:
         maps: list[tuple[Heads | None, Tensor]] | None = None,
         sdpa: bool = False,
         packs: bool = False,
+        forms: Any = None,
     ) -> Tensor:
         """The site's output [B, H, n, dv] with the active interventions applied.
 
@@ -151,14 +152,15 @@ class SiteRuntime:
             same_kernel: whether `kernels.attend_lse` would run that very kernel (so it can replace it); asked where a method
                 needs the lse. None: it never would.
             maps: filled with (heads of this process or None, edited map), where the host hands out attention weights.
-            sdpa: whether `base` is torch's SDPA on this very `att`. packs: see `WholeForms`.
+            sdpa: whether `base` is torch's SDPA on this very `att`. packs: see `WholeForms`. forms: a host's own in its place.
         """
         if call.packed:
             _check_apart(self.site, att, call)
         whole = SiteAttention(att, base, same_kernel)
         offset = self._offset(att.q.shape[1], active)
         marks = self._seen(active, offset, att.q, call)
-        forms = WholeForms(att, call.memo, packs) if sdpa and maps is None and self._takes_forms(att) else None
+        if forms is None and sdpa and maps is None and self._takes_forms(att):
+            forms = WholeForms(att, call.memo, packs)
         edited: list[tuple[Heads | None, Tensor]] = []
         for heads, bounds in self.partition(active):
             local = _local(heads, offset, att.q.shape[1])
@@ -481,10 +483,10 @@ class _HeadGroup:
         whole = self.whole.att
         if torch.compiler.is_compiling():
             return []
-        found = [(name, getattr(whole, name)) for name in "qkv"] + [("out", t) for t in args]
+        found = [(name, getattr(whole, name)) for name in whole.held] + [("out", t) for t in args]
         # Tensors of inference mode count no versions, so that what a method gathers itself could not be told from edits of it.
         if (self.map.gathered or (first and whole.q.is_inference())) and self.map.att is not whole:
-            found += [(name, getattr(self.map.att, name)) for name in "qkv"]
+            found += [(name, getattr(self.map.att, name)) for name in self.map.att.held]
         if first:
             # What all methods and layers of this forward read; made here if it is not there yet.
             for name, track in (("call.rows", self.base.rows), ("call.keys", self.base.keys)):
@@ -507,7 +509,7 @@ class _HeadGroup:
         gathered = self.map.gathered and self.map.att is not self.whole.att
         if gathered and sum(1 for name, _, _ in before if not name.startswith("call.")) == 3 + len(args):
             # Gathered by the method itself: new tensors, of version zero.
-            own = ((name, getattr(self.map.att, name)) for name in "qkv")
+            own = ((name, getattr(self.map.att, name)) for name in self.map.att.held)
             names += [name for name, t in own if not t.is_inference() and t._version]
         if before and not names and self.map.touched():
             names.append("an answer of call.map")

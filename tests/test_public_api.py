@@ -47,6 +47,8 @@ METHODS = [
     "VisualTokenMerge",
     "ZeroTuning",
 ]
+# Readers: what they are made of is no intervention.
+READERS = ["AttentionPrompting", "CARVE", "ControlMLLM", "RefAM", "TAG"]
 NAMES = [
     "Captured",
     "HeadSet",
@@ -60,17 +62,20 @@ NAMES = [
     "capture",
     "detach",
     "errors",
+    "flow",
     "get_method",
     "methods",
     "register_host",
     "register_method",
+    "rollout",
     "sites",
     "steer",
     "zoo",
     *METHODS,
+    *READERS,
 ]
 ERRORS = [
-    "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite",
+    "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "HubError", "MissingExtra", "NeverFired", "NotFinite",
     "RecipeError", "RecordError", "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName",
     "UnsupportedHost", "ZooError",
 ]  # fmt: skip
@@ -194,7 +199,7 @@ def test_methods_are_frozen_interventions_with_a_paper(name: str) -> None:
     assert entry.summary and "20" in entry.paper and entry.doors and entry.hosts
 
 
-@pytest.mark.parametrize("package", ["", ".recipe", ".results", ".run", ".search", ".viz"])
+@pytest.mark.parametrize("package", ["", ".reading", ".recipe", ".results", ".run", ".search", ".viz"])
 def test_a_package_shows_its_public_names_and_no_others(package: str) -> None:
     module = importlib.import_module(f"attnsteer{package}")
     assert dir(module) == sorted(module.__all__) == sorted(set(module.__all__))

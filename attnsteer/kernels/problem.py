@@ -48,6 +48,11 @@ class Attention:
         return (*self.q.shape[:3], self.k.shape[2])
 
     @property
+    def held(self) -> tuple[str, ...]:
+        """Which of q, k and v are there already: all, but where a host reads a cache only when it is asked to."""
+        return ("q", "k", "v")
+
+    @property
     def groups(self) -> int:
         """Query heads per kv head."""
         return self.q.shape[1] // self.k.shape[1]

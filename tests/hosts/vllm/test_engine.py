@@ -1,0 +1,280 @@
+"""Steered requests inside vLLM against the same requests alone in transformers: token by token, log-probabilities within 1e-4."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from attnsteer import ACT, ZeroTuning
+from attnsteer.hosts.vllm import admission
+from tests.hosts.vllm import engines as E
+
+CLOSE = 1e-4
+# The oracle's two likeliest tokens are further apart than what engines differ by, so that ids mean something.
+APART = 1e-4
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: Any) -> Any:
+    return tmp_path_factory.mktemp("models")
+
+
+def checked(wanted: list[Any], plain: list[Any] | None = None) -> list[Any]:
+    """The oracle's answers, if they can tell right from wrong."""
+    assert min(w[2] for w in wanted) > APART
+    if plain is not None:
+        moved = [E.worst([w], [p]) for w, p in zip(wanted, plain, strict=True)]
+        assert sum(m > 10 * CLOSE for m in moved) > 0.6 * len(moved)
+    return wanted
+
+
+class TestLlama:
+    """One engine: 64 requests of mixed lengths with eight steerings."""
+
+    @pytest.fixture(scope="class")
+    def path(self, models: Any) -> Any:
+        return E.saved("llama", models)
+
+    @pytest.fixture(scope="class")
+    def work(self, path: Any) -> tuple[Any, ...]:
+        prompts, chosen = E.requests(64)
+        plain = E.oracle(path, prompts[:16], [None] * 16)
+        wanted = E.oracle(path, prompts, chosen)
+        checked(wanted[:16], plain)
+        return prompts, chosen, wanted
+
+    @pytest.fixture(scope="class")
+    def llm(self, path: Any) -> Iterator[Any]:
+        llm = E.engine(path, {"steerings": {"calm": {"method": "ZeroTuning", "gamma": 0.6}}}, block_size=32)
+        yield llm
+        E.close(llm)
+
+    def test_a_batch_is_each_request_alone(self, llm: Any, work: Any) -> None:
+        prompts, chosen, wanted = work
+        first = E.answers(llm, prompts, chosen)
+        again = E.answers(llm, prompts, chosen)
+        assert E.worst(first, wanted) < CLOSE and E.worst(again, wanted) < CLOSE
+        # Requests that are steered alike share their prefixes, all others do not.
+        assert sum(a[2] > 0 for a in again) > 50
+        turned = E.answers(llm, prompts[::-1], chosen[::-1])[::-1]
+        assert E.worst(turned, wanted) < CLOSE
+        alone = [E.answers(llm, [p], [s])[0] for p, s in zip(prompts[:8], chosen[:8], strict=True)]
+        assert E.worst(alone, wanted[:8]) < CLOSE
+
+    def test_a_name_is_its_definition(self, llm: Any, work: Any) -> None:
+        prompts, _, wanted = work
+        named = E.answers(llm, [prompts[7]] * 2, [{"attnsteer": "calm"}, {"attnsteer": {"name": "calm", "gamma": 0.6}}])
+        assert E.worst(named, [wanted[7]] * 2) < CLOSE
+
+    def test_several_sequences_of_a_request(self, llm: Any, work: Any) -> None:
+        from vllm import SamplingParams
+
+        prompts, chosen, _ = work
+        params = SamplingParams(
+            temperature=1.0,
+            n=3,
+            seed=5,
+            max_tokens=4,
+            detokenize=False,
+            extra_args=E.request_args(chosen[0]),
+            logprobs=1,
+        )
+        (out,) = llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False)
+        (one,) = llm.generate([{"prompt_token_ids": prompts[0]}], params.clone(), use_tqdm=False)
+        assert [o.token_ids for o in out.outputs] == [o.token_ids for o in one.outputs] and len(out.outputs) == 3
+
+    def test_refusals_change_nothing(self, llm: Any, work: Any) -> None:
+        prompts, chosen, wanted = work
+        wrong = [
+            "calmer", {"method": "nope"}, {"method": "ZeroTuning", "gamma": "x"}, {"method": "ZeroTuning", "heads": {"9": [0]}},
+            {"method": "SpotLight", "spans": [[1, 4000]]}, {"method": "VAR", "sink_dims": [1]}, {"method": "ACT"}, 5,
+        ]  # fmt: skip
+        for value in wrong:
+            with pytest.raises(ValueError, match=r"."):
+                E.answers(llm, prompts[:1], [{"attnsteer": value}])
+        assert E.worst(E.answers(llm, prompts[:8], chosen[:8]), wanted[:8]) < CLOSE
+
+    def test_nothing_is_left_behind(self, llm: Any, work: Any) -> None:
+        prompts = work[0]
+        E.answers(llm, prompts[:1], [None], 1)
+        ledger = E.ledger(llm)
+        assert len(ledger.requests) <= 1 and not ledger.silent and ledger.finished > 100
+
+    def test_unsteered_requests_are_those_of_an_engine_without_it(self, llm: Any, path: Any, work: Any) -> None:
+        prompts = work[0]
+        llm.llm_engine.reset_prefix_cache()
+        armed = E.answers(llm, prompts[:24], [None] * 24)
+        other = E.engine(path, False, block_size=32)
+        try:
+            plain = E.answers(other, prompts[:24], [None] * 24)
+            with pytest.raises(ValueError, match="started without steering"):
+                E.answers(other, prompts[:1], [{"attnsteer": "calm"}])
+        finally:
+            E.close(other)
+        assert armed == plain
+
+
+def test_prompts_in_chunks_and_full_caches(models: Any, monkeypatch: Any) -> None:
+    path = E.saved("llama", models)
+    draw = random.Random(3)
+    prompts = [[1] + [draw.randrange(3, E.VOCAB) for _ in range(121 + i)] for i in range(5)]
+    chosen = [E.steerings(121)[i] for i in (0, 1, 4, 3, 2)]
+    llm = E.engine(path, num_gpu_blocks_override=11, block_size=64, max_num_batched_tokens=96)
+    try:
+        alone = [E.answers(llm, [p], [s], 80)[0] for p, s in zip(prompts, chosen, strict=True)]
+        short = [(ids[: E.TOKENS], logs[: E.TOKENS]) for ids, logs, _ in alone]
+        assert E.worst(short, checked(E.oracle(path, prompts, chosen))) < CLOSE
+        llm.llm_engine.reset_prefix_cache()
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        times, inner = [], Scheduler._preempt_request
+        monkeypatch.setattr(Scheduler, "_preempt_request", lambda *a, **k: (times.append(1), inner(*a, **k))[1])
+        assert E.worst(E.answers(llm, prompts, chosen, 80), alone) < CLOSE
+        assert times
+    finally:
+        E.close(llm)
+
+
+def test_whole_prompts_and_their_statistics(models: Any) -> None:
+    path = E.saved("llama", models)
+    prompts, _ = E.requests(12, seed=2)
+    act = [ACT(heads=E.HEADS, beta=0.4, threshold=0.02), ACT(beta=0.2, threshold=0.01, decode="running"), None]
+    chosen = [act[i % 3] for i in range(12)]
+    wanted = checked(E.oracle(path, prompts, chosen))
+    plain = E.oracle(path, prompts[:6], [None] * 6)
+    assert [E.worst([w], [p]) > CLOSE for w, p in zip(wanted, plain, strict=False)] == [True, True, False] * 2
+    llm = E.engine(path, enable_chunked_prefill=False, max_num_batched_tokens=1024, block_size=32)
+    try:
+        assert E.worst(E.answers(llm, prompts, chosen), wanted) < CLOSE
+        again = E.answers(llm, prompts, chosen)
+        assert E.worst(again, wanted) < CLOSE
+        # The rows of a block that is read again are not there to be counted.
+        assert [a[2] > 0 for a in again] == [c is None and len(p) > 32 for c, p in zip(chosen, prompts, strict=True)]
+        from vllm import SamplingParams
+
+        # Each sequence of a request has a statistic of its own: the likeliest first token has the oracle's log-probability in both.
+        params = SamplingParams(
+            temperature=1.0, seed=3, n=2, max_tokens=2, detokenize=False, extra_args=E.request_args(act[0]), logprobs=1
+        )
+        (out,) = llm.generate([{"prompt_token_ids": prompts[0]}], params, use_tqdm=False)
+        first = [own.logprobs[0][wanted[0][0][0]].logprob for own in out.outputs]
+        assert len(first) == 2 and all(abs(f - wanted[0][1][0]) < CLOSE for f in first)
+    finally:
+        E.close(llm)
+
+
+FAMILIES = [
+    ("qwen3", "sdpa", {}),
+    ("mistral", "sdpa", {"max_num_batched_tokens": 64}),
+    ("gemma2", "eager", {"max_num_batched_tokens": 64}),
+    ("gpt_oss", "eager", {}),
+    ("llama", "sdpa", {"enforce_eager": False}),
+    (
+        "llama",
+        "sdpa",
+        {
+            "speculative_config": dict(
+                method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1
+            )
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "attn", "options"), FAMILIES, ids=["qwen3", "windows", "softcap", "sinks", "compiled", "speculative"]
+)
+def test_other_models_and_engines(models: Any, family: str, attn: str, options: Any) -> None:
+    path = E.saved(family, models)
+    prompts, chosen = E.requests(16, seed=1)
+    wanted = E.oracle(path, prompts, chosen, attn=attn)
+    assert min(w[2] for w in wanted) > 2e-5
+    llm = E.engine(path, block_size=32, **options)
+    try:
+        assert E.worst(E.answers(llm, prompts, chosen), wanted) < CLOSE
+        assert E.worst(E.answers(llm, prompts, chosen), wanted) < CLOSE
+    finally:
+        E.close(llm)
+
+
+def test_an_engine_whose_worker_is_not_armed_does_not_start(models: Any, monkeypatch: Any) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    monkeypatch.setattr(Worker, "load_model", Worker.load_model.__wrapped__)
+    with pytest.raises(Exception, match="did not load attnsteer's plug-in"):
+        E.engine(E.saved("llama", models))
+
+
+def streams(count: int, seed: int) -> tuple[list[list[int]], list[Any]]:
+    """Requests that share prefixes in every way: few beginnings, few steerings, all lengths."""
+    draw = random.Random(seed)
+    trunk = [1] + [draw.randrange(3, E.VOCAB) for _ in range(95)]
+    ends = [[draw.randrange(3, E.VOCAB) for _ in range(40)] for _ in range(3)]
+    own = [
+        None,
+        ZeroTuning(gamma=0.2),
+        ZeroTuning(gamma=4.0),
+        E.steerings(24)[3],
+        E.steerings(24)[4],
+        E.steerings(24)[6],
+    ]
+    prompts, chosen = [], []
+    for _ in range(count):
+        cut, more = draw.choice([32, 64, 80, 96]), draw.randrange(1, 40)
+        prompts.append(trunk[:cut] + draw.choice(ends)[:more])
+        chosen.append(draw.choice(own))
+    return prompts, chosen
+
+
+class TestPrefixCache:
+    """1,000 requests that share prefixes under different steerings, in batches of random size, over one cache."""
+
+    COUNT = 1000
+
+    @pytest.fixture(scope="class")
+    def work(self, models: Any) -> Any:
+        path = E.saved("llama", models)
+        prompts, chosen = streams(self.COUNT, 0)
+        llm = E.engine(path, block_size=32, enable_prefix_caching=False)
+        wanted = E.answers(llm, prompts, chosen, 2)
+        E.close(llm)
+        assert not any(w[2] for w in wanted)
+        return path, prompts, chosen, wanted
+
+    @staticmethod
+    def wrong(llm: Any, prompts: Any, chosen: Any, wanted: Any) -> tuple[int, int]:
+        """(requests whose answer is another one, those that found blocks of others)."""
+        draw, at, wrong, hits = random.Random(1), 0, 0, 0
+        while at < len(prompts):
+            n = draw.randrange(1, 48)
+            found = E.answers(llm, prompts[at : at + n], chosen[at : at + n], 2)
+            wrong += sum(E.worst([f], [w]) > CLOSE for f, w in zip(found, wanted[at : at + n], strict=True))
+            hits += sum(f[2] > 0 for f in found)
+            at += n
+        return wrong, hits
+
+    def test_a_block_is_reused_where_the_steering_is_the_same_only(self, work: Any, monkeypatch: Any) -> None:
+        path, prompts, chosen, wanted = work
+        llm = E.engine(path, block_size=32)
+        try:
+            wrong, hits = self.wrong(llm, prompts, chosen, wanted)
+            assert wrong == 0 and hits > 0.8 * self.COUNT
+            # The same with the key switched off, so that the test can fail.
+            llm.llm_engine.reset_prefix_cache()
+            monkeypatch.setattr(admission, "salt", lambda choice, id, own: admission.MARK)
+            monkeypatch.setattr(admission, "enter", lambda request, menu: _unsalted(request))
+            wrong, hits = self.wrong(llm, prompts[:200], chosen[:200], wanted[:200])
+            assert wrong > 20 and hits
+        finally:
+            E.close(llm)
+
+
+def _unsalted(request: Any) -> Any:
+    request.cache_salt = None
+    return request
