@@ -27,6 +27,7 @@ PRESETS: dict[str, dict[str, str]] = {
     "shapes-mmdit": {"AttentionRefocusing": "attention-refocusing/shapes-mmdit"},
     "smollm2-135m": {
         "ACT": "act/smollm-facts",
+        "InstABoost": "instaboost/smollm-facts",
         "PASTA": "pasta/smollm-facts",
         "SpotLight": "spotlight/smollm-facts",
         "ZeroTuning": "zerotuning/smollm-facts",

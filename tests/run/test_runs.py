@@ -30,6 +30,8 @@ def test_a_run_leaves_the_agreed_files_and_no_others(whole: Path) -> None:
     names = {p.name for p in whole.iterdir()}
     assert names == {
         ".lock",
+        ".alone",
+        "MANIFEST.json",
         "recipe.yaml",
         "identity.json",
         "environment.json",
@@ -356,7 +358,9 @@ def test_the_command_prints_the_result_and_sets_fields(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["run", path, "--out", out, "--batch-size", "3", *options])
     assert done.exit_code == 0, done.output
     assert "choice.accuracy" in done.output and f"run folder: {out}" in done.output
-    assert "at zero strength the method equals the baseline" in done.output
+    assert (
+        "control: zero strength: equals the baseline, record for record" in done.output and "verdict: " in done.output
+    )
     assert load(Path(out) / "arms.json")["arms"][2]["interventions"][0]["params"] == {"beta": 0.1}
     assert {r["id"] for r in records(Path(out))} == {f"reading-few-shot-test-{i}" for i in range(6)}
     checked = CliRunner().invoke(cli.app, ["run", path, "--check", "--out", str(tmp_path / "none")])
