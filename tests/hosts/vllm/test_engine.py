@@ -61,7 +61,7 @@ class TestLlama:
         again = E.answers(llm, prompts, chosen)
         assert E.worst(first, wanted) < CLOSE and E.worst(again, wanted) < CLOSE
         # Requests that are steered alike share their prefixes, all others do not.
-        assert sum(a[2] > 0 for a in again) > 50
+        assert sum(a[2] > 0 for a in again) > 40
         turned = E.answers(llm, prompts[::-1], chosen[::-1])[::-1]
         assert E.worst(turned, wanted) < CLOSE
         alone = [E.answers(llm, [p], [s])[0] for p, s in zip(prompts[:8], chosen[:8], strict=True)]
