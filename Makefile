@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
-.PHONY: help venv test test-long test-quick test-vllm sweep lint format demo bench-quick clean
+.PHONY: help venv test test-long test-quick test-vllm sweep lint format demo bench-quick clean coverage types docs release board
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -56,6 +56,13 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/hosts/vllm/environment.py
 test-vllm: $(VLLM_READY)  ## run the tests of the plug-in for vLLM, in an environment of their own
 	OMP_NUM_THREADS=1 $(VLLM_PY) -m pytest -q tests/hosts/vllm $(ARGS)
 
+coverage: $(READY)  ## run the tests and show which lines they reach; build/coverage has a page of it
+	$(PY) -m coverage erase
+	$(PY) -m coverage run -m pytest -q $(ARGS)
+	$(PY) -m coverage combine -q
+	$(PY) -m coverage report --sort=cover | tail -40
+	$(PY) -m coverage html -q -d build/coverage
+
 sweep: $(READY)  ## measure every model type of transformers, and write docs/compatibility.md; about half an hour
 	$(PY) -m attnsteer.testing.sweep transformers $(ARGS)
 
@@ -67,12 +74,32 @@ format: $(READY)  ## format, and mend what the linter can mend
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+types: $(READY) $(VENV)-types/.installed  ## check the types of the public names
+	$(VENV)-types/bin/mypy --python-executable $(PY) $(ARGS)
+
+docs: $(READY) $(VENV)-docs/.installed  ## build the documentation in build/docs/site, and check its links
+	$(PY) docs/build.py --zensical $(VENV)-docs/bin/zensical $(ARGS)
+
+release: $(VENV)-release/.installed  ## build wheel and sdist in dist/, and try the wheel in a clean environment
+	$(VENV)-release/bin/python tests/release.py $(ARGS)
+
+# Tools that the library does not need, each in an environment of its own, at the version of pyproject.toml.
+$(VENV)-%/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		$$($(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['$*'])")
+	@touch $@
+
 demo: $(READY)  ## run the demonstration on the embedded models
 	$(PY) -m attnsteer demo $(ARGS)
+
+board: $(READY)  ## build the board over the runs that come with the project, outputs/board.html
+	@mkdir -p outputs
+	$(PY) -m attnsteer board docs/board/runs --out outputs/board.html --reports $(ARGS)
 
 bench-quick: $(READY)  ## run the short benchmark
 	$(PY) -m benchmarks.run --quick $(ARGS)
 
 clean:  ## remove the virtual environment, caches and built files
-	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .ruff_cache .hypothesis $(VENV)-types $(VENV)-docs $(VENV)-release
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

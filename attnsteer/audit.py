@@ -76,6 +76,8 @@ class Record:
             went different ways.
             "read": the map was taken for a loss, and nothing edited.
         distance: mean total-variation distance between the map before and after, when measured.
+        error: of methods that approximate, when measured: mean over calls of |O' - O| / |O| over sampled rows; O' left the heads,
+            O is exact attention. kept: of methods that leave out, when measured: mean share of what they kept.
         part: this process computes a part of the site's heads (tensor parallelism); `heads` counts those of them.
         compiled: the site runs in compiled code for which no counts were placed on the device (see `place`), so that its calls
             are not counted.
@@ -90,6 +92,8 @@ class Record:
     part: bool = False
     compiled: bool = False
     _moved: list[Tensor] = field(default_factory=list)
+    _errors: list[Tensor] = field(default_factory=list)
+    _kept: list[Tensor] = field(default_factory=list)
     # int64 [phases, 4]: calls, edits, calls in which something changed, rows; added to in place by compiled code.
     _placed: Tensor | None = None
 
@@ -146,7 +150,17 @@ class Record:
     @property
     def distance(self) -> float | None:
         """Mean total-variation distance, or None when it was not measured."""
-        return float(torch.stack([t.cpu() for t in self._moved]).mean()) if self._moved else None
+        return _mean(self._moved)
+
+    @property
+    def error(self) -> float | None:
+        """Mean relative error against exact attention, or None when it was not measured."""
+        return _mean(self._errors)
+
+    @property
+    def kept(self) -> float | None:
+        """Mean share that was kept, or None when it was not measured."""
+        return _mean(self._kept)
 
     def see(self, heads: int, phase: str) -> None:
         """Count one call with this many selected heads."""
@@ -161,6 +175,14 @@ class Record:
     def measure(self, mean: Tensor) -> None:
         """Add one call's mean distance, 0-d."""
         self._moved.append(mean.detach())
+
+    def err(self, error: Tensor) -> None:
+        """Add one call's relative error, 0-d."""
+        self._errors.append(error.detach())
+
+    def keep(self, share: Tensor) -> None:
+        """Add the share that one call kept, 0-d."""
+        self._kept.append(share.detach())
 
     def to_dict(self, part: int | None = None, parts: int = 1) -> dict[str, Any]:
         """JSON-able form.
@@ -184,8 +206,14 @@ class Record:
             "heads": self.heads,
             "path": self.path,
             "distance": self.distance,
+            **({} if self.error is None else {"error": self.error}),
+            **({} if self.kept is None else {"kept": self.kept}),
             **({"compiled": True} if self.compiled else {}),
         }
+
+
+def _mean(values: list[Tensor]) -> float | None:
+    return float(torch.stack([t.cpu() for t in values]).mean()) if values else None
 
 
 class Mark:
@@ -340,6 +368,8 @@ class Audit:
                     f"{p} {r.calls_in[p]} / {r.edits_in[p]} / {r.flags_in[p].count()}" for p in PHASES if r.calls_in[p]
                 ]
                 moved = "" if r.distance is None else f", moved {r.distance:.4f}"
+                moved += "" if r.error is None else f", error {r.error:.4f}"
+                moved += "" if r.kept is None else f", kept {r.kept:.3f}"
                 moved += ", compiled: calls not counted" if r.compiled else ""
                 lines.append(f"  {path}: {', '.join(parts)}; {r.rows} rows x {r.heads} heads, {r.path or '-'}{moved}")
         return "\n".join(lines)

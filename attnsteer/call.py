@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .account import Samples, Track
 from .attention_map import FEW_ROWS, AttentionMap
-from .edits import KeyBias, Reweight, Share
+from .edits import BlockBias, HeadOutputs, KeyBias, MergedTokens, Reweight, Share
 from .errors import ContractError, UnsupportedHost
 from .parameters import PerSample
 from .shards import Pool
@@ -383,4 +383,15 @@ class AttnCall:
         return self.at_keys(self.image_tokens())
 
 
-__all__ = ["FEW_ROWS", "AttentionMap", "AttnCall", "Contrast", "KeyBias", "Reweight", "Share"]
+__all__ = [
+    "FEW_ROWS",
+    "AttentionMap",
+    "AttnCall",
+    "BlockBias",
+    "Contrast",
+    "HeadOutputs",
+    "KeyBias",
+    "MergedTokens",
+    "Reweight",
+    "Share",
+]

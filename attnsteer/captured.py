@@ -166,6 +166,8 @@ class Take:
         scale: the factor on q k^T; softcap: of the scores, or None.
         rows: int64 [B, r], the number of each row in its sequence, -1 where a sample has fewer. keys: int64 [B or 1, m] likewise
             of the keys, -1 for padding and unused slots; of "k" and "v", those that were taken. first: slot of the first key.
+        segments: role -> (start, stop) of a denoiser's rows, as numbers ("image", "text"), or None. grid: (height, width) of its
+            image rows, where that is known.
         tensors: by what was taken: "map" [B, H, r, m] and "mass" [B, H, r] in fp32, "output" [B, H, r, dv] and "q" [B, H, r, d],
             "k" and "v" [B, key heads, r, d] of the tokens of these rows (in cross-attention of all keys, [B, key heads, m, d]).
     """
@@ -186,6 +188,8 @@ class Take:
     first: int
     tensors: dict[str, Tensor] = field(default_factory=dict, repr=False)
     file: Path | None = field(default=None, repr=False)
+    segments: dict[str, Sequence[int]] | None = None
+    grid: Sequence[int] | None = None
 
     def tensor(self, what: str) -> Tensor:
         """What was taken, from memory or from its file.
@@ -229,6 +233,8 @@ class Take:
             "scale",
             "softcap",
             "first",
+            "segments",
+            "grid",
         )
         return {name: getattr(self, name) for name in names}
 

@@ -255,7 +255,7 @@ class Recorder(Intervention):
             raise SelectionError("capture(gradients=True) keeps tensors where they are computed; leave `to` out.")
         rows = checked_rows(rows)
         provides = find_host(target).provides
-        wanted = {"steps", "segments", "tokens"} & provides
+        wanted = {"steps", "segments", "grid", "tokens"} & provides
         if keys == "image":
             wanted.add("images")
         elif needs_tokens(rows) or isinstance(keys, tuple):
@@ -317,6 +317,8 @@ class Recorder(Intervention):
             keys.cpu(),
             int(call.keys.slot[0]) if m else 0,
             tensors,
+            segments={name: (part.start, part.stop) for name, part in call.segments.items()} or None,
+            grid=call.facts.get("grid"),
         )
         self.store.add(take)
         self._remember_ids(call)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from .intervention import needs_of
+from .intervention import PASSES, needs_of
 from .parameters import declared
 from .registry import get_host, get_method, hosts, methods
 
@@ -52,7 +52,7 @@ def describe(name: str, cls: type) -> MethodEntry:
     doors = object.__new__(cls).doors()
     needs = needs_of(cls)
     # Streams of a language model are passes of another kind than those of a denoiser.
-    wanted = {*needs, *(("around",) if "around" in doors and "bases" not in needs else ())}
+    wanted = {*needs, *(("around",) if "around" in doors and not PASSES & set(needs) else ())}
     summary, paper = _texts(name, cls)
     return MethodEntry(
         name=name,

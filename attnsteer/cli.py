@@ -10,11 +10,13 @@ import typer
 
 from ._version import __version__
 from .cli_heads import bake, profile
+from .cli_hub import pull, push
 from .cli_methods import methods
 from .cli_options import ALLOW_IMPORTS, IMPORT, JSON
 from .cli_recipes import calibrate, recipes
-from .cli_runs import compare, report
+from .cli_runs import board, compare, report, verify
 from .cli_serve import serve
+from .cli_view import play, view
 from .cli_zoo import zoo as zoo_commands
 from .errors import AttnSteerError
 from .output import print_json as _print_json
@@ -22,7 +24,9 @@ from .output import print_table as _print_table
 
 # Heavy libraries are imported inside the commands, so that `--help` and errors of usage come at once.
 
-USAGE, FAILED, DIFFERS, STOPPED = 2, 1, 3, 130
+USAGE, FAILED, STOPPED = 2, 1, 130
+# What a run exits with, by its verdict.
+EXITS = {"unchanged": FAILED, "invalid": 3}
 
 
 class _Group(typer.core.TyperGroup):
@@ -60,6 +64,12 @@ app.add_typer(recipes, name="recipes")
 app.command()(calibrate)
 app.command()(compare)
 app.command()(report)
+app.command()(verify)
+app.command()(board)
+app.command()(push)
+app.command()(pull)
+app.command()(view)
+app.command()(play)
 app.command()(serve)
 app.add_typer(zoo_commands, name="zoo")
 
@@ -122,42 +132,25 @@ def doctor(as_json: JSON = False) -> None:
 @app.command()
 def demo(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Embedded models; all of them without it.")
+        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Models of the zoo; all that are there without it.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the contact sheets.")] = Path("outputs/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the page and its pictures.")] = Path("outputs/demo"),
 ) -> None:
-    """Check the kernels, then steer the embedded models and show what changed, before and after.
+    """Show what methods do to small models: answers, pictures, cost, before and after; and write a page of it.
 
     Needs no download. Exits with 1 when a check fails or the steering did not do what it should.
     """
     from . import zoo
-    from .demo import run_demo
+    from .demo_text import show
     from .doctor import examine
-    from .showcase import showcase
 
     for name in names or ():
         zoo.folder(name)
     report = examine()
-    print(_verdict(report))
     if not report.ok:
+        print(_verdict(report))
         raise typer.Exit(FAILED)
-    exact = run_demo()
-    print(f"\n{exact.method} on a random Llama:")
-    print(f"  largest difference of a logit from the same edit over the full map: {exact.exact:.1e}")
-    print(f"  after removal the logits are the first ones, bit for bit: {'yes' if exact.restored else 'NO'}")
-    print("\nThe embedded models, before and after (95 % intervals of the paired change; few samples):\n", flush=True)
-    lines, sheets = showcase(out, names)
-    rows = []
-    for line in lines:
-        change = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*line.change)
-        name = line.method.split("(")[0]
-        rows.append(
-            (line.model, name, line.figure, f"{line.before:.3f}", f"{line.after:.3f}", change, f"{line.seconds:.0f} s")
-        )
-    _print_table(("model", "method", "figure", "before", "after", "change", "time"), rows)
-    for sheet in sheets:
-        print(f"\npictures before and after: {sheet.resolve()}")
-    if not (exact.ok and all(line.fired for line in lines)):
+    if not show(_verdict(report), out, names):
         raise typer.Exit(FAILED)
 
 
@@ -174,14 +167,24 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field: interventions.0.params.beta=0.2")
     ] = None,
+    join: Annotated[
+        bool,
+        typer.Option("--join", help="Take part in a run with others, who start and stop as they like: for array jobs."),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Answer one batch, write nothing, and say what a run takes: time, memory, disk."
+        ),
+    ] = False,
     files: IMPORT = None,
     allow_imports: ALLOW_IMPORTS = False,
 ) -> None:
     """Evaluate a method as a recipe says: against its baseline and controls, on the same samples.
 
-    Exits with 1 when the method changed nothing, and with 3 when the control at zero strength differs from the baseline (not
+    Ends with its verdict. Exits with 1 when the method did nothing, and with 3 when the control at zero strength moved (not
     with --tiny). The same command goes on with a run that was stopped. `accelerate launch -m attnsteer run ...` shares the
-    samples among processes.
+    samples among processes that start together; with `--join` each takes the next batch that nobody has.
     """
     from .run.command import import_files, recipe_from_arguments, run_folder
     from .run.ranks import first
@@ -195,8 +198,16 @@ def run(
         job = prepare(chosen, target, tiny, limit)
         print(f"{chosen.name}: {len(job.data.samples)} samples, nothing found wrong")
         return
-    from .results.summary import control_differs, method_unchanged, table
+    if dry_run:
+        from .run.estimate import estimate
+
+        print("\n".join(estimate(chosen, tiny=tiny, limit=limit).lines()))
+        return
+    from .results.summary import table, verdict_of
     from .run import run as evaluate
+
+    if join:
+        from .run.joining import join as evaluate
 
     try:
         evaluate(chosen, target, tiny=tiny, limit=limit)
@@ -208,10 +219,9 @@ def run(
         _print_table(head, rows)
         print("\n" + "\n".join([*remarks, f"run folder: {target}"]))
         # A tiny run tests the recipe, not the method.
-        if method_unchanged(target) and not tiny:
-            raise typer.Exit(FAILED)
-        if control_differs(target) and not tiny:
-            raise typer.Exit(DIFFERS)
+        code = 0 if tiny else EXITS.get(verdict_of(target).key, 0)
+        if code:
+            raise typer.Exit(code)
 
 
 def _verdict(report: Any) -> str:
@@ -232,6 +242,11 @@ def _print_report(report: Any) -> None:
     print()
     absent = [(name, found or "-", OPTIONAL[name][1]) for name, found in report.optional.items()]
     _print_table(("optional package", "version", "for"), absent)
+    print()
+    _print_table(
+        ("what", "works here", "with, or what to do"),
+        [(f.name, "yes" if f.works else "no", f.detail) for f in report.features],
+    )
     print()
     rows = [
         (

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import platform
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +72,15 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Feature:
+    """One thing that a user may want to do: whether it works here, and why not, or what to mind."""
+
+    name: str
+    works: bool
+    detail: str
+
+
+@dataclass(frozen=True)
 class Report:
     """All that `attnsteer doctor` prints."""
 
@@ -74,6 +88,7 @@ class Report:
     optional: dict[str, str | None]
     devices: dict[str, str]
     checks: tuple[Check, ...]
+    features: tuple[Feature, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -88,6 +103,7 @@ class Report:
             "versions": self.versions,
             "optional": self.optional,
             "devices": self.devices,
+            "features": [asdict(f) for f in self.features],
             "checks": checks,
         }
 
@@ -98,7 +114,7 @@ def examine(devices: Sequence[str] | None = None) -> Report:
     chosen = found if devices is None else {d: found[d] for d in devices}
     with _one_thread():
         checks = tuple(check for device in chosen for check in check_device(device))
-    return Report(versions(), optional_packages(), chosen, checks)
+    return Report(versions(), optional_packages(), chosen, checks, features())
 
 
 @contextlib.contextmanager
@@ -115,6 +131,69 @@ def _one_thread() -> Iterator[None]:
 def versions() -> dict[str, str]:
     """Versions of Python, this library and what it stands on."""
     return {"python": platform.python_version(), **library_versions()}
+
+
+# What is done with a library: (its name, lowest accepted version, first one that is not, what it is for).
+ACCEPTED = (
+    ("torch", (2, 11), None, "everything"),
+    ("transformers", (5, 17), (6,), "language and vision-language models"),
+    ("diffusers", (0, 40), None, "pipelines and denoisers"),
+)
+# What an extra's packages give: (feature, import names, what brings them).
+EXTRAS = (
+    ("figures", ("matplotlib",), "viz"),
+    ("data sets and metrics of others", ("datasets", "torchmetrics"), "eval"),
+    ("lm-evaluation-harness", ("lm_eval",), "lm-eval"),
+    ("COCO annotations", ("pycocotools",), "coco"),
+    ("Fréchet distance", ("torch_fidelity",), "fid"),
+    ("real language models (attnsteer zoo fetch)", ("gguf",), "zoo"),
+    ("attnsteer serve", ("fastapi", "uvicorn"), "serve"),
+)
+
+
+def features() -> tuple[Feature, ...]:
+    """What works here, by looking at versions, files and programs; nothing is imported, and nothing is fetched."""
+    found = [_library(*row) for row in ACCEPTED]
+    models = Path(__file__).parent / "zoo" / "models"
+    names = sorted(p.name for p in models.glob("*") if any(p.rglob("*.safetensors")))
+    found.append(
+        Feature("embedded models", bool(names), ", ".join(names) or f"{models} holds none: install the package again")
+    )
+    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "cl") if c and shutil.which(c)), None)
+    hint = "torch.compile needs a C++ compiler on CPU: install g++ or clang"
+    found.append(Feature("compiled models", compiler is not None, compiler or hint))
+    several = torch.distributed.is_available()
+    found.append(
+        Feature("several processes", several, "torch.distributed" if several else "this torch was built without it")
+    )
+    for name, modules, extra in EXTRAS:
+        absent = [m for m in modules if importlib.util.find_spec(m) is None]
+        found.append(Feature(name, not absent, f"pip install 'attnsteer[{extra}]'" if absent else ", ".join(modules)))
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    found.append(_writable("cache of the hub", home))
+    found.append(_writable("runs in this folder", Path.cwd()))
+    return tuple(found)
+
+
+def _library(name: str, low: tuple[int, ...], high: tuple[int, ...] | None, what: str) -> Feature:
+    try:
+        text = version(name)
+    except PackageNotFoundError:
+        return Feature(what, False, f"{name} is not installed")
+    numbers = tuple(int(n) for n in re.findall(r"\d+", text)[:2])
+    dots = lambda t: ".".join(map(str, t))  # noqa: E731
+    wanted = f"{dots(low)} and newer" + (f", below {dots(high)}" if high else "")
+    return Feature(what, numbers >= low and (high is None or numbers < high), f"{name} {text}; accepted: {wanted}")
+
+
+def _writable(name: str, folder: Path) -> Feature:
+    """Whether files can be made in a folder, or in the nearest one above it that exists."""
+    place = next(p for p in (folder, *folder.parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            return Feature(name, True, str(folder))
+    except OSError as error:
+        return Feature(name, False, f"{folder}: {error.strerror or error}")
 
 
 def optional_packages() -> dict[str, str | None]:

@@ -21,6 +21,44 @@ class KeyBias:
 
 
 @dataclass(frozen=True)
+class MergedTokens:
+    """Attention among groups of tokens; each row gets the output of its group.
+
+    Attributes:
+        q: [B, H, s, d], k and v: [B, Hkv, s, d], of the groups. group: int64 [B, n], that of each token.
+        size: [B, s], the logarithm of which is added to the scores of a group's key; None: nothing is.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    group: Tensor
+    size: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeadOutputs:
+    """Head outputs [B, H, n, dv] that were computed in the place of attention, which is not run; of `inputs`."""
+
+    out: Tensor
+
+
+@dataclass(frozen=True)
+class BlockBias:
+    """Rows see some blocks of keys only; the scores of the others become minus infinity. No mask of rows and keys is built for it.
+
+    Attributes:
+        block: int64 [B or 1, m], the block of each key, from 0 to C - 1; a key of block -1 is seen as before by all rows.
+        keep: bool [B or 1, H or 1, n, C], the blocks that each row keeps; a row that keeps none sees nothing.
+        there: bool, broadcastable to that, the blocks that hold something for a row to see; None: all. The audit counts by it.
+    """
+
+    block: Tensor
+    keep: Tensor
+    there: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Reweight:
     """Weights per row for disjoint sets of keys: A'_ij = w_{i,g(j)} A_ij.
 
@@ -88,7 +126,16 @@ class Check:
 
     @torch.no_grad()
     def inputs(self, edit: Any) -> None:
-        """q, k and v of the shapes, dtype and device that the call has."""
+        """q, k and v of the shapes, dtype and device that the call has; or `MergedTokens`, or `HeadOutputs`."""
+        if isinstance(edit, MergedTokens):
+            self._merged(edit)
+            return
+        if isinstance(edit, HeadOutputs):
+            wanted, out = (*self.att.shape[:3], self.att.v.shape[-1]), edit.out
+            if not isinstance(out, Tensor) or out.shape != wanted or out.dtype != self.att.v.dtype:
+                raise self.refuse(f"the outputs are {_kind(out)}; expected {list(wanted)} of {self.att.v.dtype}.")
+            self._device("the outputs", out)
+            return
         if not isinstance(edit, (tuple, list)) or len(edit) != 3:
             raise self.refuse(f"returned {_kind(edit)}; return a tuple (q, k, v), or None for no edit.")
         for name, new, old in zip("qkv", edit, (self.att.q, self.att.k, self.att.v), strict=True):
@@ -96,8 +143,11 @@ class Check:
 
     @torch.no_grad()
     def bias(self, edit: Any) -> None:
-        """A `KeyBias`, or a score term that broadcasts to [B, H, n, m]; minus infinity is allowed, NaN is not."""
+        """A `KeyBias`, or a score term that broadcasts to [B, H, n, m]; minus infinity is allowed, NaN is not. Or a `BlockBias`."""
         B, H, n, m = self.att.shape
+        if isinstance(edit, BlockBias):
+            self._blocks(edit)
+            return
         term = edit.bias if isinstance(edit, KeyBias) else edit
         if not isinstance(term, Tensor):
             raise self.refuse(f"returned {_kind(term)}; return a KeyBias, a tensor [B, H, n, m], or None.")
@@ -112,6 +162,41 @@ class Check:
             raise self.refuse(
                 f"the bias has NaN or plus infinity in {self.att.stat_dtype}, in which it is used; finite numbers and minus "
                 "infinity are defined."
+            )
+
+    def _merged(self, edit: MergedTokens) -> None:
+        B, _, n, m = self.att.shape
+        groups = edit.q.shape[2] if isinstance(edit.q, Tensor) and edit.q.ndim == 4 else 0
+        for name, new, old in zip("qkv", (edit.q, edit.k, edit.v), (self.att.q, self.att.k, self.att.v), strict=True):
+            wanted = (*old.shape[:2], groups, old.shape[3])
+            if not isinstance(new, Tensor) or new.shape != wanted or new.dtype != old.dtype:
+                raise self.refuse(f"{name} of the groups is {_kind(new)}; expected {list(wanted)} of {old.dtype}.")
+            self._device(name, new)
+            if bool(new.isfinite().logical_not().any()) and bool(old.isfinite().all()):
+                raise self.refuse(f"{name} has NaN or infinite values where the model's own has none.")
+        if n != m:
+            raise self.refuse(f"merges {n} rows that meet {m} keys; only tokens that are both can be merged.")
+        group, size = edit.group, edit.size
+        if not isinstance(group, Tensor) or group.dtype != torch.long or group.shape != (B, n):
+            raise self.refuse(f"the groups are {_kind(group)}; expected int64 [{B}, {n}].")
+        if bool(((group < 0) | (group >= groups)).any()):
+            raise self.refuse(f"a token is in no one of the {groups} groups.")
+        if size is not None and (size.shape != (B, groups) or not bool((size > 0).all())):
+            raise self.refuse(f"the sizes are {_kind(size)}; expected numbers above 0, [{B}, {groups}].")
+
+    def _blocks(self, edit: BlockBias) -> None:
+        B, H, n, m = self.att.shape
+        block, keep = edit.block, edit.keep
+        if not isinstance(block, Tensor) or block.dtype != torch.long or block.shape not in ((1, m), (B, m)):
+            raise self.refuse(f"the blocks of the keys are {_kind(block)}; expected int64 [{B} or 1, {m}].")
+        fits = isinstance(keep, Tensor) and keep.dtype == torch.bool and keep.ndim == 4 and keep.shape[2] == n
+        if not fits or keep.shape[0] not in (1, B) or keep.shape[1] not in (1, H):
+            raise self.refuse(f"the kept blocks are {_kind(keep)}; expected bool [{B} or 1, {H} or 1, {n}, blocks].")
+        self._device("the blocks of the keys", block)
+        self._device("the kept blocks", keep)
+        if bool((block >= keep.shape[-1]).any()):
+            raise self.refuse(
+                f"a key is in block {int(block.max())}, and {keep.shape[-1]} blocks are kept or left out."
             )
 
     @torch.no_grad()

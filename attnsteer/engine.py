@@ -16,7 +16,7 @@ from .attention_map import FEW_ROWS, AttentionMap, DenseMap
 from .audit import Audit, Flag, Mark, mark_of, unchanged
 from .bound import Bound, Heads
 from .call import AttnCall
-from .edits import Check, KeyBias, Reweight, Share, check_state
+from .edits import BlockBias, Check, HeadOutputs, KeyBias, MergedTokens, Reweight, Share, check_state
 from .errors import CompositionError, SelectionError, UnsupportedHost
 from .forms import WholeForms
 from .intervention import Intervention
@@ -46,6 +46,8 @@ class Run(Protocol):
 _WEIGHTS = frozenset({"weights"})
 # Outputs up to so many numbers are kept for a later comparison.
 SMALL = 1 << 14
+# Rows of a call that are computed exactly beside an approximation, where its error is measured.
+SAMPLED = 64
 
 
 class SiteAttention:
@@ -311,6 +313,10 @@ class _HeadGroup:
         # The door that was asked last, whether for the first time; and the maps that first edits made.
         self.asked: tuple[str, bool] = ("", False)
         self.fresh: list[tuple[Bound, str, AttentionMap]] = []
+        # What merged tokens, their groups, and the map before.
+        self.groups: tuple[Bound, Tensor, AttentionMap] | None = None
+        # What computed the outputs in the place of attention.
+        self.instead: Bound | None = None
         own = tuple(range(size)) if local is None else local
         self.heads = own if offset == 0 else tuple(h + offset for h in own)
         self.base = call.replace(heads=self.heads, branch=runtime.run.branch)
@@ -340,14 +346,25 @@ class _HeadGroup:
             for door in ("inputs", "bias"):
                 for bound in bounds:
                     if door in bound.doors:
+                        self._check_groups(bound, door)
                         getattr(self, door)(bound)
             weighing = [bound for bound in bounds if "weights" in bound.doors]
+            if weighing:
+                self._check_groups(weighing[0], "weights")
             if self.runtime.rows is None:
                 for bound in weighing:
                     self.weights(bound)
             else:
                 for apart in levels(weighing, self.runtime.rows):
                     self.weights_apart(apart)
+        first = self.instead if self.groups is None else self.groups[0]
+        if first is not None and maps is not None:
+            raise UnsupportedHost(
+                f"{self.runtime.site.path}: {first.name} has no map of all tokens to hand out as attention weights; call the model "
+                "without output_attentions, on SDPA."
+            )
+        if self.groups is not None:
+            self.unmerged(self.map.out)
         out = None if self.map is plain else self.map.out
         # Detached: nothing of a look may be kept for a gradient, since a checkpoint that computes it again does not look.
         if self.fresh and not bool(out.detach().isfinite().all()):
@@ -357,7 +374,37 @@ class _HeadGroup:
         for bound in bounds:
             if "output" in bound.doors:
                 out = self.output(bound, out)
+        if self.runtime.run.measure and out is not None:
+            self.measure_error(bounds, plain, out)
         return out
+
+    def _check_groups(self, bound: Bound, door: str) -> None:
+        """Raise where a method would meet groups in place of the tokens of its call, or no attention at all."""
+        first = self.instead if self.groups is None else self.groups[0]
+        if first is None or bound is first:
+            return
+        what = "computes outputs in the place of attention" if self.groups is None else "merges tokens"
+        raise CompositionError(
+            f"{self.runtime.site.path}: {first.name} {what}, and {bound.name}.{door} after it needs the attention of all of them. "
+            f"Put "
+            "it before, or on other layers."
+        )
+
+    def measure_error(self, bounds: list[Bound], plain: AttentionMap, out: Tensor) -> None:
+        """How far some rows of the edited output are from exact attention, for the methods that approximate it."""
+        approximate = [b for b in bounds if b.method.approximate and self.runtime.rows is None]
+        if not approximate:
+            return
+        n = out.shape[2]
+        index = torch.arange(0, n, -(-n // SAMPLED), device=out.device)
+        with torch.no_grad():
+            exact = kernels.attend(plain.att.take(index)).to(torch.float32)
+            moved = out.index_select(2, index).to(torch.float32) - exact
+            keep = self.base.rows.valid[:, index][:, None, :, None]
+            moved, size = ((t * keep).square().sum() for t in (moved, exact))
+            error = (moved / size.clamp_min(1e-30)).sqrt()
+        for bound in approximate:
+            self.marks[bound.index].record.err(error)
 
     def together(self, bound: Bound, edit: Any) -> bool:
         """Let all heads of the call take an edit in one form, where there is one."""
@@ -484,7 +531,8 @@ class _HeadGroup:
 
     def check_result(self, plain: AttentionMap) -> None:
         """Refuse first edits after which outputs are infinite in the model's dtype, where the model's own are finite."""
-        for bound, door, view in self.fresh:
+        for bound, door, made in self.fresh:
+            view = self.map if self.groups is not None else made
             if bool((view.out.detach().isfinite().logical_not() & plain.out.detach().isfinite()).any()):
                 self.runtime.checked.discard(self.first_key(bound, door))
                 raise Check(bound.name, door, self.runtime.site.path, view.out).refuse(
@@ -551,6 +599,15 @@ class _HeadGroup:
         if edited is None:
             return
         att, mask = self.map.att, self.chosen(bound)
+        if isinstance(edited, MergedTokens):
+            self.merge(bound, edited)
+            return
+        if isinstance(edited, HeadOutputs):
+            before, self.instead = self.map, bound
+            new = edited.out if mask is None else torch.where(mask[..., None], edited.out, before.out)
+            self.map = AttentionMap(att, lambda: new)
+            self.mark(bound, "inputs", torch.ones(len(new), dtype=torch.bool, device=new.device))
+            return
         q, k, v = edited
         if mask is not None:
             if max(mask.shape[1:]) > 1 and (k is not att.k or v is not att.v):
@@ -563,11 +620,36 @@ class _HeadGroup:
         pairs = ((q, att.q), (k, att.k), (v, att.v))
         self.mark(bound, "inputs", *(new != old for new, old in pairs if new is not old))
 
+    def merge(self, bound: Bound, edit: MergedTokens) -> None:
+        """From here on the map is that of groups of tokens, until `unmerged`."""
+        att = self.map.att
+        size = edit.size
+        bias = None if size is None else size.to(att.stat_dtype).log()[:, None]
+        self.groups = (bound, edit.group, self.map)
+        self.rescore(att.replace(q=edit.q, k=edit.k, v=edit.v, mask=None, key_bias=bias))
+        counts = torch.zeros_like(edit.group).scatter_add(1, edit.group, torch.ones_like(edit.group))
+        if self.runtime.run.measure:
+            self.marks[bound.index].record.keep(torch.tensor(edit.q.shape[2] / edit.group.shape[1]))
+        self.mark(bound, "inputs", counts > 1)
+
+    def unmerged(self, out: Tensor) -> Tensor:
+        """The outputs of groups [B, H, s, dv] as those of their tokens, where the method acts."""
+        bound, group, before = self.groups
+        out = out.gather(2, group[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3]))
+        mask = self.chosen(bound)
+        out = out if mask is None else torch.where(mask[..., None], out, before.out)
+        # Later methods read the map of all tokens, with this output.
+        self.map = AttentionMap(before.att, lambda: out)
+        return out
+
     def bias(self, bound: Bound) -> None:
         term = self.ask(bound, "bias")
         if term is None:
             return
         att, mask = self.map.att, self.chosen(bound)
+        if isinstance(term, BlockBias):
+            self.hide(bound, term, mask)
+            return
         if isinstance(term, KeyBias) and mask is not None and mask.shape[-1] == 1:
             term, mask = KeyBias(torch.where(mask, term.bias, torch.zeros_like(term.bias))), None
         if isinstance(term, KeyBias) and mask is None:
@@ -580,6 +662,25 @@ class _HeadGroup:
             self.rescore(_with_bias(att, full))
             moved = full != 0
         self.mark(bound, "bias", moved)
+
+    def hide(self, bound: Bound, term: BlockBias, chosen: Tensor | None) -> None:
+        """From here on rows see the kept blocks only."""
+        att = self.map.att
+        keep = term.keep if chosen is None else term.keep | ~chosen[..., None]
+        blocks, there = kernels.KeyBlocks(term.block, keep), torch.ones_like(keep) if term.there is None else term.there
+        left_out = ~keep & there
+        if self.runtime.run.reference:
+            self.rescore(kernels.hide_blocks(att, blocks))
+        else:
+            pair = functools.cache(lambda: kernels.attend_blocks(att, blocks))
+            # The mask is written out where a later method asks for more than the output.
+            self.map = AttentionMap(
+                lambda: kernels.hide_blocks(att, blocks), lambda: pair()[0], pair, whole=att, heads=att.shape[1]
+            )
+        if self.runtime.run.measure:
+            share = left_out.sum().float() / there.expand(left_out.shape).sum().clamp_min(1)
+            self.marks[bound.index].record.keep(1.0 - share)
+        self.mark(bound, "bias", left_out)
 
     def weights(self, bound: Bound) -> None:
         edit = self.ask(bound, "weights")

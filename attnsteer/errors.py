@@ -64,6 +64,10 @@ class SerializationError(AttnSteerError, ValueError):
     """A saved intervention or head set cannot be read."""
 
 
+class HubError(SerializationError):
+    """The hub refuses, cannot be reached, or has no such repository."""
+
+
 class ZooError(AttnSteerError, OSError):
     """A file of an embedded model is missing, cut short or changed."""
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from .errors import SelectionError, SerializationError, brief
 from .parameters import Named, PerSample, declared, parsed, plain, whole
 
 SCHEMA_VERSION = 1
+# The file of a shared set.
+FILE = "heads.safetensors"
 
 
 class HeadSet(Named):
@@ -215,6 +218,87 @@ class HeadSet(Named):
             return cls(pairs, scores=known, shape=shape, provenance=provenance)
         except (ValueError, TypeError) as error:
             raise SerializationError(f"HeadSet.load: {path} does not hold a head set: {error}") from error
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        model: Any = None,
+        private: bool | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> str:
+        """Share the set as a repository of the hub, with a card and a manifest; returns the address of the commit.
+
+        Args:
+            repo: owner/name; made where there is none. model: the model that the heads are of, or its id; others are refused
+                when it is loaded for them. private, token, endpoint: of the hub.
+
+        Raises:
+            HubError: the hub refuses or cannot be reached.
+        """
+        from .hub import card, model_facts, origin, upload
+
+        facts = model_facts(model)
+        shape = "not said" if self._shape is None else f"{self._shape[0]} layers of {self._shape[1]} heads"
+        rows = [f"| {layer} | {', '.join(map(str, self[layer]))} |" for layer in self.layers]
+        body = [
+            f"{len(self)} attention heads, found by attnsteer.",
+            "",
+            origin(facts),
+            f"- heads of the model: {shape}",
+        ]
+        body += [f"- {key}: {value}" for key, value in self._provenance.items()]
+        body += ["", "| layer | heads |", "| --- | --- |", *rows, "", "```python"]
+        body += ["from attnsteer import HeadSet", f'heads = HeadSet.from_pretrained("{repo}", model=model)', "```"]
+        base = (facts or {}).get("id")
+        with tempfile.TemporaryDirectory(prefix="attnsteer-") as scratch:
+            self.save(Path(scratch) / FILE)
+            text = card(repo, "heads", "\n".join(body), base_model=base)
+            return upload(
+                Path(scratch),
+                [FILE],
+                repo,
+                "heads",
+                about={"model": facts},
+                card=text,
+                private=private,
+                token=token,
+                endpoint=endpoint,
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        model: Any = None,
+        revision: str | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> HeadSet:
+        """A set of a hub repository that `push_to_hub` made, or of a file of `save`.
+
+        Args:
+            model: the model that they shall act in, or its id: heads of another one are refused.
+
+        Raises:
+            HubError, SerializationError: it cannot be had, or is not what its manifest says.
+            SelectionError: they are another model's heads.
+        """
+        from .hub import check_model, download
+        from .manifest import read_manifest
+
+        path = checked_path("HeadSet.from_pretrained", source)
+        if path.is_file():
+            return cls.load(path)
+        folder = path
+        if not path.is_dir():
+            folder = download(
+                str(source), "heads", lambda name: name == FILE, revision=revision, token=token, endpoint=endpoint
+            )
+            check_model(read_manifest(folder, links=True), model, f"the head set {source}")
+        return cls.load(folder / FILE)
 
     def digest(self) -> str:
         """A short content hash over heads and scores, stable across runs."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import KW_ONLY, MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from .errors import RegistrationError, SelectionError, SerializationError, brief, did_you_mean
+from .errors import HubError, RegistrationError, SelectionError, SerializationError, brief, did_you_mean
 from .heads import HeadSet, checked_path, union
 from .parameters import Named, PerSample, check_fields, declared, parsed, sample_values
 from .registry import base_of, get_method, registered_name
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .account import Samples
-    from .call import AttnCall, KeyBias, Reweight
+    from .call import AttnCall, BlockBias, HeadOutputs, KeyBias, MergedTokens, Reweight
     from .site import Site
     from .tokens import Tokens
 
 SCHEMA_VERSION = 1
 RECORD, HEADS = "steer.json", "heads.safetensors"
+# Needs of methods whose `around` door a language model has: streams of it, or the layers behind some one.
+PASSES = frozenset({"bases", "layers"})
 # The methods of the contract, and what each is called with.
 DOORS = {
     "inputs": ("call",),
@@ -72,11 +75,14 @@ class Intervention(Named):
             divide them.
         pools_heads: the same, but as sums that it takes through `call.over_heads`, so tensor parallelism may divide them.
         skips_blocks: whether the blocks that hold its sites are left out of its weak passes.
+        approximate: whether it computes less than the model's attention on purpose; `steer(..., measure=True)` records its error.
         row_local: whether what a row gets depends on that row, its keys and the parameters alone: nothing is pooled over rows, and
             nothing is kept in `call.state`. Such a method takes prompts in chunks and shared prefixes as they come; the prompts
             of others are kept whole in continuous batching.
     """
 
+    # Said so that type checkers see it too.
+    _: KW_ONLY
     where: Where = parsed(_where, "Where", default_factory=Where, kw_only=True)
 
     looks_ahead: ClassVar[bool] = False
@@ -91,6 +97,7 @@ class Intervention(Named):
     may_rest: ClassVar[bool] = False
     skips_blocks: ClassVar[bool] = False
     row_local: ClassVar[bool] = False
+    approximate: ClassVar[bool] = False
     # Set when it is made: the parameters with one value per sample, by name; and those of them by which it leaves some
     # samples, or heads of samples, alone.
     sample_values: ClassVar[dict[str, PerSample]] = {}
@@ -137,11 +144,11 @@ class Intervention(Named):
         form = declared(type(self), name)
         return value.of_heads or (value.rests and form is not None and not form.optional)
 
-    def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Return edited (q, k, v), or None for no edit."""
+    def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | MergedTokens | HeadOutputs | None:
+        """Return edited (q, k, v), `MergedTokens`, `HeadOutputs`, or None for no edit."""
 
-    def bias(self, call: AttnCall) -> KeyBias | Tensor | None:
-        """Return an additive score term: a `KeyBias`, or a tensor broadcastable to [B, H, n, m]."""
+    def bias(self, call: AttnCall) -> KeyBias | BlockBias | Tensor | None:
+        """Return an additive score term: a `KeyBias`, a tensor broadcastable to [B, H, n, m], or a `BlockBias`."""
 
     def weights(self, call: AttnCall) -> Reweight | None:
         """Return weights for groups of keys, or None for no edit."""
@@ -202,7 +209,7 @@ class Intervention(Named):
         """Which of the five methods of the contract the class overrides."""
         return {n for n in DOORS if getattr(type(self), n) is not getattr(Intervention, n)}
 
-    def new(self, **changes: Any) -> Intervention:
+    def new(self, **changes: Any) -> Self:
         """A copy with some hyper-parameters changed."""
         return replace(self, **changes)
 
@@ -252,18 +259,76 @@ class Intervention(Named):
         (directory / RECORD).write_text(text + "\n", encoding="utf-8")
         return directory
 
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        model: Any = None,
+        private: bool | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> str:
+        """Share the method as a repository of the hub, with a card and a manifest; returns the address of the commit.
+
+        Args:
+            repo: owner/name; made where there is none. model: the model that it is for, or its id; others are refused when it is
+                loaded for them. private, token, endpoint: of the hub.
+
+        Raises:
+            HubError: the hub refuses or cannot be reached.
+            UnknownName, SerializationError: see `save_pretrained`.
+        """
+        from .hub import card, model_facts, origin, upload
+
+        facts = model_facts(model)
+        with tempfile.TemporaryDirectory(prefix="attnsteer-") as scratch:
+            folder = self.save_pretrained(scratch)
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            body = [f"`{record['method']}`, a training-free attention intervention of attnsteer.", "", origin(facts)]
+            body += [f"- {k}: `{json.dumps(v)}`" for k, v in record["parameters"].items()]
+            body += [f"- {k}: {v}" for k, v in record["versions"].items()]
+            body += ["", "```python", "from attnsteer import Intervention, steer"]
+            body += [f'with steer(model, Intervention.from_pretrained("{repo}", model=model)):', "    ...", "```"]
+            base = (facts or {}).get("id")
+            text = card(repo, "method", "\n".join(body), base_model=base, tags=[record["method"]])
+            names = [n for n in (RECORD, HEADS) if (folder / n).is_file()]
+            return upload(
+                folder,
+                names,
+                repo,
+                "method",
+                about={"model": facts},
+                card=text,
+                private=private,
+                token=token,
+                endpoint=endpoint,
+            )
+
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, revision: str | None = None) -> Intervention:
-        """Load what `save_pretrained` wrote, from a local folder or a hub id.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        model: Any = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> Intervention:
+        """Load what `save_pretrained` wrote, from a local folder, or what `push_to_hub` made, by its hub id.
 
         Called on `Intervention` it returns whatever class was saved; on a subclass it checks the class.
 
+        Args:
+            revision: commit, tag or branch. model: what it shall act in, or its id: a method of the hub that was made for
+                another model is refused. token, endpoint: of the hub.
+
         Raises:
             SerializationError: missing or broken files, unknown fields, a newer schema, another class.
+            HubError: the hub has no such repository, or cannot be reached.
+            SelectionError: it was made for another model.
             UnknownName: a method that is not registered here.
         """
-
-        directory = _directory(source, revision)
+        directory = _directory(source, revision, model, token, endpoint)
         record = _read_record(directory / RECORD)
         found = get_method(record["method"])
         if not issubclass(found, cls):
@@ -356,20 +421,27 @@ def needs_of(cls: type[Intervention]) -> tuple[str, ...]:
     return () if isinstance(cls.needs, property) else cls.needs
 
 
-def _directory(source: str | Path, revision: str | None) -> Path:
+def _directory(
+    source: str | Path, revision: str | None, model: Any = None, token: str | None = None, endpoint: str | None = None
+) -> Path:
     if checked_path("from_pretrained", source).is_dir():
         return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from .hub import check_model, download
+    from .manifest import read_manifest
 
     try:
-        found = snapshot_download(str(source), revision=revision, allow_patterns=[RECORD, HEADS])
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise SerializationError(
-            f"{source!r} is neither a folder nor a hub repository that can be reached ({type(error).__name__}). "
-            "Give a folder written by save_pretrained, or a hub id."
-        ) from error
-    return Path(found)
+        found = download(
+            str(source),
+            "method",
+            lambda name: name in (RECORD, HEADS),
+            revision=revision,
+            token=token,
+            endpoint=endpoint,
+        )
+    except HubError as error:
+        raise HubError(f"{source!r} is neither a folder nor a hub repository that can be had. {error}") from error
+    check_model(read_manifest(found, links=True), model, f"the method {source}")
+    return found
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 LARGEST, SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 LARGEST_INTEGER = 2**63 - 1
 _KEY = "parameter"
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Refused(ValueError):
@@ -529,12 +531,12 @@ class Named:
         return object.__new__, (type(self),), self.__getstate__()
 
 
-def named(function: Callable[..., Any]) -> Callable[..., Any]:
+def named(function: Callable[P, R]) -> Callable[P, R]:
     """A function whose wrong arguments are a SelectionError, as those of `Named` are."""
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         _check_arguments(f"{function.__name__}()", signature, args, kwargs)
         return function(*args, **kwargs)
 

@@ -26,7 +26,7 @@ from .errors import (
     did_you_mean,
     listing,
 )
-from .intervention import Intervention
+from .intervention import PASSES, Intervention
 from .parameters import Flag, named
 from .registry import get_host, hosts
 from .scope import PLAIN, SCOPES, Scope
@@ -374,7 +374,8 @@ def steer(
         target: a transformers model or `Pipeline`, a diffusers model or `DiffusionPipeline`, or any
             `nn.Module` that reaches `F.scaled_dot_product_attention`.
         interventions: applied in this order, within each stage (inputs, bias, weights, output).
-        measure: also record how far reweightings move the map (total variation; costs a little).
+        measure: also record how far reweightings move the map (total variation; costs a little), and how far methods that
+            approximate attention are from it, on some rows of each call.
         reference: compute every edit from the explicit [n, m] map instead of the identities: slow, for checking.
         control: this steering is meant to change nothing (a zero-strength control): that is no error then.
         named: in place of `interventions`, several steerings under names, each one intervention or a list. Requests of
@@ -523,7 +524,7 @@ def _check_host(method: Intervention, host: Any) -> None:
         raise SelectionError(f"{name}(where={brief(method.where)}): give a Where, e.g. Where(layers=[0]).")
     if not doors:
         raise SelectionError(f"{name} overrides no method of the contract; it would do nothing.")
-    if "around" in doors and "around" not in host.provides and "bases" not in method.needs:
+    if "around" in doors and "around" not in host.provides and not PASSES & set(method.needs):
         raise UnsupportedHost(
             f"{name} calls the model several times and combines the predictions, which is defined for denoisers and "
             f"pipelines of diffusers; {target} is neither."

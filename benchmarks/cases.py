@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnsteer import ACT, PAG, AttendAndExcite, HeadSet, Intervention, SpotLight, Where, ZeroTuning, steer
 from attnsteer.call import AttnCall, Share
-from benchmarks import dense, short, vision
+from benchmarks import dense, efficiency, short, vision
 from benchmarks.measure import Times, interleaved, peak_memory
 from benchmarks.models import LlamaShape, UNetShape, excite_call, excite_pipelines, llama, prompt, twin, unet
 from benchmarks.parts import MODES, TOLERANCE, Case, Check, Decoder, Gate, Outcome, Size, error
@@ -425,6 +425,10 @@ SMOKE = LlamaShape(hidden=128, heads=4, kv_heads=2, head_dim=32, mlp=256, vocab=
 # LLaVA-1.5's proportions at half of its width, where attention weighs twice as much; and the same, smaller.
 LLAVA = LlamaShape(hidden=2048, heads=16, kv_heads=16, head_dim=128, mlp=5504)
 SMALL_LLAVA = LlamaShape(hidden=512, heads=8, kv_heads=8, mlp=1376, vocab=256)
+# With enough layers behind the second.
+DEEP_LLAVA = LlamaShape(hidden=1024, heads=16, kv_heads=16, mlp=2752, layers=8)
+DEEP_SMALL_LLAVA = LlamaShape(hidden=512, heads=8, kv_heads=8, mlp=1376, layers=6, vocab=256)
+DEEP_SMOKE = LlamaShape(hidden=128, heads=4, kv_heads=4, head_dim=32, mlp=256, layers=4, vocab=64)
 SMALL_UNET = UNetShape((80, 160, 320, 320), 192, 32)
 TINY_UNET = UNetShape((32, 32, 64, 64), 32, 16)
 
@@ -538,6 +542,42 @@ CASES = {
                 Size(LLAVA, 2048, 512, repeats=12, patience=120.0),
                 Size(SMALL_LLAVA, 2048, 256, repeats=5),
                 Size(SMOKE, 128, 128, repeats=2),
+            ),
+        ),
+        Case(
+            "block-mask",
+            "BlockMask with a quarter of the blocks, attention alone, over full SDPA",
+            0.45,
+            lambda size: efficiency.gate_blocks(size.gate),
+            efficiency.measure_blocks,
+            _sizes(
+                Size(FULL, 16384, 1024, repeats=3),
+                Size(QUICK, 4096, 512, repeats=3),
+                Size(SMOKE, 1024, 256, repeats=2),
+            ),
+        ),
+        Case(
+            "token-merge",
+            "TokenMerge of half of the tokens, over the plain attention module",
+            0.55,
+            lambda size: efficiency.gate_merge(size.gate),
+            efficiency.measure_merge,
+            _sizes(
+                Size(UNetShape(), 4096, 256, repeats=3),
+                Size(SMALL_UNET, 4096, 256, repeats=3),
+                Size(TINY_UNET, 256, 64, repeats=2),
+            ),
+        ),
+        Case(
+            "visual-tokens",
+            "half of the image tokens dropped at layer 2 by exact scores, prefill, over the whole prompt",
+            1.0,
+            lambda size: efficiency.gate_visual(size.shape, size.gate),
+            efficiency.measure_visual,
+            _sizes(
+                Size(DEEP_LLAVA, 656, 120, repeats=5),
+                Size(DEEP_SMALL_LLAVA, 656, 120, repeats=3),
+                Size(DEEP_SMOKE, 120, 120, repeats=2),
             ),
         ),
         Case(

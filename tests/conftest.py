@@ -49,6 +49,7 @@ FULL = (
     "zoo/",
     "search/",
     "results/test_report_browser.py",
+    "viz/test_pages_browser.py",
     "evals/test_lm_eval.py",
     "evals/test_lmms_eval.py",
     "test_benchmarks.py",

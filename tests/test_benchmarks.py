@@ -28,6 +28,9 @@ NAMES = [
     "prefill-32k",
     "var",
     "vhr",
+    "block-mask",
+    "token-merge",
+    "visual-tokens",
     "cfg-pag",
     "latent-step",
 ]

@@ -18,7 +18,25 @@ from attnsteer import __version__, cli, methods, sites
 from attnsteer.testing import tiny_pipeline, tiny_transformers, tiny_transformers_inputs
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"methods", "sites", "doctor", "demo", "run", "calibrate", "compare", "report", "serve"}
+COMMANDS = {
+    "methods",
+    "sites",
+    "doctor",
+    "demo",
+    "run",
+    "calibrate",
+    "profile",
+    "bake",
+    "compare",
+    "report",
+    "verify",
+    "board",
+    "push",
+    "pull",
+    "serve",
+    "view",
+    "play",
+}
 GROUPS = {"recipes", "zoo"}
 
 
@@ -328,16 +346,57 @@ def test_doctor_and_demo_fail_when_a_check_fails(monkeypatch: pytest.MonkeyPatch
     assert run("demo").exit_code == 1
 
 
-@pytest.mark.slow
-def test_demo_steers_and_says_what_changed(tmp_path: Path) -> None:
-    from attnsteer import zoo
+def test_demo_steers_says_what_changed_and_writes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnsteer import showcase
 
+    monkeypatch.setattr(showcase, "READINGS", 16)
+    monkeypatch.setattr(showcase, "LENGTH", 64)
+    monkeypatch.setattr(showcase, "LEADING", ("shapes-lm",))
     done = run("demo", "--out", str(tmp_path))
     assert done.exit_code == 0, done.output
-    for words in ("21/21 kernel checks", "SpotLight", "before", "bit for bit: yes", *zoo.available()):
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "src=" not in page and "http" not in page
+    for method in ("SpotLight", "PASTA"):
+        assert f'>>> steer(model, zoo.preset("shapes-lm", "{method}", spans=marked))' in done.output
+        assert f"steer(model, zoo.preset(&quot;shapes-lm&quot;, &quot;{method}&quot;, spans=marked))" in page
+    for words in (
+        "21/21 kernel checks",
+        "with the method",
+        "random words marked",
+        "[[",
+        "a prefill of 64 tokens",
+        "Not everything helps",
+    ):
         assert words in done.output
-    drawn = {"shapes-sd", "shapes-mmdit"} & set(zoo.available())
-    assert {p.stem for p in tmp_path.iterdir()} == drawn
+    assert (
+        "bit for bit: yes" in done.output
+        and page.count("<mark>") == 2
+        and page.count('class="with"') == 2
+        and page.count("with last") == 4
+    )
+
+
+def test_demo_shows_pictures_and_fails_where_nothing_acted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from attnsteer import demo_text, showcase
+    from attnsteer.evals.significance import Interval
+
+    def parts(fired: int) -> list[object]:
+        row = showcase.Row("shapes-sd", "steer(pipe, m)", "boxes", 0.2, 0.8, Interval(0.6, 0.4, 0.8), None, fired, 1.0)
+        pictures = [torch.zeros(3, 8, 8), torch.ones(3, 8, 8)]
+        return [
+            row,
+            showcase.Sheet("shapes-sd", [("as it is", pictures), ("steered", pictures)], ["a", "b"], "frames: <boxes>"),
+        ]
+
+    for fired, good in ((3, True), (0, False)):
+        made = parts(fired)
+        monkeypatch.setattr(demo_text, "showcase", lambda names, made=made: made)
+        assert demo_text.show("21/21", tmp_path, ["shapes-sd"]) is good
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == 1 and "frames: &lt;boxes&gt;" in page
+    assert (tmp_path / "shapes-sd-1.png").is_file()
 
 
 def test_the_demonstration_holds_what_it_shows() -> None:

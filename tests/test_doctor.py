@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,29 @@ def test_it_is_json(report: doctor.Report) -> None:
     assert record["ok"] and record["devices"].keys() == {"cpu"}
     assert {"python", "torch", "attnsteer", "transformers"} <= record["versions"].keys()
     assert record["checks"][0] == {**vars(report.checks[0]), "ok": True}
+
+
+def test_it_says_what_works_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = {f.name: f for f in doctor.features()}
+    assert found["language and vision-language models"].works and found["pipelines and denoisers"].works
+    assert found["embedded models"].works and "shapes-sd" in found["embedded models"].detail
+    assert found["runs in this folder"].detail == str(tmp_path)
+    monkeypatch.setattr(
+        doctor, "version", lambda name: {"transformers": "6.0.1", "torch": "2.10.0"}.get(name, "0.40.0")
+    )
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    found = {f.name: f for f in doctor.features()}
+    assert (
+        not found["language and vision-language models"].works
+        and "below 6" in found["language and vision-language models"].detail
+    )
+    assert not found["everything"].works and found["pipelines and denoisers"].works
+    assert not found["compiled models"].works and "install g++" in found["compiled models"].detail
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    found = {f.name: f for f in doctor.features()}
+    assert found["attnsteer serve"].detail == "pip install 'attnsteer[serve]'" and not found["attnsteer serve"].works
+    assert not doctor._writable("x", Path("/proc/nowhere")).works
 
 
 def test_optional_packages_are_found_without_importing_them() -> None:

@@ -29,6 +29,7 @@ from attnsteer import (
     AttentionBuckets,
     AttentionRefocusing,
     AttentionRegulation,
+    BlockMask,
     FreezeMaps,
     HeadGate,
     HeadSet,
@@ -36,9 +37,12 @@ from attnsteer import (
     InstABoost,
     Intervention,
     PatchHeads,
+    Scatterbrain,
     SoftPAG,
     SpotLight,
+    TokenMerge,
     VisualKnockout,
+    VisualTokenMerge,
     Where,
     ZeroTuning,
     capture,
@@ -63,6 +67,8 @@ LANGUAGE: dict[str, Intervention] = {
     "instaboost": InstABoost([[(1, 3)], [(1, 3)]], 4.0, exclude_first_token=True, where=Where(layers=[1])),
     "injectmap": InjectMap("block:2", {0: [1], 2: [3]}, strength=0.5),
     "injectmap-mask": InjectMap("span", HEADS, "mask", rows=[1, 2], spans=[[(0, 3)], [(1, 4)]], sums="keep"),
+    "blockmask": BlockMask(2, top_k=2, where=Where(layers=[0])),
+    "blockmask-released": BlockMask.released_code(2, 0.1),
     "buckets": AttentionBuckets((10000.0, 200.0), "probs"),
 }
 # On models with images; where they are is said for the language model of the other tests.
@@ -75,6 +81,7 @@ VISION: dict[str, Intervention] = {
     "paint": PAINT([[0, 3], []], [[1], [2, 4]], 0.9, 1.4),
     "adhh": ADHH(HEADS, 0.3),
     "spin": SPIN(0.5, 0.1, where=Where(layers=[0, 2])),
+    "fewer": VisualTokenMerge.fastv(2, 0.25),
     "knockout": VisualKnockout([("last", "image"), ("question", "before")]),
 }
 GUIDANCE: dict[str, Intervention] = {
@@ -97,7 +104,13 @@ LATENT: dict[str, Intervention] = {
     "refocusing": AttentionRefocusing(BOXES, stop_share=0.6, schedule=[(0.0, 0.5, 4.0, 2)]),
     "refocusing-released": AttentionRefocusing.released_code([BOXES, {"fox": (0, 0, 1, 0.5)}]),
 }
-ALL = LANGUAGE | VISION | GUIDANCE | LATENT
+DENOISERS: dict[str, Intervention] = {
+    "merge": TokenMerge(0.4, (2, 1), where=Where(kinds="self")),
+    "merge-frames": TokenMerge.fastvggt((4, 6), 3),
+    "merge-vit": TokenMerge.tome(0.2),
+    "scatter": Scatterbrain(16, 1, 8, seed=2),
+}
+ALL = LANGUAGE | VISION | GUIDANCE | LATENT | DENOISERS
 # What they hold is a run's, which has files of its own (`Captured.load`).
 NOT_SAVED = {FreezeMaps, PatchHeads}
 

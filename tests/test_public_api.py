@@ -21,6 +21,7 @@ METHODS = [
     "AttentionBuckets",
     "AttentionRefocusing",
     "AttentionRegulation",
+    "BlockMask",
     "CONFORM",
     "FreezeMaps",
     "HeadGate",
@@ -33,16 +34,21 @@ METHODS = [
     "PAINT",
     "PASTA",
     "PatchHeads",
+    "Scatterbrain",
     "SEG",
     "SLG",
     "SoftPAG",
     "SPIN",
     "SpotLight",
+    "TokenMerge",
     "VAR",
     "VHR",
     "VisualKnockout",
+    "VisualTokenMerge",
     "ZeroTuning",
 ]
+# Readers: what they are made of is no intervention.
+READERS = ["AttentionPrompting", "CARVE", "ControlMLLM", "RefAM", "TAG"]
 NAMES = [
     "Captured",
     "HeadSet",
@@ -56,17 +62,20 @@ NAMES = [
     "capture",
     "detach",
     "errors",
+    "flow",
     "get_method",
     "methods",
     "register_host",
     "register_method",
+    "rollout",
     "sites",
     "steer",
     "zoo",
     *METHODS,
+    *READERS,
 ]
 ERRORS = [
-    "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "MissingExtra", "NeverFired", "NotFinite",
+    "AttnSteerError", "CaptureTooLarge", "CompositionError", "ContractError", "HubError", "MissingExtra", "NeverFired", "NotFinite",
     "RecipeError", "RecordError", "RegistrationError", "RunError", "SelectionError", "SerializationError", "UnknownName",
     "UnsupportedHost", "ZooError",
 ]  # fmt: skip
@@ -101,6 +110,12 @@ SIGNATURES = {
     "SoftPAG": "scale=3.0, strength=1.0, joint='joint_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "SpotLight": "spans, target=0.2, pooled=False, *, where, tokenizer=None",
     "VAR": "sink_dims=None, tau=20.0, rho=0.5, min_image_mass=0.2, move_fraction=0.6, *, where, released=False",
+    "BlockMask": "block_size=512, top_k=None, threshold=0.25, select='query_head', *, where, released=False",
+    "Scatterbrain": "nb_features=None, n_hashes=2, cluster_size=64, seed=0, *, where",
+    "TokenMerge": "ratio=0.5, stride=(2, 2), use_rand=True, size_bias=True, *, where, match='grid', grid=None, frames=1, "
+    "special=0, "
+    "protect=0.0, seed=0",
+    "VisualTokenMerge": "keep=None, ratio=0.25, method='cluster', layer=0, positions='keep', *, where, contextual=0, seed=0",
     "ADHH": "heads=None, threshold=0.4, *, where",
     "HGAI": "alpha=0.5, *, where",
     "PAI": "alpha=0.5, heads=None, *, where",
@@ -184,7 +199,7 @@ def test_methods_are_frozen_interventions_with_a_paper(name: str) -> None:
     assert entry.summary and "20" in entry.paper and entry.doors and entry.hosts
 
 
-@pytest.mark.parametrize("package", ["", ".recipe", ".results", ".run", ".search", ".viz"])
+@pytest.mark.parametrize("package", ["", ".reading", ".recipe", ".results", ".run", ".search", ".viz"])
 def test_a_package_shows_its_public_names_and_no_others(package: str) -> None:
     module = importlib.import_module(f"attnsteer{package}")
     assert dir(module) == sorted(module.__all__) == sorted(set(module.__all__))

@@ -6,15 +6,18 @@ from .lse import attend, attend_lse, causal_with_mask, lse_source
 from .merge import held, lift, merge, reweight
 from .problem import Attention, dense, dense_with_sink, visible
 from .sources import Source, add_source, flash_source, flex_source, remove_source
+from .sparse import KeyBlocks, attend_blocks, hide_blocks
 from .statistics import column_mass, entropy, keys_seen, rows, seen_by
 
 __all__ = [
     "Attention",
+    "KeyBlocks",
     "KeyIndex",
     "RowBlocks",
     "Source",
     "add_source",
     "attend",
+    "attend_blocks",
     "attend_lse",
     "causal_with_mask",
     "column_mass",
@@ -24,6 +27,7 @@ __all__ = [
     "flash_source",
     "flex_source",
     "held",
+    "hide_blocks",
     "index_keys",
     "keys_seen",
     "leftover",

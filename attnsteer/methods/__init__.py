@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .attention_refocusing import AttentionRefocusing
     from .attention_regulation import AttentionRegulation
     from .attentionbuckets import AttentionBuckets
+    from .blockmask import BlockMask
     from .conform import CONFORM
     from .freezemaps import FreezeMaps
     from .headgate import HeadGate
@@ -26,13 +27,16 @@ if TYPE_CHECKING:
     from .paint import PAINT
     from .pasta import PASTA
     from .patchheads import PatchHeads
+    from .scatterbrain import Scatterbrain
     from .seg import SEG
     from .slg import SLG
     from .softpag import SoftPAG
     from .spin import SPIN
     from .spotlight import SpotLight
+    from .tokenmerge import TokenMerge
     from .var import VAR
     from .vhr import VHR
+    from .visualtokenmerge import VisualTokenMerge
     from .zerotuning import ZeroTuning
 
 

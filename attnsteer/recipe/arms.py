@@ -12,7 +12,7 @@ from ..heads import HeadSet
 from ..intervention import Intervention
 from ..registry import get_method
 from ..site import Site
-from .parameters import ZERO, Method, Sample, check_names, method, settable
+from .parameters import SPANS, ZERO, Method, Sample, check_names, is_sample, method, settable
 from .schema import Recipe
 from .search_specs import calibration_key
 
@@ -135,6 +135,33 @@ def with_random_heads(chosen: Sequence[Method], sizes: Mapping[int, int] | None,
     return tuple(
         m if m.heads is None else replace(m, heads=random_heads(m.heads, sizes, draw, m.place)) for m in chosen
     )
+
+
+def with_other_spans(chosen: Sequence[Method], key: str, place: str) -> tuple[Method, ...]:
+    """The methods with another key of the samples as their spans.
+
+    Raises:
+        RecipeError: no method takes its spans from the samples, or they are this key already.
+    """
+    marked = [m for m in chosen if is_sample(m.params.get("spans"))]
+    if not marked or any(m.params["spans"]["sample"] == key for m in marked):
+        said = "no intervention has spans: {sample: KEY}" if not marked else f"that is what {marked[0].place} marks"
+        raise RecipeError(f"{place}: {key!r} cannot stand in the place of spans: {said}.")
+    return tuple(replace(m, params={**m.params, "spans": {"sample": key}}) if m in marked else m for m in chosen)
+
+
+def with_random_spans(chosen: Sequence[Method], draw: int) -> tuple[Method, ...]:
+    """The methods with other spans in place of the marked ones; see `attnsteer.recipe.parameters.random_spans`.
+
+    Raises:
+        RecipeError: no method has spans that each sample names.
+    """
+    if not any(is_sample(m.params.get(SPANS)) for m in chosen):
+        raise RecipeError(
+            "controls.random_spans: no intervention takes spans from each sample (params: {spans: {sample: KEY}}), so there are "
+            "none to draw at random."
+        )
+    return tuple(replace(m, random_spans=draw) if is_sample(m.params.get(SPANS)) else m for m in chosen)
 
 
 def random_heads(heads: HeadSet, sizes: Mapping[int, int] | None, draw: int, place: str = "heads") -> HeadSet:

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import AttnSteerError, RecipeError, RegistrationError, did_you_mean, listing
 from ..heads import HeadSet
 from ..method_files import require
-from .arms import at_zero_strength, methods_of, with_random_heads
+from .arms import at_zero_strength, methods_of, with_other_spans, with_random_heads, with_random_spans
 from .resolved import METRIC_FILES, absolute_options, names_file, resolve
 from .schema import RESERVED, Recipe
 from .search_specs import calibration_key, search_of, searched_method
@@ -87,10 +87,16 @@ def _check_arms(recipe: Recipe) -> None:
         into = recipe.calibration.into
         if not any(into in m.params for m in chosen):
             raise RecipeError(f"calibration.into: no intervention has a parameter {into!r}.")
+    for index, key in enumerate(recipe.controls.spans):
+        with_other_spans(chosen, key, f"controls.spans.{index}")
     if recipe.controls.random_heads:
         # Sizes of layers come with the model; until then the chosen heads are all there are.
         least = {layer: max(m.heads[layer]) + 1 for m in chosen if m.heads is not None for layer in m.heads.layers}
         with_random_heads(chosen, least, 1)
+    if recipe.controls.random_spans:
+        if recipe.model.kind != "lm":
+            raise RecipeError("controls.random_spans: is for language models; images take places in other prompts.")
+        with_random_spans(chosen, 1)
 
 
 def _check_decoding(recipe: Recipe) -> None:
@@ -197,7 +203,7 @@ def _missing_files(recipe: Recipe) -> list[str]:
     problems = []
     folder = recipe.folder
     if recipe.model.zoo is not None and not recipe.model.embedded:
-        from ..zoo import present
+        from ..zoo.folders import present
 
         if recipe.model.zoo not in present():
             problems.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
@@ -25,6 +26,7 @@ ZERO: dict[str, dict[str, Any]] = {
     "AttendAndExcite": {"step_size": 0.0},
     "AttentionRefocusing": {"step_size": 0.0},
     "AttentionRegulation": {"strength": 0.0},
+    "BlockMask": {"top_k": None, "threshold": 1.0},
     "CONFORM": {"step_size": 0.0},
     "HGAI": {"alpha": 0.0},
     "InjectMap": {"strength": 0.0},
@@ -38,11 +40,15 @@ ZERO: dict[str, dict[str, Any]] = {
     "SEG": {"scale": 0.0},
     "SLG": {"scale": 0.0},
     "SPIN": {"scale": 1.0},
+    # All rows and keys in one cluster.
+    "Scatterbrain": {"n_hashes": 2, "cluster_size": 1 << 30},
     "SoftPAG": {"scale": 0.0},
     "SpotLight": {"target": 0.0},
+    "TokenMerge": {"ratio": 0.0},
     "VAR": {"move_fraction": 0.0},
     "VHR": {"alpha": 1.0},
     "VisualKnockout": {"blocks": []},
+    "VisualTokenMerge": {"keep": None, "ratio": 1.0},
     "ZeroTuning": {"gamma": 1.0},
 }
 # What stands for a sample's value while a recipe is checked, by the name of the parameter.
@@ -54,6 +60,8 @@ PLACEHOLDERS: dict[str, Any] = {
 }
 _SIMPLE = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,), "None": (type(None),)}
 ZOO = "zoo:"
+# The parameter that marks tokens.
+SPANS = "spans"
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class Method:
 
     Attributes:
         name, cls: of the method. params: as the recipe has them. heads, where: the selection. place: in the recipe.
+        random_spans: a draw, from 1: other spans of the same lengths take the place of the marked ones; 0: none.
     """
 
     name: str
@@ -70,6 +79,7 @@ class Method:
     heads: HeadSet | None
     where: Where
     place: str
+    random_spans: int = 0
 
     def per_sample(self) -> tuple[str, ...]:
         """Keys of a sample that parameters are taken from."""
@@ -85,6 +95,11 @@ class Method:
             RecipeError: a sample lacks a key, or the values do not make the method.
         """
         values = {name: value(v, samples, f"{self.place}.params.{name}") for name, v in self.params.items()}
+        if self.random_spans:
+            values[SPANS] = [
+                random_spans(spans, s, self.random_spans, _tokenizer(context), self.place)
+                for spans, s in zip(values[SPANS], samples, strict=True)
+            ]
         return self.built(values, context, self.heads)
 
     def placeholder(self) -> Intervention | None:
@@ -125,7 +140,33 @@ class Method:
                 k: {str(layer): list(v[layer]) for layer in v.layers} if isinstance(v, HeadSet) else v
                 for k, v in self.where.to_dict().items()
             },
+            **({"random_spans": self.random_spans} if self.random_spans else {}),
         }
+
+
+def random_spans(spans: Any, sample: Sample, draw: int, tokenizer: Any, place: str) -> Any:
+    """Spans of the same lengths elsewhere in the prompt, placed by hash: no generator's state, and the same on every machine.
+
+    Args:
+        spans: (start, stop) in tokens; None or none at all: the sample is left alone, as it was. draw: from 1.
+
+    Raises:
+        RecipeError: they are not ranges of tokens, or there is no tokenizer that tells how long the prompt is.
+    """
+    if spans is None or not spans:
+        return spans
+    if any(not isinstance(s, (list, tuple)) or len(s) != 2 or not all(isinstance(i, int) for i in s) for s in spans):
+        raise RecipeError(f"{place}.params.{SPANS}: {spans!r} are no ranges of tokens, so none can be drawn at random.")
+    if tokenizer is None:
+        raise RecipeError("controls.random_spans: without a tokenizer it is not known how many tokens a prompt has.")
+    count = len(tokenizer(sample["prompt"]).input_ids)
+    found = []
+    for number, (start, stop) in enumerate(spans):
+        length = min(stop - start, count)
+        key = hashlib.sha256(f"{draw}:{sample['id']}:{number}".encode()).digest()
+        first = int.from_bytes(key[:8], "big") % (count - length + 1)
+        found.append([first, first + length])
+    return found
 
 
 def _tokenizer(context: Any) -> Any:
@@ -299,7 +340,7 @@ def head_set(
 
 
 def _zoo_file(name: str, model: ModelSpec) -> Path:
-    from ..zoo import folder
+    from ..zoo.folders import folder
 
     if model.zoo is None:
         raise RecipeError(f"{ZOO}{name} are heads of an embedded model; this recipe has another one.")

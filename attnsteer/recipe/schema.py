@@ -59,6 +59,8 @@ ZOO_TASKS = {
     "facts": ("choice", "answer"),
     "passages": ("choice", "answer"),
     "sources": ("choice", "answer"),
+    "reviews": ("choice", "answer"),
+    "instructions": ("answer",),
 }
 FORMATS = {
     "choices": ("choice", "answer"),
@@ -79,7 +81,7 @@ REFUSED = (
     "streamer",
 )
 # What a digest leaves out: words about a run, not of it; and names of files, whose contents have hashes of their own.
-WORDS = ("summary", "notes", "claims", "requires", "imports")
+WORDS = ("summary", "notes", "claims", "requires", "imports", "chosen")
 
 Options = dict[str, JsonValue]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -149,7 +151,7 @@ class DataSpec(Spec):
     zoo: Name | None = Field(
         None,
         description="A source of the shapes world: reading, existence, captions, layouts or prompts; or in plain English: "
-        "facts, passages or sources.",
+        "facts, passages, sources, reviews or instructions.",
     )
     file: Name | None = Field(None, description="A JSON or JSON Lines file, relative to the recipe.")
     hub: Name | None = Field(None, description="A data set on the hub, as owner/name; needs the extra `eval`.")
@@ -230,9 +232,20 @@ class ControlsSpec(Spec):
 
     zero: bool = Field(True, description="The method at zero strength, which must equal the baseline.")
     random_heads: int = Field(0, ge=0, le=100, description="Draws of random heads, as many as chosen ones.")
-    random_from: Literal["layer", "where"] = Field(
+    random_spans: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Draws of random spans of tokens, as many and as long as the marked ones (kind lm).",
+    )
+    random_from: Literal["layer", "where", "both"] = Field(
         "layer",
-        description="Drawn from the layers of the chosen heads, as many in each; or from all heads that `where` allows.",
+        description="Drawn from the layers of the chosen heads, as many in each; or from all heads that `where` allows; or both.",
+    )
+    spans: list[Name] = Field(
+        [],
+        max_length=10,
+        description="Keys of the samples: what is marked in the place of `spans`, in an arm each, such as a random span.",
     )
 
 
@@ -310,6 +323,11 @@ class Recipe(Spec):
         description="Values by path for --tiny, where those of the real model do not fit a tiny one (heads, layers).",
     )
     claims: list[ClaimSpec] = Field([], description="The paper's figures.")
+    chosen: Name | None = Field(
+        None,
+        description="Where strength, heads and the like were chosen: a split other than the test's, `published` (the paper's "
+        "own), or `unsearched` (fixed before any run); null: figures are marked as tuned on the test.",
+    )
     notes: str = Field("", description="Known deviations from the paper.")
 
     _source: Path | None = PrivateAttr(None)
@@ -362,6 +380,10 @@ class Recipe(Spec):
             raise ValueError(f"primary: {self.primary!r} is of none of the metrics {', '.join(names)}")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds: one is given twice")
+        if self.chosen is not None and self.chosen == self.data.split:
+            raise ValueError(
+                f"chosen: {self.chosen!r} is the split of the test; what was chosen on it is tuned on the test: leave it out"
+            )
         self._whole_calibration()
         return self
 
@@ -389,7 +411,10 @@ class Recipe(Spec):
 
     def digest(self) -> str:
         """SHA-256, in hex, of all that can change a record or a figure; texts and claims are left out."""
-        return digest({k: v for k, v in self.dump().items() if k not in WORDS})
+        found = {k: v for k, v in self.dump().items() if k not in WORDS}
+        # A control that was not asked for is as none: runs of recipes without it go on.
+        found["controls"] = {k: v for k, v in found["controls"].items() if k != "random_spans" or v}
+        return digest(found)
 
 
 def digest(value: Any) -> str:

@@ -81,6 +81,8 @@ def _together(methods: Sequence[Method | None], samples: Sequence[Sample], conte
     acting = [m for m in methods if m is not None]
     if any((m.cls, m.where, m.place) != (first.cls, first.where, first.place) for m in acting):
         raise RecipeError(f"{first.place}: arms of other methods or selections do not share a batch.")
+    if any(m.random_spans for m in acting):
+        raise RecipeError(f"{first.place}: an arm with random spans does not share a batch.")
     rests = len(acting) < len(methods)
     names = {name for m in acting for name in m.params}
     values = {}

@@ -3,5 +3,5 @@
 from .._lazy import lazy
 
 __getattr__, __dir__, __all__ = lazy(
-    __name__, {"Comparison": "comparison", "compare": "comparison", "report": "reports"}
+    __name__, {"Comparison": "comparison", "compare": "comparison", "report": "reports", "verify": "verification"}
 )

@@ -12,6 +12,8 @@ from ..errors import RunError, listing
 from ..evals.metrics import Metric
 from ..evals.significance import Interval, McNemar, holm
 from ..run.folder import Key, RunFolder, read_run
+from .figures import shares
+from .verdict import Verdict, difference, verdict
 
 # Fields of a recipe that say what the run is called, not what it computes.
 NAMES = ("name", "summary", "notes", "claims")
@@ -27,6 +29,8 @@ class Row:
         run, arm: its run's label, its id. kind: baseline or method. values: of the sweep, or {}. count: records.
         estimates: "metric.estimate" -> value over the samples that all runs have, with its interval if it has one.
         cost: of metrics.json, or {}. unchanged: its interventions changed nothing.
+        said: the verdict of its run on a method; None for a baseline, and where the run has no figures yet.
+        own: the estimates of a method minus its own run's baseline, over the samples that all runs have.
     """
 
     run: str
@@ -37,6 +41,8 @@ class Row:
     estimates: dict[str, Interval | float]
     cost: dict[str, Any]
     unchanged: bool = False
+    said: Verdict | None = None
+    own: dict[str, Interval | float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Comparison:
         tested: those of them that McNemar's test is about. rows: the arms; differences point to them.
         recipes: field -> its value in each run, where they differ.
         notes: what a reader must know: unlike samples, unlike machines, metrics left out.
+        better: 1, -1 or 0: the good direction of the primary figure. shares: the figures that are written in percent.
     """
 
     runs: dict[str, str]
@@ -72,12 +79,22 @@ class Comparison:
     differences: list[Difference]
     recipes: dict[str, list[Any]]
     notes: list[str] = field(default_factory=list)
+    better: int = 0
+    shares: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; estimates as {"value", "low", "high"}, the last two None where there is no interval."""
-        found = asdict(self)
+        found = asdict(self) | {"shares": sorted(self.shares)}
         for row, out in zip(self.rows, found["rows"], strict=True):
             out["estimates"] = {k: _plain(v) for k, v in row.estimates.items()}
+            out["own"] = {k: _plain(v) for k, v in row.own.items()}
+            said = row.said
+            out["said"] = said and {
+                "verdict": said.key,
+                "words": said.words,
+                "reason": said.reason,
+                "chosen": said.chosen,
+            }
         for one, out in zip(self.differences, found["differences"], strict=True):
             out["estimates"] = {k: _plain(v) for k, v in one.estimates.items()}
             out["mcnemar"] = one.mcnemar and one.mcnemar._asdict()
@@ -90,10 +107,27 @@ class Comparison:
         out += [f"{self.paired} paired records; primary figure: {self.primary}.", ""]
         out += [f"- {note}" for note in self.notes] + [""] * bool(self.notes)
         body = [
-            [r.run, _arm(r), *(_written(r.estimates[k]) if k in r.estimates else "" for k in shown), *_cost(r.cost)]
+            [
+                r.run,
+                arm_name(r),
+                r.said.words if r.said else "",
+                signed(r.own[self.primary]) if self.primary in r.own else "",
+                *(_written(r.estimates[k]) if k in r.estimates else "" for k in shown),
+                *_cost(r.cost),
+            ]
             for r in self.rows
         ]
-        out += table(["run", "arm", *shown, "s / sample", "relative", "peak MB"], body)
+        head = [
+            "run",
+            "arm",
+            "verdict of the run",
+            "minus its own baseline",
+            *shown,
+            "s / sample",
+            "relative",
+            "peak MB",
+        ]
+        out += table(head, body)
         out += ["", "## Differences", ""]
         body = []
         for d in self.differences:
@@ -113,7 +147,7 @@ class Comparison:
         return "\n".join(out) + "\n"
 
     def _name(self, row: int) -> str:
-        return f"{self.rows[row].run}: {_arm(self.rows[row])}"
+        return f"{self.rows[row].run}: {arm_name(self.rows[row])}"
 
 
 def compare(
@@ -161,6 +195,7 @@ def compare(
         )
     rows, read = [], []
     for run, label, chosen in zip(runs, labels, arms, strict=True):
+        bases: dict[str, Any] = {}
         for arm, kind, values in chosen:
             found = {n: [m.sample(run.records[arm][k]) for k in keys] for n, m in measures.items()}
             estimates = {
@@ -169,14 +204,19 @@ def compare(
                 for k, v in m.aggregate(found[n], groups=groups, draws=draws).items()
             }
             cost = dict(((run.metrics or {}).get("cost") or {}).get(arm) or {})
-            rows.append(Row(label, arm, kind, values, len(run.records[arm]), estimates, cost, arm in run.unchanged))
+            bases[arm] = found
+            own = {} if kind == "baseline" else _own(bases[run.base(arm)], found, measures, groups, draws)
+            said = None if kind == "baseline" else _said(run, arm)
+            rows.append(
+                Row(label, arm, kind, values, len(run.records[arm]), estimates, cost, arm in run.unchanged, said, own)
+            )
             read.append(found)
     differences = list(_differences(rows, read, measures, groups, labels[0], draws))
     unlike = [rows[d.row].run for d in differences if rows[d.row].kind == "baseline"]
     if unlike:
         notes.append(f"the baseline of {listing(dict.fromkeys(unlike))} gives other numbers than that of {labels[0]}")
     notes += [
-        f"{_arm(row)} in {row.run}: its figures and differences say nothing about the method"
+        f"{arm_name(row)} in {row.run}: its figures and differences say nothing about the method"
         for row in rows
         if row.unchanged
     ]
@@ -191,7 +231,28 @@ def compare(
         differences=_with_holm(differences, rows),
         recipes=recipe_differences([r.recipe for r in runs]),
         notes=notes + _machines(runs, labels),
+        better=runs[0].measures[primary.partition(".")[0]].better.get(primary.partition(".")[2], 0),
+        shares=frozenset(shares(runs[0])),
     )
+
+
+def _own(
+    before: Mapping[str, Any], after: Mapping[str, Any], measures: Mapping[str, Metric], groups: Any, draws: int
+) -> dict[str, Interval | float]:
+    """A method minus the baseline of its own run."""
+    return {
+        f"{n}.{k}": v
+        for n, m in measures.items()
+        for k, v in m.compare(before[n], after[n], groups=groups, draws=draws).items()
+    }
+
+
+def _said(run: RunFolder, arm: str) -> Verdict | None:
+    """The verdict of a run on one of its methods."""
+    point = next(p for p in run.points if p["arms"].get("method") == arm)
+    if run.metrics is None or difference(run, point, run.primary()[0]) is None:
+        return None
+    return verdict(run, point)
 
 
 def _labels(runs: Sequence[RunFolder]) -> list[str]:
@@ -351,7 +412,8 @@ def _written(value: Interval | float) -> str:
     return str(value) if isinstance(value, Interval) else f"{value:.3f}"
 
 
-def _arm(row: Row) -> str:
+def arm_name(row: Row) -> str:
+    """An arm with the values of its setting."""
     values = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in row.values.items())
     name = f"{row.arm} ({values})" if values else row.arm
     return f"{name}, changed nothing" if row.unchanged else name

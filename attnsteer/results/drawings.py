@@ -25,17 +25,8 @@ def record_attention(folder: str | Path, count: int = 3) -> Path:
         RunError: the folder is no finished run, or its model is not what it was then.
         RecipeError: the recipe's model or data are no longer there.
     """
-    from ..run.models import load
-
     run = read_run(folder)
-    if run.metrics is None:
-        raise RunError(f"{run.path} has no metrics.json yet; start the run again with the same command to finish it.")
-    job = prepare(load_recipe(run.path / RECIPE), run.path, tiny=run.tiny)
-    if {f.path.name: f.sha256 for f in job.method_files()} != run.identity.get("imports", {}):
-        raise RunError(f"the imported files are not those of the run {run.path}: its attention cannot be shown.")
-    loaded = load(job.recipe.model, tiny=job.data if run.tiny else None, folder=job.source.folder)
-    if loaded.files != run.identity.get("model"):
-        raise RunError(f"the files of the model are not those of the run {run.path}: its attention cannot be shown.")
+    job, loaded = reopened(run)
     head = headline(run, set())
     arms = {a.id: a for a in plan_arms(job, loaded, Ranks(), progress=False).arms}
     seed = run.seeds[0]
@@ -49,6 +40,25 @@ def record_attention(folder: str | Path, count: int = 3) -> Path:
         seed=seed,
     )
     return attention.save(run.path, found)
+
+
+def reopened(run: RunFolder) -> tuple[Job, Loaded]:
+    """The job of a finished run, and its model, loaded again.
+
+    Raises:
+        RunError, RecipeError: see `record_attention`.
+    """
+    from ..run.models import load
+
+    if run.metrics is None:
+        raise RunError(f"{run.path} has no metrics.json yet; start the run again with the same command to finish it.")
+    job = prepare(load_recipe(run.path / RECIPE), run.path, tiny=run.tiny)
+    if {f.path.name: f.sha256 for f in job.method_files()} != run.identity.get("imports", {}):
+        raise RunError(f"the imported files are not those of the run {run.path}: its attention cannot be shown.")
+    loaded = load(job.recipe.model, tiny=job.data if run.tiny else None, folder=job.source.folder)
+    if loaded.files != run.identity.get("model"):
+        raise RunError(f"the files of the model are not those of the run {run.path}: its attention cannot be shown.")
+    return job, loaded
 
 
 def most_changed(run: RunFolder, samples: list[Sample], seed: int, count: int) -> list[Sample]:

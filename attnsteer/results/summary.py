@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..run import store
+from ..run.folder import read_run
+from .verdict import Verdict, verdict
 
-# What to say of a run whose method changed nothing.
-UNCHANGED = (
-    "Not one attention call of any sample was changed, so no figure here says anything about the method. Check its "
-    "parameters, and what it selects."
-)
 HEAD = ("point", "arm", "{primary}", "difference to baseline", "{p}", "per second", "time")
 
 
@@ -50,39 +47,20 @@ def table(folder: str | Path) -> tuple[tuple[str, ...], list[tuple[str, ...]], l
     head = tuple(h.format(primary=found["primary"], p="p (Holm)" if sweep else "p") for h in HEAD)
     if not any(r[0] for r in rows):
         head, rows = head[1:], [r[1:] for r in rows]
-    return head, rows, remarks(found)
+    return head, rows, remarks(folder, found)
 
 
-def remarks(found: Mapping[str, Any]) -> list[str]:
-    """What a reader of the figures must know."""
-    out = []
-    if "method" in unchanged_roles(found):
-        out.append(f"THE METHOD CHANGED NOTHING. {UNCHANGED}")
-    if found["partial"]:
-        out.append("partial: only the samples that every arm has answered are counted")
-    if found["zero_equals_baseline"] is not None:
-        same = "equals the baseline in every record" if found["zero_equals_baseline"] else "DIFFERS from the baseline"
-        out.append(f"control: at zero strength the method {same}")
-    guards = dict.fromkeys(g for d in found["differences"] if d["arm"] == "method" for g in d["guards"])
-    out += [f"watch: {g}" for g in guards]
+def remarks(folder: Path, found: Mapping[str, Any]) -> list[str]:
+    """What a reader of the figures must know: the verdict, its controls and guards, and warnings."""
+    out = ["partial: only the samples that every arm has answered are counted"] if found["partial"] else []
+    if found["differences"]:
+        out += verdict(read_run(folder)).lines()
     return out + [f"warning: {w}" for w in found["warnings"]]
 
 
-def unchanged_roles(found: Mapping[str, Any]) -> set[str]:
-    """The roles ("method", "random-1") whose arm changed nothing at every point of the sweep, from metrics.json."""
-    arms = set(found.get("unchanged") or ())
-    roles = {role for point in found["points"] for role in point["arms"]}
-    return {r for r in roles if all(p["arms"].get(r) in arms for p in found["points"] if r in p["arms"])}
-
-
-def method_unchanged(folder: str | Path) -> bool:
-    """Whether the method of a run changed nothing, at every point of its sweep."""
-    return "method" in unchanged_roles(json.loads((Path(folder) / store.METRICS).read_text(encoding="utf-8")))
-
-
-def control_differs(folder: str | Path) -> bool:
-    """Whether the control at zero strength of a run gave other answers than the baseline; False without such a control."""
-    return json.loads((Path(folder) / store.METRICS).read_text(encoding="utf-8"))["zero_equals_baseline"] is False
+def verdict_of(folder: str | Path) -> Verdict:
+    """The verdict of a run folder."""
+    return verdict(read_run(folder))
 
 
 def interval(value: Mapping[str, float | None] | None, sign: str = "") -> str:

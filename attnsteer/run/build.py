@@ -13,13 +13,15 @@ from ..recipe.arms import (
     head_counts,
     methods_of,
     random_heads_of_all,
+    with_other_spans,
     with_random_heads,
+    with_random_spans,
 )
 from ..recipe.schema import Recipe, digest
 from ..recipe.sweep import points
 from ..site import Site
 
-KINDS = ("baseline", "zero", "method", "random")
+KINDS = ("baseline", "zero", "method", "random", "span")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Plan:
     """All arms of a recipe, and which of them each point of its sweep uses.
 
     Attributes:
-        arms: each once. points: {"point", "values", "arms": {"baseline": id, "zero": id, "method": id, "random-1": id}}.
+        arms: each once. points: {"point", "values", "arms": {"baseline": id, "zero": id, "method": id, "random-1": id, ...}}.
     """
 
     arms: list[Arm]
@@ -85,16 +87,26 @@ def _arms(recipe: Recipe, sites: list[Site] | None, found: Mapping[str, Any] | N
     if recipe.controls.zero:
         out.append(Arm("zero", "zero", at_zero_strength(recipe, chosen), decoding))
     out.append(Arm("method", "method", chosen, decoding))
+    out += [
+        Arm(f"span-{key}", "span", with_other_spans(chosen, key, f"controls.spans.{i}"), decoding)
+        for i, key in enumerate(recipe.controls.spans)
+    ]
+    spans = range(1, recipe.controls.random_spans + 1)
+    out += [Arm(f"random-spans-{n}", "random", with_random_spans(chosen, n), decoding) for n in spans]
     draws = range(1, recipe.controls.random_heads + 1)
-    if recipe.controls.random_from == "layer" or not draws:
-        return out + [Arm(f"random-{n}", "random", with_random_heads(chosen, sizes, n), decoding) for n in draws]
+    source = recipe.controls.random_from
+    if source != "where":
+        out += [Arm(f"random-{n}", "random", with_random_heads(chosen, sizes, n), decoding) for n in draws]
+    if source == "layer" or not draws:
+        return out
     allowed = [
         sizes if m.heads is None or sites is None else allowed_heads(m, sites, recipe.model.kind) for m in chosen
     ]
+    name = "random-anywhere" if source == "both" else "random"
     for draw in draws:
         drawn = [
             m if m.heads is None else replace(m, heads=random_heads_of_all(m.heads, counts, draw, m.place))
             for m, counts in zip(chosen, allowed, strict=True)
         ]
-        out.append(Arm(f"random-{draw}", "random", tuple(drawn), decoding))
+        out.append(Arm(f"{name}-{draw}", "random", tuple(drawn), decoding))
     return out

@@ -13,6 +13,7 @@ from ..errors import RecipeError, RunError, listing
 from ..evals.metrics import Metric, get_metric
 from ..recipe import yaml
 from . import store
+from .score import SCHEMA_VERSION
 from .store import AGAIN
 
 # (seed, id) of a record.
@@ -128,6 +129,7 @@ def read_run(path: str | Path) -> RunFolder:
             f"{path} has no recipe.yaml, so it is no run folder; there are {listing(_names(path)) or 'no files'}. "
             "Give the folder that `attnsteer run --out` wrote."
         )
+    _check_version(path)
     status = _object(path, "status.json")
     if status.get("state") not in ("running", "complete", "interrupted", "failed"):
         raise RunError(f"{path / 'status.json'}: the state is {status.get('state')!r}; {AGAIN}.")
@@ -156,6 +158,20 @@ def read_run(path: str | Path) -> RunFolder:
     if unknown:
         raise RunError(f"{path}: records of the arms {listing(unknown, 4)}, which arms.json does not have; {_new()}.")
     return found
+
+
+def _check_version(path: Path) -> None:
+    """Raise a RunError for a folder that another version wrote in another form."""
+    written = {"recipe.yaml": _recipe(path / "recipe.yaml").get("schema"), "metrics.json": SCHEMA_VERSION}
+    if (path / "metrics.json").is_file():
+        written["metrics.json"] = _object(path, "metrics.json").get("schema")
+    for name, schema in written.items():
+        if schema != SCHEMA_VERSION:
+            newer = isinstance(schema, int) and schema > SCHEMA_VERSION
+            do = "upgrade attnsteer" if newer else "run its recipe again with this version, into a new folder"
+            raise RunError(
+                f"{path} is a run folder of another version: {name} has schema {schema!r}, this one reads {SCHEMA_VERSION}; {do}."
+            )
 
 
 def _new() -> str:

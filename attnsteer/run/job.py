@@ -11,10 +11,12 @@ from ..method_files import MethodFile, imported
 from ..recipe.checks import check
 from ..recipe.resolved import resolve
 from ..recipe.schema import DataSpec, Recipe
+from ..recipe.search_specs import searches_of
 from ..recipe.validate import with_values
 from . import scorers
 from .data import load as load_data
 from .data.sample import Data, Sample
+from .recipe_calibration import refuse_overlap
 from .score import measures
 from .tasks import get_task
 
@@ -75,6 +77,9 @@ def prepare(recipe: Recipe, folder: Path, tiny: bool = False, limit: int | None 
 
         resolved = tiny_metrics(resolved)
     _check_images(resolved, data)
+    if not tiny:
+        for _, one in searches_of(resolved):
+            refuse_overlap(job.samples(one.calibration.data), job.samples(one.data))
     measures(resolved, keys(resolved, data, tiny))
     if resolved.data.limit is None:
         resolved = resolved.model_copy(update={"data": resolved.data.model_copy(update={"limit": len(data.samples)})})

@@ -18,7 +18,7 @@ class Loaded:
     Attributes:
         kind: lm, vlm or image. target: what is steered: the model or the pipeline. tokenizer, processor: or None.
         files: file -> SHA-256 of what it was loaded from. detector: reads objects from its pictures, where there is one.
-        device: of its inputs. dtype: of its weights.
+        device: of its inputs. dtype: of its weights. revision: the resolved commit of a model from the hub.
     """
 
     kind: str
@@ -29,6 +29,7 @@ class Loaded:
     detector: Any = None
     device: Any = "cpu"
     dtype: Any = None
+    revision: str | None = None
 
     def sites(self) -> Any:
         """Its attention sites."""

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError, listing
+from ..manifest import MANIFEST, manifest_of
+from ..recipe.schema import Recipe
 from . import store
 from .build import Plan
 from .job import Job
@@ -89,6 +91,21 @@ def finish(job: Job, arms: Plan) -> None:
     for name in PARTS:
         for path in store.parts(folder, name):
             path.unlink()
+    store.write_json(folder / MANIFEST, manifest_of(folder, files_of(folder), "run", model=model_of(recipe)))
+
+
+def model_of(recipe: Recipe) -> dict[str, Any]:
+    """What a manifest says of the model of a run."""
+    spec = recipe.model
+    return {"id": spec.zoo or spec.hub or Path(str(spec.path)).name, "revision": spec.revision, "kind": spec.kind}
+
+
+def files_of(folder: Path) -> Sequence[str]:
+    """The files of a finished run that a manifest has: what it wrote and its searches found; no reports, no status."""
+    names = [n for n in (*store.WRITTEN, store.IDENTITY) if n != store.STATUS and (folder / n).is_file()]
+    for part in (store.IMAGES, "calibration"):
+        names += [p.relative_to(folder).as_posix() for p in sorted((folder / part).rglob("*")) if p.is_file()]
+    return [n for n in names if not n.endswith(".part")]
 
 
 def sum_audits(arm: str, audits: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,10 @@ def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: P
                 f"model.path: there is no folder {source}. A path is relative to the recipe's folder.{embedded}"
             )
     else:
-        source = _snapshot(str(spec.hub), spec.revision, spec.kind)
-    return _folder(source, spec, dtype, device)
+        source = snapshot(str(spec.hub), spec.revision, spec.kind)
+    found = _folder(source, spec, dtype, device)
+    # The hub's cache names a snapshot after its commit.
+    return found if spec.hub is None else replace(found, revision=source.name)
 
 
 def _zoo(name: str, kind: str, dtype: Any, device: Any) -> Loaded:
@@ -79,7 +82,7 @@ def _zoo(name: str, kind: str, dtype: Any, device: Any) -> Loaded:
     return Loaded(kind, model, reader, None, files, None, device, dtype)
 
 
-def _snapshot(name: str, revision: str | None, kind: str) -> Path:
+def snapshot(name: str, revision: str | None, kind: str) -> Path:
     """A hub repository on this machine: weights in safetensors and texts, no code and no pickles."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

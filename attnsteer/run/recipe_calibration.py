@@ -47,13 +47,17 @@ def calibrate(
     found = {}
     for key, one in searches_of(recipe):
         split = list(samples(one.calibration.data))
-        _refuse_overlap(split, samples(one.data))
+        refuse_overlap(split, samples(one.data))
         found[key] = _cached(key, Task(one, subject, split, progress), cache)
     return found
 
 
-def _refuse_overlap(split: Sequence[Sample], test: Sequence[Sample]) -> None:
-    """Names of splits are only names: what counts is whether a sample is in both."""
+def refuse_overlap(split: Sequence[Sample], test: Sequence[Sample]) -> None:
+    """Names of splits are only names: what counts is whether a sample is in both.
+
+    Raises:
+        RecipeError: some are.
+    """
     seen, tested = ({digest({k: v for k, v in s.items() if k not in NAMES}) for s in part} for part in (split, test))
     both = len(seen & tested)
     if both:

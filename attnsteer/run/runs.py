@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from .job import Job, prepare
 from .loaded import Loaded
 from .merging import PARTS, finish, read_records, score
 from .models import load as load_model
+from .progress import Progress
 from .ranks import Ranks
 from .tasks import Request, get_task
 
@@ -52,10 +53,12 @@ def run(
     """
     job = prepare(recipe, Path(out), tiny, limit)
     ranks = Ranks()
-    lock = store.Lock(job.folder)
+    lock, alone = store.Lock(job.folder), store.Lock(job.folder, store.ALONE)
     try:
         if ranks.first:
             lock.take(alone=True)
+            # Nobody joins this run (`attnsteer.run.joining`).
+            alone.take(alone=True)
             lock.take(alone=False)
         ranks.wait()
         if not ranks.first:
@@ -64,6 +67,7 @@ def run(
             _run(job, ranks, progress)
     finally:
         lock.release()
+        alone.release()
         ranks.close()
     return job.folder
 
@@ -123,30 +127,15 @@ def now() -> str:
 
 def _run(job: Job, ranks: Ranks, progress: bool) -> None:
     recipe, folder = job.recipe, job.folder
-    loaded = load_model(
-        recipe.model, device=ranks.device, tiny=job.data if job.tiny else None, folder=job.source.folder
-    )
-    if loaded.kind == "image":
-        check_call(recipe, loaded.target)
-    identity = {
-        "recipe": job.source.digest(),
-        "samples": job.data.digest(),
-        "model": loaded.files,
-        "tiny": job.tiny,
-    }
-    files = job.method_files()
-    if files:
-        identity["imports"] = {f.path.name: f.sha256 for f in files}
+    loaded = loaded_for(job, ranks.device)
     if ranks.first:
+        identity = identity_of(job, loaded)
         refuse_other_run(folder, identity)
         store.remove_partial_files(folder)
         for name in PARTS:
             for path in store.parts(folder, name):
                 store.cut_torn_line(path)
-        # First of all, so that a folder with anything else in it is known.
-        store.write_json(folder / store.IDENTITY, identity)
-        store.write_atomic(folder / store.RECIPE, recipe.canonical().encode())
-        store.write_lines(folder / store.SAMPLES, job.data.samples)
+        begin(job, identity)
     ranks.wait()
     done = read_records(folder)
     # Nobody appends while another one still reads.
@@ -157,14 +146,7 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
         arms = plan_arms(job, loaded, ranks, progress)
         status.total = len(arms.arms) * len(recipe.seeds) * len(job.data.samples)
         if ranks.first:
-            refuse_other_arms(folder, arms, status)
-            if status.done < status.total:
-                here = environment(loaded.device, ranks.world)
-                if files:
-                    here["imports"] = [{"path": str(f.path), "sha256": f.sha256} for f in files]
-                note_environment(folder, here, again=status.done > 0)
-            store.write_json(folder / store.ARMS, arms.to_dict())
-            status.put("running")
+            settle(job, loaded, arms, status, ranks.world)
         # Nobody answers for arms that were refused.
         ranks.wait()
         Work(job, loaded, arms.arms, ranks, status, progress).all(done)
@@ -181,6 +163,47 @@ def _run(job: Job, ranks: Ranks, progress: bool) -> None:
     except BaseException as error:
         _ended(status, "failed", _one_line(error))
         raise
+
+
+def loaded_for(job: Job, device: str | None = None) -> Loaded:
+    """The model of a run, after a look at what its call takes."""
+    found = load_model(job.recipe.model, device=device, tiny=job.data if job.tiny else None, folder=job.source.folder)
+    if found.kind == "image":
+        check_call(job.recipe, found.target)
+    return found
+
+
+def identity_of(job: Job, loaded: Loaded) -> dict[str, Any]:
+    """What identity.json holds."""
+    found = {"recipe": job.source.digest(), "samples": job.data.digest(), "model": loaded.files, "tiny": job.tiny}
+    files = job.method_files()
+    return found | ({"imports": {f.path.name: f.sha256 for f in files}} if files else {})
+
+
+def begin(job: Job, identity: dict[str, Any]) -> None:
+    """Write what a run is; first of all identity.json, so that a folder with anything else in it is known."""
+    store.write_json(job.folder / store.IDENTITY, identity)
+    store.write_atomic(job.folder / store.RECIPE, job.recipe.canonical().encode())
+    store.write_lines(job.folder / store.SAMPLES, job.data.samples)
+
+
+def settle(job: Job, loaded: Loaded, arms: Plan, status: Status, world: int) -> None:
+    """Refuse other arms than those of the folder, then write arms and environment; `status` has what is done.
+
+    Raises:
+        RunError: the arms differ.
+    """
+    refuse_other_arms(job.folder, arms, status)
+    if status.done < status.total:
+        here = environment(loaded.device, world)
+        if loaded.revision is not None:
+            here["model_revision"] = loaded.revision
+        files = job.method_files()
+        if files:
+            here["imports"] = [{"path": str(f.path), "sha256": f.sha256} for f in files]
+        note_environment(job.folder, here, again=status.done > 0)
+    store.write_json(job.folder / store.ARMS, arms.to_dict())
+    status.put("running")
 
 
 def _ended(status: Status, state: str, message: str) -> None:
@@ -297,9 +320,11 @@ class Answers(NamedTuple):
 
 
 class Work:
-    """The batches of one process."""
+    """The batches of one process. status: None where answers are only given again (`again`)."""
 
-    def __init__(self, job: Job, loaded: Loaded, arms: Sequence[Arm], ranks: Ranks, status: Status, progress: bool):
+    def __init__(
+        self, job: Job, loaded: Loaded, arms: Sequence[Arm], ranks: Ranks, status: Status | None, progress: bool
+    ):
         self.job, self.loaded, self.arms, self.ranks, self.status = job, loaded, arms, ranks, status
         self.task = get_task(job.recipe.task)
         self.progress = progress and ranks.first
@@ -309,32 +334,40 @@ class Work:
 
     def all(self, done: dict[str, dict[tuple[int, str], Any]]) -> None:
         """Do what is not done: for each seed, for each batch, each arm, so that a stopped run has pairs."""
-        from tqdm import tqdm
-
-        recipe, samples = self.job.recipe, self.job.data.samples
-        size = recipe.batch_size
-        batches = [(b, samples[s : s + size]) for b, s in enumerate(range(0, len(samples), size))]
-        own = [(b, part) for b, part in batches if b % self.ranks.world == self.ranks.rank]
+        recipe = self.job.recipe
+        own = [(b, part) for b, part in self.batches() if b % self.ranks.world == self.ranks.rank]
         total = len(recipe.seeds) * len(self.arms) * sum(len(part) for _, part in own)
         files = {name: store.Lines(store.part(self.job.folder, name, self.ranks.rank)) for name in PARTS}
-        bar = tqdm(total=total, unit="sample", desc=recipe.name, disable=None if self.progress else True)
+        bar = Progress(total, recipe.name, self.progress)
         try:
             for seed in recipe.seeds:
                 for number, part in own:
-                    for group in sharing.of_batch(self.groups, part, self.loaded, self.task.DECODING):
-                        missing = {
-                            (arm.id, s["id"])
-                            for arm in group
-                            for s in part
-                            if (seed, s["id"]) not in done.get(arm.id, {})
-                        }
-                        if missing:
-                            self._group(group, seed, number, part, missing, files)
-                        bar.update(len(part) * len(group))
+                    self.batch(seed, number, part, done, files, bar)
         finally:
             bar.close()
             for file in files.values():
                 file.close()
+
+    def batches(self) -> list[tuple[int, list[Sample]]]:
+        """Every batch with its number."""
+        samples, size = self.job.data.samples, self.job.recipe.batch_size
+        return [(b, samples[s : s + size]) for b, s in enumerate(range(0, len(samples), size))]
+
+    def batch(
+        self,
+        seed: int,
+        number: int,
+        part: list[Sample],
+        done: Mapping[str, Any],
+        files: dict[str, store.Lines],
+        bar: Progress,
+    ) -> None:
+        """What is not done of one batch, in every arm."""
+        for group in sharing.of_batch(self.groups, part, self.loaded, self.task.DECODING):
+            missing = {(arm.id, s["id"]) for arm in group for s in part if (seed, s["id"]) not in done.get(arm.id, {})}
+            if missing:
+                self._group(group, seed, number, part, missing, files)
+            bar.update(len(part) * len(group), new=bool(missing))
 
     def _group(
         self,
@@ -404,6 +437,16 @@ class Work:
         files[store.RECORDS].append(records)
         self._begun |= {arm.id for arm in group}
         self.status.more(len(records))
+
+    def again(self, seed: int, part: list[Sample]) -> dict[str, list[dict[str, Any]]]:
+        """The records of one batch by arm, as the run gave them; nothing is written but pictures, into the job's folder."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for group in sharing.of_batch(self.groups, part, self.loaded, self.task.DECODING):
+            for arm, own in zip(group, self._answers(group, seed, part), strict=True):
+                found[arm.id] = [
+                    {"arm": arm.id, "seed": seed, "id": s["id"], **r} for s, r in zip(part, own.records, strict=True)
+                ]
+        return found
 
     def _answers(self, group: list[Arm], seed: int, part: list[Sample]) -> list[Answers]:
         """The answers of each arm, from one batch that has the samples once for each."""

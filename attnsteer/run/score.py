@@ -174,7 +174,7 @@ class Scores:
         out = []
         for point in self.plan["points"]:
             roles = point["arms"]
-            randoms = [r for r in roles if r.startswith("random")]
+            randoms = [r for r in roles if r.startswith(("random", "span"))]
             pairs = [(r, "baseline") for r in ("method", "zero", *randoms) if r in roles]
             pairs += [("method", r) for r in randoms if "method" in roles]
             for role, other in pairs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -13,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RunError
+from ..manifest import MANIFEST
+from ..manifest import file_hash as file_hash
 
 RECIPE, IDENTITY, STATUS, SAMPLES, ARMS = "recipe.yaml", "identity.json", "status.json", "samples.jsonl", "arms.json"
 RECORDS, TIMINGS, METRICS, AUDIT = "records.jsonl", "timings.jsonl", "metrics.json", "audit.json"
-ENVIRONMENT, IMAGES, LOCK = "environment.json", "images", ".lock"
+ENVIRONMENT, IMAGES, LOCK, ALONE = "environment.json", "images", ".lock", ".alone"
 # What a run writes; and with what its searches find, and what is made from it later.
 WRITTEN = (RECIPE, STATUS, SAMPLES, ARMS, RECORDS, TIMINGS, METRICS, AUDIT, ENVIRONMENT)
-OWN = (*WRITTEN, IMAGES, "calibration", "attention.json", "report.html", "report.md")
+OWN = (*WRITTEN, IMAGES, "calibration", MANIFEST, "attention.json", "report.html", "report.md", "verified.json")
 AGAIN = "start the run again with the same command, and it goes on where it stopped"
 Line = dict[str, Any]
 
@@ -199,12 +200,6 @@ def inside(folder: Path, name: str) -> Path | None:
     return folder / path
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256, in hex, of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_json(path: Path) -> Any:
     """A JSON file of a run, or None where it is not there.
 
@@ -227,8 +222,8 @@ class Lock:
     The first process takes it alone, so that it fails while any process of another run is left, then shares it.
     """
 
-    def __init__(self, folder: Path):
-        self.path = folder / LOCK
+    def __init__(self, folder: Path, name: str = LOCK):
+        self.path = folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._handle: int | None = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)

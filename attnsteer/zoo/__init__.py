@@ -2,7 +2,8 @@
 
 Embedded ones (`NAMES`) were trained by this project and need no download; real checkpoints (`FETCHED`) are fetched once, on
 request, by `fetch(name)` or `attnsteer zoo fetch NAME`. `load(name)` returns stock transformers and diffusers objects.
-`folder(name)` is where they lie: `from_pretrained` of either library loads that folder without attnsteer.
+`folder(name)` is where they lie: `from_pretrained` of either library loads that folder without attnsteer. `preset(name, method)` is
+a method with the settings that were tuned for a model.
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UnknownName, ZooError, did_you_mean
 from . import fetched
-from .fetched import NAMES as FETCHED
 from .fetched import fetch
-from .hashes import HASHES, checked, seal
+from .folders import FETCHED, KNOWN, MODELS, NAMES, available, folder, present
+from .hashes import HASHES, seal
+from .presets import PRESETS, preset, presets
 
 __all__ = [
     "FETCHED",
     "HASHES",
     "KNOWN",
+    "MODELS",
     "NAMES",
+    "PRESETS",
     "Text",
     "Vision",
     "available",
@@ -28,12 +31,11 @@ __all__ = [
     "folder",
     "load",
     "present",
+    "preset",
+    "presets",
     "seal",
 ]
 
-MODELS = Path(__file__).parent / "models"
-NAMES = ("shapes-lm", "shapes-lvlm", "shapes-sd", "shapes-mmdit")
-KNOWN = (*NAMES, *FETCHED)
 # The pipelines: their class, and the parts that they are without.
 PIPELINES = {
     "shapes-sd": ("StableDiffusionPipeline", ("safety_checker",)),
@@ -53,41 +55,6 @@ class Vision(NamedTuple):
 
     model: Any
     processor: Any
-
-
-def available() -> tuple[str, ...]:
-    """The embedded models of this installation."""
-    return tuple(n for n in NAMES if (MODELS / n / HASHES).is_file())
-
-
-def present() -> tuple[str, ...]:
-    """The fetched models of this machine."""
-    return tuple(n for n in FETCHED if (fetched.place(n) / HASHES).is_file())
-
-
-def folder(name: str) -> Path:
-    """The folder of a model, its files checked against their hashes.
-
-    Raises:
-        UnknownName: no model of this name.
-        ZooError: a file is missing, cut short or changed; the message names it.
-    """
-    if name in FETCHED:
-        path = fetched.place(name)
-        if not (path / HASHES).is_file():
-            raise ZooError(f"{name} is not in {path.parent}; fetch it once: attnsteer zoo fetch {name}")
-        return checked(path, f"remove {path} and fetch {name} again")
-    if name not in NAMES:
-        raise UnknownName(
-            f"no model {name!r}; embedded: {', '.join(NAMES)}; to be fetched: {', '.join(FETCHED)}.{did_you_mean(name, KNOWN)}"
-        )
-    path = MODELS / name
-    if not (path / HASHES).is_file():
-        raise ZooError(
-            f"{path / HASHES} is missing, so {name} is not part of this installation. Install attnsteer again, or train "
-            f"it: python -m attnsteer.zoo.train {name}"
-        )
-    return checked(path, "install attnsteer again")
 
 
 def load(name: str, *, dtype: Any = None, device: Any = "cpu", download: bool = False) -> Any:

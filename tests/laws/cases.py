@@ -21,6 +21,7 @@ from attnsteer import (
     AttentionBuckets,
     AttentionRefocusing,
     AttentionRegulation,
+    BlockMask,
     HeadGate,
     InjectMap,
     InstABoost,
@@ -83,10 +84,16 @@ METHODS = [
         lambda s: InjectMap("previous", s.heads, strength=0.6, where=s.where),
         lambda s: InjectMap("previous", s.heads, strength=0.0, where=s.where),
     ),
+    MethodCase(
+        BlockMask,
+        lambda s: BlockMask(2, top_k=2, where=narrow(s)),
+        lambda s: BlockMask(2, threshold=1.0, where=narrow(s)),
+    ),
 ]
 # Another method in the same form: a few hosts tell all.
 FEW_HOSTS = {
     "AttentionBuckets": ("llama",),
+    "BlockMask": ("llama", "gpt_oss", "bert"),
     "InjectMap": ("llama", "gpt_oss"),
     "InstABoost": ("llama", "gpt_oss", "t5"),
     "SLG": ("sd-pipeline", "sd3-pipeline"),

@@ -95,14 +95,14 @@ class Browser:
                     raise RuntimeError(f"{method}: {found['error']}")
                 return found["result"]
 
-    def open(self, path: Path, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
-        """Load a file and wait for it. scheme: "light" or "dark"."""
+    def open(self, page: Path | str, width: int = 1280, height: int = 900, scheme: str = "light") -> None:
+        """Load a file, or an address, and wait for it. scheme: "light" or "dark"."""
         self.size(width, height)
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.errors.clear()
         self.requests.clear()
         before = self.loaded
-        self.call("Page.navigate", url=path.resolve().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         end = time.monotonic() + PATIENCE
         while self.loaded == before:
             self._next(end)
@@ -124,7 +124,7 @@ class Browser:
 
     def key(self, key: str) -> None:
         """Press and let go of one key, such as "Tab" or "ArrowRight"."""
-        code = {"Tab": 9, "Enter": 13, " ": 32, "ArrowLeft": 37, "ArrowRight": 39}[key]
+        code = {"Tab": 9, "Enter": 13, " ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}[key]
         shared = {"key": key, "code": "Space" if key == " " else key, "windowsVirtualKeyCode": code}
         text = {"Enter": {"text": "\r"}, " ": {"text": " "}}.get(key, {})
         self.call("Input.dispatchKeyEvent", type="keyDown", **shared, **text)

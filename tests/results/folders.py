@@ -16,6 +16,8 @@ from PIL import Image
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.significance import holm
 from attnsteer.heads import HeadSet
+from attnsteer.manifest import MANIFEST, manifest_of
+from attnsteer.run.merging import files_of
 from attnsteer.zoo.shapes.language import caption
 from attnsteer.zoo.shapes.layouts import layout
 from attnsteer.zoo.shapes.questions import picture, pope
@@ -48,6 +50,7 @@ def recipe(name: str, zoo: str, kind: str, data: str, task: str, metrics: list[A
         "controls": {"zero": True, "random_heads": 1},
         "metrics": metrics,
         "primary": primary,
+        "chosen": "calibration",
         "seeds": [0],
         "batch_size": 20,
         "sweep": {},
@@ -179,7 +182,8 @@ def image_run(path: Path, *, side: int = 64, **more: Any) -> Path:
         {"method": "AttentionRefocusing", "params": {"boxes": {"sample": "boxes"}}, "zero": {"step_size": 0}}
     ]
     samples, records = [], []
-    arms = [arm("baseline", "baseline"), arm("method", "method", "AttentionRefocusing")]
+    told = {"boxes": {"sample": "boxes"}}
+    arms = [arm("baseline", "baseline"), arm("method", "method", "AttentionRefocusing", **told)]
     scenes: list[tuple[str, Scene]] = []
     for i in range(COUNT):
         asked = layout("test", i, "objects", 2)
@@ -246,6 +250,8 @@ def write(
         (path / name).write_text(json.dumps(value, indent=1), encoding="utf-8")
     lines(path / "samples.jsonl", samples)
     lines(path / "records.jsonl" if state == "complete" else path / "records-0.jsonl", records)
+    if state == "complete":
+        (path / MANIFEST).write_text(json.dumps(manifest_of(path, files_of(path), "run")))
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from attnsteer.recipe.validate import with_values
 from attnsteer.results import drawings
 from attnsteer.results.reports.headline import headline
 from attnsteer.results.reports.sample_browser import states
+from attnsteer.results.viewing import view_run
 from attnsteer.run import run
 from attnsteer.run.folder import read_run
 
@@ -34,6 +36,18 @@ def test_from_a_run_to_its_page(reading: Path) -> None:
     found = json.loads((reading / "attention.json").read_text())
     assert [list(s["arms"]) for s in found["samples"]] == [["baseline", "method"]] * 2
     assert "steered heads" in found["note"] and '<p class="heat">' in (reading / "report.html").read_text()
+    done = CliRunner().invoke(
+        cli.app, ["view", str(reading), "-o", str(reading / "heads.html"), "--sample", found["samples"][1]["id"]]
+    )
+    assert done.exit_code == 0, done.output
+    data = re.search(r'id="data">(.*?)</script>', (reading / "heads.html").read_text(encoding="utf-8"))
+    page = json.loads(data[1])
+    assert page["arms"] == ["baseline", "method"] and len(page["sites"]) == 6
+    assert ["sample", found["samples"][1]["id"]] in page["facts"] and page["planes"]
+    assert {r["group"] for r in page["readings"]} == {"these maps", "head_profile"}
+    assert page["axes"][0]["words"][-1].strip() == "answer"
+    done = CliRunner().invoke(cli.app, ["view", str(reading), "--sample", "r99"])
+    assert done.exit_code == 2 and "no sample" in done.output
     # What changed is looked at first.
     whole = read_run(reading)
     state = states(whole, headline(whole, set()))
@@ -52,6 +66,9 @@ def test_pictures_are_those_of_the_run(tmp_path: Path) -> None:
     for arm, part in entry["arms"].items():
         assert part["image"] == read_run(folder).records[arm][0, entry["id"]]["image"]
         assert part["labels"] and len(part["maps"]) == len(part["labels"])
+    page = json.loads(re.search(r'id="data">(.*?)</script>', view_run(folder).read_text(encoding="utf-8"))[1])
+    assert page["frames"] == ["step 0", "step 1"] and len(page["images"]) == 2
+    assert {s["kind"] for s in page["sites"]} == {"self", "cross"}
 
 
 def test_another_model_by_now(reading: Path, tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 from attnsteer import cli
 from attnsteer.errors import RunError
 from attnsteer.evals.significance import holm
+from attnsteer.results.figures import Figure, p_text, per_sample, shares
 from attnsteer.results.reports import report
 from attnsteer.results.reports.content import content
-from attnsteer.results.reports.headline import Figure, headline, p_text, per_sample, shares, verdict
+from attnsteer.results.reports.headline import headline
+from attnsteer.results.verdict import judged
 from attnsteer.run.folder import read_run
 from tests.results import folders
 
@@ -73,11 +75,11 @@ def edit(path: Path, **values: Any) -> None:
     ],
 )
 def test_the_verdict(interval: tuple[float, float, float], better: int, p: float | None, said: str) -> None:
-    assert verdict(Figure(*interval), better, p) == said
+    assert judged(Figure(*interval), better, p) == said
 
 
 def test_a_difference_without_an_interval_is_no_verdict() -> None:
-    assert verdict(Figure(3.0), 1, None) == "none"
+    assert judged(Figure(3.0), 1, None) == "none"
 
 
 def test_how_figures_are_written() -> None:
@@ -106,13 +108,13 @@ def test_the_figure_of_one_record_is_the_estimate_of_it_alone(runs: dict[str, Pa
 def test_the_headline(runs: dict[str, Path]) -> None:
     run = read_run(runs["text"])
     head = headline(run, shares(run))
-    assert head.verdict == "better" and head.records == 40 and head.chosen == ""
+    assert head.key == "better" and head.records == 40 and head.chosen == ""
     assert (head.baseline.value, head.method.value) == (0.55, 0.75)
     assert head.difference.value == pytest.approx(0.2)
     # A lower share of hallucinated mentions is better.
     run = read_run(runs["captions"])
     head = headline(run, shares(run))
-    assert head.difference.value < 0 and head.verdict == "better"
+    assert head.difference.value < 0 and head.key == "better"
 
 
 def test_the_point_of_a_sweep(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_the_point_of_a_sweep(runs: dict[str, Path], tmp_path: Path) -> None:
     assert (
         head.point["values"] == {"interventions.0.params.beta": 0.4} and head.chosen == "the recipe's own of 4 settings"
     )
-    assert head.difference.low > 0 and head.p < head.p_holm < 0.05 and head.verdict == "better"
+    assert head.difference.low > 0 and head.p < head.p_holm < 0.05 and head.key == "better"
     other = copy(runs["sweep"], tmp_path / "other")
     # Better by its interval, but not once all settings are accounted for.
     metrics = json.loads((other / "metrics.json").read_text())
@@ -129,12 +131,12 @@ def test_the_point_of_a_sweep(runs: dict[str, Path], tmp_path: Path) -> None:
         d["p_holm"] = d["p_holm"] and 0.051
     (other / "metrics.json").write_text(json.dumps(metrics))
     found = content(read_run(other))
-    assert found["head"].verdict == "none" and "not once all 4 settings are accounted for" in found["sentence"]
+    assert found["head"].key == "none" and "not once all 4 settings are accounted for" in found["sentence"]
     plan = (other / "recipe.yaml").read_text().replace("beta: 0.4\n  zero", "beta: 0.5\n  zero")
     (other / "recipe.yaml").write_text(plan)
     head = headline(read_run(other), set())
     assert head.point["point"] == 1 and head.chosen.startswith("best of 4 settings")
-    assert any(c.startswith("Best of 4 settings") for c in content(read_run(other))["cautions"])
+    assert any(c.startswith("Tuned on the test: best of 4 settings") for c in content(read_run(other))["cautions"])
 
 
 def test_a_baseline_that_moves_with_the_settings(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -238,8 +240,8 @@ def test_what_makes_a_figure_suspicious_is_said(runs: dict[str, Path], tmp_path:
     metrics["differences"][0]["guards"] = ["the mean length changed from 12.0 to 3.0 words"]
     (other / "metrics.json").write_text(json.dumps(metrics))
     found = content(read_run(other))
-    assert len(found["cautions"]) == 3 and "The mean length changed from 12.0 to 3.0 words." in found["cautions"]
-    assert found["checks"][0]["state"] == "fail"
+    assert len(found["cautions"]) == 2 and "The mean length changed from 12.0 to 3.0 words." in found["cautions"]
+    assert found["checks"][0].state == "fail" and found["head"].words == "Invalid run"
     assert "Read with care" in report(other).read_text()
 
 
@@ -362,7 +364,7 @@ def test_the_best_of_several_settings_is_adjusted_whatever_the_figure(tmp_path: 
     assert len(tests) == 4 and [d["p_holm"] for d in tests] == holm([d["p"] for d in tests])
     head = headline(read_run(run), set())
     assert head.test == "Resampling" and head.gained is None and head.p < head.p_holm
-    assert head.difference.low > 0 and head.verdict == "better"
+    assert head.difference.low > 0 and head.key == "better"
     for p, said in ((0.051, "not once all 4 settings are accounted for"), (None, "rises")):
         edit(run / "metrics.json", differences=[{**d, "p_holm": p} for d in metrics["differences"]])
         found = content(read_run(run))
@@ -400,8 +402,8 @@ def test_several_draws_of_random_heads_are_one_line(runs: dict[str, Path], tmp_p
     assert block["others"] == ["zero strength", "random heads: mean, range of 2"]
     assert str(block["rows"][0]["others"][1]) == "52.5 % [52.5 to 52.5]"
     check = found["checks"][-1]
-    assert check["state"] == "open"
-    assert check["text"] == "method minus random heads, 2 draws: +22.5, +1.0 points; better than 1 of them"
+    assert check.state == "open" and found["head"].words == "No better than random"
+    assert check.text == "method minus random heads, 2 draws: +22.5, +1.0 points; better than 1 of them"
 
 
 def test_few_pairs_are_said(tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 from attnsteer.errors import RunError
+from attnsteer.results.figures import Figure
 from attnsteer.results.reports import album, report, sample_browser
 from attnsteer.results.reports.content import content
 from attnsteer.results.reports.head_grids import heads_of
-from attnsteer.results.reports.headline import Figure
 from attnsteer.results.reports.plots import Axis, head_grid, track
 from attnsteer.run.folder import read_run
 from tests.results import folders

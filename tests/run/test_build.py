@@ -71,6 +71,28 @@ def test_random_heads_of_everywhere() -> None:
         random_heads_of_all(HeadSet({2: [1, 4, 6]}), {0: 1, 1: 1}, 1)
 
 
+def test_random_heads_of_both() -> None:
+    made = arms(controls={"random_heads": 2, "random_from": "both"}, interventions__0__where={"layers": [1, 3, 5]})
+    assert [a.id for a in made.arms[3:]] == ["random-1", "random-2", "random-anywhere-1", "random-anywhere-2"]
+    drawn = [m.make([])[0].heads for m in made.arms[3:]]
+    assert all(d.layers == (3, 5) for d in drawn[:2]) and all(set(d.layers) <= {1, 3, 5} for d in drawn[2:])
+    assert {a.kind for a in made.arms[3:]} == {"random"}
+
+
+def test_other_spans() -> None:
+    marked = {"method": "PASTA", "params": {"spans": {"sample": "fact"}, "alpha": 0.1}}
+    made = arms(interventions=[marked], controls={"spans": ["random", "other"]})
+    assert [(a.id, a.kind) for a in made.arms[3:]] == [("span-random", "span"), ("span-other", "span")]
+    sample = {"id": "x", "fact": ["a"], "random": ["b"], "other": []}
+    assert [a.make([sample])[0].spans for a in made.arms[2:]] == [(("a",),), (("b",),), ((),)]
+    assert all(a.interventions[0].params["alpha"] == 0.1 for a in made.arms[2:])
+    with pytest.raises(RecipeError, match=r"controls\.spans\.0: 'fact' cannot .* that is what interventions\.0 marks"):
+        arms(interventions=[marked], controls={"spans": ["fact"]})
+    assert check(recipe(controls={"spans": ["other"]})) == [
+        "controls.spans.0: 'other' cannot stand in the place of spans: no intervention has spans: {sample: KEY}."
+    ]
+
+
 def test_heads_are_counted_in_the_stack_that_is_steered() -> None:
     vision = Site(name="v", layer=0, kind="self", heads=4, kv_heads=4, modality="vision")
     assert head_counts([vision, *SIZES[:2]], "vlm") == {0: 8, 1: 8} and head_counts(None, "lm") is None

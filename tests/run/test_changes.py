@@ -75,15 +75,15 @@ def test_the_report_begins_with_it(idle: Path) -> None:
     page = report(idle).read_text()
     text = (idle / "report.md").read_text()
     for shown in (page, text):
-        assert "The method changed nothing" in shown and "No difference" not in shown
+        assert "The method did nothing" in shown and "No difference" not in shown
         assert "no difference seen" not in shown.partition("Every figure with its 95 % interval")[0].lower()
     lines = [line for line in text.splitlines() if line]
-    assert lines[1].startswith("> **The method changed nothing.**")
+    assert lines[1].startswith("> **The method did nothing.**")
 
 
 def test_the_command_says_so_and_exits_with_1(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli.app, ["run", str(written(tmp_path, **IDLE)), "--out", str(tmp_path / "run")])
-    assert done.exit_code == 1 and "THE METHOD CHANGED NOTHING" in done.output
+    assert done.exit_code == 1 and "verdict: The method did nothing" in done.output
     # A tiny run tests the recipe, not the method.
     tiny = [
         "run",
@@ -104,7 +104,7 @@ def test_a_control_that_differs_has_a_status_of_its_own(tmp_path: Path) -> None:
     }
     path = written(tmp_path, **{**IDLE, "interventions": [acting], "controls": {"zero": True}})
     done = CliRunner().invoke(cli.app, ["run", str(path), "--out", str(tmp_path / "run")])
-    assert done.exit_code == 3 and "at zero strength the method DIFFERS from the baseline" in done.output, done.output
+    assert done.exit_code == 3 and "verdict: Invalid run" in done.output, done.output
 
 
 def test_comparisons_and_tables_say_so(idle: Path, tmp_path: Path) -> None:
@@ -168,4 +168,6 @@ def test_a_zero_control_that_acts_is_an_alert(tmp_path: Path, whole: Path, count
     figures["changed_calls"]["zero"] = changed_calls(audits["zero"])
     for name, value in (("audit.json", audit), ("metrics.json", figures)):
         (own / name).write_text(json.dumps(value))
-    assert ("The zero control acts" in report(own).read_text()) == alert
+    assert (
+        "<strong>Invalid run</strong> At zero strength the method changed something" in report(own).read_text()
+    ) == alert

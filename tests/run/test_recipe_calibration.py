@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,15 @@ import torch
 
 from attnsteer import ACT, HeadSet, zoo
 from attnsteer.errors import RecipeError, RunError
+from attnsteer.recipe import yaml
 from attnsteer.recipe.checks import check
+from attnsteer.recipe.loading import load_recipe
 from attnsteer.recipe.schema import DataSpec, Recipe
 from attnsteer.recipe.search_specs import searches_of
 from attnsteer.recipe.validate import validate
 from attnsteer.run import recipe_calibration, searches
 from attnsteer.run.build import plan
+from attnsteer.run.job import prepare
 from attnsteer.run.recipe_calibration import calibrate
 from attnsteer.run.searches import Subject
 from attnsteer.run.tasks.prompts import continuations
@@ -116,6 +120,17 @@ def test_samples_in_both_splits_are_refused_whatever_the_splits_are_called(subje
     recipe = searched()
     with pytest.raises(RecipeError, match=r"calibration\.data: 12 of its 12 samples are in the test split too"):
         calibrate(recipe, subject, lambda spec: samples(DataSpec(zoo="reading", options=spec.options, limit=12)), None)
+
+
+def test_an_overlap_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
+    rows = [{"question": f"q{i}", "choices": ["a", "b"], "answer": i % 2} for i in range(6)]
+    for name, part in (("test", rows[:4]), ("other", rows[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    files = {name: {"file": f"{name}.jsonl", "format": "choices"} for name in ("test", "other")}
+    text = yaml.dump(changed(SEARCHED | {"data": files["test"], "calibration": CALIBRATION | {"data": files["other"]}}))
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"calibration\.data: 1 of its 3 samples are in the test split too"):
+        prepare(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "run")
 
 
 def test_what_a_search_says_is_a_recipe_error(subject: Subject) -> None:

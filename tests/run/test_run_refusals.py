@@ -34,7 +34,7 @@ def test_a_folder_with_files_of_someone_else_is_left_alone(tmp_path: Path, name:
     (out / name).write_text("mine")
     with pytest.raises(RunError, match=f"has {name} but no identity.json"):
         run(recipe(tmp_path), out, progress=False)
-    assert {p.name for p in out.iterdir()} == {".lock", name} and (out / name).read_text() == "mine"
+    assert {p.name for p in out.iterdir()} == {".lock", ".alone", name} and (out / name).read_text() == "mine"
 
 
 def test_other_files_in_the_folder_stay_as_they_are(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
             run(recipe(tmp_path), out, progress=False)
     finally:
         lock.release()
-    assert {p.name for p in out.iterdir()} == {".lock"}
+    assert {p.name for p in out.iterdir()} == {".lock", ".alone"}
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_arguments_of_a_pipeline_are_checked_before_anything_is_written(tmp_path
     changes = {**LAYOUTS, place: {"num_inference_step": 2}}
     with pytest.raises(RecipeError, match=f"{place}.num_inference_step: .* Did you mean 'num_inference_steps'"):
         run(recipe(tmp_path, **changes), tmp_path / "run", progress=False)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", ".alone"}
 
 
 def test_scores_that_are_no_numbers_are_said_with_their_samples(

@@ -218,3 +218,7 @@ def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert fetched.cache() == tmp_path / ".cache" / "attnsteer"
+
+    monkeypatch.setattr(Path, "home", classmethod(lambda cls: (_ for _ in ()).throw(RuntimeError("no home"))))
+    with pytest.raises(ZooError, match="no home folder to keep models in; set ATTNSTEER_CACHE"):
+        fetched.cache()

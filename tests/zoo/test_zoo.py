@@ -12,6 +12,7 @@ import torch
 
 from attnsteer import zoo
 from attnsteer.errors import UnknownName, ZooError
+from attnsteer.zoo import folders
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like an installed model."""
-    monkeypatch.setattr(zoo, "MODELS", tmp_path)
+    monkeypatch.setattr(folders, "MODELS", tmp_path)
     target = tmp_path / "shapes-lm"
     target.mkdir()
     (target / "model.safetensors").write_bytes(b"weights" * 100)

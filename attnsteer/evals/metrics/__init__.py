@@ -28,6 +28,8 @@ METRICS: dict[str, str] = {
     "fluency": "attnsteer.evals.metrics.fluency",
     "grounding": "attnsteer.evals.metrics.grounding",
     "hrs": "attnsteer.evals.metrics.hrs",
+    "instructions": "attnsteer.evals.metrics.instructions",
+    "label_bias": "attnsteer.evals.metrics.label_bias",
     "layout": "attnsteer.evals.metrics.layout",
     "letter": "attnsteer.evals.metrics.letter",
     "perplexity": "attnsteer.evals.metrics.perplexity",

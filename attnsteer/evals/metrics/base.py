@@ -76,6 +76,8 @@ class Metric:
         when: estimates that are left out where no sample has this column.
         note: what a reader must know to compare the figures with others: parser, features, synonyms.
         better: 1 where a larger value is better, -1 where a smaller one is, by estimate; others are neither.
+        only_with: estimates that count for a single sample only where it has this column: a picture that is clean, but of
+            something else, is no gain.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Metric:
     when: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     better: Mapping[str, int] = field(default_factory=dict)
+    only_with: Mapping[str, str] = field(default_factory=dict)
 
     def sample(self, record: Mapping[str, Any]) -> dict[str, float]:
         """The numbers of one record.

@@ -35,6 +35,7 @@ def metric() -> Metric:
         when={"in_box": "boxed", "all_in_box": "boxed"},
         note="detector: exact, of the shapes world",
         better={"right": 1, "exact": 1, "valid": 1, "in_box": 1, "all_in_box": 1},
+        only_with={"valid": "right"},
     )
 
 

@@ -24,6 +24,7 @@ from ..sdpa.host import same_kernel
 from . import traced
 from .forward import Forward, forward_of
 from .outer_calls import KEY, UNTRACED
+from .shortening import seen
 
 # The name under which our attention function is registered.
 NAME = "attnsteer"
@@ -76,6 +77,21 @@ def _untraced(
         return forward.attend(runtime, name, base, module, query, key, value, attention_mask, options)
     active = runtime.active(forward.phase, None, None, forward.mixed)
     if not active:
+
+        def given() -> Attention:
+            options = _options(args) | kwargs
+            att = problem(module, name, query, key, value, attention_mask, options)
+            if id(module) not in forward.stack.exact:
+
+                def rows(index: Tensor) -> Tensor:
+                    out = base(module, query, key, value, attention_mask, *args, **kwargs)[0]
+                    return out.transpose(1, 2).index_select(2, index)
+
+                check_exact(runtime.site, att, rows)
+                forward.stack.exact.add(id(module))
+            return att
+
+        seen(runtime.run, module, runtime.site.modality, given)
         return base(module, query, key, value, attention_mask, *args, **kwargs)
     return _steered(runtime, forward, name, base, active, module, query, key, value, attention_mask, args, kwargs)
 

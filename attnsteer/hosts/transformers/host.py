@@ -26,6 +26,7 @@ from .forward import Stack, block_forward
 from .image_tokens import family_of, takes_images
 from .layers import ImageFree, PlainPass, block_of
 from .outer_calls import CURRENT, OuterCalls, entry, outer_modules
+from .shortening import Shortening
 from .streams import Streams
 from .traced import prepare, untraceable
 from .written import attach_written, check_written, heads_of, writes_attention
@@ -40,7 +41,7 @@ _CROSS = re.compile(r"cross|encoder_attn|encdec", re.IGNORECASE)
 class TransformersHost(Host):
     """Language, vision-language and encoder models of transformers, bare, in a `Pipeline`, or wrapped (peft)."""
 
-    provides = frozenset({"tokens", "images", "residual", "image_free", "phases", "requests", "bases"})
+    provides = frozenset({"tokens", "images", "residual", "image_free", "phases", "requests", "bases", "layers"})
 
     def __init__(self, target: Any):
         super().__init__(target)
@@ -115,6 +116,10 @@ class TransformersHost(Host):
         )
         return {"images": why, "image_free": why}
 
+    def stack_of(self, site: Site) -> str:
+        """The name of the stack of layers that a site is in."""
+        return self._stacks[site.name]
+
     def check(self, site: Site, bound: Bound) -> None:
         reason = _no_image_keys(self.model) if "images" in bound.method.needs else None
         if reason:
@@ -153,6 +158,7 @@ class TransformersHost(Host):
             self._attach_stack(name, names, run, calls, journal)
         # Outermost last, so that what is undone first is what was put around the rest.
         calls.watch(outer, journal)
+        Shortening.attach(run, self, names, journal)
         Streams.attach(run, outer, [names[name] for name in stacks], journal)
         batching = Continuous(run, {path for path, how in self._reached.items() if how != "interface"})
         for module in outer:

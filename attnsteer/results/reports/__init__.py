@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from pathlib import Path
 
 from ...run import store
 from ...run.folder import read_run
 
-HERE = Path(__file__).parent
 HTML, MARKDOWN = "report.html", "report.md"
 
 
@@ -32,25 +29,6 @@ def report(folder: str | Path) -> Path:
 
 def page(found: dict) -> str:
     """The HTML of `content`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
+    from .pages import render
 
-    from ..._version import __version__
-    from .headline import p_text
-    from .sample_browser import script_json
-
-    script = (HERE / "page.js").read_text(encoding="utf-8").strip()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("page.html.j2").render(
-        **found,
-        version=__version__,
-        p_text=p_text,
-        css=Markup((HERE / "page.css").read_text(encoding="utf-8").strip()),
-        script=Markup(script),
-        # The page's policy lets this script run and no other, so that no text of a run can become one.
-        script_hash=f"sha256-{digest}",
-        data_json=Markup(script_json(found["data"])),
-    )
+    return render("page", **found)

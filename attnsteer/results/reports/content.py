@@ -9,21 +9,12 @@ from typing import Any
 
 from ...errors import RunError
 from ...run.folder import RunFolder
-from ..summary import UNCHANGED
+from ..figures import Figure, p_text, shares, values_text
+from ..verdict import DRAWN, TUNED, WORDS, control_name, difference, figure_verdict, guards, judged
 from . import plots
 from .album import Album
 from .head_grids import grids, heads_of
-from .headline import (
-    VERDICTS,
-    Figure,
-    Headline,
-    difference,
-    headline,
-    p_text,
-    shares,
-    values_text,
-    verdict,
-)
+from .headline import Headline, headline
 from .overlays import overlays
 from .sample_browser import browser
 
@@ -64,7 +55,7 @@ def content(run: RunFolder) -> dict[str, Any]:
         "claims": _claims(run),
         "counts": counts,
         "balance": plots.balance(head.gained, head.lost) if head.gained is not None else None,
-        "checks": _checks(run, head, percent),
+        "checks": head.verdict.controls,
         "facts": _facts(run, head),
         "figures": _figures(run, head, percent),
         "forest": _forest(run, head, percent),
@@ -85,16 +76,8 @@ def content(run: RunFolder) -> dict[str, Any]:
 def _alerts(run: RunFolder, head: Headline) -> list[tuple[str, str]]:
     """(loud word, sentence) of what makes the whole run unfit for conclusions."""
     found = []
-    if head.verdict == "unchanged":
-        found.append((VERDICTS["unchanged"], UNCHANGED))
-    for arm, calls in (run.metrics.get("changed_calls") or {}).items():
-        if calls and run.arms.get(arm, {}).get("kind") == "zero" and _counts_changes(run, arm):
-            found.append(
-                (
-                    "The zero control acts",
-                    f"At zero strength the method changed something in {calls:,} calls; it must not.",
-                )
-            )
+    if head.key in ("unchanged", "invalid", "random"):
+        found.append((WORDS[head.key], _capital(head.verdict.reason)))
     if run.tiny:
         found.append(
             ("Tiny stand-in model", "A random model took the place of the recipe's. No figure here says anything.")
@@ -111,25 +94,21 @@ def _alerts(run: RunFolder, head: Headline) -> list[tuple[str, str]]:
 
 def _cautions(run: RunFolder, head: Headline) -> list[str]:
     """What a reader must know before believing the headline."""
-    found = [head.chosen[0].upper() + head.chosen[1:] + "."] if head.chosen.startswith("best") else []
+    found = [f"{_capital(TUNED)}: {head.verdict.chosen}."] if head.verdict.tuned else []
     if len(run.points) > 1 and head.p_holm is None:
         found.append(f"Nothing here is adjusted for the {len(run.points)} settings that were tried.")
     if head.records < FEW:
         found.append(f"Only {head.records} pairs: so few say little, whatever their interval.")
-    if run.metrics.get("zero_equals_baseline") is False:
-        found.append("The control at zero strength is not the baseline: something else than the method differs.")
-    for d in run.metrics.get("differences", ()):
-        if (d["point"], d["arm"], d["against"]) == (head.point["point"], "method", "baseline"):
-            found += [g[0].upper() + g[1:].rstrip(".") + "." for g in d.get("guards") or ()]
+    found += [f"{_capital(g).rstrip('.')}." for g in guards(run, head.point)]
     return list(dict.fromkeys([*found, *run.metrics.get("warnings", ())]))
 
 
 def _sentence(run: RunFolder, head: Headline) -> str:
     name = head.estimate.replace("_", " ")
     change = head.difference
-    if head.verdict == "unchanged":
-        return UNCHANGED
-    if head.verdict == "none":
+    if head.key == "unchanged":
+        return head.verdict.reason
+    if judged(change, head.better, head.p_holm if len(run.points) > 1 else None) == "none":
         said = f"{name} changes by {change}: the interval includes zero."
         if change.low is not None and not change.low <= 0 <= change.high:
             said = f"{name} changes by {change}, but not once all {len(run.points)} settings are accounted for."
@@ -141,10 +120,8 @@ def _sentence(run: RunFolder, head: Headline) -> str:
     return said[0].upper() + said[1:]
 
 
-def _counts_changes(run: RunFolder, arm: str) -> bool:
-    """Whether the audit of an arm tells changes from edits that left everything as it was."""
-    entries = ((run.audit or {}).get("arms") or {}).get(arm) or ()
-    return any("changed" in site for entry in entries for site in entry.get("sites", {}).values())
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _method(run: RunFolder, head: Headline) -> str:
@@ -155,13 +132,15 @@ def _method(run: RunFolder, head: Headline) -> str:
 
 
 def _role(kind: str) -> str:
-    return kind if kind in ("baseline", "method", "random", "zero") else "none"
+    return "random" if kind in DRAWN else kind if kind in ("baseline", "method", "random", "zero") else "none"
 
 
 def _label(run: RunFolder, arm: str) -> str:
     kind = run.arms.get(arm, {}).get("kind")
     if kind == "random":
-        return f"random heads {arm.partition('-')[2]}".strip()
+        return f"{control_name(arm)} {arm.rpartition('-')[2]}".strip()
+    if kind == "span":
+        return control_name(arm)
     if kind == "method":
         point = next((p for p in run.points if p["arms"].get("method") == arm), {"values": {}})
         return values_text(point["values"]) or "method"
@@ -206,37 +185,12 @@ def _claims(run: RunFolder) -> list[dict[str, Any]]:
     return found
 
 
-def _checks(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str, str]]:
-    """The controls in a few words: {"state": "pass" | "fail" | "open", "name", "text"}."""
-    share = f"{head.metric}.{head.estimate}" in percent
-    equal = run.metrics.get("zero_equals_baseline")
-    found = []
-    if equal is not None:
-        text = "equals the baseline, record for record" if equal else "is not the baseline"
-        found.append({"state": "pass" if equal else "fail", "name": "Zero strength", "text": text})
-    changes = []
-    for role, arm in head.point["arms"].items():
-        if run.arms.get(arm, {}).get("kind") != "random":
-            continue
-        entry = difference(run, head.point, head.metric, against=role)
-        if entry is not None and head.estimate in entry["estimates"]:
-            changes.append(Figure.of(entry["estimates"][head.estimate], share, signed=True))
-    if changes:
-        said = [verdict(c, head.better, None) for c in changes]
-        state = "pass" if set(said) == {"better"} else "fail" if "worse" in said else "open"
-        text = f"method minus random heads: {changes[0]}"
-        if len(changes) > 1:
-            numbers = ", ".join(c.number for c in changes)
-            text = f"method minus random heads, {len(changes)} draws: {numbers}{changes[0].unit}; "
-            text += f"better than {said.count('better')} of them"
-        found.append({"state": state, "name": "Random heads", "text": text})
-    return found
-
-
 def _facts(run: RunFolder, head: Headline) -> list[tuple[str, str]]:
     """(name, value) of the first screen."""
     cost = (run.metrics.get("cost") or {}).get(head.arm) or {}
     found = [("samples", f"{len(run.samples):,}".replace(",", " "))]
+    if head.verdict.parsed:
+        found.append(("answers parsed", head.verdict.parsed))
     if len(run.seeds) > 1:
         found.append(("seeds", str(len(run.seeds))))
     if cost.get("relative") is not None:
@@ -260,9 +214,10 @@ def _took(status: Mapping[str, Any]) -> str:
 def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str, Any]]:
     """One row per figure: baseline, method, and their difference; then the other arms."""
     others = [a for a in head.point["arms"].values() if a not in (head.base, head.arm)]
-    draws = [a for a in others if run.arms.get(a, {}).get("kind") == "random"]
     # Many draws are one column.
-    columns = [[a] for a in others] if len(draws) < 2 else [*([a] for a in others if a not in draws), draws]
+    drawn = [a for a in others if run.arms.get(a, {}).get("kind") == "random"]
+    draws = [[a for a in drawn if control_name(a) == name] for name in dict.fromkeys(map(control_name, drawn))]
+    columns = [[a] for a in others if a not in drawn] + draws
     arms = run.metrics["arms"]
     claims = {c["metric"]: c for c in _claims(run)}
     found = []
@@ -273,7 +228,6 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
             share, better = key in percent, metric.better.get(estimate, 0)
             change = Figure.of(entry["estimates"].get(estimate), share, signed=True)
             primary = (name, estimate) == (head.metric, head.estimate)
-            p = entry.get("p_holm") if len(run.points) > 1 and primary else None
             found.append(
                 {
                     "metric": name,
@@ -287,13 +241,13 @@ def _figures(run: RunFolder, head: Headline, percent: set[str]) -> list[dict[str
                         for column in columns
                     ],
                     "change": change,
-                    "verdict": verdict(change, better, p, head.arm in run.unchanged),
+                    "verdict": figure_verdict(run, head.point, name, estimate)[0],
                     "note": metric.note,
                     "claim": claims.get(key),
                 }
             )
     found.sort(key=lambda r: not r["primary"])
-    names = [_label(run, c[0]) if len(c) == 1 else f"random heads: mean, range of {len(c)}" for c in columns]
+    names = [_label(run, c[0]) if len(c) == 1 else f"{control_name(c[0])}: mean, range of {len(c)}" for c in columns]
     return [{"others": names, "rows": found}] if found else []
 
 
@@ -334,7 +288,9 @@ def _difference_row(
     if name == "method":
         name = _method(run, head)
     about = run.measures[head.metric].tested(head.estimate)
-    said = verdict(change, head.better, d.get("p_holm") if len(run.points) > 1 else None, arm in run.unchanged)
+    said = judged(change, head.better, d.get("p_holm") if len(run.points) > 1 else None)
+    if arm in run.unchanged:
+        said = "unchanged"
     test = (d.get("mcnemar") or {}) if about else {}
     return {
         "name": name,

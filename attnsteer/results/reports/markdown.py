@@ -7,7 +7,8 @@ from typing import Any
 
 from ...run.folder import RunFolder
 from ..comparison import table
-from .headline import Headline, p_text
+from ..figures import p_text
+from .headline import Headline
 
 
 def markdown(run: RunFolder, found: Mapping[str, Any]) -> str:
@@ -28,12 +29,7 @@ def markdown(run: RunFolder, found: Mapping[str, Any]) -> str:
     out += [
         f"{head.metric}.{head.estimate}, {head.records} pairs.{tested}" + (f" {head.chosen}." if head.chosen else "")
     ]
-    out += (
-        [""]
-        + [f"- {c['name']}: {c['text']}" for c in found["checks"]]
-        + [f"- {k}: {v}" for k, v in found["facts"]]
-        + [""]
-    )
+    out += [""] + [f"- {c.name}: {c.text}" for c in found["checks"]] + [f"- {k}: {v}" for k, v in found["facts"]] + [""]
     if found["cautions"]:
         out += ["Read with care:", "", *(f"- {c}" for c in found["cautions"]), ""]
     for block in found["figures"]:

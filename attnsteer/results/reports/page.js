@@ -19,6 +19,9 @@
     return node;
   }
   const number = (v) => (v === null || v === undefined ? "–" : String(Math.round(v * 1000) / 1000));
+  // A figure of one sample in words: "right: yes", or "recall 0.5".
+  const figure = (v) => (data.binary ? `${data.name}: ${v ? "yes" : "no"}` : `${data.name} ${number(v)}`);
+  const knowsBoxes = () => data.arms.find((a) => a.id === state.arm).boxes;
   const label = (id) => (data.arms.find((a) => a.id === id) || { label: id }).label;
   const after = (s) => s.outs[state.arm] || {};
   const base = () => data.arms.find((a) => a.id === state.arm).base;
@@ -81,25 +84,43 @@
     return [node, make("p", { class: "truth" }, `chosen: ${name(one)} → ${name(two)}`)];
   }
 
+  // Where the labels of boxes stand (their right or left edge on the box's, their lower edge at `bottom`, a share of the side),
+  // so that none lies on another. A picture is about 200 pixels wide.
+  function places(boxes) {
+    const height = 0.07, wide = (name) => 0.033 * name.length, taken = [];
+    return boxes.map(([name, x0, y0, x1, y1]) => {
+      const right = x0 + x1 > 1;
+      const left = right ? x1 - wide(name) : x0;
+      const free = (bottom) => bottom >= height && bottom <= 0.99 &&
+        !taken.some((t) => left < t.left + t.width && t.left < left + wide(name) && Math.abs(t.bottom - bottom) < height);
+      const steps = Array.from({ length: 14 }, (_, i) => (i + 1) * height);
+      const wanted = [y0 - 0.02, y0 + height, y1 - 0.02, y1 + height, ...steps];
+      const bottom = wanted.find(free) ?? Math.min(0.99, Math.max(height, y0));
+      taken.push({ left, width: wide(name), bottom });
+      return { right, bottom };
+    });
+  }
+
   function shot(s, arm) {
     const out = s.outs[arm] || {};
     const kind = arm === base() ? "b" : "m";
     const frame = make("button", { type: "button", class: "shot", title: "click to change between baseline and method" });
     if (out.image !== null && out.image !== undefined) frame.append(make("img", { src: data.images[out.image], alt: `${label(arm)}: ${s.prompt}` }));
     else frame.append(make("span", { class: "gone" }, "not in this page"));
-    if (state.boxes && s.boxes) {
+    if (state.boxes && knowsBoxes() && s.boxes) {
       const svg = draw("svg", { "aria-hidden": "true" });
-      for (const [name, x0, y0, x1, y1] of s.boxes) {
+      const labels = places(s.boxes);
+      s.boxes.forEach(([name, x0, y0, x1, y1], i) => {
         const place = { x: `${100 * x0}%`, y: `${100 * y0}%`, width: `${100 * (x1 - x0)}%`, height: `${100 * (y1 - y0)}%` };
         svg.append(draw("rect", { ...place, class: "under" }), draw("rect", place));
-        const right = x0 + x1 > 1;
-        const said = draw("text", { x: `${100 * (right ? x1 : x0)}%`, y: `${y0 > 0.1 ? 100 * y0 - 2 : Math.min(100 * y1 + 8, 98)}%`, "text-anchor": right ? "end" : "start" });
+        const { right, bottom } = labels[i];
+        const said = draw("text", { x: `${100 * (right ? x1 : x0)}%`, y: `${100 * bottom}%`, "text-anchor": right ? "end" : "start" });
         said.textContent = name;
         svg.append(said);
-      }
+      });
       frame.append(svg);
     }
-    const value = out.v === null || out.v === undefined ? "" : ` · ${number(out.v)}`;
+    const value = out.v === null || out.v === undefined ? "" : ` · ${figure(out.v)}`;
     const caption = make("figcaption", {}, make("span", { class: "name-arm" }, label(arm)), value, out.found ? make("span", { class: "soft" }, ` · ${out.found}`) : null);
     return make("figure", { class: kind }, frame, caption);
   }
@@ -134,7 +155,8 @@
   function card(s) {
     const found = after(s).state ?? "same";
     const sign = { gained: "▲ gained", lost: "▼ lost", changed: "● changed", same: "same" }[found];
-    const moved = before(s).v !== after(s).v ? `${number(before(s).v)} → ${number(after(s).v)} ` : "";
+    const word = (v) => (data.binary && v !== null && v !== undefined ? (v ? "yes" : "no") : number(v));
+    const moved = before(s).v !== after(s).v ? `${data.name} ${word(before(s).v)} → ${word(after(s).v)} ` : "";
     const name = data.seeds > 1 ? `${s.id} · seed ${s.seed}` : s.id;
     const node = make("li", { class: `sample ${found}` },
       make("header", {}, make("span", { class: "id" }, name), make("span", { class: `chip ${found}`, title: data.figure }, `${moved}${sign}`)));
@@ -168,6 +190,7 @@
     $("swap").setAttribute("aria-pressed", String(state.swap));
     $("swap").disabled = !state.flip;
     $("boxes").setAttribute("aria-pressed", String(state.boxes));
+    $("boxes").hidden = !knowsBoxes() || !data.samples.some((s) => s.boxes);
   }
   function set(values) { Object.assign(state, { page: 0 }, values); show(); }
   function turn(by) { state.page += by; show(); $("samples").scrollIntoView(); }
@@ -180,7 +203,6 @@
   $("arm").addEventListener("change", (e) => set({ arm: e.target.value }));
   $("arm-field").hidden = data.arms.length < 2;
   $("picture-tools").hidden = !pictures;
-  $("boxes").hidden = !data.samples.some((s) => s.boxes);
   $("flip").addEventListener("click", () => set({ flip: !state.flip, page: state.page }));
   $("swap").addEventListener("click", () => set({ swap: !state.swap, page: state.page }));
   $("boxes").addEventListener("click", () => set({ boxes: !state.boxes, page: state.page }));

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from markupsafe import Markup, escape
 
-from .headline import Figure
+from ..figures import Figure
 
 # Height of a row's track, and of the sweep, in pixels.
 ROW, SWEEP = 30, 240

@@ -8,12 +8,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...run.folder import Key, RunFolder
+from ..figures import per_sample, values_text
 from .album import Album
-from .headline import Headline, per_sample, values_text
+from .headline import Headline
 
 # Samples in a page, and method arms to choose from; the rest is in the run folder.
 MOST, ARMS = 2000, 6
 STATES = ("gained", "lost", "changed", "same")
+# Parameters, and keys of samples, that say where things shall be.
+BOXES = ("boxes", "regions", "layout")
 
 
 def browser(run: RunFolder, head: Headline, album: Album) -> dict[str, Any]:
@@ -60,10 +63,13 @@ def browser(run: RunFolder, head: Headline, album: Album) -> dict[str, Any]:
     ]
     return {
         "figure": f"{head.metric}.{head.estimate}",
+        "name": head.estimate.replace("_", " "),
+        # Figures of a sample that are yes or no are shown as that.
+        "binary": all(v in (None, 0, 1) for rows in values.values() for v in rows.values()),
         "better": head.better,
         "seeds": len(run.seeds),
         "arm": head.arm,
-        "arms": [{"id": a, "label": label, "base": bases[a]} for a, label in arms],
+        "arms": [{"id": a, "label": label, "base": bases[a], "boxes": _knows_boxes(run, a)} for a, label in arms],
         "images": album.uris,
         "samples": samples,
         "total": len(every),
@@ -89,6 +95,12 @@ def _arms(run: RunFolder, head: Headline) -> list[tuple[str, str]]:
     return list(found.items())
 
 
+def _knows_boxes(run: RunFolder, arm: str) -> bool:
+    """Whether the arm's methods are told where things shall be."""
+    given = [p for entry in run.arms[arm].get("interventions", ()) for p in entry.get("params", {}).items()]
+    return any(name in BOXES or (isinstance(v, Mapping) and v.get("sample") in BOXES) for name, v in given)
+
+
 def _ordered(run: RunFolder) -> list[Key]:
     return [(seed, i) for seed in run.seeds for i in run.samples]
 
@@ -96,9 +108,15 @@ def _ordered(run: RunFolder) -> list[Key]:
 def _state(run: RunFolder, head: Headline, values: Mapping[str, Any], arm: str, key: Key) -> str:
     base = run.base(arm)
     before, after = values[base].get(key), values[arm].get(key)
-    if before is not None and after is not None and abs(after - before) > 1e-12 and head.better:
-        return "gained" if head.better * (after - before) > 0 else "lost"
     one, two = (run.records.get(a, {}).get(key) for a in (base, arm))
+    if before is not None and after is not None and abs(after - before) > 1e-12 and head.better:
+        won = head.better * (after - before) > 0
+        # A clean picture of something else is no gain, nor was it one before.
+        needed = run.measures[head.metric].only_with.get(head.estimate)
+        counted = two if won else one
+        if needed is None or (counted is not None and run.measures[head.metric].sample(counted).get(needed)):
+            return "gained" if won else "lost"
+        return "changed"
     return "same" if one is None or two is None or _answer_of(one) == _answer_of(two) else "changed"
 
 
@@ -187,11 +205,3 @@ def _notes(run: RunFolder, total: int, album: Album, arms: Sequence[Any]) -> lis
     if album.shrunk:
         found.append(f"Pictures made smaller for this page: {album.shrunk}.")
     return found
-
-
-def script_json(value: Any) -> str:
-    """JSON that may stand inside a <script> element: no character of it can end the element."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for char in "<>&\u2028\u2029":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return text

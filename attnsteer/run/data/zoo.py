@@ -15,6 +15,11 @@ from ...zoo.shapes.reading import TASKS, reading
 from ...zoo.shapes.world import SPLITS
 from ...zoo.texts import facts as text_facts
 from ...zoo.texts import passages
+from ...zoo.texts.draw import other_range, other_words
+from ...zoo.texts.instructions import FORMS, KINDS
+from ...zoo.texts.instructions import instructions as text_instructions
+from ...zoo.texts.reviews import LABELS
+from ...zoo.texts.reviews import reviews as text_reviews
 from .sample import Data, Sample
 
 if TYPE_CHECKING:
@@ -76,7 +81,8 @@ def _marks(prompt: str, kind: str) -> dict[str, Any]:
     """What methods on marked text can speak of, as token ranges from the first token, which is <s>.
 
     spans: the question that is asked (few-shot: the example that is asked about). fact: the phrase that answers it.
-    passage: what it is asked about. `question` is the text of the first.
+    passage: what it is asked about. random: as many words of that as the fact has, from elsewhere in it. `question` is the text of
+    the first.
     """
     words = prompt.split()
     if kind == "few-shot":
@@ -87,7 +93,9 @@ def _marks(prompt: str, kind: str) -> dict[str, Any]:
     begin = 1 + max((i for i, w in enumerate(words[:at]) if w == "answer"), default=-3) + 2
     asked = (at, at + words[at:].index("?") + 1)
     out = {"question": " ".join(words[at + 1 : asked[1]]), "spans": [_shift(asked)], "passage": [_shift((begin, at))]}
-    return {**out, "fact": [_shift(_fact(words, begin, at, asked[1]))]}
+    fact = _fact(words, begin, at, asked[1])
+    random = other_range(prompt, at - begin, fact[0] - begin, fact[1] - begin)
+    return {**out, "fact": [_shift(fact)], "random": [_shift((begin + a, begin + b)) for a, b in random]}
 
 
 def _fact(words: list[str], begin: int, at: int, end: int) -> tuple[int, int]:
@@ -193,7 +201,8 @@ def _layout(item: Layout) -> Sample:
 
 
 def facts(split: str, kind: str = "now") -> Iterator[Sample]:
-    """Facts that a passage overrules, and their guards; `category` is the kind, `fact` the clause to be marked, as a text."""
+    """Facts that a passage overrules, and their guards; `category` is the kind, `fact` the clause to be marked, as a text;
+    `other` the clause about the earlier fact, `random` as many words from elsewhere: controls."""
     for number, item in enumerate(text_facts.facts(split, kind)):
         yield {
             "id": f"facts-{kind}-{split}-{number}",
@@ -203,11 +212,13 @@ def facts(split: str, kind: str = "now") -> Iterator[Sample]:
             "category": item.kind,
             "fact": [item.fact] if item.fact is not None else [],
             "other": [item.other] if item.other is not None else [],
+            "random": other_words(item.prompt, item.fact) if item.fact is not None else [],
         }
 
 
 def looked_up(source: str) -> Callable[[str], Iterator[Sample]]:
-    """Passages with a question; `fact` is the sentence that holds the answer, `other` the first that does not, as texts."""
+    """Passages with a question; `fact` is the sentence that holds the answer, `other` the first that does not, `random` as many
+    words from elsewhere, as texts."""
 
     def samples(split: str) -> Iterator[Sample]:
         draw = passages.readings if source == "passages" else passages.sources
@@ -219,9 +230,34 @@ def looked_up(source: str) -> Callable[[str], Iterator[Sample]]:
                 "answer": item.answer,
                 "fact": [item.fact],
                 "other": [item.others[0]],
+                "random": other_words(item.prompt, item.fact),
             }
 
     return samples
+
+
+def reviews(split: str) -> Iterator[Sample]:
+    """Reviews to be called positive or negative, after one of each; `fact` is the review, as a text."""
+    for number, item in enumerate(text_reviews(split)):
+        yield {
+            "id": f"reviews-{split}-{number}",
+            "prompt": item.prompt,
+            "choices": list(LABELS),
+            "answer": item.answer,
+            "fact": [item.text],
+        }
+
+
+def instructions(split: str, kind: str = "all", form: str = "chatml") -> Iterator[Sample]:
+    """Questions with a demand on the form of the answer; `fact` is the demand, as a text, `name` the word that it names."""
+    for number, item in enumerate(text_instructions(split, kind, form)):
+        yield {
+            "id": f"instructions-{kind}-{split}-{number}",
+            "prompt": item.prompt,
+            "category": item.kind,
+            "name": item.word,
+            "fact": [item.demand],
+        }
 
 
 # Source -> its options with their values, and what draws it.
@@ -234,4 +270,6 @@ SOURCES: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[..., Iterator[Samp
     "facts": ({"kind": (*text_facts.KINDS, "mixture")}, facts),
     "passages": ({}, looked_up("passages")),
     "sources": ({}, looked_up("sources")),
+    "reviews": ({}, reviews),
+    "instructions": ({"kind": (*KINDS, "all"), "form": tuple(FORMS)}, instructions),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,31 @@ def split_of(text: str) -> str:
 def shuffled(count: int, split: str, stream: int, seed: int) -> list[int]:
     """0 to count - 1 in the random order of a split and seed."""
     return rng(split, 0, stream, seed).permutation(count).tolist()
+
+
+def other_words(prompt: str, text: str) -> list[str]:
+    """A control for a marked text: a run of as many words of the prompt, at most half of them of it, drawn by the prompt's hash.
+
+    Empty where there is none that the prompt holds once.
+    """
+    words, size = prompt.split(" "), len(text.split(" "))
+    at = len(prompt[: prompt.index(text)].split(" ")) - 1
+    runs = [" ".join(words[a:b]) for a, b in _elsewhere(len(words), at, size)]
+    return _drawn([run for run in runs if prompt.count(run) == 1], prompt)
+
+
+def other_range(prompt: str, count: int, start: int, stop: int) -> list[tuple[int, int]]:
+    """The same for a range of `count` places in all."""
+    return _drawn(_elsewhere(count, start, stop - start), prompt)
+
+
+def _elsewhere(count: int, at: int, size: int) -> list[tuple[int, int]]:
+    return [(i, i + size) for i in range(count - size + 1) if max(0, size - abs(i - at)) <= size // 2]
+
+
+def _drawn(runs: list[Any], prompt: str) -> list[Any]:
+    seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4], "little")
+    return [runs[seed % len(runs)]] if runs else []
 
 
 def pick(g: np.random.Generator, values: tuple[str, ...], count: int = 1) -> list[str]:
