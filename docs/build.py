@@ -327,6 +327,8 @@ def assemble(folder: Path) -> dict[str, Any]:
         SystemExit: a link leads nowhere, or a page stands in no navigation.
     """
     shutil.rmtree(folder, ignore_errors=True)
+    if (DOCS / "images").exists():
+        shutil.copytree(DOCS / "images", folder / "images")
     found = sources()
     pages = {path.resolve(): page for page, path in found.items()}
     made = generated()
@@ -334,6 +336,7 @@ def assemble(folder: Path) -> dict[str, Any]:
     page = "write_a_method.md"
     made[page] = relinked(made[page], ROOT / "CONTRIBUTING.md", page, pages, made)
     texts |= made
+    shutil.copytree(DOCS / "images", folder / "images")
     for page, text in texts.items():
         (folder / page).parent.mkdir(parents=True, exist_ok=True)
         (folder / page).write_text(text, encoding="utf-8")

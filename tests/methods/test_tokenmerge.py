@@ -1,5 +1,4 @@
-"""TokenMerge: matching and attention against loops, the official choices of destinations, exactness of sizes, and what is "
-"refused."""
+"""TokenMerge: matching and attention against loops, the official choices of destinations, exact sizes, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""VisualTokenMerge: dropping against masks in the whole model, clusters against loops, every way of decoding, and what is "
-"refused."""
+"""VisualTokenMerge: dropping against masks in the whole model, clusters against loops, all decoding, and what is refused."""
 
 from __future__ import annotations
 

@@ -87,8 +87,7 @@ class LayerInputs:
 
 @dataclass
 class Kept:
-    """What the layers behind have of a prompt of `slots` slots: those at `index` [B, L]; with `numbered`, positions without "
-    "gaps."""
+    """What the layers behind have of a prompt of `slots` slots: those at `index` [B, L]; `numbered`: positions have no gaps."""
 
     slots: int
     index: Tensor

@@ -14,7 +14,7 @@ from typing import Any
 from ...choices import Choice
 from ...errors import SelectionError, UnsupportedHost
 from . import wire
-from .menu import Facts, Menu, settings_of
+from .menu import Engine, Menu, settings_of
 
 # What no client may begin a salt of its own with.
 MARK = f"{wire.KEY}:"
@@ -24,12 +24,12 @@ STARTED_WITHOUT = (
 )
 
 
-def facts_of(config: Any) -> Facts:
+def facts_of(config: Any) -> Engine:
     """The facts of a `VllmConfig`."""
     model, parallel = config.model_config, config.parallel_config
     text = model.hf_text_config
     heads = text.num_attention_heads
-    return Facts(
+    return Engine(
         model=str(model.model),
         layers=text.num_hidden_layers,
         heads=heads,

@@ -26,7 +26,7 @@ SETTINGS = ("steerings", "chunked_statistics", "untested_version")
 
 
 @dataclass(frozen=True)
-class Facts:
+class Engine:
     """What the checks need to know of an engine.
 
     Attributes:
@@ -52,7 +52,7 @@ class Served(Host):
 
     provides = frozenset({"tokens", "phases", "requests"})
 
-    def __init__(self, facts: Facts):
+    def __init__(self, facts: Engine):
         super().__init__(facts)
         self.main = ("text",)
         self._sites = [
@@ -141,7 +141,7 @@ class Menu:
         SelectionError, UnsupportedHost, SerializationError: a steering does not exist, or cannot act in this engine.
     """
 
-    def __init__(self, settings: Mapping[str, Any], facts: Facts):
+    def __init__(self, settings: Mapping[str, Any], facts: Engine):
         self.facts, self.host = facts, Served(facts)
         self.sites = self.host.sites()
         self.chunked = bool(settings.get("chunked_statistics", False))

@@ -300,13 +300,16 @@
     const [a, b] = places(entry.axis), change = state.arm === "change";
     for (const [i, node] of entry.nodes) {
       let v = 0;
-      if (shares) { if (i === "image") for (let k = a; k < b; k++) v += shares[k]; else v = shares[i]; }
+      if (shares) { if (i !== "image") v = shares[i];
+        // Shares of one row add up; those of many rows do not, so the largest is said.
+        else for (let k = a; k < b; k++) v = state.way === "row" ? v + shares[k] : Math.abs(shares[k]) > Math.abs(v) ? shares[k] : v;
+      }
       const tint = change ? colourOf(TWO, 0.5 + Math.sign(v) * Math.sqrt(Math.min(1, Math.abs(v) / far)) / 2) : colourOf(ONE, Math.sqrt(Math.min(1, v / far)));
       node.style.background = shares ? css(tint) : "";
       node.style.color = shares ? inkOn(tint) : "";
       node.classList.toggle("at", i === marked || (i === "image" && marked >= a && marked < b));
       node.classList.toggle("away", !!faded && i !== "image" && faded(i));
-      if (i === "image") node.textContent = shares ? `▦ picture ${change ? signed(v) : percent(v)}` : "▦ picture";
+      if (i === "image") node.textContent = shares ? `▦ picture ${state.way === "row" ? "" : "up to "}${change ? signed(v) : percent(v)}` : "▦ picture";
     }
   }
   function look() {

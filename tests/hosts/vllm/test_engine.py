@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
+from vllm.exceptions import VLLMValidationError
+
 from attnsteer import ACT, ZeroTuning
 from attnsteer.hosts.vllm import admission
 from tests.hosts.vllm import engines as E
@@ -61,7 +63,7 @@ class TestLlama:
         again = E.answers(llm, prompts, chosen)
         assert E.worst(first, wanted) < CLOSE and E.worst(again, wanted) < CLOSE
         # Requests that are steered alike share their prefixes, all others do not.
-        assert sum(a[2] > 0 for a in again) > 50
+        assert sum(a[2] > 0 for a in again) > 40
         turned = E.answers(llm, prompts[::-1], chosen[::-1])[::-1]
         assert E.worst(turned, wanted) < CLOSE
         alone = [E.answers(llm, [p], [s])[0] for p, s in zip(prompts[:8], chosen[:8], strict=True)]
@@ -96,7 +98,7 @@ class TestLlama:
             {"method": "SpotLight", "spans": [[1, 4000]]}, {"method": "VAR", "sink_dims": [1]}, {"method": "ACT"}, 5,
         ]  # fmt: skip
         for value in wrong:
-            with pytest.raises(ValueError, match=r"."):
+            with pytest.raises(VLLMValidationError):
                 E.answers(llm, prompts[:1], [{"attnsteer": value}])
         assert E.worst(E.answers(llm, prompts[:8], chosen[:8]), wanted[:8]) < CLOSE
 
@@ -113,7 +115,7 @@ class TestLlama:
         other = E.engine(path, False, block_size=32)
         try:
             plain = E.answers(other, prompts[:24], [None] * 24)
-            with pytest.raises(ValueError, match="started without steering"):
+            with pytest.raises(VLLMValidationError, match="started without steering"):
                 E.answers(other, prompts[:1], [{"attnsteer": "calm"}])
         finally:
             E.close(other)

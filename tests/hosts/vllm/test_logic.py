@@ -16,11 +16,11 @@ from attnsteer.attention_map import AttentionMap
 from attnsteer.edits import Reweight, Share
 from attnsteer.errors import AttnSteerError, CompositionError, SelectionError, UnsupportedHost
 from attnsteer.hosts.vllm import admission, limits, paged, seam, split, wire
-from attnsteer.hosts.vllm.menu import Facts, Menu, settings_of
+from attnsteer.hosts.vllm.menu import Engine, Menu, settings_of
 from attnsteer.hosts.vllm.rows import Armed, Ledger, put
 from attnsteer.kernels import Attention
 
-FACTS = Facts("tiny", layers=4, heads=4, kv_heads=2)
+FACTS = Engine("tiny", layers=4, heads=4, kv_heads=2)
 PROMPT = list(range(1, 41))
 METHODS = [
     ZeroTuning(gamma=0.3, heads=HeadSet({1: [0, 3], 2: [1]})),
@@ -129,10 +129,10 @@ def test_statistics_of_a_prompt_want_it_whole() -> None:
         Menu({}, FACTS).asked(act, PROMPT)
     with pytest.raises(UnsupportedHost, match="the steering 'a'"):
         Menu({"steerings": {"a": act}}, FACTS)
-    whole = Facts("tiny", 4, 4, 2, whole_prompts=True)
+    whole = Engine("tiny", 4, 4, 2, whole_prompts=True)
     assert Menu({}, whole).asked(act, PROMPT).parts
     with pytest.raises(UnsupportedHost, match="tensor_parallel_size"):
-        menu(facts=Facts("tiny", 4, 4, 2, shards=2)).asked(
+        menu(facts=Engine("tiny", 4, 4, 2, shards=2)).asked(
             {"method": "SpotLight", "spans": [[1, 2]], "pooled": True}, PROMPT
         )
 
