@@ -34,7 +34,7 @@ from attnsteer.zoo.train.diffusion import scene as plain_scene
 Values = dict[str, list[float]]
 # Of the language model of shapes-lvlm, and of a block of shapes-mmdit.
 LAYERS, HEADS, BLOCK_HEADS = 6, 8, 6
-# Found on the calibration split: layers where the answer's row localises, a step size that moves attention.
+# By the calibration split: layers where the answer's row localises, a step size that moves attention.
 MIDDLE = (1, 2, 3)
 CONTROL = ControlMLLM(steps=8, lr=0.1, optimiser="adam", rows="last", stop=None)
 SECOND = CARVE(layers=MIDDLE, steps="first")
