@@ -85,7 +85,7 @@ def capture(
         A `Captured`, filled call by call.
 
     Raises:
-        SelectionError: a selection has no such form, or a call has no such rows.
+        SelectionError: a selection has no such form, or no call in the block has such rows.
         CaptureTooLarge: what the calls would take does not fit; the message says how much it needs.
         UnsupportedHost: gradients are asked of a call under `inference_mode` or `no_grad` (as all of `generate` is), or several
             sequences are packed into a row.
@@ -98,6 +98,11 @@ def capture(
             yield recorder.store.found
         finally:
             recorder.store.close()
+        if not recorder.store.found.takes and recorder.store.longest:
+            raise SelectionError(
+                f"capture(rows={brief(rows)}): no call in the block had any of these rows; their tokens were numbered from 0 to "
+                f"{recorder.store.longest - 1}."
+            )
 
 
 class _Store:
@@ -112,6 +117,8 @@ class _Store:
         self.limit = limit
         self.found = Captured(what, self.folder)
         self.sites = 1
+        # Of the sequences that were seen, in tokens.
+        self.longest = 0
         self.written = 0
         self.lock = threading.Lock()
         # The take that other heads of the same call are added to, by thread.
@@ -292,6 +299,8 @@ class Recorder(Intervention):
         at, there = places(chosen)
         r = at.shape[1]
         if not r:
+            if self.store.longest <= call.past + call.map.shape[2]:
+                self.store.longest = int(call.rows.index.max()) + 1
             return
         B, H, _, m = call.map.shape
         if not self.gradients:

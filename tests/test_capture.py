@@ -280,3 +280,17 @@ def test_calls_that_cannot_be_captured(llama: nn.Module, inputs: dict[str, Tenso
         seen.get(0, "map")
     with pytest.raises(SelectionError, match="sample 3"):
         seen.get(0, "q", sample=3)
+
+
+def test_rows_that_no_call_has_are_refused() -> None:
+    model = tiny_transformers("llama")
+    inputs = tiny_transformers_inputs("llama", model)
+    for rows in ([99], (99, 120), "generated"):
+        with pytest.raises(SelectionError, match="numbered from 0 to 11"), capture(model, rows=rows), torch.no_grad():
+            model(**inputs)
+    with pytest.raises(ZeroDivisionError), capture(model, rows=[99]), torch.no_grad():
+        model(**inputs)
+        raise ZeroDivisionError
+    with capture(model, rows=[12]) as seen, torch.no_grad():
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert len(seen.takes)
