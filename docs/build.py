@@ -336,7 +336,6 @@ def assemble(folder: Path) -> dict[str, Any]:
     page = "write_a_method.md"
     made[page] = relinked(made[page], ROOT / "CONTRIBUTING.md", page, pages, made)
     texts |= made
-    shutil.copytree(DOCS / "images", folder / "images")
     for page, text in texts.items():
         (folder / page).parent.mkdir(parents=True, exist_ok=True)
         (folder / page).write_text(text, encoding="utf-8")
