@@ -63,6 +63,7 @@ def test_an_unknown_case_is_refused_with_those_that_exist(capsys: pytest.Capture
     assert "act-20" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_results_have_the_documented_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "deep" / "results.json"
     names = ["act-20", "decode", "idle"]

@@ -158,7 +158,7 @@ def blind(explicit: Explicit, att: Attention) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=PROBLEMS, edits=EDITS)
 def test_every_query_of_a_reweighted_map(dtype: torch.dtype, case: dict[str, Any], edits: list[Any]) -> None:
     """Reweightings compose into one, whose answers are those of the explicit map, step by step; so do those of the reference."""

@@ -287,7 +287,7 @@ PROFILE = {
 }
 
 
-@settings(max_examples=3800, **PROFILE)
+@settings(max_examples=1500, **PROFILE)
 @given(MUTATIONS, st.booleans())
 def test_changed_recipes_load_or_are_refused(changes: list[Any], searched: bool) -> None:
     data = mutated(WHOLE if searched else BASE, changes)
@@ -299,7 +299,7 @@ def test_changed_recipes_load_or_are_refused(changes: list[Any], searched: bool)
         assert validate(found.dump()).dump() == found.dump()
 
 
-@settings(max_examples=1200, **PROFILE)
+@settings(max_examples=500, **PROFILE)
 @given(MUTATIONS, st.booleans())
 def test_the_check_of_changed_recipes_gives_sentences(changes: list[Any], searched: bool) -> None:
     places = ("interventions", "calibration", "metrics", "controls")

@@ -153,7 +153,7 @@ plain = st.recursive(
 )
 
 
-@settings(max_examples=600, **PROFILE)
+@settings(max_examples=300, **PROFILE)
 @given(plain)
 def test_what_is_written_is_read_back(value: Any) -> None:
     found = yaml.parse(yaml.dump(value)).value
@@ -179,13 +179,13 @@ def assert_plain(value: Any, depth: int) -> None:
         assert_plain(item, depth + 1)
 
 
-@settings(max_examples=3000, **PROFILE)
+@settings(max_examples=1200, **PROFILE)
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=14).map("".join))
 def test_texts_from_pieces(text: str) -> None:
     only_recipe_errors(text)
 
 
-@settings(max_examples=1400, **PROFILE)
+@settings(max_examples=600, **PROFILE)
 @given(
     st.lists(
         st.tuples(st.integers(0, len(RECIPE)), st.integers(0, 12), st.sampled_from(PIECES)), min_size=1, max_size=4

@@ -12,8 +12,15 @@ from attnsteer.run import run
 from tests.run.running import load
 
 
+# Pipelines take seconds each; of those one of the embedded models and one of the hub are in every run.
+PICTURES = {n for n in names() if load_recipe(n).model.kind == "image"}
+SHORT = {"pag/shapes-prompts", "attend-and-excite/sd14-animals"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long) if n in PICTURES - SHORT else n for n in names()]
+)
 def test_a_shipped_recipe_runs_tiny(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     out = run(recipe, tmp_path / "run", tiny=True, progress=False)

@@ -38,7 +38,7 @@ def joint_sites(model: Any) -> list[Any]:
 
 @pytest.mark.parametrize("steer_first", [False, True], ids=["compile_first", "steer_first"])
 @pytest.mark.parametrize(
-    "name", ["sd", "flux", "sana", *(pytest.param(n, marks=pytest.mark.long) for n in ("sdxl", "sd3"))]
+    "name", ["sd", *(pytest.param(n, marks=pytest.mark.long) for n in ("flux", "sana", "sdxl", "sd3"))]
 )
 @torch.no_grad()
 def test_gates_compile_as_one_graph(name: str, steer_first: bool) -> None:
@@ -89,7 +89,7 @@ def guided(name: str, method: Any) -> tuple[Any, str, nn.Module, dict[str, Any],
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", ["sd", "flux", *(pytest.param(n, marks=pytest.mark.long) for n in ("sdxl", "sd3"))])
+@pytest.mark.parametrize("name", ["sd", *(pytest.param(n, marks=pytest.mark.long) for n in ("flux", "sdxl", "sd3"))])
 def test_guidance_of_a_compiled_model(name: str, how: str) -> None:
     layer = joint_sites(tiny_pipeline(name, **small(name)))[-1].name
     pipe, part, model, call, plain, expected = guided(name, SoftPAG(3.0, 0.5, where=at([layer])))
@@ -139,9 +139,9 @@ def test_guidance_compiled_after_it_was_attached(how: str) -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        HeadGate({(0, 0): -1.0}, where=Where(kinds="self", steps=[1, 2])),
+        pytest.param(HeadGate({(0, 0): -1.0}, where=Where(kinds="self", steps=[1, 2])), marks=pytest.mark.long),
         HeadGate({(0, 0): -1.0}, where=Where(kinds="self", branches="cond")),
-        SoftPAG(3.0, 0.5, where=Where(steps=(0.25, 0.75))),
+        pytest.param(SoftPAG(3.0, 0.5, where=Where(steps=(0.25, 0.75))), marks=pytest.mark.long),
         pytest.param(SEG(3.0, 1.0), marks=pytest.mark.long),
         pytest.param(SEG(3.0), marks=pytest.mark.long),
     ],

@@ -117,8 +117,18 @@ WHOLE: dict[str, list[Intervention]] = {
 INPUTS = prompts(7, 39, 12, 25)
 
 
-@pytest.mark.parametrize("size", [128, 16], ids=["whole", "chunked"])
-@pytest.mark.parametrize("name", METHODS)
+# All of them whole and in chunks in the long run.
+PAIRS = [(name, size) for name in METHODS for size in (128, 16)]
+SHORT = {("composed", 16), ("pasta", 128), ("decode only", 16), ("headgate", 128)}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(*pair, marks=[] if pair in SHORT else pytest.mark.long, id="-".join(map(str, pair)))
+        for pair in PAIRS
+    ],
+)
 def test_as_alone(llama: nn.Module, name: str, size: int) -> None:
     with steer(llama, named={"it": METHODS[name]}):
         found = batch(llama, INPUTS, "it", max_batch_tokens=size)

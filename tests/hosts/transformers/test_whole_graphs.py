@@ -26,7 +26,7 @@ METHODS: dict[str, Any] = {
 }
 TYPES = ("llama", "qwen3", "gemma2", "gemma3_text", "llava")
 # Soft-capping and windows of Gemma take our own pass and masks of their own; one of each family runs by default.
-QUICK = {("llama", "ACT"), ("llava", "VAR")}
+QUICK = {("llama", "ACT")}
 PAIRS = [
     pytest.param(kind, name, marks=() if (kind, name) in QUICK else pytest.mark.long)
     for kind in TYPES
