@@ -11,7 +11,6 @@ from attnsteer.recipe.shipped import names
 from attnsteer.run import run
 from tests.run.running import load
 
-
 # Pipelines take seconds each; of those one of the embedded models and one of the hub are in every run.
 PICTURES = {n for n in names() if load_recipe(n).model.kind == "image"}
 SHORT = {"pag/shapes-prompts", "attend-and-excite/sd14-animals"}

@@ -25,7 +25,7 @@ METHODS: dict[str, Any] = {
     "VAR": lambda: VAR((1, 5), tau=1.5, rho=0.1, min_image_mass=0.01, where=Where(layers=[0])),
 }
 TYPES = ("llama", "qwen3", "gemma2", "gemma3_text", "llava")
-# Soft-capping and windows of Gemma take our own pass and masks of their own; one of each family runs by default.
+# Soft-capping and windows of Gemma take our own pass and masks of their own; all but one run with `-m long`.
 QUICK = {("llama", "ACT")}
 PAIRS = [
     pytest.param(kind, name, marks=() if (kind, name) in QUICK else pytest.mark.long)
