@@ -224,7 +224,9 @@ class SiteRuntime:
         key = (local, device)
         found = self._indices.get(key)
         if found is None:
-            found = self._indices[key] = torch.tensor(local, device=device)
+            # Of inference mode it could not be used for a gradient later.
+            with torch.inference_mode(False):
+                found = self._indices[key] = torch.tensor(local, device=device)
         return found
 
     def _seen(self, active: tuple[int, ...], offset: int, q: Tensor, call: AttnCall) -> dict[int, Mark]:

@@ -343,8 +343,8 @@ def test_a_need_that_is_misspelt_gets_a_suggestion(model: nn.Module) -> None:
     with pytest.raises(UnsupportedHost) as caught:
         steer(model, needing("token"))
     assert str(caught.value) == (
-        "Needy needs token, which a call of a LlamaForCausalLM does not give; it gives bases, image_free, images, requests, "
-        "residual, tokens. Did you mean 'tokens'?"
+        "Needy needs token, which a call of a LlamaForCausalLM does not give; it gives bases, image_free, images, layers, "
+        "requests, residual, tokens. Did you mean 'tokens'?"
     )
     with pytest.raises(UnsupportedHost, match=r"needs grid, which .* residual, tokens\.$"):
         steer(model, needing("grid"))

@@ -140,3 +140,25 @@ def test_guidance_has_the_gradient_of_finite_differences(make: Make, value: floa
     assert bool((wanted.abs() > 1e-4).all())
     torch.testing.assert_close(own, wanted, rtol=2e-5, atol=2e-6)
     torch.testing.assert_close(shared, wanted.sum(), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_what_a_call_of_inference_mode_left_is_no_hindrance(name: str) -> None:
+    """Tensors that are made once and kept may be wanted for a gradient later."""
+    make, values = TEXT[name]
+    host = HOSTS["llama"]
+    model = host.build()
+    inputs = host.inputs(model, 2, None, 0)
+    value = make(values[-1])
+    found = []
+    for before in (False, True):
+        with steer(model, value):
+            if before:
+                with torch.inference_mode():
+                    model(**inputs)
+            model.zero_grad()
+            model(**inputs).logits.square().mean().backward()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(found[0]) > 3
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, atol=1e-7)

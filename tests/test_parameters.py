@@ -50,6 +50,7 @@ WITH: dict[tuple[str, str], dict[str, Any]] = {
     ("ACT", "alpha"): {"threshold": None},
     ("InjectMap", "share"): {"keys": "image"},
     ("SLG", "start"): {"stop": None},
+    ("TokenMerge", "frames"): {"grid": (2, 2)},
 }
 # Values of the tables below that some parameters take.
 ALLOWED: dict[tuple[str, str], tuple[str, ...]] = {

@@ -31,7 +31,7 @@ def _block_size(value: Any) -> int | tuple[int, int]:
     if isinstance(value, (tuple, list)) and len(value) == 2:
         pair = tuple(map(whole, value))
     sizes = (one,) if pair is None else pair
-    if any(s is None or s < 1 for s in sizes):
+    if any(s is None or not 1 <= s < 1 << 31 for s in sizes):
         raise SelectionError(
             "give the tokens of a block, e.g. 512, or (height, width) of a tile of the image, e.g. (8, 8)."
         )

@@ -66,7 +66,7 @@ class HeadGate(Intervention):
         if all(is_all(g, 1.0) for g in gates):
             return None
         if not self.sample_values:
-            make = _factors.__wrapped__ if torch.compiler.is_compiling() else _factors
+            make = _tensor if torch.compiler.is_compiling() else _factors
             return out * make(tuple(gates), out.dtype, out.device)
         own = {"key": "gate", "each": lambda gate: 1.0 if gate is None else gate}
         rows = [call.each_row(g, out, **own) if isinstance(g, PerSample) else out.new_tensor([g]) for g in gates]
@@ -75,5 +75,12 @@ class HeadGate(Intervention):
 
 @functools.lru_cache(maxsize=1024)
 def _factors(gates: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The gates as a tensor [h, 1, 1], made once: a transfer at each layer and step would cost more than the edit."""
+    """The gates as a tensor, made once: a transfer at each layer and step would cost more than the edit."""
+    # Of inference mode it could not be used for a gradient later.
+    with torch.inference_mode(False):
+        return _tensor(gates, dtype, device)
+
+
+def _tensor(gates: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[h, 1, 1]."""
     return torch.tensor(gates, dtype=dtype, device=device)[:, None, None]
