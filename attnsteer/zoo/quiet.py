@@ -6,8 +6,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
-# The libraries load under settings of the whole process (the meta device, initialisers that do nothing, how much is said). Two threads
-# at once leave them set, and every model that is loaded later without its weights.
+# The libraries load under settings of the whole process (the meta device, initialisers that do nothing, how much is said). Two
+# threads at once leave them set, and every model that is loaded later without its weights.
 _LOADING = threading.RLock()
 
 
