@@ -191,13 +191,24 @@ def _sentences(text: str, pattern: str) -> list[str]:
     return [s.strip() for s in re.split(r"(?<=[.])\s+(?=[A-Z])", flat) if re.search(pattern, s) and len(s) < 300][:6]
 
 
+def own_methods() -> list[str]:
+    """Names of the methods of this package; others may be registered."""
+    from attnsteer.registry import get_method, methods
+
+    return [n for n in methods() if get_method(n).__module__.startswith("attnsteer.")]
+
+
 def methods_index() -> str:
     """The list of methods."""
     from attnsteer.catalogue import catalogue
 
+    known = {m.name: m for m in catalogue()}
     lines = ["# Methods", "", "Which of them for which problem: [which method](../which_method.md).", ""]
     lines += ["| method | what it edits | attention |", "| --- | --- | --- |"]
-    lines += [f"| [{m.name}]({m.name}.md) | {escaped(m.summary)} | {', '.join(m.kinds)} |" for m in catalogue()]
+    lines += [
+        f"| [{m.name}]({m.name}.md) | {escaped(m.summary)} | {', '.join(m.kinds)} |"
+        for m in map(known.get, own_methods())
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -269,11 +280,8 @@ def sources() -> dict[str, Path]:
 
 def generated() -> dict[str, str]:
     """Page -> text."""
-    from attnsteer.registry import get_method, methods
-
-    own = [n for n in methods() if get_method(n).__module__.startswith("attnsteer.")]
     pages = {"methods/index.md": methods_index(), "write_a_method.md": write_a_method()}
-    pages |= {f"methods/{name}.md": method_page(name) for name in own}
+    pages |= {f"methods/{name}.md": method_page(name) for name in own_methods()}
     listed = [f"- [`{name}`]({name}.md): {escaped(_first(name))}" for name in MODULES]
     pages["api/index.md"] = "\n".join(
         ["# API", "", "Public modules; anything else may change at any time.", "", *listed, ""]

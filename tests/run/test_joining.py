@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,7 +99,8 @@ def test_a_batch_of_a_living_process_is_left_to_it(
         waited.append(sum(map(len, joining.read_records(out).values())))
         held.release()
 
-    monkeypatch.setattr(joining.time, "sleep", sleep)
+    # Not the sleep of every thread.
+    monkeypatch.setattr(joining, "time", SimpleNamespace(sleep=sleep))
     join(plan, out, progress=False)
     assert waited == [4 * 8]
     same(whole, out)
