@@ -71,6 +71,7 @@ class Player:
         return {**found, "ms": round(1000 * (time.perf_counter() - begun))}
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """What the page shows for a request; each kind of model has its own."""
         raise NotImplementedError
 
     def _remembered(self, key: Any, make: Any) -> Any:

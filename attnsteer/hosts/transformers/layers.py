@@ -34,19 +34,11 @@ class PlainPass:
     passes = True
 
     def attend(
-        self,
-        runtime: SiteRuntime,
-        name: str,
-        base: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        options: dict[str, Any],
+        self, runtime: SiteRuntime, name: str, base: Callable[..., Any], *call: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """The model's own attention."""
-        return base(module, query, key, value, mask, **options)
+        """The model's own attention; `call`: its arguments, those by keyword last."""
+        *given, options = call
+        return base(*given, **options)
 
     def layer(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own layer."""
