@@ -108,9 +108,15 @@ class Intervention(Named):
 
         Raises:
             RegistrationError: `needs` is no tuple of names; a string would be taken for its letters. Or a door takes other
-                parameters than the contract's.
+                parameters than the contract's, or a field has the name of a door or of another function of this class.
         """
         super().__init_subclass__(**kwargs)
+        for name in inspect.get_annotations(cls):
+            if callable(getattr(Intervention, name, None)):
+                raise RegistrationError(
+                    f"{cls.__name__}.{name}: a method has a function {name}() already, which this field would take the place of; "
+                    "give the field another name."
+                )
         if "row_local" not in vars(cls) and any(door in vars(cls) for door in DOORS):
             # What a base says of its own doors says nothing of new ones.
             cls.row_local = False

@@ -18,6 +18,7 @@ from .choices import NAME, NOTHING, Choice, Choices, Part
 from .engine import SiteRuntime
 from .errors import (
     CompositionError,
+    ContractError,
     NeverFired,
     NothingChanged,
     SelectionError,
@@ -175,8 +176,14 @@ class Steering:
 
     @contextlib.contextmanager
     def inside(self, method: Intervention) -> Iterator[None]:
-        """Switch the inside edits of an `around` method on for the model calls in this block."""
-        index = next(b.index for b in self.bounds if b.method is method)
+        """Switch the inside edits of an `around` method on for the model calls in this block.
+
+        Raises:
+            ContractError: `method` is none that is attached.
+        """
+        index = next((b.index for b in self.bounds if b.method is method), None)
+        if index is None:
+            raise ContractError(f"run.inside({brief(method)}): enter it with the method itself, run.inside(self).")
         self.opened.append(index)
         before, self.branch = self.branch, "weak"
         self.audit.count(index, "inside passes")

@@ -416,6 +416,12 @@ def test_a_door_with_other_parameters_is_refused_when_its_class_is_made(door: st
     type("Good", (Intervention,), {door: lambda self, *args, **more: None})
 
 
+@pytest.mark.parametrize("name", ["new", "weights", "around", "to_dict", "selection"])
+def test_a_field_with_the_name_of_a_function_is_refused_when_its_class_is_made(name: str) -> None:
+    with pytest.raises(RegistrationError, match=rf"Bad\.{name}: a method has a function {name}\(\) already"):
+        type("Bad", (Intervention,), {"__annotations__": {name: "float"}, name: 1.0})
+
+
 def test_a_need_that_is_misspelt_gets_a_suggestion(model: nn.Module) -> None:
     def needing(*names: str) -> Intervention:
         doors = {"needs": names, "weights": lambda self, call: None}
