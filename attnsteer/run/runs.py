@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ..errors import RunError, listing
 from ..recipe.arms import Arm
 from ..recipe.checks import check_call
+from ..recipe.resolved import self_contained
 from ..recipe.schema import Recipe
 from . import scorers, sharing, store
 from .build import Plan, plan
@@ -183,7 +184,7 @@ def identity_of(job: Job, loaded: Loaded) -> dict[str, Any]:
 def begin(job: Job, identity: dict[str, Any]) -> None:
     """Write what a run is; first of all identity.json, so that a folder with anything else in it is known."""
     store.write_json(job.folder / store.IDENTITY, identity)
-    store.write_atomic(job.folder / store.RECIPE, job.recipe.canonical().encode())
+    store.write_atomic(job.folder / store.RECIPE, self_contained(job.recipe).canonical().encode())
     store.write_lines(job.folder / store.SAMPLES, job.data.samples)
 
 
