@@ -92,7 +92,7 @@ def _given(task: str, line: Mapping[str, Any], metric: str) -> dict[str, Any]:
     value = line.get(metric)
     value = value.get("score") if isinstance(value, Mapping) else value
     if not isinstance(value, bool | int | float):
-        numbers = [k for k, v in line.items() if isinstance(v, bool | int | float) and not k.startswith("doc_")]
+        numbers = [k for k, v in line.items() if isinstance(v, bool | int | float) and k not in ("doc_id", "target")]
         raise RecordError(
             f"{task}: document {line.get('doc_id')} has no number {metric!r}; its numbers are {listing(numbers) or 'none'}."
         )

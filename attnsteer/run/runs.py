@@ -96,8 +96,10 @@ class Status:
     def __init__(self, folder: Path, total: int, done: int, writes: bool):
         self.path, self.total, self.done, self.writes = folder / store.STATUS, total, done, writes
         self._before = before = store.read_json(self.path) if writes else None
-        again = isinstance(before, dict) and before.get("state") != "complete" and before.get("started")
+        again = isinstance(before, dict) and before.get("started")
         self.started = before["started"] if again else now()
+        # Of a run that is complete, nothing is new: it took what it took.
+        self.ended = before.get("ended") if again and before.get("state") == "complete" else None
         self._last = -PULSE
         self.put("running")
 
@@ -105,7 +107,12 @@ class Status:
         """Write it."""
         if self.writes:
             self._last = time.monotonic()
-            value = {"state": state, "message": message, "started": self.started, "ended": now() if ended else None}
+            value = {
+                "state": state,
+                "message": message,
+                "started": self.started,
+                "ended": (self.ended or now()) if ended else None,
+            }
             store.write_json(self.path, {**value, "done": self.done, "total": self.total})
 
     def undo(self) -> None:
@@ -117,6 +124,7 @@ class Status:
     def more(self, records: int) -> None:
         """Records were added."""
         self.done += records
+        self.ended = None
         if time.monotonic() - self._last >= PULSE:
             self.put("running")
 

@@ -308,18 +308,20 @@ class TestSpansByTemplate:
         [InstABoost("the {{shape}} is", factor=5.0), ACT(beta=0.0, threshold=0.03)],
     )
     DOCS = (
-        {"fact": "a red star", "shape": "star", "extra": ["ring", "star"]},
-        {"fact": "two large blue rings", "shape": "ring", "extra": []},
+        {"fact": "a red star", "shape": "star", "extra": ["square", "star"]},
+        {"fact": "two large blue squares", "shape": "square", "extra": []},
         {"fact": "no circle", "shape": "circle", "extra": ["circle"]},
     )
-    LEAD = "a blue star . a red star is above a ring . "
+    LEAD = "a blue star . a red star is above a square . "
 
     def asked(self) -> list[Any]:
         """An example comes first, so that what is marked is there more than once."""
         found = []
         for n, doc in enumerate(self.DOCS):
             prompt = self.LEAD * (n + 1) + f"{doc['fact']} . the {doc['shape']} is red . star ? answer"
-            found += [SimpleNamespace(args=(prompt, c), doc=doc, task_name="a task") for c in (" red", " blue ring .")]
+            found += [
+                SimpleNamespace(args=(prompt, c), doc=doc, task_name="a task") for c in (" red", " blue square .")
+            ]
         return found
 
     def by_hand(self, text: Any, methods: Any) -> list[float]:
@@ -414,7 +416,7 @@ def test_every_method_of_language_models_in_any_batch(text: Any, items: list[Any
     method = for_batch(1)
     if isinstance(getattr(method, "spans", None), tuple):
         # Ranges are those of a sample; a harness has many.
-        method = method.new(spans=["question"], tokenizer=text.tokenizer)
+        method = method.new(spans=[("question", "all")], tokenizer=text.tokenizer)
     one, four = (AttnSteerLM(text, method, batch_size=b).loglikelihood(asked, disable_tqdm=True) for b in (1, 4))
     assert [f[0] for f in four] == pytest.approx([f[0] for f in one], abs=1e-4)
     ids = text.tokenizer

@@ -72,7 +72,8 @@ class Stub:
             batch, start = answered(self.processor, number, context, answer)
             labels = batch["input_ids"].clone()
             labels[:, :start] = -100
-            out = self.model(**batch, labels=labels)
+            with torch.inference_mode():
+                out = self.model(**batch, labels=labels)
             best = out["logits"].argmax(-1)[:, start - 1 : -1]
             found.append((float(out["loss"]), bool((best == batch["input_ids"][:, start:]).all())))
         return found
