@@ -315,6 +315,9 @@ class Recipe(Spec):
     share: Literal["off", "auto"] = Field(
         "off", description="Whether arms that differ in values per sample answer together, in one batch: off or auto."
     )
+    prefix: Literal["off", "shared"] = Field(
+        "off", description="Whether the tokens that all prompts of a batch begin with are read once: off or shared."
+    )
     sweep: dict[str, list[JsonValue]] = Field(
         {}, description="Values by path (interventions.0.params.beta): every combination is a point."
     )
@@ -412,7 +415,9 @@ class Recipe(Spec):
     def digest(self) -> str:
         """SHA-256, in hex, of all that can change a record or a figure; texts and claims are left out."""
         found = {k: v for k, v in self.dump().items() if k not in WORDS}
-        # A control that was not asked for is as none: runs of recipes without it go on.
+        # What was not asked for is as none: runs of recipes without it go on.
+        if found["prefix"] == "off":
+            del found["prefix"]
         found["controls"] = {k: v for k, v in found["controls"].items() if k != "random_spans" or v}
         return digest(found)
 

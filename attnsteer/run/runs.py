@@ -471,6 +471,7 @@ class Work:
             score_pictures=self.score_pictures,
             folder=self.job.folder,
             images=f"{store.IMAGES}/{group[0].id}/{seed}",
+            shared_prefix=self.job.recipe.prefix == "shared",
         )
         methods = sharing.make(group, part, self.loaded)
         if not methods:
