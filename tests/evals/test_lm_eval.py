@@ -17,7 +17,6 @@ import torch
 from attnsteer import (
     ACT,
     PASTA,
-    AttentionBuckets,
     HeadGate,
     HeadSet,
     InstABoost,
@@ -346,7 +345,11 @@ class TestSpansByTemplate:
                 found.append(candidate_log_likelihoods(text.model, whole, run)[0])
         return found
 
-    @pytest.mark.parametrize("methods", METHODS, ids=["SpotLight", "PASTA", "two"])
+    @pytest.mark.parametrize(
+        "methods",
+        [METHODS[0], pytest.param(METHODS[1], marks=pytest.mark.long), METHODS[2]],
+        ids=["SpotLight", "PASTA", "two"],
+    )
     def test_figures_are_those_of_each_document_alone(self, text: Any, methods: Any) -> None:
         want, plain = (
             self.by_hand(text, methods),
@@ -404,9 +407,13 @@ class TestSpansByTemplate:
             AttnSteerLM(text, run)
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in METHODS if c.method is not AttentionBuckets], ids=lambda c: c.method.__name__
-)
+CASES = [
+    pytest.param(c, id=c.method.__name__, marks=() if c.method in (ACT, InstABoost) else pytest.mark.long)
+    for c in METHODS
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_every_method_of_language_models_in_any_batch(text: Any, items: list[Any], case: Any) -> None:
     """The cases of the laws, in batches of four and alone, and as each question by itself."""
     heads = HeadSet({1: [0, 2], 3: [1], 4: [3]})
