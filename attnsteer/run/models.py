@@ -52,6 +52,10 @@ def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: P
         from .tiny import tiny_model
 
         return tiny_model(spec, tiny, dtype, device)
+    if spec.vllm is not None:
+        from .served import load as load_served
+
+        return load_served(spec, folder)
     if spec.path is not None:
         source = (Path() if folder is None else folder) / Path(spec.path).expanduser()
         if not source.is_dir():

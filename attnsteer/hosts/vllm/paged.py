@@ -258,9 +258,12 @@ class _Entry:
     """One edit of some rows and heads, and what tells the audit, filled in by the pass.
 
     Attributes:
-        rows, table, length, pad: of the rows, int64 [b] and int32 [b, blocks], see `Decoding`. keys: the set. of: new share of
-            old, or None. shift: what is added to the logarithm of the keys inside, or None. told: tensors to fill in.
+        requests: whose rows they are. rows, table, length, pad: of the rows, int64 [b] and int32 [b, blocks], see `Decoding`.
+            keys: the set. of: new share of old, or None. shift: what is added to the logarithm of the keys inside, or None.
+            told: tensors to fill in.
     """
+
+    requests: Sequence[Any]
 
     rows: Tensor
     table: Tensor
@@ -287,6 +290,11 @@ class Together:
         """One edit more."""
         self._entries.setdefault(heads, []).append(entry)
 
+    def covers(self, tokens: int) -> bool:
+        """Whether every head of so many rows is edited; no two edits are of one row and head."""
+        found = sum(len(heads) * len(e.rows) for heads, own in self._entries.items() for e in own)
+        return found == tokens * self.query.shape[1]
+
     def run(self) -> Iterator[tuple[Tensor, tuple[int, ...], Tensor]]:
         """(packed rows [b], heads, their outputs [b, h, d]) of all edits."""
         for heads, entries in self._entries.items():
@@ -312,30 +320,50 @@ class Together:
     @staticmethod
     def _weigh(entry: _Entry, share: Tensor, lse_in: Tensor, lse: Tensor) -> None:
         """The new share of the keys inside, in place; and what the audit is told."""
+        unsure = [i for i, request in enumerate(entry.requests) if request.changed is not True]
         if entry.of is not None:
             before, after = entry.told
             before.copy_(share)
             after.copy_(torch.where((before <= 0) | (before >= 1), before, entry.of(before)))
             share.copy_(after)
-            return
-        anywhere, by_row = entry.told
-        share.copy_(torch.sigmoid(lse_in + entry.shift - lse))
-        moves = (lse_in > -torch.inf) & (lse > -torch.inf) & (entry.shift != 0)
-        by_row.copy_(moves.flatten(1).any(dim=1))
-        anywhere.copy_(by_row.any())
+            by_row = (before != after).flatten(1).any(dim=1) if unsure else None
+        else:
+            anywhere, by_row = entry.told
+            share.copy_(torch.sigmoid(lse_in + entry.shift - lse))
+            moves = (lse_in > -torch.inf) & (lse > -torch.inf) & (entry.shift != 0)
+            by_row.copy_(moves.flatten(1).any(dim=1))
+            anywhere.copy_(by_row.any())
+        for i in unsure:
+            # Rows of decoding are on CPU here.
+            entry.requests[i].changed = entry.requests[i].changed | bool(by_row[i])
 
 
 class TogetherForms(PagedForms):
-    """The edits of one batch, of those that are done together."""
+    """The edits of one batch, of those that are done together.
 
-    def __init__(self, together: Together, rows: Decoding, packed: Tensor, base: Callable[[], Tensor]):
+    Args:
+        together: of the layer. rows: the rows. packed: where they are among all rows, int64 [B]. base: see `PagedForms`.
+        requests: whose they are. groups: how many groups of heads are asked.
+    """
+
+    def __init__(
+        self, together: Together, rows: Decoding, packed: Tensor, base: Callable[[], Tensor], requests: Sequence[Any],
+        groups: int,
+    ):  # fmt: skip
         super().__init__(rows, base)
-        self._together, self._packed, self.taken = together, packed, False
+        self._together, self._packed, self._requests = together, packed, requests
+        self.taken, self._groups = 0, groups
+
+    @property
+    def whole(self) -> bool:
+        """Whether each group of heads gave an edit that was taken, so that nothing else is to be written."""
+        return self.taken == self._groups
 
     def _add(self, heads: tuple[int, ...], keys: Tensor, of: Any, shift: Any, told: tuple[Tensor, ...]) -> None:
         rows = self.rows
-        self._together.add(heads, _Entry(self._packed, rows.table, rows.length, rows.pad, keys, of, shift, told))
-        self.taken = True
+        entry = _Entry(self._requests, self._packed, rows.table, rows.length, rows.pad, keys, of, shift, told)
+        self._together.add(heads, entry)
+        self.taken += 1
 
     def add_bias(self, key: Any, heads: tuple[int, ...] | None, edit: Reweight, chosen: Tensor | None) -> Moves:
         """Take such an edit; what it moves is known when all are done."""
@@ -354,7 +382,9 @@ class TogetherForms(PagedForms):
         return before, after
 
     def out(self) -> Tensor | None:
-        """The model's own output as it is, if anything was taken: the pass writes the edits."""
+        """The model's own output as it is, if anything was taken: the pass writes the edits. Nobody reads it if all was."""
+        if self.whole:
+            return self.rows.q[:, :, None]
         return self._base() if self.taken else None
 
 

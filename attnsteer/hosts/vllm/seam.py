@@ -1,4 +1,4 @@
-"""In a worker: each attention layer's own implementation runs, then the rows of steered requests are edited in its output.
+"""In a worker: each attention layer's own implementation runs, and the rows of steered requests are edited in its output.
 
 vLLM runs attention in an operator that its compiler does not look into, and that asks the layer for its implementation each time.
 So it is enough to give that object a class of ours, which derives from its own: everything else of vLLM sees what it saw.
@@ -6,6 +6,7 @@ So it is enough to give that object a class of ours, which derives from its own:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,27 +40,28 @@ class Layer:
         self.exact = False
 
     def edit(
-        self, impl: Any, layer: Any, query: Tensor, cache: Tensor, metadata: Any, output: Tensor, plan: Plan
-    ) -> None:
-        """Edit the rows of a plan in `output` [tokens, H, d], where the layer's own result stands."""
+        self, impl: Any, layer: Any, query: Tensor, cache: Tensor, metadata: Any, output: Tensor, plan: Plan,
+        run: Callable[[], Any],
+    ) -> None:  # fmt: skip
+        """Fill `output` [tokens, H, d] with the layer's own result, the rows of a plan edited.
+
+        Args:
+            run: the layer's own kernel, which fills `output`. It does not run in a step whose every row and head is edited by a
+                pass over the cache of our own.
+        """
         if self.layout is None:
             self.layout = layout_of(impl, layer, cache)
         together = Together(query, cache, self.layout, impl.scale, window_of(impl))
-        requests: dict[int, Tracked] = {}
+        own = functools.cache(run)
         for batch in plan.batches:
             runtime = batch.runtimes.get(self.path)
             active = () if runtime is None else runtime.active(batch.phase, None, None)
             if active:
-                self._edit(impl, query, cache, metadata, output, batch, runtime, active, together, requests)
+                self._edit(impl, query, cache, metadata, output, batch, runtime, active, together, own)
+        if not together.covers(metadata.num_actual_tokens):
+            own()
         for rows, heads, new in together.run():
-            place = (rows[:, None], torch.tensor(heads)) if len(heads) < output.shape[1] else (rows,)
-            unsure = [i for i, row in enumerate(rows.tolist()) if requests[row].changed is not True]
-            if unsure:
-                moved = (output[place] != new).flatten(1).any(dim=1).tolist()
-                for i in unsure:
-                    own = requests[int(rows[i])]
-                    own.changed = own.changed | moved[i]
-            output[place] = new.to(output.dtype)
+            output[(rows[:, None], torch.tensor(heads)) if len(heads) < output.shape[1] else (rows,)] = new
 
     def _edit(
         self,
@@ -72,7 +74,7 @@ class Layer:
         runtime: SiteRuntime,
         active: tuple[int, ...],
         together: Together,
-        requests: dict[int, Tracked],
+        own: Callable[[], Any],
     ) -> None:
         B, n = batch.batch, batch.new
         heads = lambda t: t[batch.rows].view(B, n, impl.num_heads, -1).transpose(1, 2)  # noqa: E731
@@ -87,6 +89,7 @@ class Layer:
 
         def base() -> Tensor:
             if not made:
+                own()
                 # A copy: what is edited is written where it stands.
                 made.append(heads(output).clone())
             return made[0]
@@ -101,16 +104,18 @@ class Layer:
             rows = Decoding(att.q[:, :, 0], cache, self.layout, table, batch.lengths, first, batch.pads, impl.scale)
             forms = PagedForms(rows, base)
             if apart(runtime, active):
-                forms = TogetherForms(together, rows, batch.packed, base)
-                requests |= {p.row: p.request for p in batch.pieces}  # type: ignore[misc]
+                requests = [p.request for p in batch.pieces]
+                forms = TogetherForms(together, rows, batch.packed, base, requests, len(runtime.partition(active)))
         states = batch.states
         out = runtime(att, base, batch.call(runtime, batch.length, states), active, forms=forms)
-        if states is not batch.pieces[0].request.states:
+        if batch.pieces[0].request.choice.row_local:
             check_stateless(runtime, states)
-        if made and out is made[0]:
-            if isinstance(forms, TogetherForms) and forms.taken:
-                for piece in batch.pieces:
-                    piece.request.edits += 1  # type: ignore[attr-defined]
+        if isinstance(forms, TogetherForms) and forms.taken:
+            for piece in batch.pieces:
+                piece.request.edits += 1  # type: ignore[attr-defined]
+            if forms.whole:
+                return
+        elif made and out is made[0]:
             return
         self._note(batch, out, base)
         new = out.transpose(1, 2).reshape(B * n, *output.shape[1:]).to(output.dtype)
@@ -202,15 +207,16 @@ def steered_class(base: type, seam: Layer) -> type:
         *scales: Any,
         **other: Any,
     ) -> Any:
-        out = base.forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **other)
+        run = functools.partial(
+            base.forward, self, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **other
+        )
         plan = getattr(attn_metadata, "attnsteer", None)
-        if plan is not None:
-            if any(s is not None for s in (*scales, *other.values())):
-                raise UnsupportedHost(
-                    f"{seam.name}: this layer quantises its output, which is no number to edit any more."
-                )
-            seam.edit(self, layer, query, kv_cache, attn_metadata, output, plan)
-        return out
+        if plan is None:
+            return run()
+        if any(s is not None for s in (*scales, *other.values())):
+            raise UnsupportedHost(f"{seam.name}: this layer quantises its output, which is no number to edit any more.")
+        seam.edit(self, layer, query, kv_cache, attn_metadata, output, plan, run)
+        return output
 
     return type(f"Steered{base.__name__}", (base,), {"forward": forward, "_attnsteer": True, "__module__": __name__})
 

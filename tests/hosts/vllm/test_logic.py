@@ -348,16 +348,21 @@ def test_edits_of_many_batches_are_done_in_one_pass(interpreted: None) -> None:
         keys = torch.zeros(1, 1, int(max(length)), dtype=torch.bool)
         keys[..., -2:] = True
         single = paged.PagedForms(rows, lambda base=base: base)
-        joint = paged.TogetherForms(together, rows, torch.tensor(packed), lambda base=base: base)
+        requests = [Space(changed=False) for _ in own]
+        joint = paged.TogetherForms(together, rows, torch.tensor(packed), lambda base=base: base, requests, 3)
         told = []
         for forms in (single, joint):
             told.append(forms.share((1, 2), Share(keys, lambda s: 0.4 * s)))
             told.append(forms.add_bias(None, (0,), Reweight(((keys, 0.2),), 1.5), None))
-        assert joint.out() is base and not told[3][0]
-        wanted[tuple(packed)] = single.out()[:, :, 0], told
+        # One group of heads more gave none that could be taken.
+        assert joint.out() is base and not joint.whole and not told[3][0]
+        wanted[tuple(packed)] = single.out()[:, :, 0], told, requests
+    # Three rows, three heads of four.
+    assert not together.covers(3) and not together.covers(5)
     found = {heads: (rows.tolist(), new) for rows, heads, new in together.run()}
     assert set(found) == {(1, 2), (0,)}
-    for packed, (out, told) in wanted.items():
+    for packed, (out, told, requests) in wanted.items():
+        assert all(r.changed for r in requests)
         for heads, (rows, new) in found.items():
             for i, row in enumerate(packed):
                 assert torch.allclose(new[rows.index(row)], out[i, list(heads)], atol=1e-6)
