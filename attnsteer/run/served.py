@@ -130,7 +130,7 @@ class Engine:
     """An engine of vLLM in this process.
 
     Args:
-        source: folder of the model. options: of `vllm.LLM`. files: hashes of the folder.
+        source: folder of the model. options: of `vllm.LLM`. files: hashes of what is in it.
     """
 
     def __init__(self, source: Path, options: Mapping[str, Any], files: dict[str, str]):
@@ -178,24 +178,20 @@ class Engine:
         return found
 
 
-def load(spec: ModelSpec, folder: Path | None) -> Loaded:
-    """The model of a recipe that names a server or an engine.
+def server(spec: ModelSpec) -> Loaded:
+    """The model of a recipe that names a server.
 
     Raises:
-        RecipeError: there is no such model. RunError: the server does not answer.
+        RunError: it does not answer.
     """
-    from .models import hashes, snapshot
-
-    if isinstance(spec.vllm, str):
-        target: Any = Server(spec.vllm)
-        return Loaded(spec.kind, target, target.tokenizer, files=target.files, stream=True)
-    options = dict(spec.vllm or {})
-    name, revision = str(options.pop("model")), options.pop("revision", None)
-    source = (Path() if folder is None else folder) / Path(name).expanduser()
-    if not source.is_dir():
-        source = snapshot(name, revision, spec.kind)
-    target = Engine(source, {"dtype": spec.dtype, **options}, hashes(source))
+    target = Server(str(spec.vllm))
     return Loaded(spec.kind, target, target.tokenizer, files=target.files, stream=True)
+
+
+def engine(spec: ModelSpec, options: Mapping[str, Any], source: Path, files: dict[str, str]) -> Loaded:
+    """The model of a recipe in an engine of this process. options: of it, without the model, whose folder is `source`."""
+    target = Engine(source, {"dtype": spec.dtype, **options}, files)
+    return Loaded(spec.kind, target, target.tokenizer, files=files, stream=True)
 
 
 def answers(

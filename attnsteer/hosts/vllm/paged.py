@@ -275,6 +275,10 @@ class _Entry:
     told: tuple[Tensor, ...]
 
 
+# What of an edit is by row.
+_OF_ROWS = ("rows", "length", "pad", "table")
+
+
 class Together:
     """The edits of all batches of decode rows at one layer, done in one pass when all are known.
 
@@ -290,32 +294,65 @@ class Together:
         """One edit more."""
         self._entries.setdefault(heads, []).append(entry)
 
-    def covers(self, tokens: int) -> bool:
-        """Whether every head of so many rows is edited; no two edits are of one row and head."""
-        found = sum(len(heads) * len(e.rows) for heads, own in self._entries.items() for e in own)
-        return found == tokens * self.query.shape[1]
+    def run(self, whole: bool = False) -> Iterator[tuple[Tensor, tuple[int, ...], Tensor]]:
+        """(packed rows [b], heads, their outputs [b, h, d]) of all edits.
 
-    def run(self) -> Iterator[tuple[Tensor, tuple[int, ...], Tensor]]:
-        """(packed rows [b], heads, their outputs [b, h, d]) of all edits."""
-        for heads, entries in self._entries.items():
-            rows, length, pad = (torch.cat([getattr(e, n) for e in entries]) for n in ("rows", "length", "pad"))
-            first = (length - self.window).clamp_min(0) if self.window else torch.zeros_like(length)
-            decoding = Decoding(
-                self.query.index_select(0, rows), self.cache, self.layout, torch.cat([e.table for e in entries]), length, first,
-                pad, self.scale,
-            )  # fmt: skip
-            size, wide = (max(e.keys.shape[i] for e in entries) for i in (2, 1))
-            member, at = torch.zeros(len(rows), wide, size, dtype=torch.bool), 0
-            for e in entries:
-                member[at : at + len(e.rows), :, : e.keys.shape[2]] = e.keys
-                at += len(e.rows)
-            out_in, lse_in, out, lse = decoding.halves(member, heads)
-            share, at = torch.sigmoid(lse_in - lse), 0
-            for e in entries:
-                own = slice(at, at + len(e.rows))
-                self._weigh(e, share[own], lse_in[own], lse[own])
-                at = own.stop
-            yield rows, heads, torch.lerp(out, out_in, share[..., None])[:, :, 0]
+        Args:
+            whole: give all heads of these rows, those that no edit has as the model has them: one pass for all.
+        """
+        if not whole:
+            for heads, entries in self._entries.items():
+                rows, length, pad, table = (torch.cat([getattr(e, n) for e in entries]) for n in _OF_ROWS)
+                own, at = [], 0
+                for e in entries:
+                    own.append((e, slice(at, at + len(e.rows)), None))
+                    at += len(e.rows)
+                yield rows, heads, self._outputs(rows, length, pad, table, heads, own)
+            return
+        placed = [(e, heads) for heads, entries in self._entries.items() for e in entries]
+        if not placed:
+            return
+        every, length, pad, table = (torch.cat([getattr(e, n) for e, _ in placed]) for n in _OF_ROWS)
+        rows, place = every.unique(return_inverse=True)
+        # Equal rows have equal values.
+        first = torch.empty_like(rows).scatter_(0, place, torch.arange(len(every)))
+        own, at, size = [], 0, self.query.shape[1]
+        for e, heads in placed:
+            index = None if len(heads) == size else torch.tensor(heads)
+            own.append((e, place[at : at + len(e.rows)], index))
+            at += len(e.rows)
+        heads = tuple(range(size))
+        yield rows, heads, self._outputs(rows, length[first], pad[first], table[first], heads, own)
+
+    def _outputs(
+        self,
+        rows: Tensor,
+        length: Tensor,
+        pad: Tensor,
+        table: Tensor,
+        heads: tuple[int, ...],
+        own: list[tuple[_Entry, Any, Tensor | None]],
+    ) -> Tensor:
+        """Outputs [b, h, d] of some rows and heads. own: edits, the places of their rows among these, and of their heads."""
+        first = (length - self.window).clamp_min(0) if self.window else torch.zeros_like(length)
+        query = self.query.index_select(0, rows)
+        decoding = Decoding(query, self.cache, self.layout, table, length, first, pad, self.scale)
+        wide = max(e.keys.shape[1] if index is None else len(heads) for e, _, index in own)
+        member = torch.zeros(len(rows), wide, max(e.keys.shape[2] for e, *_ in own), dtype=torch.bool)
+        for e, at, index in own:
+            slots = slice(0, e.keys.shape[2])
+            if index is None:
+                member[at, :, slots] = e.keys
+            else:
+                member[at[:, None], index, slots] = e.keys
+        out_in, lse_in, out, lse = decoding.halves(member, heads)
+        share = torch.sigmoid(lse_in - lse)
+        for e, at, index in own:
+            place = at if index is None else (at[:, None], index)
+            new = share[place]
+            self._weigh(e, new, lse_in[place], lse[place])
+            share[place] = new
+        return torch.lerp(out, out_in, share[..., None])[:, :, 0]
 
     @staticmethod
     def _weigh(entry: _Entry, share: Tensor, lse_in: Tensor, lse: Tensor) -> None:

@@ -158,6 +158,11 @@ class Plan:
 
     batches: list[Batch]
 
+    @cached_property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return sum(p.new for batch in self.batches for p in batch.pieces)
+
 
 class SharedHeads(Joint):
     """Joined methods of processes that hold a part of each layer's heads."""
