@@ -167,14 +167,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of prompts")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
-    parser.add_argument("--only", default="", help="methods whose name holds one of these, with commas")
+    parser.add_argument("--only", nargs="*", default=[""], help="methods whose name holds one of these")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as held:
         bench = Bench(model(Path(held), args.layers, args.channels), args)
     chosen = methods(args.layers, args.channels // 64).items()
     cases: dict[str, Any] = {"nobody steered": None}
-    cases |= {name: method for name, method in chosen if any(own in name for own in args.only.split(","))}
+    cases |= {name: method for name, method in chosen if any(own in name for own in args.only)}
     table: dict[str, dict[str, float]] = {}
     prompts: dict[str, list[tuple[Seconds, Seconds]]] = {name: [] for name in cases}
     steps = {name: bench.decode(method, args.steps) for name, method in cases.items()}

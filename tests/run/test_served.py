@@ -19,7 +19,14 @@ from attnsteer.run.served import NAMES, sampling
 from tests.run.running import written
 
 ROWS = [
-    {"id": f"r{i}", "prompt": f"{word} is the word", "choices": ["yes it is", "no"], "answer": i % 2, "spans": [word], "name": "plain"}
+    {
+        "id": f"r{i}",
+        "prompt": f"{word} is the word",
+        "choices": ["yes it is", "no"],
+        "answer": i % 2,
+        "spans": [word],
+        "name": "plain",
+    }
     for i, word in enumerate(["red", "blue", "green", "white", "black"])
 ]
 SPOTLIGHT = {"method": "SpotLight", "params": {"spans": {"sample": "spans"}, "target": 0.3}}
