@@ -141,7 +141,8 @@ class Layer:
                 requests = [p.request for p in batch.pieces]
                 forms = TogetherForms(step.together, rows, batch.packed, base, requests, len(runtime.partition(active)))
         # A long prompt, of which torch's kernel gives all heads and the log-sum-exp at once.
-        instead = step.alone and B == 1 and n > FEW_ROWS and cache.dtype == torch.float32 and flash(att)
+        plain = cache.dtype == torch.float32 and cache.device.type == "cpu" and reads_map(runtime, active)
+        instead = step.alone and plain and B == 1 and n > FEW_ROWS and flash(att)
         flags = [self.ledger.run.audit.record(runtime.entries[i][0].index, self.path).flags_in for i in active]
         for own in flags:
             own[batch.phase].last = None
