@@ -210,7 +210,7 @@ def _files_of(name: str, options: dict[str, Any]) -> list[Path]:
 
 def _check_architecture(recipe: Recipe) -> None:
     model = recipe.model
-    if model.embedded and model.architecture is None:
+    if model.architecture is None and (model.embedded or model.vllm is not None):
         return
     if model.architecture is None:
         raise RecipeError("model.architecture: is needed for --tiny; the name of a tiny model of attnsteer.testing.")
