@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.missing:
         chosen = [n for n in chosen if n not in table.rows]
     start = time.perf_counter()
-    for i, row in enumerate(runner.rows(part.measure, chosen, given.timeout)):
+    for i, row in enumerate(runner.rows(part.measure, chosen, given.timeout, prepare=getattr(part, "prepare", None))):
         print(f"{row.name}\t{row.model}\t{row.sites}\t{row.verdict}\t{row.reason}\t{row.measured}", flush=True)
         table.rows[row.name] = row
         if not given.dry and i % 5 == 4:

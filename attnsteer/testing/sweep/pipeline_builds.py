@@ -1,0 +1,207 @@
+"""How the sweep builds a pipeline of diffusers small, without a network.
+
+The components and inputs stand in the library's own tests, so a checkout of diffusers is needed, named by the environment variable
+DIFFUSERS_CHECKOUT; text encoders and tokenizers that they would download are small random ones here.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib
+import inspect
+import os
+import re
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from ..weights import randomize_
+
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+
+
+@functools.cache
+def tests() -> dict[str, list[tuple[str, str]]]:
+    """Pipeline class -> (test file, test class) that build it."""
+    checkout = Path(os.environ.get("DIFFUSERS_CHECKOUT", "."))
+    found: dict[str, list[tuple[str, str]]] = {}
+    for path in sorted((checkout / "tests" / "pipelines").rglob("test_*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef):
+                continue
+            for line in node.body:
+                if isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") == "pipeline_class":
+                    module = ".".join(path.relative_to(checkout).with_suffix("").parts)
+                    found.setdefault(ast.unparse(line.value), []).append((module, node.name))
+    return found
+
+
+class Words:
+    """Stands for any tokenizer or processor: one number for each word."""
+
+    model_max_length = 77
+    pad_token_id = bos_token_id = eos_token_id = unk_token_id = 0
+    pad_token = bos_token = eos_token = "<p>"
+    padding_side = "right"
+    is_fast = False
+    chat_template = None
+
+    @property
+    def tokenizer(self) -> Words:
+        return self
+
+    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
+        from transformers import BatchEncoding
+
+        texts = [text] if isinstance(text, str) or text is None else list(text)
+        texts = [t if isinstance(t, str) else str(t) for t in texts]
+        # The smallest vocabularies of the library's tests have few entries.
+        rows = [[3 + sum(map(ord, w)) % 4 for w in t.split()] + [2] for t in texts]
+        length = kwargs.get("max_length") if kwargs.get("padding") == "max_length" else None
+        length = length or (self.model_max_length if kwargs.get("padding") == "max_length" else max(map(len, rows)))
+        limit = kwargs.get("max_length") or 10_000
+        rows = [r[: min(length, limit)] for r in rows]
+        ids = torch.tensor([r + [0] * (length - len(r)) for r in rows])
+        mask = torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows])
+        given = {"input_ids": ids, "attention_mask": mask}
+        if kwargs.get("return_length"):
+            given["length"] = torch.tensor([length] * len(rows))
+        if kwargs.get("return_tensors") is None:
+            given = {k: v.tolist() for k, v in given.items()}
+            if isinstance(text, str):
+                given = {k: v[0] for k, v in given.items()}
+        return BatchEncoding(given)
+
+    def apply_chat_template(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
+        text = " ".join(re.findall(r"\w+", str(messages)))
+        return self([text], **kwargs) if kwargs.get("tokenize", True) else text
+
+    def encode(self, text: str, *args: Any, **kwargs: Any) -> Any:
+        return self(text)["input_ids"]
+
+    def batch_decode(self, ids: Any, *args: Any, **kwargs: Any) -> list[str]:
+        return ["word"] * len(ids)
+
+    def decode(self, ids: Any, *args: Any, **kwargs: Any) -> str:
+        return "word"
+
+    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
+        return text.split()
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        return 3 if isinstance(tokens, str) else [3] * len(tokens)
+
+    def __len__(self) -> int:
+        return 100
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return {} if name.startswith("added_tokens") else mock.MagicMock()
+
+
+def _config() -> Any:
+    """That of the small T5 which most tests of the library load."""
+    import transformers
+
+    return transformers.T5Config(
+        vocab_size=1000, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, relative_attention_num_buckets=8
+    )
+
+
+def _small(cls: type, *args: Any, **kwargs: Any) -> Any:
+    """A small random model in the place of one that would be downloaded."""
+    torch.manual_seed(0)
+    if "T5" in cls.__name__:
+        return cls(_config()).eval()
+    from .small_configs import small
+
+    return cls(small(cls.config_class)).eval()
+
+
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    import transformers
+    from transformers.modeling_utils import PreTrainedModel
+    from transformers.processing_utils import ProcessorMixin
+    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+    words = classmethod(lambda cls, *args, **kwargs: Words())
+    patches = [mock.patch.object(c, "from_pretrained", words) for c in (PreTrainedTokenizerBase, ProcessorMixin)]
+    patches += [
+        mock.patch.object(getattr(transformers, n), "from_pretrained", words)
+        for n in ("AutoTokenizer", "AutoProcessor")
+    ]
+    config = classmethod(lambda cls, *args, **kwargs: _config())
+    patches.append(mock.patch.object(transformers.AutoConfig, "from_pretrained", config))
+    patches.append(mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(_small)))
+    for missing in ("parameterized", "requests_mock", "cv2", "safetensors.flax"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(missing)
+            continue
+        module = types.ModuleType(missing)
+        module.parameterized = mock.MagicMock(expand=lambda *a, **k: lambda f: f)
+        # It stays: `mock.patch.dict` would take every module that is imported meanwhile away again.
+        sys.modules[missing] = module
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+class Built:
+    """One pipeline, built once, and the arguments of its calls, made afresh for each."""
+
+    def __init__(self, cls: Any):
+        self.case = object.__new__(cls)
+        torch.manual_seed(0)
+        self.pipe = cls.pipeline_class(**self.case.get_dummy_components())
+        self.pipe.set_progress_bar_config(disable=True)
+        for part in self.pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.eval()
+        for name in DENOISERS:
+            if isinstance(getattr(self.pipe, name, None), nn.Module):
+                randomize_(getattr(self.pipe, name), 0)
+        self.inputs()
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of one call, of two steps where they can be told."""
+        make = self.case.get_dummy_inputs
+        given = make("cpu") if "device" in inspect.signature(make).parameters else make()
+        if "num_inference_steps" in given:
+            given["num_inference_steps"] = 2
+        return given
+
+
+def cases(module: str) -> Any:
+    """A module of the library's tests."""
+    if os.environ["DIFFUSERS_CHECKOUT"] not in sys.path:
+        sys.path.insert(0, os.environ["DIFFUSERS_CHECKOUT"])
+    return importlib.import_module(module)
+
+
+def built(name: str) -> tuple[Built | None, str]:
+    """The pipeline of that name, and what kept the last try from it."""
+    reason = "no test of the library builds it small"
+    for module, test in tests().get(name, []):
+        try:
+            cls = getattr(cases(module), test)
+            if hasattr(cls, "get_dummy_components"):
+                return Built(cls), ""
+        except Exception as error:  # of the library's, or of what is not here
+            reason = brief(error)
+    return None, reason
+
+
+def brief(error: Exception) -> str:
+    """An error in a table's cell."""
+    return f"{type(error).__name__}: {str(error) or 'without a message'}"[:240]

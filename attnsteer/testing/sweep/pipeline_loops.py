@@ -1,0 +1,304 @@
+"""Runs of a small pipeline: plain, steered, and by hand. Nothing of the host tells the loop by hand which rows are conditional."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from ... import PAG, HeadGate, SoftPAG, Where, sites, steer
+from ...site import Site
+from .pipeline_builds import DENOISERS, Built
+from .watch import inside, watching
+
+# Final latents, relative to the largest: two ways to compute the same, through several steps in float32.
+LIMIT = 5e-4
+
+
+class _Mix(TorchFunctionMode):
+    """(1 - u) A V + u V wherever it is on."""
+
+    on, share = False, 1.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.on and func is torch.nn.functional.scaled_dot_product_attention:
+            v = args[2] if len(args) > 2 else kwargs["value"]
+            if v.shape[2] == out.shape[2]:
+                v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
+                return torch.lerp(out, v, self.share)
+        return out
+
+
+@contextlib.contextmanager
+def _mixed_at(module: nn.Module, share: float) -> Iterator[None]:
+    mode = _Mix()
+    mode.share = share
+    with inside(module, mode):
+        yield
+
+
+class Loop:
+    """Runs of one pipeline: plain, steered, and by hand.
+
+    Attributes:
+        verdict, reason: why there is nothing to compare; "" where there is.
+        calls: for each denoiser call of a step, which of its rows are conditional.
+    """
+
+    def __init__(self, found: Built):
+        self.pipe, self.inputs = found.pipe, found.inputs
+        self.verdict, self.reason = "not built", ""
+        first, second = self._record(None), self._record("changed")
+        pipe = self.pipe
+        self.name = first["name"]
+        if self.name is None:
+            self.verdict, self.reason = "no softmax attention", "it calls no denoiser with attention sites"
+            return
+        if not first["steps"]:
+            self.reason = "it makes no step of its scheduler"
+            return
+        self.plain = first["steps"][-1]
+        self.calls = [self._changed(a, b) for a, b in zip(first["first"], second["first"], strict=True)]
+        found = [s for s in sites(pipe) if s.component == self.name]
+        self.sites = found
+        ran = first["ran"]
+        usable = [
+            s for s in found if not s.linear and s.kind in ("self", "joint") and s.modality == "image" and s.name in ran
+        ]
+        if not usable:
+            self.verdict, self.reason = "no softmax attention", "no softmax self-attention of its denoiser ran"
+            return
+        self.site: Site = usable[len(usable) // 2]
+        if not any(any(rows) for rows in self.calls):
+            self.reason = "no row of its denoiser changes with the prompt"
+
+    def described(self) -> str:
+        """The rows of a step's calls: c conditional, u not."""
+        return " ".join("".join("c" if r else "u" for r in rows) for rows in self.calls)
+
+    @staticmethod
+    def _changed(a: list[Tensor], b: list[Tensor]) -> list[bool]:
+        batch, rows = len(a[0]) if isinstance(a[0], (Tensor, list)) else 1, None
+        rows = [False] * batch
+        for x, y in zip(a[1:], b[1:], strict=False):
+            if isinstance(x, list):
+                rows = [r or not _alike(x[i], y[i]) for i, r in enumerate(rows)]
+                continue
+            if x.shape != y.shape:
+                rows = [True] * batch if batch == 1 else rows
+                continue
+            if x.shape[0] % batch == 0 and x.ndim > 1:
+                each = (x != y).reshape(batch, -1).any(dim=1)
+                rows = [r or bool(e) for r, e in zip(rows, each, strict=True)]
+            elif batch == 1 and bool((x != y).any()):
+                rows = [True]
+        return rows
+
+    def _record(self, change: str | None) -> dict[str, Any]:
+        """One plain run: float arguments of the first step's calls, and what the scheduler's steps gave."""
+        pipe, given = self.pipe, self.inputs()
+        for key in ("prompt", "prompts", "text"):
+            if change and isinstance(given.get(key), str):
+                given[key] = _others(given[key])
+            elif change and isinstance(given.get(key), list) and given[key] and isinstance(given[key][0], str):
+                given[key] = [_others(t) for t in given[key]]
+        for key in ("prompt_embeds", "image_embeds", "audio_embeds"):
+            if change and isinstance(given.get(key), Tensor):
+                given[key] = given[key] + 0.5
+        if change and isinstance(given.get("class_labels"), list):
+            given["class_labels"] = [c + 1 for c in given["class_labels"]]
+        found: dict[str, Any] = {"name": None, "first": [], "steps": [], "ran": set()}
+
+        def around(name: str, inner: Any, values: dict[str, Any]) -> Any:
+            found["name"] = found["name"] or name
+            if name == found["name"] and not found["steps"]:
+                found["first"].append(_floats(values))
+            if found["ran"]:
+                return inner()
+            with watching(getattr(pipe, name)) as watch:
+                out = inner()
+            found["ran"] |= {seen.owner for seen in watch.seen}
+            return out
+
+        self._run(pipe, given, around, lambda out, values: found["steps"].append(out) or out)
+        return found
+
+    def _run(self, pipe: Any, given: Any, around: Any, stepped: Any, before: Any = None) -> None:
+        undo = []
+        for name in DENOISERS:
+            model = getattr(pipe, name, None)
+            if not isinstance(model, nn.Module) or not any(
+                callable(getattr(m, "processor", None)) for m in model.modules()
+            ):
+                continue
+            inner, names_ = model.forward, list(inspect.signature(type(model).forward).parameters)[1:]
+
+            @functools.wraps(inner)
+            def forward(*args: Any, _inner: Any = inner, _names: Any = names_, _name: str = name, **kwargs: Any) -> Any:
+                values = dict(zip(_names, args, strict=False)) | kwargs
+                return around(_name, lambda: _inner(*args, **kwargs), values)
+
+            vars(model)["forward"] = forward
+            undo.append(model)
+        scheduler = pipe.scheduler
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def observed(output: Any, *args: Any, **kwargs: Any) -> Any:
+            output = output if before is None else before(output)
+            result = step(output, *args, **kwargs)
+            stepped(result[0] if isinstance(result, tuple) else result.prev_sample, output)
+            return result
+
+        vars(scheduler)["step"] = observed
+        torch.manual_seed(0)
+        try:
+            pipe(**given)
+        finally:
+            del vars(scheduler)["step"]
+            for model in undo:
+                vars(model).pop("forward", None)
+
+    def compare(self, what: str) -> str:
+        """ "" where the steered run is the one made by hand, else what is wrong."""
+        ours, expected = self._steered(what), self._by_hand(what)
+        if ours.shape != expected.shape or not float((ours - expected).abs().max()) <= LIMIT * float(
+            expected.abs().max()
+        ):
+            gap = float((ours - expected).abs().max() / expected.abs().max()) if ours.shape == expected.shape else -1.0
+            return f"wrong: {gap:.1e} from the loop made by hand"
+        if torch.equal(ours, self.plain):
+            return "wrong: nothing changed"
+        return "exact"
+
+    def _method(self, what: str) -> Any:
+        site = self.site
+        where = {"modules": re.escape(site.path), "kinds": site.kind}
+        if what == "HeadGate":
+            return HeadGate({(site.layer, 0): 0.0}, where=Where(branches="cond", **where))
+        if what == "PAG":
+            return PAG(2.0, joint="joint_identity", where=Where(**where))
+        return SoftPAG(2.0, 0.5, joint="joint_identity", where=Where(**where))
+
+    def _steered(self, what: str) -> Tensor:
+        pipe, given = self.pipe, self.inputs()
+        steps: list[Tensor] = []
+        step = pipe.scheduler.step
+
+        @functools.wraps(step)
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            result = step(*args, **kwargs)
+            steps.append(result[0] if isinstance(result, tuple) else result.prev_sample)
+            return result
+
+        scheduler = pipe.scheduler
+        vars(scheduler)["step"] = observed
+        torch.manual_seed(0)
+        try:
+            with steer(pipe, self._method(what), control=True):
+                pipe(**given)
+        finally:
+            del vars(scheduler)["step"]
+        return steps[-1]
+
+    def _by_hand(self, what: str) -> Tensor:
+        pipe, given = self.pipe, self.inputs()
+        state: dict[str, Any] = {"call": 0, "term": None, "rows": []}
+        steps: list[Tensor] = []
+
+        def around(name: str, inner: Any, values: dict[str, Any]) -> Any:
+            if name != self.name:
+                return inner()
+            cond = torch.tensor(self.calls[state["call"] % len(self.calls)])
+            state["call"] += 1
+            seed = torch.get_rng_state()
+            strong = inner()
+            module = getattr(pipe, name).get_submodule(self.site.name)
+            after = torch.get_rng_state()
+            torch.set_rng_state(seed)
+            if what == "HeadGate":
+                with watching(getattr(pipe, name), {self.site.name: (self.site.heads, 0)}):
+                    weak = inner()
+            else:
+                with _mixed_at(module, 1.0 if what == "PAG" else 0.5):
+                    weak = inner()
+            torch.set_rng_state(after)
+            s, w = _predicted(strong), _predicted(weak)
+            pick = cond.view(-1, *[1] * (s.ndim - 1)) if len(cond) == len(s) else cond.any()
+            if what == "HeadGate":
+                return _with(strong, torch.where(pick, w, s))
+            if bool(cond.any()):
+                part = cond if len(cond) == len(s) else torch.ones(len(s), dtype=torch.bool)
+                state["term"] = 2.0 * (s - w)[part]
+            state["rows"].append(s)
+            return strong
+
+        def before(output: Tensor) -> Tensor:
+            term, rows = state["term"], state["rows"]
+            state["rows"] = []
+            state["call"] = 0
+            if what == "HeadGate" or term is None:
+                return output
+            cut = tuple(slice(0, n) for n in output.shape)
+            if term.ndim != output.ndim:
+                return output
+            return output + self._sign(rows, output) * term[cut]
+
+        self._run(pipe, given, around, lambda out, values: steps.append(out), before)
+        return steps[-1]
+
+    @staticmethod
+    def _sign(rows: list[Tensor], output: Tensor) -> float:
+        """Whether the pipeline negates its predictions: by the weights with which the first sample's rows make the combination."""
+        size, y = max(1, len(output)), output[0].flatten().double()
+        cut = tuple(slice(0, n) for n in output.shape[1:])
+        found = [r[i][cut] for r in rows if r.ndim == output.ndim for i in range(0, len(r), size)]
+        found = [r.flatten().double() for r in found if r.shape == output.shape[1:]]
+        if not found:
+            return 1.0
+        return 1.0 if float((torch.linalg.pinv(torch.stack(found, 1)) @ y).sum()) >= 0 else -1.0
+
+
+def _others(text: str) -> str:
+    """As many other words."""
+    return " ".join(f"{word}a" for word in text.split())
+
+
+def _alike(a: Any, b: Any) -> bool:
+    pairs = [(x, y) for x, y in zip(tree_leaves(a), tree_leaves(b), strict=False) if isinstance(x, Tensor)]
+    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
+
+
+def _floats(values: dict[str, Any]) -> list[Any]:
+    """The latent first, then the arguments that have an entry for each row, and the tensors of all others."""
+    latent = next((values[n] for n in ("sample", "hidden_states", "x") if values.get(n) is not None), None)
+    rest = {k: v for k, v in values.items() if v is not latent}
+    batch = len(latent) if isinstance(latent, (list, Tensor)) else 1
+    lists = [v for v in rest.values() if isinstance(v, list) and len(v) == batch and isinstance(latent, list)]
+    leaves = tree_leaves({k: v for k, v in rest.items() if not any(v is other for other in lists)})
+    tensors = [t.clone() for t in leaves if isinstance(t, Tensor) and t.ndim and t.dtype != torch.bool]
+    return [latent, *lists, *tensors]
+
+
+def _predicted(out: Any) -> Tensor:
+    first = out
+    while not isinstance(first, Tensor):
+        first = first[0] if isinstance(first, (tuple, list)) else getattr(first, "sample", None)
+        if first is None:
+            raise TypeError("a prediction in an unknown form")
+    return first
+
+
+def _with(out: Any, sample: Tensor) -> Any:
+    if isinstance(out, Tensor):
+        return sample
+    return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
