@@ -6,7 +6,6 @@ and the rows that change with it are (`pipeline_loops.py`).
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import warnings
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ...errors import AttnSteerError
-from .pipeline_builds import brief, built, cases, offline, tests
+from .pipeline_builds import brief, built, cases, classes_in, offline, tests
 from .pipeline_loops import Loop
 from .rows import Row
 
@@ -37,10 +36,9 @@ def names() -> list[str]:
     for path in sorted((Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")):
         if "onnx" in path.name or "flax" in path.name:
             continue
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Pipeline"):
-                if any(isinstance(f, ast.FunctionDef) and f.name == "__call__" for f in node.body):
-                    found.append(node.name)
+        for name, _, body in classes_in(path):
+            if "Pipeline" in name and "\n    def __call__(" in body:
+                found.append(name)
     # Read here, so that a process forked later need not.
     tests()
     return sorted(set(found))
