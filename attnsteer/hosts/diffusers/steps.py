@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import UnsupportedHost
 from .formula import Formula
 from .latents import Latents
-from .pipelines import UNCOND_COND, convention_of
+from .pipelines import UNCOND_COND, convention_of, one_branch
 from .prompt_words import Prompts
 from .rescale import Rescale
 from .rows import ENCODES, Conditions, fingerprint, layout_of
@@ -173,7 +173,7 @@ class Sampling:
             return self.convention.parts if guided else ("cond",)
         if calls != "contexts" and self.latent_rows == rows and not self.asked and self._unguided():
             return ("cond",)
-        return None
+        return ("cond",) if calls is None and one_branch(self.pipeline) else None
 
     def _unguided(self) -> bool:
         """Whether the running pipeline says itself that it does not guide."""

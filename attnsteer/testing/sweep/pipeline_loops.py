@@ -21,6 +21,9 @@ from .watch import inside, watching
 
 # Final latents, relative to the largest: two ways to compute the same, through several steps in float32.
 LIMIT = 5e-4
+# Arguments that say what to make.
+ASKED = {"prompt", "prompts", "text", "prompt_embeds", "image_embeds", "audio_embeds", "class_labels"}
+PICTURES = ("image", "example_image")
 
 
 class _Mix(TorchFunctionMode):
@@ -79,7 +82,11 @@ class Loop:
             return
         self.site: Site = usable[len(usable) // 2]
         if not any(any(rows) for rows in self.calls):
-            self.reason = "no row of its denoiser changes with the prompt"
+            if ASKED & set(self.inputs()):
+                self.reason = "no row of its denoiser changes with the prompt"
+                return
+            # Nothing is asked of it: what it makes, all rows make.
+            self.calls = [[True] * len(rows) for rows in self.calls]
 
     def described(self) -> str:
         """The rows of a step's calls: c conditional, u not."""
@@ -116,6 +123,9 @@ class Loop:
                 given[key] = given[key] + 0.5
         if change and isinstance(given.get("class_labels"), list):
             given["class_labels"] = [c + 1 for c in given["class_labels"]]
+        for key in PICTURES:
+            if change and key in given and not ASKED & set(given):
+                given[key] = _negative(given[key])
         found: dict[str, Any] = {"name": None, "first": [], "steps": [], "ran": set()}
 
         def around(name: str, inner: Any, values: dict[str, Any]) -> Any:
@@ -271,6 +281,17 @@ class Loop:
 def _others(text: str) -> str:
     """As many other words."""
     return " ".join(f"{word}a" for word in text.split())
+
+
+def _negative(picture: Any) -> Any:
+    """The negative of an image, a list of them, or a tensor from 0 to 1."""
+    if isinstance(picture, list):
+        return [_negative(p) for p in picture]
+    if isinstance(picture, Tensor):
+        return 1.0 - picture
+    from PIL import ImageOps
+
+    return ImageOps.invert(picture.convert("RGB"))
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -15,6 +15,7 @@ import torch
 from ...errors import AttnSteerError
 from .pipeline_builds import brief, built, cases, classes_in, offline, tests
 from .pipeline_loops import Loop
+from .pipeline_siblings import SIBLINGS
 from .rows import Row
 
 # PAG is the second at strength one: it is measured at each denoiser, in the other part of the sweep.
@@ -47,7 +48,7 @@ def names() -> list[str]:
 def prepare(name: str) -> None:
     """Import what builds `name`."""
     with offline(), contextlib.suppress(Exception):
-        for module, _ in tests().get(name, []):
+        for module, _ in tests().get(SIBLINGS[name].of if name in SIBLINGS else name, []):
             cases(module)
 
 
@@ -85,6 +86,8 @@ def measure(name: str) -> Row:
         row.verdict, row.reason = "refused", refused[0][:240]
     elif refused:
         row.verdict, row.reason = "exact but", "; ".join(refused)[:240]
+    elif "PAG" in name:
+        row.verdict, row.reason = "exact but", "measured with pag_scale=0; beside its own perturbed rows it is refused"
     else:
         row.verdict, row.reason = "exact", ""
     return row
