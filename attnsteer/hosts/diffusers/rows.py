@@ -21,7 +21,7 @@ NEGATIVE = re.compile(r"^(negative_|neg_|uncond|null_|empty_)|_negative|_neg$")
 PROMPTS = re.compile(r"embed|prompt|text|cap|encod")
 OTHERS = re.compile(r"latent|noise|ids|timestep|sigma|input|kwargs|rotary")
 # Names of methods whose inner values are looked at: some pipelines join both sides before they return.
-ENCODES = re.compile(r"encode_(prompt|image)|_encode_(prompt|image)")
+ENCODES = re.compile(r"_?encode_\w*(prompt|image)\w*")
 
 Pool = list[tuple[str, Tensor]]
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ... import PAG, HeadGate, SoftPAG, Where, sites, steer
+from ... import HeadGate, SoftPAG, Where, sites, steer
 from ...site import Site
 from .pipeline_builds import DENOISERS, Built
 from .watch import inside, watching
@@ -22,31 +22,40 @@ from .watch import inside, watching
 # Final latents, relative to the largest: two ways to compute the same, through several steps in float32.
 LIMIT = 5e-4
 # Arguments that say what to make.
-ASKED = {"prompt", "prompts", "text", "prompt_embeds", "image_embeds", "audio_embeds", "class_labels"}
+ASKED = {"prompt", "prompts", "text", "content_prompt", "prompt_embeds", "image_embeds", "audio_embeds", "class_labels"}
 PICTURES = ("image", "example_image")
 
 
 class _Mix(TorchFunctionMode):
-    """(1 - u) A V + u V wherever it is on."""
+    """Half of A V and half of V, or of nothing, wherever it is on."""
 
-    on, share = False, 1.0
+    on, off = False, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.on and func is torch.nn.functional.scaled_dot_product_attention:
             v = args[2] if len(args) > 2 else kwargs["value"]
+            if self.off:
+                return 0.5 * out
             if v.shape[2] == out.shape[2]:
                 v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
-                return torch.lerp(out, v, self.share)
+                return torch.lerp(out, v, 0.5)
         return out
 
 
 @contextlib.contextmanager
-def _mixed_at(module: nn.Module, share: float) -> Iterator[None]:
+def _mixed_at(module: nn.Module, off: bool) -> Iterator[None]:
     mode = _Mix()
-    mode.share = share
+    mode.off = off
     with inside(module, mode):
         yield
+
+
+def _preferred(found: list[Site]) -> list[Site]:
+    """Sites of one sort: self-attention of the main stream, else of another, else cross-attention."""
+    own = [s for s in found if s.kind in ("self", "joint")]
+    groups = ([s for s in own if s.modality == "image"], [s for s in own if s.modality != "text"], found)
+    return next((group for group in groups if group), [])
 
 
 class Loop:
@@ -74,11 +83,9 @@ class Loop:
         found = [s for s in sites(pipe) if s.component == self.name]
         self.sites = found
         ran = first["ran"]
-        usable = [
-            s for s in found if not s.linear and s.kind in ("self", "joint") and s.modality == "image" and s.name in ran
-        ]
+        usable = _preferred([s for s in found if not s.linear and s.name in ran])
         if not usable:
-            self.verdict, self.reason = "no softmax attention", "no softmax self-attention of its denoiser ran"
+            self.verdict, self.reason = "no softmax attention", "no softmax attention of its denoiser ran"
             return
         self.site: Site = usable[len(usable) // 2]
         if not any(any(rows) for rows in self.calls):
@@ -113,7 +120,7 @@ class Loop:
     def _record(self, change: str | None) -> dict[str, Any]:
         """One plain run: float arguments of the first step's calls, and what the scheduler's steps gave."""
         pipe, given = self.pipe, self.inputs()
-        for key in ("prompt", "prompts", "text"):
+        for key in ("prompt", "prompts", "text", "content_prompt"):
             if change and isinstance(given.get(key), str):
                 given[key] = _others(given[key])
             elif change and isinstance(given.get(key), list) and given[key] and isinstance(given[key][0], str):
@@ -155,7 +162,7 @@ class Loop:
             @functools.wraps(inner)
             def forward(*args: Any, _inner: Any = inner, _names: Any = names_, _name: str = name, **kwargs: Any) -> Any:
                 values = dict(zip(_names, args, strict=False)) | kwargs
-                return around(_name, lambda: _inner(*args, **kwargs), values)
+                return around(_name, lambda: _inner(*_fresh(args), **_fresh(kwargs)), values)
 
             vars(model)["forward"] = forward
             undo.append(model)
@@ -163,9 +170,14 @@ class Loop:
         step = scheduler.step
 
         @functools.wraps(step)
-        def observed(output: Any, *args: Any, **kwargs: Any) -> Any:
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            output = args[0] if args else kwargs["model_output"]
             output = output if before is None else before(output)
-            result = step(output, *args, **kwargs)
+            if args:
+                args = (output, *args[1:])
+            else:
+                kwargs["model_output"] = output
+            result = step(*args, **kwargs)
             stepped(result[0] if isinstance(result, tuple) else result.prev_sample, output)
             return result
 
@@ -181,11 +193,11 @@ class Loop:
     def compare(self, what: str) -> str:
         """ "" where the steered run is the one made by hand, else what is wrong."""
         ours, expected = self._steered(what), self._by_hand(what)
-        if ours.shape != expected.shape or not float((ours - expected).abs().max()) <= LIMIT * float(
-            expected.abs().max()
-        ):
-            gap = float((ours - expected).abs().max() / expected.abs().max()) if ours.shape == expected.shape else -1.0
-            return f"wrong: {gap:.1e} from the loop made by hand"
+        if what != "HeadGate" and len(self.calls) == 1 and _gap(ours, expected) > LIMIT:
+            # Where the pipeline turns predictions into something else, the term is one of predictions.
+            expected = self._by_hand(what, rows=True)
+        if not _gap(ours, expected) <= LIMIT:
+            return f"wrong: {_gap(ours, expected):.1e} from the loop made by hand"
         if torch.equal(ours, self.plain):
             return "wrong: nothing changed"
         return "exact"
@@ -195,8 +207,9 @@ class Loop:
         where = {"modules": re.escape(site.path), "kinds": site.kind}
         if what == "HeadGate":
             return HeadGate({(site.layer, 0): 0.0}, where=Where(branches="cond", **where))
-        if what == "PAG":
-            return PAG(2.0, joint="joint_identity", where=Where(**where))
+        if site.kind == "cross":
+            # Rows have no keys of their own there.
+            return SoftPAG(2.0, 0.5, target="zero", where=Where(**where))
         return SoftPAG(2.0, 0.5, joint="joint_identity", where=Where(**where))
 
     def _steered(self, what: str) -> Tensor:
@@ -220,7 +233,8 @@ class Loop:
             del vars(scheduler)["step"]
         return steps[-1]
 
-    def _by_hand(self, what: str) -> Tensor:
+    def _by_hand(self, what: str, rows: bool = False) -> Tensor:
+        """The run with a loop's own weak pass. `rows`: the term goes on every row, instead of on their combination."""
         pipe, given = self.pipe, self.inputs()
         state: dict[str, Any] = {"call": 0, "term": None, "rows": []}
         steps: list[Tensor] = []
@@ -239,29 +253,30 @@ class Loop:
                 with watching(getattr(pipe, name), {self.site.name: (self.site.heads, 0)}):
                     weak = inner()
             else:
-                with _mixed_at(module, 1.0 if what == "PAG" else 0.5):
+                with _mixed_at(module, self.site.kind == "cross"):
                     weak = inner()
             torch.set_rng_state(after)
-            s, w = _predicted(strong), _predicted(weak)
-            pick = cond.view(-1, *[1] * (s.ndim - 1)) if len(cond) == len(s) else cond.any()
             if what == "HeadGate":
-                return _with(strong, torch.where(pick, w, s))
+                return _picked(strong, weak, cond)
+            s, w = _predicted(strong), _predicted(weak)
             if bool(cond.any()):
                 part = cond if len(cond) == len(s) else torch.ones(len(s), dtype=torch.bool)
                 state["term"] = 2.0 * (s - w)[part]
+                if rows:
+                    return _shifted(strong, state["term"])
             state["rows"].append(s)
             return strong
 
         def before(output: Tensor) -> Tensor:
-            term, rows = state["term"], state["rows"]
+            term, seen = state["term"], state["rows"]
             state["rows"] = []
             state["call"] = 0
-            if what == "HeadGate" or term is None:
+            if what == "HeadGate" or term is None or rows:
                 return output
             cut = tuple(slice(0, n) for n in output.shape)
             if term.ndim != output.ndim:
                 return output
-            return output + self._sign(rows, output) * term[cut]
+            return output + self._sign(seen, output) * term[cut]
 
         self._run(pipe, given, around, lambda out, values: steps.append(out), before)
         return steps[-1]
@@ -278,9 +293,29 @@ class Loop:
         return 1.0 if float((torch.linalg.pinv(torch.stack(found, 1)) @ y).sum()) >= 0 else -1.0
 
 
+def _fresh(value: Any) -> Any:
+    """Containers are copied: some models empty the lists that they get."""
+    if isinstance(value, dict):
+        return {k: _fresh(v) for k, v in value.items()}
+    return type(value)(map(_fresh, value)) if type(value) in (list, tuple) else value
+
+
 def _others(text: str) -> str:
     """As many other words."""
     return " ".join(f"{word}a" for word in text.split())
+
+
+def _shifted(out: Any, term: Tensor) -> Any:
+    """A prediction with a term of one branch on each part of its rows."""
+    leaves, form = tree_flatten(out)
+    i = next(i for i, t in enumerate(leaves) if isinstance(t, Tensor))
+    leaves[i] = leaves[i] + term.repeat(len(leaves[i]) // len(term), *[1] * (term.ndim - 1))
+    return tree_unflatten(leaves, form)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((a - b).abs().max() / b.abs().max()) if a.shape == b.shape else float("inf")
 
 
 def _negative(picture: Any) -> Any:
@@ -311,15 +346,21 @@ def _floats(values: dict[str, Any]) -> list[Any]:
 
 
 def _predicted(out: Any) -> Tensor:
-    first = out
-    while not isinstance(first, Tensor):
-        first = first[0] if isinstance(first, (tuple, list)) else getattr(first, "sample", None)
-        if first is None:
-            raise TypeError("a prediction in an unknown form")
-    return first
+    """The first prediction of a call: that of its first row, where it gives one tensor for each."""
+    return next(t for t in tree_leaves(out) if isinstance(t, Tensor))
 
 
-def _with(out: Any, sample: Tensor) -> Any:
-    if isinstance(out, Tensor):
-        return sample
-    return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)
+def _picked(strong: Any, weak: Any, cond: Tensor) -> Any:
+    """The weak prediction in the conditional rows, the strong one in the others, in the form of the model's own."""
+    a, form = tree_flatten(strong)
+    b = tree_leaves(weak)
+    tensors = [i for i, t in enumerate(a) if isinstance(t, Tensor)]
+    # One tensor for each row, or rows in each tensor.
+    apart = len(tensors) == len(cond) and all(len(a[i]) != len(cond) for i in tensors)
+    for n, i in enumerate(tensors):
+        if apart:
+            a[i] = b[i] if cond[n] else a[i]
+        else:
+            same = len(a[i]) == len(cond)
+            a[i] = torch.where(cond.view(-1, *[1] * (a[i].ndim - 1)) if same else cond.any(), b[i], a[i])
+    return tree_unflatten(a, form)
