@@ -58,7 +58,7 @@ def tests() -> dict[str, list[tuple[str, str]]]:
 
 
 class Words:
-    """Stands for any tokenizer or processor: one number for each word."""
+    """Stands for any tokenizer or processor: one number for every two letters of a word."""
 
     model_max_length = 77
     vocab_size = 1000
@@ -77,8 +77,9 @@ class Words:
 
         texts = [text] if isinstance(text, str) or text is None else list(text)
         texts = [t if isinstance(t, str) else str(t) for t in texts]
-        # The smallest vocabularies of the library's tests have few entries.
-        rows = [[3 + sum(map(ord, w)) % 4 for w in t.split()] + [2] for t in texts]
+        # The smallest vocabularies of the library's tests have few entries; two letters a token are more than templates expect.
+        rows = [[3 + sum(map(ord, w[i : i + 2])) % 4 for w in t.split() for i in range(0, len(w), 2)] for t in texts]
+        rows = [[*row, 2] for row in rows]
         length = kwargs.get("max_length") if kwargs.get("padding") == "max_length" else None
         length = length or (self.model_max_length if kwargs.get("padding") == "max_length" else max(map(len, rows)))
         limit = kwargs.get("max_length") or 10_000

@@ -23,6 +23,8 @@ from .watch import inside, watching
 LIMIT = 5e-4
 # Arguments that say what to make.
 ASKED = {"prompt", "prompts", "text", "content_prompt", "prompt_embeds", "image_embeds", "audio_embeds", "class_labels"}
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+NEXT = str.maketrans(LETTERS, LETTERS[1:] + LETTERS[0])
 PICTURES = ("image", "example_image")
 
 
@@ -301,8 +303,8 @@ def _fresh(value: Any) -> Any:
 
 
 def _others(text: str) -> str:
-    """As many other words."""
-    return " ".join(f"{word}a" for word in text.split())
+    """Other words of as many letters."""
+    return text.translate(NEXT)
 
 
 def _shifted(out: Any, term: Tensor) -> Any:
