@@ -11,11 +11,12 @@ from ...bound import Bound
 from ...errors import UnsupportedHost
 from ...site import Site
 from ..base import Host, imported
+from ..sdpa.host import check_copyable, reaches
 from ..sdpa.rebind import names_called
 from .clock import DenoiserClock
 from .guided_forward import guide
 from .guiders import watch_guider
-from .processors import attach_linear, attach_processor, is_eager, usable
+from .processors import attach_direct, attach_linear, attach_processor, is_eager, usable
 from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
 
@@ -61,6 +62,9 @@ class DiffusersHost(Host):
     def check(self, site: Site, bound: Bound) -> None:
         if site.linear:
             return
+        if not _has_processor(site.module):
+            check_copyable(site)
+            return
         processor = usable(site.module.processor)
         if not names_called(type(processor).__call__) and not is_eager(processor):
             raise UnsupportedHost(
@@ -76,7 +80,8 @@ class DiffusersHost(Host):
         }
         for runtime in run.runtimes.values():
             clock = clocks[runtime.site.component]
-            (attach_linear if runtime.site.linear else attach_processor)(runtime, clock, journal)
+            attach = attach_processor if _has_processor(runtime.site.module) else attach_direct
+            (attach_linear if runtime.site.linear else attach)(runtime, clock, journal)
         for clock in clocks.values():
             guide(clock, [s for s in self.sites() if s.component == clock.name], journal)
         if self.pipeline is not None:
@@ -120,7 +125,8 @@ def _has_processor(module: nn.Module) -> bool:
 
 
 def _sites_of(component: str, model: nn.Module) -> list[Site]:
-    found = [(name, m) for name, m in model.named_modules() if _has_processor(m)]
+    # Poolers of the prompt call SDPA themselves, without a processor.
+    found = [(n, m) for n, m in model.named_modules() if _has_processor(m) or (_heads(m)[0] and reaches(m))]
     unet = hasattr(model, "down_blocks")
     if unet:
         order = {"down_blocks": 1, "mid_block": 2, "up_blocks": 3}
@@ -146,7 +152,7 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
                 stack="denoiser",
                 component=component,
                 refused=refused,
-                linear=bool(LINEAR.search(type(module.processor).__name__)),
+                linear=_has_processor(module) and bool(LINEAR.search(type(module.processor).__name__)),
                 module=module,
             )
         )

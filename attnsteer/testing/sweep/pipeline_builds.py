@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..weights import randomize_
+from .diffusers import stand_in
 from .pipeline_siblings import SIBLINGS
 
 # Names that tests of older versions import from transformers, and schedulers that need a package, with what does here.
@@ -192,6 +193,7 @@ class Built:
         vars(sys.modules[kind.__module__]).setdefault("ftfy", types.SimpleNamespace(fix_text=str))
         for part in self.pipe.components.values():
             if isinstance(part, nn.Module):
+                stand_in(type(part))
                 part.eval()
         for name in DENOISERS:
             if isinstance(getattr(self.pipe, name, None), nn.Module):
