@@ -58,8 +58,14 @@ def tests() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+def _tokens(text: str, letters: int) -> list[int]:
+    """A number for every so many letters of a word; the smallest vocabularies of the library's tests have few entries."""
+    parts = [w[i : i + letters] for w in text.split() for i in range(0, len(w), letters)]
+    return [3 + sum((i + 1) * ord(c) for i, c in enumerate(part)) % 4 for part in parts] + [2]
+
+
 class Words:
-    """Stands for any tokenizer or processor: one number for every two letters of a word."""
+    """Stands for any tokenizer or processor: a number for every two letters of a word."""
 
     model_max_length = 77
     vocab_size = 1000
@@ -78,12 +84,11 @@ class Words:
 
         texts = [text] if isinstance(text, str) or text is None else list(text)
         texts = [t if isinstance(t, str) else str(t) for t in texts]
-        # The smallest vocabularies of the library's tests have few entries; two letters a token are more than templates expect.
-        rows = [[3 + sum(map(ord, w[i : i + 2])) % 4 for w in t.split() for i in range(0, len(w), 2)] for t in texts]
-        rows = [[*row, 2] for row in rows]
+        limit = kwargs.get("max_length") or 10_000
+        # Two letters a token are more than templates expect to cut off; where they are too many, a token is a word.
+        rows = [next((r for r in (_tokens(t, 2), _tokens(t, 99)) if len(r) <= limit), _tokens(t, 99)) for t in texts]
         length = kwargs.get("max_length") if kwargs.get("padding") == "max_length" else None
         length = length or (self.model_max_length if kwargs.get("padding") == "max_length" else max(map(len, rows)))
-        limit = kwargs.get("max_length") or 10_000
         rows = [r[: min(length, limit)] for r in rows]
         ids = torch.tensor([r + [0] * (length - len(r)) for r in rows])
         mask = torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows])
@@ -146,6 +151,8 @@ def _small(cls: type, *args: Any, **kwargs: Any) -> Any:
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     import transformers
+    from transformers.feature_extraction_utils import FeatureExtractionMixin
+    from transformers.image_processing_base import ImageProcessingMixin
     from transformers.modeling_utils import PreTrainedModel
     from transformers.processing_utils import ProcessorMixin
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -158,6 +165,10 @@ def offline() -> Iterator[None]:
     ]
     config = classmethod(lambda cls, *args, **kwargs: _config())
     patches.append(mock.patch.object(transformers.AutoConfig, "from_pretrained", config))
+    patches += [
+        mock.patch.object(c, "from_pretrained", classmethod(lambda cls, *args, **kwargs: cls()))
+        for c in (FeatureExtractionMixin, ImageProcessingMixin)
+    ]
     patches.append(mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(_small)))
     for missing in ("parameterized", "requests_mock", "cv2", "safetensors.flax"):
         with contextlib.suppress(ImportError):
