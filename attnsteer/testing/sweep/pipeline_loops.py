@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -112,7 +113,7 @@ class Loop:
             if x.shape != y.shape:
                 rows = [True] * batch if batch == 1 else rows
                 continue
-            if x.shape[0] % batch == 0 and x.ndim > 1:
+            if x.shape[0] % batch == 0:
                 each = (x != y).reshape(batch, -1).any(dim=1)
                 rows = [r or bool(e) for r, e in zip(rows, each, strict=True)]
             elif batch == 1 and bool((x != y).any()):
@@ -303,7 +304,9 @@ def _fresh(value: Any) -> Any:
 
 
 def _others(text: str) -> str:
-    """Other words of as many letters."""
+    """Other words of as many letters; of JSON, other values."""
+    if text.startswith("{"):
+        return json.dumps({k: _others(v) if isinstance(v, str) else v for k, v in json.loads(text).items()})
     return text.translate(NEXT)
 
 

@@ -158,6 +158,7 @@ SIBLINGS: dict[str, Sibling] = {
     "CogView4ControlPipeline": Sibling(
         "CogView4Pipeline", parts=_wider(), inputs=lambda given: {"control_image": _picture(16)}
     ),
+    "ConsistencyModelPipeline": Sibling("DDIMPipeline", parts=_pixels("CMStochasticIterativeScheduler")),
     "DDPMPipeline": Sibling("DDIMPipeline", parts=_pixels("DDPMScheduler")),
     "EasyAnimateControlPipeline": Sibling("EasyAnimatePipeline", parts=_wider(by=3)),
     "EasyAnimateInpaintPipeline": Sibling(
