@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedHost
 from .formula import Formula
+from .guiders import BRANCHES
 from .latents import Latents
 from .pipelines import UNCOND_COND, convention_of, one_branch
 from .prompt_words import Prompts
@@ -246,7 +247,8 @@ class Sampling:
 
     @contextlib.contextmanager
     def _enter_context(self, inner: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        before, self.context = self.context, name
+        # Pipelines with a guider name the context by what it calls the batch.
+        before, self.context = self.context, BRANCHES.get(name, name)
         try:
             with inner(name, *args, **kwargs) as value:
                 yield value

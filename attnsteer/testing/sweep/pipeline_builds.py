@@ -29,6 +29,21 @@ from .pipeline_siblings import SIBLINGS
 # Names that tests of older versions import from transformers, and schedulers that need a package, with what does here.
 RENAMED = {"DPTFeatureExtractor": "DPTImageProcessor", "CLIPFeatureExtractor": "CLIPImageProcessor"}
 STAND_INS = {"CosineDPMSolverMultistepScheduler": "EDMDPMSolverMultistepScheduler"}
+# Models whose width the tests of pipelines count on.
+SIZES: dict[str, dict[str, Any]] = {
+    "bert": {"hidden_size": 32},
+    "clip": {"hidden_size": 32},
+    "llama": {"hidden_size": 16, "head_dim": 4},
+    "qwen2_vl": {
+        "text_config": {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        },
+        "vision_config": {"hidden_size": 16},
+    },
+}
 NO_TEST = "no test of the library builds it small"
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
@@ -147,7 +162,8 @@ def _small(cls: type, *args: Any, **kwargs: Any) -> Any:
     from .hints import CONFIGS
     from .small_configs import small
 
-    return cls(small(cls.config_class, CONFIGS.get(cls.config_class.model_type))).eval()
+    kind = cls.config_class.model_type
+    return cls(small(cls.config_class, SIZES.get(kind, CONFIGS.get(kind)))).eval()
 
 
 @contextlib.contextmanager
