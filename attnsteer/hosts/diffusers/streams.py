@@ -95,6 +95,16 @@ def modality_of(name: str, model: nn.Module) -> str:
     return "text" if PROMPT_ONLY.search(name) or POOLER.search(name) else "image"
 
 
+def own_place(site: Any, model: nn.Module) -> str:
+    """Where the rows' own keys stand among further ones: "first" or "last"; "" where there are none or it is not known."""
+    known = structure_of(model, site.name)
+    if known is not None and known[2]:
+        return known[2]
+    # Configs of one UNet class differ in their processors; those that append own keys to the text's do so behind it.
+    added = "AddedKV" in type(getattr(site.module, "processor", None)).__name__
+    return "last" if added and not getattr(site.module, "only_cross_attention", False) else ""
+
+
 def order_of(site: Any, model: nn.Module) -> tuple[str, ...]:
     """The streams in a site's rows, in order: one for self and cross attention; empty where it is not known."""
     if site.kind != "joint":

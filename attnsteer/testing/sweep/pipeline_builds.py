@@ -34,6 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 32},
     "clip": {"hidden_size": 32},
     "llama": {"hidden_size": 16, "head_dim": 4},
+    "qwen3_vl": {"text_config": {"hidden_size": 32}, "vision_config": {"out_hidden_size": 32}},
     "qwen2_vl": {
         "text_config": {
             "hidden_size": 16,

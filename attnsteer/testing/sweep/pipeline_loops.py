@@ -24,6 +24,8 @@ from .watch import inside, watching
 LIMIT = 5e-4
 # Arguments that say what to make.
 ASKED = {"prompt", "prompts", "text", "content_prompt", "prompt_embeds", "image_embeds", "audio_embeds", "class_labels"}
+# Models whose image keys stand before the text's, by their code.
+OWN_FIRST = re.compile("Nucleus|StableCascade")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NEXT = str.maketrans(LETTERS, LETTERS[1:] + LETTERS[0])
 PICTURES = ("image", "example_image")
@@ -32,7 +34,7 @@ PICTURES = ("image", "example_image")
 class _Mix(TorchFunctionMode):
     """Half of A V and half of V, or of nothing, wherever it is on."""
 
-    on, off = False, False
+    on, off, first = False, False, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -40,16 +42,19 @@ class _Mix(TorchFunctionMode):
             v = args[2] if len(args) > 2 else kwargs["value"]
             if self.off:
                 return 0.5 * out
-            if v.shape[2] == out.shape[2]:
+            n = out.shape[2]
+            if v.shape[2] >= n:
+                # Beside further keys, those of the rows themselves.
+                v = v[:, :, :n] if self.first else v[:, :, -n:]
                 v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
                 return torch.lerp(out, v, 0.5)
         return out
 
 
 @contextlib.contextmanager
-def _mixed_at(module: nn.Module, off: bool) -> Iterator[None]:
+def _mixed_at(module: nn.Module, off: bool, first: bool) -> Iterator[None]:
     mode = _Mix()
-    mode.off = off
+    mode.off, mode.first = off, first
     with inside(module, mode):
         yield
 
@@ -250,13 +255,14 @@ class Loop:
             seed = torch.get_rng_state()
             strong = inner()
             module = getattr(pipe, name).get_submodule(self.site.name)
+            owner = type(getattr(pipe, name)).__name__
             after = torch.get_rng_state()
             torch.set_rng_state(seed)
             if what == "HeadGate":
                 with watching(getattr(pipe, name), {self.site.name: (self.site.heads, 0)}):
                     weak = inner()
             else:
-                with _mixed_at(module, self.site.kind == "cross"):
+                with _mixed_at(module, self.site.kind == "cross", bool(OWN_FIRST.match(owner))):
                     weak = inner()
             torch.set_rng_state(after)
             if what == "HeadGate":
