@@ -85,6 +85,7 @@ class Words:
 
     model_max_length = 77
     vocab_size = 1000
+    image_token_id = video_token_id = audio_token_id = 9
     pad_token_id = bos_token_id = eos_token_id = unk_token_id = 0
     pad_token = bos_token = eos_token = "<p>"
     padding_side = "right"
@@ -105,8 +106,9 @@ class Words:
         rows = [next((r for r in (_tokens(t, 2), _tokens(t, 99)) if len(r) <= limit), _tokens(t, 99)) for t in texts]
         length = kwargs.get("max_length") if kwargs.get("padding") == "max_length" else None
         length = length or (self.model_max_length if kwargs.get("padding") == "max_length" else max(map(len, rows)))
+        length = min(length, limit)
         # What is asked stands behind the template.
-        rows = [r[-min(length, limit) :] for r in rows]
+        rows = [r[-length:] for r in rows]
         ids = torch.tensor([r + [0] * (length - len(r)) for r in rows])
         mask = torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows])
         given = {"input_ids": ids, "attention_mask": mask}
@@ -238,6 +240,8 @@ class Built:
         given = make("cpu") if "device" in inspect.signature(make).parameters else make()
         if "num_inference_steps" in given:
             given["num_inference_steps"] = 2
+        if isinstance(given.get("strength"), float):
+            given["strength"] = max(given["strength"], 0.8)
         if "pag_scale" in given:
             # Its own guidance has rows of its own, which ours would perturb too.
             given["pag_scale"] = 0.0
