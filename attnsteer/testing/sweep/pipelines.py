@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -54,16 +55,25 @@ def prepare(name: str) -> None:
 
 def measure(name: str) -> Row:
     """Build `name` small, and measure it."""
-    row = Row(name, name)
+
+    def loop() -> Loop | str:
+        found, reason = built(name)
+        return reason if found is None else Loop(found)
+
+    return measured(Row(name, name), loop)
+
+
+def measured(row: Row, make: Callable[[], Loop | str]) -> Row:
+    """The row with what was found. `make`: builds what is compared, or says why it cannot; runs offline."""
     with offline(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        found, row.reason = built(name)
-        if found is None:
-            return row
         try:
-            loop = Loop(found)
+            loop = make()
         except Exception as error:  # of the library's: nothing of ours is attached
             row.reason = brief(error)
+            return row
+        if isinstance(loop, str):
+            row.reason = loop
             return row
         if loop.reason:
             row.verdict, row.reason = loop.verdict, loop.reason
@@ -86,7 +96,7 @@ def measure(name: str) -> Row:
         row.verdict, row.reason = "refused", refused[0][:240]
     elif refused:
         row.verdict, row.reason = "exact but", "; ".join(refused)[:240]
-    elif "PAG" in name:
+    elif "PAG" in row.name:
         row.verdict, row.reason = "exact but", "measured with pag_scale=0; beside its own perturbed rows it is refused"
     else:
         row.verdict, row.reason = "exact", ""
