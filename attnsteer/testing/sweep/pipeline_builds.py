@@ -33,6 +33,7 @@ STAND_INS = {"CosineDPMSolverMultistepScheduler": "EDMDPMSolverMultistepSchedule
 SIZES: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 32},
     "clip": {"hidden_size": 32},
+    "gemma3": {"text_config": {"hidden_size": 32}, "vision_config": {"hidden_size": 32}},
     "llama": {"hidden_size": 16, "head_dim": 4},
     "qwen3_vl": {"text_config": {"hidden_size": 32}, "vision_config": {"out_hidden_size": 32}},
     "qwen2_vl": {
@@ -243,6 +244,8 @@ class Built:
         # Cleaning of prompts, which the library leaves undefined where the package is not here.
         vars(sys.modules[kind.__module__]).setdefault("ftfy", types.SimpleNamespace(fix_text=str))
         randomized(self.pipe)
+        if hasattr(self.case, "get_dummy_inversion_inputs") and hasattr(self.pipe, "invert"):
+            self.pipe.invert(**self.case.get_dummy_inversion_inputs("cpu"))
         self.inputs()
 
     def inputs(self) -> dict[str, Any]:

@@ -83,6 +83,9 @@ class Loop:
         if self.name is None:
             self.verdict, self.reason = "no softmax attention", "it calls no denoiser with attention sites"
             return
+        if not callable(getattr(getattr(pipe, "scheduler", None), "step", None)):
+            self.reason = "it has no scheduler whose steps could be compared"
+            return
         if not first["steps"]:
             self.reason = "it makes no step of its scheduler"
             return
@@ -174,8 +177,8 @@ class Loop:
 
             vars(model)["forward"] = forward
             undo.append(model)
-        scheduler = pipe.scheduler
-        step = scheduler.step
+        scheduler = getattr(pipe, "scheduler", None)
+        step = getattr(scheduler, "step", None)
 
         @functools.wraps(step)
         def observed(*args: Any, **kwargs: Any) -> Any:
@@ -189,12 +192,14 @@ class Loop:
             stepped(result[0] if isinstance(result, tuple) else result.prev_sample, output)
             return result
 
-        vars(scheduler)["step"] = observed
+        if step is not None:
+            vars(scheduler)["step"] = observed
         torch.manual_seed(0)
         try:
             pipe(**given)
         finally:
-            del vars(scheduler)["step"]
+            if step is not None:
+                del vars(scheduler)["step"]
             for model in undo:
                 vars(model).pop("forward", None)
 
