@@ -75,14 +75,14 @@ def tests() -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def _tokens(text: str, letters: int) -> list[int]:
-    """A number for every so many letters of a word; the smallest vocabularies of the library's tests have few entries."""
-    parts = [w[i : i + letters] for w in text.split() for i in range(0, len(w), letters)]
+def _tokens(text: str) -> list[int]:
+    """A number for each word, mark and line end, as many as templates expect; the smallest vocabularies have few entries."""
+    parts = re.findall(r"<\|\w+\|>|\w+|\n|[^\w\s]", text)
     return [3 + sum((i + 1) * ord(c) for i, c in enumerate(part)) % 4 for part in parts] + [2]
 
 
 class Words:
-    """Stands for any tokenizer or processor: a number for every two letters of a word."""
+    """Stands for any tokenizer or processor: a number for every word."""
 
     model_max_length = 77
     vocab_size = 1000
@@ -103,8 +103,7 @@ class Words:
         texts = [text] if isinstance(text, str) or text is None else list(text)
         texts = [t if isinstance(t, str) else str(t) for t in texts]
         limit = kwargs.get("max_length") or 10_000
-        # Two letters a token are more than templates expect to cut off; where they are too many, a token is a word.
-        rows = [next((r for r in (_tokens(t, 2), _tokens(t, 99)) if len(r) <= limit), _tokens(t, 99)) for t in texts]
+        rows = [_tokens(t) for t in texts]
         length = kwargs.get("max_length") if kwargs.get("padding") == "max_length" else None
         length = length or (self.model_max_length if kwargs.get("padding") == "max_length" else max(map(len, rows)))
         length = min(length, limit)
