@@ -139,6 +139,8 @@ class Loop:
         for key in ("prompt_embeds", "image_embeds", "audio_embeds"):
             if change and isinstance(given.get(key), Tensor):
                 given[key] = given[key] + 0.5
+            elif change and isinstance(given.get(key), list) and isinstance(given[key][0], Tensor):
+                given[key] = [t + 0.5 for t in given[key]]
         if change and isinstance(given.get("class_labels"), list):
             given["class_labels"] = [c + 1 for c in given["class_labels"]]
         for key in PICTURES:

@@ -150,6 +150,49 @@ def _latents(channels: int) -> Changes:
     return parts
 
 
+def _ernie(parts: dict[str, Any]) -> dict[str, Any]:
+    from .diffusers import build
+
+    return {"transformer": build("ErnieImageTransformer2DModel")[0], "pe": None, "pe_tokenizer": None}
+
+
+def _ernie_inputs(given: dict[str, Any]) -> dict[str, Any]:
+    seed = torch.Generator().manual_seed(0)
+    return {
+        "prompt": None,
+        "prompt_embeds": [torch.randn(6, 16, generator=seed)],
+        "negative_prompt_embeds": [torch.randn(6, 16, generator=seed)],
+        "use_pe": False,
+        "guidance_scale": 4.0,
+        "height": 128,
+        "width": 128,
+        "output_type": "latent",
+    }
+
+
+def _longcat(parts: dict[str, Any]) -> dict[str, Any]:
+    from diffusers import AutoencoderKL, LongCatImageTransformer2DModel
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=[32, 64],
+        down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D", "UpDecoderBlock2D"],
+        latent_channels=16,
+    )
+    transformer = LongCatImageTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+    return {"vae": vae.eval(), "transformer": transformer.eval(), "text_processor": parts["processor"]}
+
+
 SIBLINGS: dict[str, Sibling] = {
     "AltDiffusionImg2ImgPipeline": Sibling("AltDiffusionPipeline", inputs=lambda given: {"image": _picture(32)}),
     "ChromaInpaintPipeline": Sibling(
@@ -166,6 +209,7 @@ SIBLINGS: dict[str, Sibling] = {
         parts=_wider(to=9),
         inputs=lambda given: {"video": torch.rand(1, 3, 5, 16, 16), "mask_video": torch.ones(1, 1, 5, 16, 16) * 255},
     ),
+    "ErnieImagePipeline": Sibling("Flux2KleinPipeline", parts=_ernie, inputs=_ernie_inputs),
     "HeliosPyramidPipeline": Sibling(
         "HeliosPipeline", inputs=lambda given: {"pyramid_num_inference_steps_list": [2], "guidance_scale": 5.0}
     ),
@@ -177,6 +221,14 @@ SIBLINGS: dict[str, Sibling] = {
         "DDIMPipeline", parts=_latents(6), inputs=lambda given: {"image": _picture(32)}
     ),
     "LTXI2VLongMultiPromptPipeline": Sibling("LTXPipeline", inputs=lambda given: {"cond_image": _picture(32)}),
+    "LongCatImagePipeline": Sibling(
+        "QwenImageEditPipeline",
+        parts=_longcat,
+        inputs=lambda given: {"enable_prompt_rewrite": False, "guidance_scale": 4.5, "output_type": "latent"},
+    ),
+    "LongCatImageEditPipeline": Sibling(
+        "QwenImageEditPipeline", parts=_longcat, inputs=lambda given: {"guidance_scale": 4.5, "output_type": "latent"}
+    ),
     "LucyEditPipeline": Sibling("WanVideoToVideoPipeline", parts=_wider()),
     "PNDMPipeline": Sibling("DDIMPipeline", parts=_pixels("PNDMScheduler")),
     "QwenImageControlNetInpaintPipeline": Sibling(
