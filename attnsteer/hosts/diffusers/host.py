@@ -125,8 +125,8 @@ def _has_processor(module: nn.Module) -> bool:
 
 
 def _sites_of(component: str, model: nn.Module) -> list[Site]:
-    # Poolers of the prompt call SDPA themselves, without a processor.
-    found = [(n, m) for n, m in model.named_modules() if _has_processor(m) or (_heads(m)[0] and reaches(m))]
+    # Some call SDPA themselves, without a processor: poolers of the prompt, or parts of an attention module.
+    found = [(n, m) for n, m in model.named_modules() if _has_processor(m) or (reaches(m) and _heads_at(n, model)[0])]
     unet = hasattr(model, "down_blocks")
     if unet:
         order = {"down_blocks": 1, "mid_block": 2, "up_blocks": 3}
@@ -138,7 +138,7 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
         block = re.match(r"(.*\.\d+)(\.|$)", name)
         modality = modality_of(name, model)
         numbers = layers.setdefault(modality, {})
-        heads, kv, refused = *_heads(module), ""
+        heads, kv, refused = *(_heads(module) if _has_processor(module) else _heads_at(name, model)), ""
         if not heads:
             refused = f"{type(module).__name__} does not say how many heads it has"
         sites.append(
@@ -157,6 +157,12 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
             )
         )
     return sites
+
+
+def _heads_at(name: str, model: nn.Module) -> tuple[int, int]:
+    """Those of a module that calls SDPA itself: its own numbers, or those of the module that it is a part of."""
+    own = _heads(model.get_submodule(name))
+    return own if own[0] else _heads(model.get_submodule(name.rpartition(".")[0]))
 
 
 def _heads(module: nn.Module) -> tuple[int, int]:
