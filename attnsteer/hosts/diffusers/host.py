@@ -13,10 +13,11 @@ from ...site import Site
 from ..base import Host, imported
 from ..sdpa.host import check_copyable, reaches
 from ..sdpa.rebind import names_called
+from ..sdpa.written import check_written, writes_attention
 from .clock import DenoiserClock
 from .guided_forward import guide
 from .guiders import watch_guider
-from .processors import attach_direct, attach_linear, attach_processor, is_eager, usable
+from .processors import attach_direct, attach_followed, attach_linear, attach_processor, is_eager, usable
 from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
 
@@ -62,8 +63,12 @@ class DiffusersHost(Host):
     def check(self, site: Site, bound: Bound) -> None:
         if site.linear:
             return
-        if not _has_processor(site.module):
+        how = _reached(site.name, site.module, self.models[site.component])
+        if how == "direct":
             check_copyable(site)
+        if how == "written":
+            check_written(site, bound)
+        if how != "processor":
             return
         processor = usable(site.module.processor)
         if not names_called(type(processor).__call__) and not is_eager(processor):
@@ -80,8 +85,8 @@ class DiffusersHost(Host):
         }
         for runtime in run.runtimes.values():
             clock = clocks[runtime.site.component]
-            attach = attach_processor if _has_processor(runtime.site.module) else attach_direct
-            (attach_linear if runtime.site.linear else attach)(runtime, clock, journal)
+            how = _reached(runtime.site.name, runtime.site.module, clock.model)
+            (attach_linear if runtime.site.linear else ATTACH[how])(runtime, clock, journal)
         for clock in clocks.values():
             guide(clock, [s for s in self.sites() if s.component == clock.name], journal)
         if self.pipeline is not None:
@@ -125,8 +130,7 @@ def _has_processor(module: nn.Module) -> bool:
 
 
 def _sites_of(component: str, model: nn.Module) -> list[Site]:
-    # Some call SDPA themselves, without a processor: poolers of the prompt, or parts of an attention module.
-    found = [(n, m) for n, m in model.named_modules() if _has_processor(m) or (reaches(m) and _heads_at(n, model)[0])]
+    found = [(name, m) for name, m in model.named_modules() if _reached(name, m, model)]
     unet = hasattr(model, "down_blocks")
     if unet:
         order = {"down_blocks": 1, "mid_block": 2, "up_blocks": 3}
@@ -157,6 +161,20 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
             )
         )
     return sites
+
+
+# How the attention of a site is reached.
+ATTACH = {"processor": attach_processor, "direct": attach_direct, "written": attach_followed}
+
+
+def _reached(name: str, module: nn.Module, model: nn.Module) -> str | None:
+    """ "processor"; "direct": it calls SDPA itself, as a pooler of the prompt, or a part of an attention module; "written": it
+    takes a softmax itself; None: it does not attend."""
+    if _has_processor(module):
+        return "processor"
+    if reaches(module) and _heads_at(name, model)[0]:
+        return "direct"
+    return "written" if writes_attention(module) else None
 
 
 def _heads_at(name: str, model: nn.Module) -> tuple[int, int]:

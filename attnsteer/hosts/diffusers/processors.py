@@ -17,8 +17,10 @@ from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
+from ..exact import check_exact
 from ..sdpa.host import counting, patch_forward, same_kernel, sdpa_primitive
 from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
+from ..sdpa.written import Account, attach_written
 from .clock import DenoiserClock, ProcessorCall
 from .contrast import Collected, NegativeText
 
@@ -257,6 +259,27 @@ def attach_direct(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) 
         return primitive(*args, **kwargs)
 
     patch_forward(site.module, counting(site, attend, lambda: clock.active(runtime)), journal)
+
+
+def attach_followed(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:
+    """Follow the softmax that a module without a processor takes itself, as those for faces in ConsisID do."""
+    site = runtime.site
+    running = clock.calls[site.path] = ProcessorCall()
+    checked: list[bool] = []
+
+    def acting() -> tuple[int, ...]:
+        running.ran = True
+        return clock.active(runtime)
+
+    def make_call(batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
+        return clock.call(site, batch, rows, keys, device, None)
+
+    def check(att: Attention, own: Callable[[Tensor], Tensor]) -> None:
+        if not checked:
+            check_exact(site, att, own)
+            checked.append(True)
+
+    attach_written(runtime, Account(acting, make_call, check), journal)
 
 
 def attach_linear(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:

@@ -32,7 +32,9 @@ PLAIN = re.compile(
 )
 # Parts of a transformer that see the prompt alone.
 PROMPT_ONLY = re.compile(r"(^|\.)(context_embedder|context_refiner|token_refiner|text_transformer_blocks)\.")
-POOLER = re.compile(r"(^|\.)pooler$")
+POOLER = re.compile(r"(^|\.)pooler$|^local_facial_extractor\.")
+# Classes without a processor whose rows attend to something else.
+CROSSING = re.compile(r"Cross|Pool|Perceiver")
 LINEAR = re.compile(r"SanaLinear")
 # Models whose rows lie differently in each sample: padding stands between the streams, or the caller says where they are.
 RAGGED = re.compile(r"Lumina2|ZImage|OmniGen|Ideogram4|HunyuanVideo15|HiDream")
@@ -71,7 +73,7 @@ def kind_of(name: str, module: nn.Module, model: nn.Module) -> str:
         return listed_kind(known[0], known[1])
     unet = hasattr(model, "down_blocks")
     if not hasattr(module, "processor"):
-        return "cross" if POOLER.search(name) else "self"
+        return "cross" if CROSSING.search(type(module).__name__) else "self"
     processor = type(module.processor).__name__
     crossing = getattr(module, "is_cross_attention", None)
     crossing = bool(re.search(r"attn2$|cross", name)) if crossing is None else bool(crossing)
