@@ -162,8 +162,10 @@ class Check:
             raise self.refuse(f"the bias has shape {tuple(term.shape)}; expected {form}.")
         self._number("the bias", term)
         self._device("the bias", term)
+        if not self.values:
+            return
         used = term.to(self.att.stat_dtype)
-        if self.values and bool((used.isnan() | (used == torch.inf)).any()):
+        if bool((used.isnan() | (used == torch.inf)).any()):
             raise self.refuse(
                 f"the bias has NaN or plus infinity in {self.att.stat_dtype}, in which it is used; finite numbers and minus "
                 "infinity are defined."
@@ -205,8 +207,8 @@ class Check:
             raise self.refuse(f"the kept blocks are {_kind(keep)}; expected bool [{B} or 1, {H} or 1, {n}, blocks].")
         self._device("the blocks of the keys", block)
         self._device("the kept blocks", keep)
-        wrong = (block < -1) | (block >= keep.shape[-1])
-        if self.values and bool(wrong.any()):
+        wrong = (block < -1) | (block >= keep.shape[-1]) if self.values else None
+        if wrong is not None and bool(wrong.any()):
             raise self.refuse(
                 f"a key is in block {int(block[wrong][0])}; {keep.shape[-1]} blocks are kept or left out, from 0 on, and -1 is "
                 "for keys that all rows see."
@@ -246,7 +248,8 @@ class Check:
                 )
             self._device(f"the keys of group {i}", keys)
             self._weight(f"the weight of group {i}", weight, (B, H, n), edit.positive)
-            members = keys.int() if members is None else members + keys
+            if self.values:
+                members = keys.int() if members is None else members + keys
         self._weight("the weight of the rest", edit.rest, (B, H, n), edit.positive)
         if edit.grows and self.values:
             least = [torch.as_tensor(w, device=self.device) for w in (edit.rest, *(w for _, w in edit.groups))]
@@ -254,7 +257,7 @@ class Check:
                 raise self.refuse(
                     "a group has less weight than the rest, and the edit promises that none has; leave it out."
                 )
-        if members is not None and self.values and bool((members > 1).any()):
+        if members is not None and bool((members > 1).any()):
             raise self.refuse("the key sets overlap; a key belongs to one set, and the remainder is implicit.")
 
     @torch.no_grad()
@@ -336,7 +339,7 @@ class Check:
     def _weight(self, what: str, weight: Any, shape: tuple[int, int, int], positive: bool = False) -> None:
         if isinstance(weight, bool) or not isinstance(weight, (int, float, Tensor)):
             raise self.refuse(f"{what} is {_kind(weight)}; expected a number or a tensor.")
-        if isinstance(weight, int) and weight.bit_length() > 63:
+        if self.values and isinstance(weight, int) and weight.bit_length() > 63:
             raise self.refuse(
                 f"{what} is an integer of {weight.bit_length()} bits; give a number that a tensor can hold."
             )
@@ -347,9 +350,12 @@ class Check:
                     f"{what} has shape {tuple(weight.shape)}; expected one that broadcasts to {list(shape)}."
                 )
             self._device(what, weight)
-        if isinstance(weight, Tensor) and not self.values:
-            return
         dtype = self.att.stat_dtype
+        if not self.values:
+            # A tensor of a number would have to be read as well.
+            if not isinstance(weight, Tensor) and not 0 <= weight <= torch.finfo(dtype).max:
+                raise self.refuse(f"{what} is {weight}; give a finite number of zero or more.")
+            return
         if isinstance(weight, int) and abs(weight) > torch.finfo(dtype).max:
             # torch cannot read it at all.
             weight = torch.inf
