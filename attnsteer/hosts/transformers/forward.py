@@ -159,8 +159,8 @@ class Stack:
         # An image tower of a vision-language model: its batch is one of images or tiles.
         self.tower = outer.family is not None and any(r.site.modality != "text" for r in runtimes.values())
         self.memory = Memory()
-        # Sites whose attention was found to be what its arguments say.
-        self.exact: set[int] = set()
+        # Sites, and with which kernel, whose attention was found to be what its arguments say.
+        self.exact: set[Any] = set()
         self.beside: Any = None
         # Why compiled code never holds this stack's forward, or None.
         self.untraceable: str | None = None
@@ -456,6 +456,9 @@ class Stack:
             return past if sequence.prompt is None else min(sequence.prompt, past), None
         if scope.chunked:
             total = scope.chunk_total
+        elif outer.generation is not None and outer.generation.assists and past and sequence.prompt is not None:
+            # Each round of candidates is a `generate` of its own, whose input is longer than the prompt.
+            return sequence.prompt, sequence.prompt
         elif outer.generation is not None:
             total = outer.generation.total
         elif outer.beside is not None and outer.beside.guided and (new == 1 or not past):

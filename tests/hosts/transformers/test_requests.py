@@ -8,7 +8,7 @@ import io
 import pickle
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -433,6 +433,61 @@ def test_a_backward_pass_behind_the_steering_is_that_of_its_forward_or_refused(r
 
 
 # Generation.
+
+
+@each_method
+def test_a_prompt_that_begins_like_another_is_one_of_its_own(llama: nn.Module, method: Any) -> None:
+    """A generation inside that goes on behind the outer one's prompt is no assistant of it."""
+    x = tokens(1, 9)
+    longer, found = torch.cat([x, tokens(1, 4, seed=1)], dim=1), []
+    inner = {"input_ids": longer, "attention_mask": torch.ones_like(longer), "max_new_tokens": 4, **OPTIONS}
+
+    class Beside(StoppingCriteria):
+        def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            found.append(llama.generate(**inner))
+            return torch.zeros(1, dtype=torch.bool)
+
+    with controlled(llama, method):
+        llama.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=1, stopping_criteria=[Beside()])
+        alone = llama.generate(**inner)
+    assert max(far(a, b) for a, b in zip(found[0].logits, alone.logits, strict=True)) <= 1e-5
+
+
+@each_method
+def test_an_assistant_with_a_steering_of_its_own(llama: nn.Module, method: Any) -> None:
+    """Its prompt is that of the first round, whatever was taken since; statistics of a prompt are refused before it starts."""
+    draft, x = tiny_transformers("llama", num_hidden_layers=2), tokens(1, 9)
+    phases: list[tuple[int, str]] = []
+
+    class Said(type(method)):
+        def weights(self, call: Any) -> Any:
+            phases.append((call.past + call.rows.size, call.phase))
+            return super().weights(call)
+
+    said = Said(**{f.name: getattr(method, f.name) for f in fields(method)})
+    options = {"input_ids": x, "attention_mask": torch.ones_like(x), "max_new_tokens": 8, **OPTIONS}
+    with controlled(llama, method):
+        expected = llama.generate(**options)
+        with controlled(draft, said):
+            if method.looks_ahead:
+                with pytest.raises(UnsupportedHost, match="attached to an assistant"):
+                    llama.generate(**options, assistant_model=draft)
+                return
+            assisted = llama.generate(**options, assistant_model=draft)
+    assert max(far(a, b) for a, b in zip(expected.logits, assisted.logits, strict=True)) <= 1e-5
+    assert {phase for length, phase in phases if length > 10} == {"decode"}
+
+
+@each_method
+def test_a_bool_mask_that_eager_attention_adds_is_refused_also_behind_other_masks(method: Any) -> None:
+    model = tiny_transformers("llama", attn_implementation="eager")
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    with controlled(model, method):
+        expected = model(input_ids=tokens(1, 6), use_cache=False).logits
+        with pytest.raises(UnsupportedHost, match="attention_mask is bool"):
+            model(input_ids=tokens(1, 6), attention_mask=mask, use_cache=False)
+        least = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        assert far(model(input_ids=tokens(1, 6), attention_mask=least, use_cache=False).logits, expected) <= 1e-5
 
 
 def test_a_generation_inside_another_has_its_own_prompt(llama: nn.Module) -> None:
