@@ -115,6 +115,10 @@ class GuidedForward:
 
     def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One call of the denoiser by its pipeline; `inner` is the forward that this one is around."""
+        with self.sampling.alone(type(self.model).__name__):
+            return self._forward(inner, *args, **kwargs)
+
+    def _forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         clock, sampling = self.clock, self.sampling
         if self.run.branch is not None:
             with clock.on_rows(clock.layout, clock.batch):
