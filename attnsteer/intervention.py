@@ -270,6 +270,7 @@ class Intervention(Named):
         repo: str,
         *,
         model: Any = None,
+        evidence: str = "",
         private: bool | None = None,
         token: str | None = None,
         endpoint: str | None = None,
@@ -278,7 +279,8 @@ class Intervention(Named):
 
         Args:
             repo: owner/name; made where there is none. model: the model that it is for, or its id; others are refused when it is
-                loaded for them. private, token, endpoint: of the hub.
+                loaded for them. evidence: what a run says of it, for the card (`attnsteer.results.hub_runs.evidence`).
+            private, token, endpoint: of the hub.
 
         Raises:
             HubError: the hub refuses or cannot be reached.
@@ -295,6 +297,7 @@ class Intervention(Named):
             body += [f"- {k}: {v}" for k, v in record["versions"].items()]
             body += ["", "```python", "from attnsteer import Intervention, steer"]
             body += [f'with steer(model, Intervention.from_pretrained("{repo}", model=model)):', "    ...", "```"]
+            body += ["", evidence] if evidence else []
             base = (facts or {}).get("id")
             text = card(repo, "method", "\n".join(body), base_model=base, tags=[record["method"]])
             names = [n for n in (RECORD, HEADS) if (folder / n).is_file()]

@@ -48,6 +48,8 @@ WHOLE = {("HeadGate", "llama"), ("HeadGate", "bert"), ("ACT", "llama"), ("PASTA"
     ("HeadGate", "gpt2"),
     ("ZeroTuning", "mistral"),
     ("SpotLight", "t5"),
+    ("HeadGate", "sd-pipeline"),
+    ("PAG", "sd3-pipeline"),
 }
 CORE = ("effect", "identity", "reference", "padding", "cache", "ways", "packed", "undo")
 
@@ -59,9 +61,14 @@ def in_short(law: str, method: MethodCase, host: HostCase) -> bool:
     if law == "continuous":
         # A thread of its own for each batch; tests/hosts/transformers/test_continuous.py has every kind of method.
         return (method.name, host.name) in CONTINUOUS or not (method in METHODS and host in LANGUAGE)
-    if method not in METHODS or host not in LANGUAGE or (method.name, host.name) in WHOLE:
+    if host in DENOISERS or (method.name, host.name) in WHOLE:
         return True
-    return (METHODS.index(method) + LANGUAGE.index(host)) % (2 if law in CORE else 4) == 0
+    if method in METHODS and host in LANGUAGE:
+        return (METHODS.index(method) + LANGUAGE.index(host)) % (3 if law in CORE else 6) == 0
+    if law in CORE and (method in VISION or method in ON_UNET):
+        # These have one host.
+        return True
+    return ([m for m, _ in PAIRS].index(method) + [h for _, h in PAIRS].index(host) + list(LAWS).index(law)) % 2 == 0
 
 
 # All laws of a pair in a row: they share what the first of them computes.

@@ -287,7 +287,7 @@ PROFILE = {
 }
 
 
-@settings(max_examples=1500, **PROFILE)
+@settings(max_examples=500, **PROFILE)
 @given(MUTATIONS, st.booleans())
 def test_changed_recipes_load_or_are_refused(changes: list[Any], searched: bool) -> None:
     data = mutated(WHOLE if searched else BASE, changes)
