@@ -3,7 +3,7 @@
 Existence questions about scenes (random, popular and adversarial ones; a class that two kinds ask about is asked once), every arm
 on the same questions. The image is prefilled once for all questions of a scene, and the cache cut back between them, which is
 exact for every method here (VHR with rows="last"). Answers are scored by the likelihoods of " yes" and " no". One JSON file per
-arm; a file that is there is not computed again, so that several processes may share the work (`--arms`).
+arm; one that is there, or that another process has claimed, is left alone, so that several may share the work.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ from attnsteer.zoo.shapes.layouts import chair
 from attnsteer.zoo.shapes.questions import NEGATIVES, pope
 from attnsteer.zoo.shapes.render import render
 
+# Calibration scenes on which settings are compared.
+SWEEP = 16
+# Layers and heads of the text model.
+SHAPE = (30, 9)
 PARTS = ("preconditions", "heads", "sweep", "choose", "existence", "captions", "knockout", "report")
 BATCH, SINK_DIM, TAU = 20, 507, 20.0
 BANDS = {"0-2": (0, 3), "3-9": (3, 10), "10-12": (10, 13), "13-28": (13, 29)}
@@ -103,7 +107,7 @@ def existence(model: Any, processor: Any, data: Sequence[Item], make: Make) -> l
             call(input_ids=ids, pixel_values=before.pixel_values, past_key_values=cache)
             for k, asked in enumerate(questions):
                 logits = call(input_ids=asked, past_key_values=cache)
-                cache.crop(width)
+                cache.crop(-asked.shape[1])
                 for item, row in zip(part, logits, strict=True):
                     if k < len(item.asked):
                         text, there, kinds = item.asked[k]
@@ -265,10 +269,10 @@ def one(method: Intervention | None) -> Make:
     return lambda scenes: method
 
 
-def arms(heads: HeadSet | None, chosen: dict[str, Any]) -> dict[str, tuple[bool, Make]]:
+def arms(heads: list[tuple[int, int]] | None, chosen: dict[str, Any]) -> dict[str, tuple[bool, Make]]:
     """Arm -> (with registers, method)."""
     var: dict[str, Any] = {"sink_dims": (SINK_DIM,), "tau": TAU, "rho": chosen.get("rho", 0.5)}
-    own = HeadSet(list(heads)[: chosen.get("top", 10)], shape=heads.shape) if heads is not None else None
+    own = HeadSet(heads[: chosen.get("top", 10)], shape=SHAPE) if heads is not None else None
     alpha, beta = chosen.get("paint", (0.3, 0.3))
     threshold, shape = chosen.get("threshold", 0.2), chosen.get("pai", 0.2)
     strength = chosen.get("vhr", 1.2)
@@ -309,7 +313,7 @@ def arms(heads: HeadSet | None, chosen: dict[str, Any]) -> dict[str, tuple[bool,
     return found
 
 
-def sweep(heads: HeadSet) -> dict[str, tuple[bool, Make]]:
+def sweep(heads: list[tuple[int, int]]) -> dict[str, tuple[bool, Make]]:
     """What is tried on the calibration split."""
     var = {"sink_dims": (SINK_DIM,), "tau": TAU}
     found: dict[str, Make] = {"base": one(None)}
@@ -317,9 +321,7 @@ def sweep(heads: HeadSet) -> dict[str, tuple[bool, Make]]:
     found |= {f"VHR {a}": one(VHR(a, rows="last")) for a in (1.1, 1.3)}
     found |= {f"PAI {a}": one(PAI(a)) for a in (0.1, 0.3)}
     found |= {f"PAINT {a} {b}": painted(a, b) for a, b in ((0.2, 0.1), (0.5, 0.2))}
-    found |= {
-        f"ADHH top {n} {t}": one(ADHH(HeadSet(list(heads)[:n], shape=heads.shape), t)) for n, t in ((5, 0.2), (15, 0.2))
-    }
+    found |= {f"ADHH top {n} {t}": one(ADHH(HeadSet(heads[:n], shape=SHAPE), t)) for n, t in ((5, 0.2), (15, 0.2))}
     return {name: (True, make) for name, make in found.items()}
 
 
@@ -372,39 +374,51 @@ PAIRS = {
 @torch.no_grad()
 def knockout(name: str, width: int, count: int) -> dict[str, Any]:
     """Existence questions with attention between two parts of the prompt blocked in a band of layers: band -> accuracy, log p."""
-    from attnsteer.zoo.measure.text import inputs
-
     model, processor = zoo.load(name)
-    yes, no = (
-        processor.tokenizer(w, add_special_tokens=False).input_ids[0]
-        for w in ((" yes", " no") if processor.chat_template else ("yes", "no"))
-    )
-    asked = [(i.scene, text, there) for i in items("calibration", count) for text, there, _ in i.asked]
-    asked = asked[:count]
-    batches = []
-    for at in range(0, len(asked), 2 * BATCH):
-        scenes, texts, _ = zip(*asked[at : at + 2 * BATCH], strict=True)
-        batches.append((encoded if processor.chat_template else inputs)(processor, scenes, texts))
+    data = items("calibration", count)
 
     def measured(method: Intervention | None) -> list[float]:
-        run = None if method is None else steer(model, method, control=True)
-        try:
-            out = [model(**batch, logits_to_keep=1).logits[:, -1].float() for batch in batches]
-        finally:
-            if run is not None:
-                run.remove()
-        margins = torch.cat([x[:, yes] - x[:, no] for x in out]).tolist()
-        rows = [[0, t, there, [], m] for (_, t, there), m in zip(asked, margins, strict=True)]
+        rows = (existence if processor.chat_template else _whole)(model, processor, data, one(method))
         return [round(accuracy(rows), 4), round(log_p(rows), 4)]
 
     layers = model.config.text_config.num_hidden_layers
     bands = [(a, min(a + width, layers)) for a in range(0, layers, width)]
-    found: dict[str, Any] = {"model": name, "questions": len(asked), "base": measured(None), "bands": {}}
+    found: dict[str, Any] = {
+        "model": name,
+        "questions": sum(len(i.asked) for i in data),
+        "base": measured(None),
+        "bands": {},
+    }
     for told, pairs in PAIRS.items():
         for first, stop in [*bands, (0, layers)]:
             band = Where(layers=range(first, stop), kinds="self")
             found["bands"].setdefault(told, {})[f"{first}-{stop - 1}"] = measured(VisualKnockout(pairs, where=band))
     return found
+
+
+def _whole(model: Any, processor: Any, data: Sequence[Item], make: Make) -> list[list[Any]]:
+    """`existence` of shapes-lvlm, a whole prompt for each question."""
+    from attnsteer.zoo.measure.text import inputs
+
+    yes, no = processor.tokenizer.convert_tokens_to_ids(["yes", "no"])
+    asked = [(i, text, there, kinds) for i in data for text, there, kinds in i.asked]
+    rows: list[list[Any]] = []
+    for at in range(0, len(asked), 100):
+        part = asked[at : at + 100]
+        scenes = [i.scene for i, *_ in part]
+        method = make(scenes)
+        run = None if method is None else steer(model, method, control=True)
+        try:
+            batch = inputs(processor, scenes, [text for _, text, *_ in part])
+            logits = model(**batch, logits_to_keep=1).logits[:, -1].float()
+        finally:
+            if run is not None:
+                run.remove()
+        rows += [
+            [i.index, text, there, list(kinds), float(row[yes] - row[no])]
+            for (i, text, there, kinds), row in zip(part, logits, strict=True)
+        ]
+    return rows
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
@@ -525,21 +539,17 @@ def main(argv: Iterable[str] | None = None) -> None:
             loaded[registers] = zoo.load("smollm2-llava", registers=registers)
         return loaded[registers]
 
-    if args.part == "choose":
-        write(args.out / "chosen.json", choose(args.out))
-        print((args.out / "chosen.json").read_text())
-        return
     if args.part == "report":
         print(report(args.out))
         return
     if args.part == "knockout":
-        found = [knockout("shapes-lvlm", 1, args.scenes), knockout("smollm2-llava", 5, args.scenes)]
+        found = [knockout("shapes-lvlm", 1, 4 * args.scenes), knockout("smollm2-llava", 5, args.scenes)]
         write(args.out / "knockout.json", found)
         draw(found, args.out / "knockout.png")
         print(json.dumps(found, indent=1))
         return
-    split = "calibration" if args.part in ("heads", "sweep") else "test"
-    data = items(split, args.scenes, args.start)
+    split = "calibration" if args.part in ("heads", "sweep", "choose") else "test"
+    data = items(split, min(args.scenes, SWEEP) if args.part in ("sweep", "choose") else args.scenes, args.start)
     if args.part == "preconditions":
         found = {str(r): preconditions(*models(r), data) for r in (True, False)}
         model, processor = models(True)
@@ -552,28 +562,36 @@ def main(argv: Iterable[str] | None = None) -> None:
     at = args.out / "heads.json"
     if args.part == "heads":
         heads = influence(*models(True), data)
-        write(at, {"heads": [list(h) for h in heads], "scores": [heads.scores[h] for h in heads]})
-        print(list(heads)[:12], [round(heads.scores[h], 4) for h in list(heads)[:12]])
+        ranked = sorted(heads, key=lambda h: -heads.scores[h])
+        write(at, {"heads": [list(h) for h in ranked], "scores": [heads.scores[h] for h in ranked]})
+        print([(h, round(heads.scores[h], 4)) for h in ranked[:12]])
         return
     heads = None
     if at.is_file():
-        heads = HeadSet([tuple(h) for h in json.loads(at.read_text())["heads"]], shape=(30, 9))
+        heads = [(int(i), int(h)) for i, h in json.loads(at.read_text())["heads"]]
     chosen = json.loads(args.chosen.read_text()) if args.chosen else {}
-    every = sweep(heads) if args.part == "sweep" else arms(heads, chosen)
+    tried = args.part in ("sweep", "choose")
+    every = sweep(heads or []) if tried else arms(heads, chosen)
     measure = captions if args.part == "captions" else existence
     for name in args.arms.split(";") if args.arms else every:
         registers, make = every[name]
-        path = args.out / f"{args.part} {name}.json"
-        if path.exists():
+        path = args.out / f"{'sweep' if tried else args.part} {name}.json"
+        claim = path.with_suffix(".claim")
+        if path.exists() or claim.exists():
             continue
+        claim.touch()
         begun = time.monotonic()
         rows = measure(*models(registers), data, make)
         write(path, rows)
+        claim.unlink()
         if args.part == "captions":
             told = f"CHAIR_i {sum(r[3] for r in rows) / max(sum(r[2] for r in rows), 1):.3f}"
         else:
             told = f"accuracy {accuracy(rows):.4f} of {len(rows)}, log p {log_p(rows):.4f}"
         print(f"{name}: {told}, {time.monotonic() - begun:.0f} s", flush=True)
+    if args.part == "choose":
+        write(args.out / "chosen.json", choose(args.out))
+        print((args.out / "chosen.json").read_text())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ..errors import ZooError
 NAME, TEXT, SIGHT = "smollm2-llava", "smollm2-135m", "shapes-lvlm"
 WEIGHTS = "adapter.safetensors"
 # A token that SmolLM2 has and that no text has: the place of an image.
-IMAGE = "<file_sep>"
+IMAGE, IMAGE_ID = "<file_sep>", 5
 GRID = 8
 TOKENS = GRID * GRID
 # Nearly always background, so that the registers hide next to nothing.
@@ -63,10 +63,6 @@ def config(text: Any, sight: Any) -> Any:
         vision_feature_layer=-1,
         tie_word_embeddings=True,
     )
-
-
-# Of `IMAGE` in SmolLM2's vocabulary.
-IMAGE_ID = 5
 
 
 def assemble(text: Any, tower: nn.Module, tensors: dict[str, Tensor], registers: bool = True) -> Any:
