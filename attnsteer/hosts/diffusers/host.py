@@ -15,6 +15,7 @@ from ..sdpa.rebind import names_called
 from .clock import DenoiserClock
 from .guided_forward import guide
 from .guiders import watch_guider
+from .image_prompt import check_image_prompt
 from .processors import attach_linear, attach_processor, is_eager, usable
 from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
@@ -36,7 +37,9 @@ KEY_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
 class DiffusersHost(Host):
     """Pipelines and denoisers of diffusers: UNets and every transformer with attention processors."""
 
-    provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent", "contrast", "prompt"})
+    provides = frozenset(
+        {"segments", "grid", "steps", "branches", "around", "latent", "contrast", "prompt", "image_prompt"}
+    )
 
     def __init__(self, target: nn.Module | DiffusionPipeline):
         super().__init__(target)
@@ -62,6 +65,8 @@ class DiffusersHost(Host):
         if site.linear:
             return
         processor = usable(site.module.processor)
+        if "image_prompt" in bound.method.needs:
+            check_image_prompt(site, processor, bound)
         if not names_called(type(processor).__call__) and not is_eager(processor):
             raise UnsupportedHost(
                 f"{site.path} uses {type(processor).__name__}, which reaches attention neither through "
