@@ -224,6 +224,7 @@ class HeadSet(Named):
         repo: str,
         *,
         model: Any = None,
+        evidence: str = "",
         private: bool | None = None,
         token: str | None = None,
         endpoint: str | None = None,
@@ -232,7 +233,8 @@ class HeadSet(Named):
 
         Args:
             repo: owner/name; made where there is none. model: the model that the heads are of, or its id; others are refused
-                when it is loaded for them. private, token, endpoint: of the hub.
+                when it is loaded for them. evidence: what a run says of it, for the card (`attnsteer.results.hub_runs.evidence`).
+            private, token, endpoint: of the hub.
 
         Raises:
             HubError: the hub refuses or cannot be reached.
@@ -241,7 +243,8 @@ class HeadSet(Named):
 
         facts = model_facts(model)
         shape = "not said" if self._shape is None else f"{self._shape[0]} layers of {self._shape[1]} heads"
-        rows = [f"| {layer} | {', '.join(map(str, self[layer]))} |" for layer in self.layers]
+        scored = lambda p: f"{p[1]} ({self._scores[p]:.4g})" if p in self._scores else str(p[1])  # noqa: E731
+        rows = [f"| {layer} | {', '.join(scored((layer, h)) for h in self[layer])} |" for layer in self.layers]
         body = [
             f"{len(self)} attention heads, found by attnsteer.",
             "",
@@ -249,8 +252,9 @@ class HeadSet(Named):
             f"- heads of the model: {shape}",
         ]
         body += [f"- {key}: {value}" for key, value in self._provenance.items()]
-        body += ["", "| layer | heads |", "| --- | --- |", *rows, "", "```python"]
+        body += ["", f"| layer | heads{' (score)' if self._scores else ''} |", "| --- | --- |", *rows, "", "```python"]
         body += ["from attnsteer import HeadSet", f'heads = HeadSet.from_pretrained("{repo}", model=model)', "```"]
+        body += ["", evidence] if evidence else []
         base = (facts or {}).get("id")
         with tempfile.TemporaryDirectory(prefix="attnsteer-") as scratch:
             self.save(Path(scratch) / FILE)

@@ -21,7 +21,7 @@ from .declarations import Declarations
 from .latents import INPUTS, unet_scale
 from .probe import probe
 from .steps import TIMES, Sampling
-from .streams import RAGGED, order_of, structure_of
+from .streams import RAGGED, order_of, own_place
 
 if TYPE_CHECKING:
     from ...steering import Steering
@@ -66,7 +66,7 @@ class DenoiserClock:
         self.runtimes = {path: r for path, r in run.runtimes.items() if r.site.component == name}
         self.declared = Declarations.of(run, self.runtimes.values(), owner, model)
         self._orders = {path: order_of(r.site, model) for path, r in self.runtimes.items()}
-        self._own = {path: (structure_of(model, r.site.name) or ("", (), ""))[2] for path, r in self.runtimes.items()}
+        self._own = {path: own_place(r.site, model) for path, r in self.runtimes.items()}
         # Sites whose order a method needs and no table has, until the model was looked at.
         needed = any("segments" in b.method.needs or b.where.rows in ("image", "text") for b in run.bounds)
         told = RAGGED.search(type(model).__name__) or self.declared.compiled or not needed

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...call import AttnCall
 from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
-from ..sdpa.host import same_kernel
+from ..exact import check_exact
+from ..sdpa.host import counting, patch_forward, same_kernel, sdpa_primitive
 from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
+from ..sdpa.written import Account, attach_written
 from .clock import DenoiserClock, ProcessorCall
 from .contrast import Collected, NegativeText
 from .image_prompt import Unscaled, check_order
@@ -246,6 +249,44 @@ def _plain_mask(site: Site, query: Tensor, key: Tensor, options: dict[str, Any],
         # One validity per key.
         return mask[:, None, None]
     return mask
+
+
+def attach_direct(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:
+    """Exchange the SDPA that a module without a processor calls itself, as Mochi's pooler of the prompt does."""
+    site = runtime.site
+    running = clock.calls[site.path] = ProcessorCall()
+
+    def make_call(batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
+        return clock.call(site, batch, rows, keys, device, None)
+
+    primitive = sdpa_primitive(runtime, make_call, clock.active)
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        running.ran = True
+        return primitive(*args, **kwargs)
+
+    patch_forward(site.module, counting(site, attend, lambda: clock.active(runtime)), journal)
+
+
+def attach_followed(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:
+    """Follow the softmax that a module without a processor takes itself, as those for faces in ConsisID do."""
+    site = runtime.site
+    running = clock.calls[site.path] = ProcessorCall()
+    checked: list[bool] = []
+
+    def acting() -> tuple[int, ...]:
+        running.ran = True
+        return clock.active(runtime)
+
+    def make_call(batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
+        return clock.call(site, batch, rows, keys, device, None)
+
+    def check(att: Attention, own: Callable[[Tensor], Tensor]) -> None:
+        if not checked:
+            check_exact(site, att, own)
+            checked.append(True)
+
+    attach_written(runtime, Account(acting, make_call, check), journal)
 
 
 def attach_linear(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:

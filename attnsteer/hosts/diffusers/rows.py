@@ -21,7 +21,7 @@ NEGATIVE = re.compile(r"^(negative_|neg_|uncond|null_|empty_)|_negative|_neg$")
 PROMPTS = re.compile(r"embed|prompt|text|cap|encod")
 OTHERS = re.compile(r"latent|noise|ids|timestep|sigma|input|kwargs|rotary")
 # Names of methods whose inner values are looked at: some pipelines join both sides before they return.
-ENCODES = re.compile(r"encode_(prompt|image)|_encode_(prompt|image)")
+ENCODES = re.compile(r"_?encode_\w*(prompt|image)\w*")
 
 Pool = list[tuple[str, Tensor]]
 
@@ -187,7 +187,9 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 def _row_of(value: Any, path: str, tensor: Tensor, row: int, batch: int, negative: Pool) -> Tensor | None:
     """What a leaf of an argument holds for one row."""
     place = re.search(r"\[(\d+)\]$", path)
-    if place and isinstance(value, (list, tuple)) and len(value) == batch:
+    # A list with an entry for each row; not one of layers, whose entries have all rows.
+    layers = tensor.ndim > 2 and tensor.shape[0] == batch
+    if place and isinstance(value, (list, tuple)) and len(value) == batch and not layers:
         return tensor if int(place[1]) == row else None
     if tensor.shape[0] % batch:
         return None

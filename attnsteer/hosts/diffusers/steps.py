@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedHost
 from .formula import Formula
+from .guiders import BRANCHES
 from .latents import Latents
-from .pipelines import UNCOND_COND, convention_of
+from .pipelines import UNCOND_COND, convention_of, one_branch
 from .prompt_words import Prompts
 from .rescale import Rescale
 from .rows import ENCODES, Conditions, fingerprint, layout_of
@@ -173,7 +174,7 @@ class Sampling:
             return self.convention.parts if guided else ("cond",)
         if calls != "contexts" and self.latent_rows == rows and not self.asked and self._unguided():
             return ("cond",)
-        return None
+        return ("cond",) if calls is None and one_branch(self.pipeline) else None
 
     def _unguided(self) -> bool:
         """Whether the running pipeline says itself that it does not guide."""
@@ -246,7 +247,8 @@ class Sampling:
 
     @contextlib.contextmanager
     def _enter_context(self, inner: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        before, self.context = self.context, name
+        # Pipelines with a guider name the context by what it calls the batch.
+        before, self.context = self.context, BRANCHES.get(name, name)
         try:
             with inner(name, *args, **kwargs) as value:
                 yield value

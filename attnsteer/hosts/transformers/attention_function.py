@@ -19,7 +19,7 @@ from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
-from ..exact import check_exact
+from ..exact import check_exact, reads_map
 from ..sdpa.host import same_kernel
 from . import traced
 from .forward import Forward, forward_of
@@ -197,11 +197,6 @@ def _flex_mask(block_mask: Any, q: Tensor, k: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import create_mask
 
     return create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device=q.device)
-
-
-def reads_map(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
-    """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
-    return not all(runtime.entries[i][0].method.linear for i in active)
 
 
 def _flash_mask(
