@@ -64,8 +64,8 @@ class Intervention(Named):
             names no kind).
         needs: names of what the host must provide: "tokens", "images" (their image roles), "residual", "image_free",
             "segments", "grid", "steps", "prompt" as attributes of the call (see `AttnCall`); "contrast" as one, the negative
-            prompt that the method names in `negative`, while its `on` holds; "latent" in `inputs.loop`, the latent of the
-            sampling loop.
+            prompt that the method names in `negative`, while its `on` holds; "image_prompt" as one, where it acts on
+            the attention to an image prompt and on no other; "latent" in `inputs.loop`, the latent of the sampling loop.
         causal_only: the method is defined on causal self-attention only.
         follows_crop: whether the state stays right when the cache is cut back behind the prompt.
         linear: whether the method only edits values and outputs, so that linear attention can take it.
