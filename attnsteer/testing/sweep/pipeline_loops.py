@@ -319,7 +319,8 @@ def _fresh(value: Any) -> Any:
 def _others(text: str) -> str:
     """Other words of as many letters; of JSON, other values."""
     if text.startswith("{"):
-        return json.dumps({k: _others(v) if isinstance(v, str) else v for k, v in json.loads(text).items()})
+        with contextlib.suppress(ValueError):
+            return json.dumps({k: _others(v) if isinstance(v, str) else v for k, v in json.loads(text).items()})
     return text.translate(NEXT)
 
 
