@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 # What the code of a pipeline that normalises its combination names.
 NORMALISES = frozenset(
-    {"cond_norm", "noise_norm", "normalized_guidance", "cfg_normalization", "_cfg_normalization", "ori_pos_norm"}
+    {
+        "cond_norm",
+        "noise_norm",
+        "pred_cond_norm",
+        "normalized_guidance",
+        "cfg_normalization",
+        "_cfg_normalization",
+        "ori_pos_norm",
+    }
 )
 # Numbers of one sample's prediction that are compared, and how far from a sum in exact arithmetic they may be.
 NUMBERS, EXACT = 1 << 14, 1e-3

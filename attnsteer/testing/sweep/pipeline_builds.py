@@ -6,6 +6,7 @@ DIFFUSERS_CHECKOUT; text encoders and tokenizers that they would download are sm
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import importlib
@@ -192,6 +193,8 @@ def offline() -> Iterator[None]:
     ]
     config = classmethod(lambda cls, *args, **kwargs: _config())
     patches.append(mock.patch.object(transformers.AutoConfig, "from_pretrained", config))
+    # Cleaning of prompts, which the library leaves undefined where the package is not here.
+    patches.append(mock.patch.object(builtins, "ftfy", types.SimpleNamespace(fix_text=str), create=True))
     patches += [
         mock.patch.object(c, "from_pretrained", classmethod(lambda cls, *args, **kwargs: cls()))
         for c in (FeatureExtractionMixin, ImageProcessingMixin)
@@ -240,8 +243,6 @@ class Built:
             parts = _taken(kind.__init__, parts | self.sibling.parts(parts))
         self.pipe = kind(**parts)
         self.pipe.set_progress_bar_config(disable=True)
-        # Cleaning of prompts, which the library leaves undefined where the package is not here.
-        vars(sys.modules[kind.__module__]).setdefault("ftfy", types.SimpleNamespace(fix_text=str))
         randomized(self.pipe)
         if hasattr(self.case, "get_dummy_inversion_inputs") and hasattr(self.pipe, "invert"):
             self.pipe.invert(**self.case.get_dummy_inversion_inputs("cpu"))
