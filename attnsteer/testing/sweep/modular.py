@@ -77,6 +77,8 @@ class Modular:
     def inputs(self) -> dict[str, Any]:
         """The arguments of one call."""
         given = {k: v for k, v in self.classic.inputs().items() if k not in LEFT_OUT}
+        if "negative_prompt" in {p.name for p in self.pipe.blocks.inputs}:
+            given.setdefault("negative_prompt", "ugly")
         return given
 
 
