@@ -36,7 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "clip": {"hidden_size": 32},
     "gemma3": {"text_config": {"hidden_size": 32}, "vision_config": {"hidden_size": 32}},
     "llama": {"hidden_size": 16, "head_dim": 4},
-    "qwen3_vl": {"text_config": {"hidden_size": 32}, "vision_config": {"out_hidden_size": 32}},
+    "qwen3_vl": {"text_config": {"hidden_size": 16}, "vision_config": {"out_hidden_size": 16}},
     "qwen2_vl": {
         "text_config": {
             "hidden_size": 16,
