@@ -6,9 +6,12 @@ import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from attnsteer import HeadGate, SoftPAG, Where, sites, steer
+from attnsteer.errors import UnsupportedHost
+from attnsteer.hosts.diffusers.formula import Formula
 from attnsteer.hosts.diffusers.guiders import _normalises
 from attnsteer.hosts.diffusers.pipelines import one_branch
 from attnsteer.hosts.diffusers.rows import Conditions, _row_of
@@ -138,3 +141,18 @@ def test_a_block_that_normalises_behind_the_guider_is_seen() -> None:
     assert _normalises(SimpleNamespace(blocks=QwenImageAutoBlocks()))
     assert not _normalises(SimpleNamespace(blocks=StableDiffusionXLAutoBlocks()))
     assert not _normalises(SimpleNamespace())
+
+
+def test_numbers_in_a_row_take_the_form_of_the_output_if_they_lie_alike() -> None:
+    """Z-Image predicts a list with a tensor for each sample, negates it, and may normalise the combination."""
+    c, u, term = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(1, 24)
+    combined = -(u + 3.0 * (c - u))[None]
+
+    def waiting() -> Formula:
+        formula = Formula(None)
+        formula.outside, formula.held, formula._rows = True, term, [c.flatten(), u.flatten()]
+        return formula
+
+    assert torch.allclose(waiting().step(combined), combined - term.reshape(1, 2, 3, 4))
+    with pytest.raises(UnsupportedHost, match="changes the prediction's form"):
+        waiting().step(combined.flip(-1))
