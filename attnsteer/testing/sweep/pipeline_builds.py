@@ -82,6 +82,13 @@ def _tokens(text: str) -> list[int]:
     return [3 + sum((i + 1) * ord(c) for i, c in enumerate(part)) % 4 for part in parts] + [2]
 
 
+class _Asked(dict):
+    def __missing__(self, key: str) -> Any:
+        if key != "position_ids":
+            raise KeyError(key)
+        return torch.arange(self["input_ids"].shape[1]).expand_as(self["input_ids"])
+
+
 class Words:
     """Stands for any tokenizer or processor: a number for every word."""
 
@@ -119,7 +126,10 @@ class Words:
             given = {k: v.tolist() for k, v in given.items()}
             if isinstance(text, str):
                 given = {k: v[0] for k, v in given.items()}
-        return BatchEncoding(given)
+        encoded = BatchEncoding(given)
+        # Told to those who ask for them, as Kolors does; most models take none.
+        vars(encoded)["data"] = _Asked(encoded.data)
+        return encoded
 
     def apply_chat_template(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         text = " ".join(re.findall(r"\w+", str(messages)))

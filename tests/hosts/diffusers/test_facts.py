@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from attnsteer import HeadGate, SoftPAG, Where, sites, steer
+from attnsteer.branches import BranchInputs
 from attnsteer.errors import UnsupportedHost
 from attnsteer.hosts.diffusers.formula import Formula
 from attnsteer.hosts.diffusers.guiders import _normalises
@@ -156,3 +157,12 @@ def test_numbers_in_a_row_take_the_form_of_the_output_if_they_lie_alike() -> Non
     assert torch.allclose(waiting().step(combined), combined - term.reshape(1, 2, 3, 4))
     with pytest.raises(UnsupportedHost, match="changes the prediction's form"):
         waiting().step(combined.flip(-1))
+
+
+def test_a_pair_of_rotary_tables_is_no_list_of_two_rows() -> None:
+    """HunyuanDiT and StableAudio: a cosine and a sine of an odd number of positions, beside two rows."""
+    tables = (torch.randn(5, 4), torch.randn(5, 4))
+    values = {"hidden_states": torch.randn(2, 5, 4), "image_rotary_emb": tables}
+    part = BranchInputs(values, ("uncond", "cond"), 2, None, {}).only("cond")
+    assert all(a is b for a, b in zip(part.values["image_rotary_emb"], tables, strict=True))
+    assert torch.equal(part.values["hidden_states"], values["hidden_states"][1:])
