@@ -266,6 +266,8 @@ class Built:
             given["num_inference_steps"] = 2
         if isinstance(given.get("strength"), float):
             given["strength"] = max(given["strength"], 0.8)
+        if given.get("prompt") == "":
+            given["prompt"] = "a red square"
         if "pag_scale" in given:
             # Its own guidance has rows of its own, which ours would perturb too.
             given["pag_scale"] = 0.0
