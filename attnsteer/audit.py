@@ -383,20 +383,22 @@ def mark_of(tensor: Tensor, values: bool) -> Any:
     """What `unchanged` compares with: the tensor's version.
 
     Args:
-        values: whether to copy a tensor that counts no versions (of inference mode); without, nothing is noticed of it.
+        values: whether to copy the tensor as well: those of inference mode count no versions, and what is written through
+            `.data`, or through an array of NumPy over the same memory, counts none either.
     """
-    if tensor.is_inference():
-        return tensor.clone() if values else None
-    return tensor._version
+    version = None if tensor.is_inference() else tensor._version
+    return (version, tensor.detach().clone()) if values and not tensor.is_meta else version
 
 
 def unchanged(tensor: Tensor, marked: Any) -> bool:
     """Whether a tensor is as it was when it was marked."""
     if marked is None:
         return True
-    if not isinstance(marked, Tensor):
-        return tensor._version == marked
-    if torch.equal(tensor, marked):
+    version, copy = marked if isinstance(marked, tuple) else (marked, None)
+    if version is not None and tensor._version != version:
+        return False
+    if copy is None or torch.equal(tensor, copy):
         return True
     # NaN, as in rows of a model that see no key, equals nothing.
-    return tensor.is_floating_point() and torch.allclose(tensor, marked, rtol=0.0, atol=0.0, equal_nan=True)
+    same = tensor.is_floating_point() and tensor.shape == copy.shape
+    return same and torch.allclose(tensor, copy, rtol=0.0, atol=0.0, equal_nan=True)

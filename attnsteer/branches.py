@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .account import Samples
-from .errors import UnsupportedHost
+from .errors import ContractError, UnsupportedHost, brief, did_you_mean, listing
 from .parameters import PerSample
 
 # What is known of arguments: the first dimension is the batch, or they are passed on whole (position ids, rotary tables). It
@@ -91,7 +91,16 @@ class BranchInputs:
         return found
 
     def part(self, name: str) -> slice:
-        """The rows of the last part called `name`."""
+        """The rows of the last part called `name`.
+
+        Raises:
+            ContractError: there is none.
+        """
+        if name not in self.layout:
+            parts = listing(map(repr, self.layout))
+            raise ContractError(
+                f"inputs has no part {brief(name)}; this call has {parts}.{did_you_mean(name, self.layout)}"
+            )
         at = len(self.layout) - 1 - self.layout[::-1].index(name)
         size = self.batch // len(self.layout)
         return slice(at * size, (at + 1) * size)

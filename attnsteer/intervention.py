@@ -64,8 +64,8 @@ class Intervention(Named):
             names no kind).
         needs: names of what the host must provide: "tokens", "images" (their image roles), "residual", "image_free",
             "segments", "grid", "steps", "prompt" as attributes of the call (see `AttnCall`); "contrast" as one, the negative
-            prompt that the method names in `negative`, while its `on` holds; "latent" in `inputs.loop`, the latent of the
-            sampling loop.
+            prompt that the method names in `negative`, while its `on` holds; "image_prompt" as one, where it acts on
+            the attention to an image prompt and on no other; "latent" in `inputs.loop`, the latent of the sampling loop.
         causal_only: the method is defined on causal self-attention only.
         follows_crop: whether the state stays right when the cache is cut back behind the prompt.
         linear: whether the method only edits values and outputs, so that linear attention can take it.
@@ -112,9 +112,15 @@ class Intervention(Named):
 
         Raises:
             RegistrationError: `needs` is no tuple of names; a string would be taken for its letters. Or a door takes other
-                parameters than the contract's.
+                parameters than the contract's, or a field has the name of a door or of another function of this class.
         """
         super().__init_subclass__(**kwargs)
+        for name in inspect.get_annotations(cls):
+            if callable(getattr(Intervention, name, None)):
+                raise RegistrationError(
+                    f"{cls.__name__}.{name}: a method has a function {name}() already, which this field would take the place of; "
+                    "give the field another name."
+                )
         if "row_local" not in vars(cls) and any(door in vars(cls) for door in DOORS):
             # What a base says of its own doors says nothing of new ones.
             cls.row_local = False

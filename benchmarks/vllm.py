@@ -177,7 +177,13 @@ def main() -> None:
     cases |= {name: method for name, method in chosen if any(own in name for own in args.only)}
     table: dict[str, dict[str, float]] = {}
     prompts: dict[str, list[tuple[Seconds, Seconds]]] = {name: [] for name in cases}
-    steps = {name: bench.decode(method, args.steps) for name, method in cases.items()}
+    steps = {}
+    for name, method in cases.items():
+        steps[name] = bench.decode(method, args.steps)
+        clock, process = (
+            middle([s[i] for s in steps[name][0]]) / middle([s[i] for s in steps[name][1]]) for i in (0, 1)
+        )
+        print(f"  decode, {name}: {clock:.3f}x of the clock, {process:.3f}x of the process", flush=True)
     for i in range(args.rounds + 1):
         for name, method in cases.items():
             pair = []
@@ -185,8 +191,10 @@ def main() -> None:
             for on in (True, False) if i % 2 else (False, True):
                 bench.plug(on)
                 pair.append((on, bench.generate(method if on else None, 1)))
-            if i:
-                own = dict(pair)
+            own = dict(pair)
+            print(f"  prompts, {name}: {own[True][1] / own[False][1]:.3f}x of the process", flush=True)
+            # The first round warms things up.
+            if i or not args.rounds:
                 prompts[name].append((own[True], own[False]))
     print(f"{'':28s}     of the clock: whole prompts decode      of the process: whole prompts decode")
     for name in cases:

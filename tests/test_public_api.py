@@ -96,7 +96,7 @@ SIGNATURES = {
     "ACT": "heads=None, beta=0.4, threshold=None, alpha=None, decode='frozen', min_rows=1, *, where, exclude='first_token'",
     "HeadGate": "gates, *, where",
     "AttentionBuckets": "bases=(10000.0, 17500.0, 18000.0, 19000.0, 20000.0, 25000.0), mix='logits', *, where",
-    "FreezeMaps": "source, heads=None, new='live', *, where, same_tokens=True",
+    "FreezeMaps": "source, heads=None, new_tokens='live', *, where, same_tokens=True",
     "InjectMap": "source, heads=None, mode='replace', strength=1.0, *, where, rows=None, keys=None, share=None, sums='refuse', "
     "spans=None, sentence_ends=(), head_map=None, tokenizer=None",
     "PatchHeads": "source=None, heads=None, what='output', *, where, rows=None, strength=1.0, basis=None, head_map=None, "

@@ -229,11 +229,12 @@ def _missing_files(recipe: Recipe) -> list[str]:
     problems = []
     folder = recipe.folder
     if recipe.model.zoo is not None and not recipe.model.embedded:
-        from ..zoo.folders import present
+        from ..zoo.folders import ASSEMBLED, present
 
-        if recipe.model.zoo not in present():
+        name = recipe.model.zoo
+        if name not in present():
             problems.append(
-                f"model.zoo: {recipe.model.zoo} is not on this machine; attnsteer zoo fetch {recipe.model.zoo}"
+                f"model.zoo: {name} is not on this machine; attnsteer zoo fetch {ASSEMBLED.get(name, name)}"
             )
     if recipe.model.path is not None and not (folder / recipe.model.path).is_dir():
         problems.append(f"model.path: there is no folder {folder / recipe.model.path}.")

@@ -40,7 +40,7 @@ RESERVED = {
     "image": ("prompt", "generator", "output_type", "return_dict", "num_images_per_prompt"),
 }
 # Embedded models, and those that `attnsteer zoo fetch` gets, in whose place a random one stands with --tiny.
-FETCHED = ("smollm2-135m", "gemma3-270m")
+FETCHED = ("smollm2-135m", "gemma3-270m", "smollm2-llava")
 ZOO_KINDS = {
     "shapes-lm": "lm",
     "shapes-lvlm": "vlm",
@@ -48,6 +48,7 @@ ZOO_KINDS = {
     "shapes-mmdit": "image",
     "smollm2-135m": "lm",
     "gemma3-270m": "lm",
+    "smollm2-llava": "vlm",
 }
 # Which tasks the sources of the shapes world and of the text tasks have samples for.
 ZOO_TASKS = {
@@ -124,7 +125,8 @@ class ModelSpec(Spec):
 
     zoo: Name | None = Field(
         None,
-        description="A model of attnsteer.zoo: shapes-lm, shapes-lvlm, shapes-sd, shapes-mmdit, smollm2-135m or gemma3-270m.",
+        description="A model of attnsteer.zoo: shapes-lm, shapes-lvlm, shapes-sd, shapes-mmdit, smollm2-135m, gemma3-270m or "
+        "smollm2-llava.",
     )
     path: Name | None = Field(None, description="A folder in the public format, relative to the recipe.")
     hub: Name | None = Field(None, description="A repository on the hub, as owner/name.")

@@ -108,6 +108,12 @@ VISION = [
         prompt_bound=True,
     ),
     MethodCase(
+        VAR,
+        lambda s: VAR((3, 17), 1.6, 0.2, 0.2, 0.6, sinks="placebo", seed=7, where=narrow(s)),
+        lambda s: VAR((3, 17), 1.6, 0.2, 0.2, 0.0, sinks="placebo", seed=7, where=narrow(s)),
+        prompt_bound=True,
+    ),
+    MethodCase(
         VHR,
         lambda s: VHR(1.7, where=narrow(s)),
         lambda s: VHR(1.0, where=narrow(s)),

@@ -34,9 +34,10 @@ class ProcessorCall:
         primitives: attention primitives called so far. image_rows: rows of `hidden_states` where the text came as a second
             argument, else None. ran: whether a primitive was called in this pass; only written where code may be compiled.
         negative: the output for the negative prompt, where one is compared with. collecting: this call is made for that.
+        image_prompt: what makes of the attention to an image prompt what a method sees, where one acts on it.
     """
 
-    __slots__ = ("collecting", "image_rows", "negative", "primitives", "ran")
+    __slots__ = ("collecting", "image_prompt", "image_rows", "negative", "primitives", "ran")
 
     def __init__(self) -> None:
         self.primitives = 0
@@ -44,6 +45,7 @@ class ProcessorCall:
         self.ran = False
         self.negative: Tensor | None = None
         self.collecting = False
+        self.image_prompt: Callable[[Tensor], tuple[Any, Tensor]] | None = None
 
 
 class DenoiserClock:

@@ -17,6 +17,7 @@ from ..sdpa.written import check_written, writes_attention
 from .clock import DenoiserClock
 from .guided_forward import guide
 from .guiders import watch_guider
+from .image_prompt import check_image_prompt
 from .processors import attach_direct, attach_followed, attach_linear, attach_processor, is_eager, usable
 from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
@@ -38,7 +39,9 @@ KEY_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
 class DiffusersHost(Host):
     """Pipelines and denoisers of diffusers: UNets and every transformer with attention processors."""
 
-    provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent", "contrast", "prompt"})
+    provides = frozenset(
+        {"segments", "grid", "steps", "branches", "around", "latent", "contrast", "prompt", "image_prompt"}
+    )
 
     def __init__(self, target: nn.Module | DiffusionPipeline):
         super().__init__(target)
@@ -61,6 +64,8 @@ class DiffusersHost(Host):
         return self._sites
 
     def check(self, site: Site, bound: Bound) -> None:
+        if "image_prompt" in bound.method.needs:
+            check_image_prompt(site, getattr(site.module, "processor", None), bound)
         if site.linear:
             return
         how = _reached(site.name, site.module, self.models[site.component])

@@ -23,6 +23,7 @@ from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
 from ..sdpa.written import Account, attach_written
 from .clock import DenoiserClock, ProcessorCall
 from .contrast import Collected, NegativeText
+from .image_prompt import Unscaled, check_order
 
 if TYPE_CHECKING:
     from ...undo import Journal
@@ -61,6 +62,7 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
     original = inspect.unwrap(type(processor).__call__)
     running = clock.calls[site.path] = ProcessorCall()
     streams = _Streams.of(type(processor).__name__, original, runtime)
+    unscaled = Unscaled(site.path, processor) if streams.pictured else None
     steered = functools.partial(_primitive, runtime, clock, running, streams)
     primitives: dict[str, Any] = {}
     if is_eager(processor):
@@ -94,13 +96,15 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
                 running.negative = clock.contrast.output(copied, self, seen(attn), given, site.path)
             finally:
                 running.collecting, running.primitives = False, 0
-        out = copied(self, seen(attn), *args, **kwargs)
+        own_scale = unscaled is None or not streams.pictures(clock.active(runtime))
+        running.image_prompt = None if own_scale else unscaled.begin(given)
+        out = copied(self if own_scale else unscaled.processor, seen(attn), *args, **kwargs)
         if not running.primitives and clock.active(runtime):
             raise UnsupportedHost(
                 f"{site.path}: {type(self).__name__} computed its attention without the primitive that it names, so nothing "
                 "was edited. Leave this site out of Where, or set another processor or attention backend."
             )
-        running.negative = None
+        running.negative = running.image_prompt = None
         clock.end_if_captured()
         return out
 
@@ -151,6 +155,9 @@ def _primitive(
                 running.negative, site.kind == "joint" and running.image_rows is not None
             )
         factor = float(q.shape[-1] ** -0.5 if factor is None else factor)
+        if running.image_prompt is not None and running.primitives > 1:
+            call.facts["image_prompt"], own = running.image_prompt(base(query, key, value, *args, **kwargs))
+            return runtime(Attention(q, k, v, factor), lambda: own, call, active)
         att = Attention(q, k, v, factor, mask=mask, causal=bool(options.get("is_causal")) and not blind)
         if rows_first:
             run_base = lambda: base(query, key, value, *args, **kwargs).transpose(1, 2)  # noqa: E731
@@ -369,6 +376,8 @@ class _Streams:
         self.runtime, self.name, self.main = runtime, name, main
         bounds = [bound for bound, _ in runtime.entries]
         self._gates = frozenset(i for i, b in enumerate(bounds) if b.method.linear and b.doors == {"output"})
+        self.pictured = frozenset(i for i, b in enumerate(bounds) if "image_prompt" in b.method.needs)
+        check_order(runtime, self._gates, self.pictured)
         self._values = frozenset(i for i, b in enumerate(bounds) if b.method.linear and runtime.site.kind == "self")
 
     @classmethod
@@ -386,16 +395,20 @@ class _Streams:
     def acting(self, number: int, active: tuple[int, ...]) -> tuple[int, ...]:
         """Those of `active` that act in the `number`-th primitive call, from 1."""
         if self.main is not None and self.main(number):
-            return active
+            return tuple(i for i in active if i not in self.pictured) if self.pictured else active
         if number == 1 and self.main is None:
             return active
-        gates = tuple(i for i in active if i in self._gates)
+        gates = tuple(i for i in active if i in self._gates or i in self.pictured)
         if self.main is None and len(gates) < len(active):
             raise UnsupportedHost(
                 f"{self.runtime.site.path}: {self.name} computes several attentions in one call, and which one is meant is not "
                 "known. Leave this site out of Where; gates on head outputs act in all of them."
             )
         return gates
+
+    def pictures(self, active: tuple[int, ...]) -> bool:
+        """Whether one that acts on image prompts is among `active`."""
+        return any(i in self.pictured for i in active)
 
     def blind(self, active: tuple[int, ...]) -> bool:
         """Whether nothing that acts asks which keys a row sees, so that the form of the mask does not matter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,24 @@ class Sampling:
         self._times: list[float] = []
         self._plan: list[float] = []
         self._watched = False
+        self._running = threading.RLock()
+
+    @contextlib.contextmanager
+    def alone(self, denoiser: str) -> Iterator[None]:
+        """One call of a denoiser: where a loop is, and what acts in a pass, is said for one thread at a time.
+
+        Raises:
+            UnsupportedHost: another thread is in such a call.
+        """
+        if not self._running.acquire(blocking=False):
+            raise UnsupportedHost(
+                f"two threads call a steered {denoiser} at once, and its sampling loop is at one step only. Give "
+                "each thread a pipeline and a steering of its own, or let them take turns."
+            )
+        try:
+            yield
+        finally:
+            self._running.release()
 
     def begin(self, timestep: Any) -> None:
         """Read the timestep of one denoiser call."""

@@ -81,14 +81,12 @@ def _untraced(
         def given() -> Attention:
             options = _options(args) | kwargs
             att = problem(module, name, query, key, value, attention_mask, options)
-            if id(module) not in forward.stack.exact:
 
-                def rows(index: Tensor) -> Tensor:
-                    out = base(module, query, key, value, attention_mask, *args, **kwargs)[0]
-                    return out.transpose(1, 2).index_select(2, index)
+            def rows(index: Tensor) -> Tensor:
+                out = base(module, query, key, value, attention_mask, *args, **kwargs)[0]
+                return out.transpose(1, 2).index_select(2, index)
 
-                check_exact(runtime.site, att, rows)
-                forward.stack.exact.add(id(module))
+            _check_once(runtime, forward, name, attention_mask, att, rows)
             return att
 
         seen(runtime.run, module, runtime.site.modality, given)
@@ -138,9 +136,8 @@ def _steered(
         part = att.take(index)
         return base(module, part.q, part.k, part.v, part.mask, *args, **kwargs)[0].transpose(1, 2)
 
-    if id(module) not in forward.stack.exact and reads_map(runtime, active):
-        check_exact(runtime.site, att, base_rows)
-        forward.stack.exact.add(id(module))
+    if reads_map(runtime, active):
+        _check_once(runtime, forward, name, attention_mask, att, base_rows)
     maps: list[Any] | None = [] if name == "eager" else None
     same = functools.partial(same_kernel, att) if name == "sdpa" and n > FEW_ROWS else None
     out = runtime(att, run_base, call, active, same, maps, sdpa=name == "sdpa", packs=True)
@@ -148,6 +145,22 @@ def _steered(
         # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.
         run_base()
     return out.transpose(1, 2).contiguous(), traced.edited_weights(weights[0], maps) if maps else weights[0]
+
+
+def _check_once(
+    runtime: SiteRuntime, forward: Forward, name: str, mask: Any, att: Attention, rows: Callable[[Tensor], Tensor]
+) -> None:
+    """Raise where a site's own kernel computes something else than `att`; looked at in its first call with each kernel."""
+    added = name == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool
+    key = (id(runtime.site.module), name, added)
+    if key in forward.stack.exact:
+        return
+    why = (
+        "attention_mask is bool, and eager attention adds it to the scores as 0 and 1, so that it hides nothing. Give a float mask "
+        'with torch.finfo(dtype).min where a key is hidden, or call model.set_attn_implementation("sdpa").'
+    )
+    check_exact(runtime.site, att, rows, why if added else None)
+    forward.stack.exact.add(key)
 
 
 def _options(args: tuple[Any, ...]) -> dict[str, Any]:

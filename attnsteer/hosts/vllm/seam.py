@@ -118,19 +118,25 @@ class Layer:
             heads(step.query), impl.num_kv_heads, batch.length, lambda: read(self.layout, cache, metadata, batch, window),
             impl.scale, mask, causal, softcap, sinks,
         )  # fmt: skip
+        reads = reads_map(runtime, active)
+        if not self.exact and reads:
+            step.own()
+            check_exact(runtime.site, att, lambda index: heads(output).index_select(2, index))
+            self.exact = True
+        # A long prompt, of which torch's kernel gives all heads and the log-sum-exp at once.
+        plain = step.alone and cache.dtype == torch.float32 and cache.device.type == "cpu" and reads
+        instead = plain and B == 1 and n > FEW_ROWS and flash(att)
         made: list[Tensor] = []
 
         def base() -> Tensor:
-            if not made:
+            if not made and instead:
+                made.append(kernels.attend(att))
+            elif not made:
                 step.own()
                 # A copy: what is edited is written where it stands.
                 made.append(heads(output).clone())
             return made[0]
 
-        if not self.exact and reads_map(runtime, active):
-            check_exact(runtime.site, att, lambda index: base().index_select(2, index))
-            self.exact = True
-            made.clear()
         forms = None
         if n == 1 and takes_split(cache, self.layout, softcap, sinks):
             first = (batch.lengths - window).clamp_min(0) if window else torch.zeros_like(batch.lengths)
@@ -140,9 +146,6 @@ class Layer:
             if apart(runtime, active):
                 requests = [p.request for p in batch.pieces]
                 forms = TogetherForms(step.together, rows, batch.packed, base, requests, len(runtime.partition(active)))
-        # A long prompt, of which torch's kernel gives all heads and the log-sum-exp at once.
-        plain = cache.dtype == torch.float32 and cache.device.type == "cpu" and reads_map(runtime, active)
-        instead = step.alone and plain and B == 1 and n > FEW_ROWS and flash(att)
         flags = [self.ledger.run.audit.record(runtime.entries[i][0].index, self.path).flags_in for i in active]
         for own in flags:
             own[batch.phase].last = None
@@ -151,9 +154,9 @@ class Layer:
         out = runtime(att, base, call, active, partial(flash, att) if instead else None, sdpa=instead, forms=forms)
         if batch.pieces[0].request.choice.row_local:
             check_stateless(runtime, states)
-        if instead and not made:
+        if instead:
             request = batch.pieces[0].request
-            request.edits += 1  # type: ignore[attr-defined]
+            request.edits += not (made and out is made[0])  # type: ignore[attr-defined]
             told = [own[batch.phase].last for own in flags] if request.changed is not True else []  # type: ignore[attr-defined]
             if any(bool(is_set(flag)) for flag in told if flag is not None):
                 request.changed = True  # type: ignore[attr-defined]
