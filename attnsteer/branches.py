@@ -139,7 +139,7 @@ class BranchInputs:
             if isinstance(value, dict):
                 for k, v in value.items():
                     look(_key(key, k), v)
-            elif isinstance(value, (list, tuple)) and not self._by_row(value):
+            elif isinstance(value, (list, tuple)) and not self._by_row(key, value):
                 for v in value:
                     look(key, v)
             elif isinstance(value, Tensor) and key not in self.cuts and key not in BATCHED | UNBATCHED:
@@ -155,9 +155,14 @@ class BranchInputs:
             look(key, value)
         return found
 
-    def _by_row(self, value: Any) -> bool:
+    def _by_row(self, key: str, value: Any) -> bool:
         """Whether a list has an entry for each row."""
-        if not isinstance(value, (list, tuple)) or len(value) != self.batch or not isinstance(value[0], Tensor):
+        if (
+            key in UNBATCHED
+            or not isinstance(value, (list, tuple))
+            or len(value) != self.batch
+            or not isinstance(value[0], Tensor)
+        ):
             return False
         listed = any(isinstance(self.values.get(name), list) for name in ("sample", "hidden_states", "x"))
         return listed or any(not v.ndim or v.shape[0] % self.batch for v in value if isinstance(v, Tensor))
@@ -202,7 +207,7 @@ class BranchInputs:
             return value[rows.start * each : rows.stop * each]
         if isinstance(value, dict):
             return {k: self._cut(_key(key, k), v, rows) for k, v in value.items()}
-        if self._by_row(value):
+        if self._by_row(key, value):
             return type(value)(value[rows])
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             return type(value)(self._cut(key, v, rows) for v in value)

@@ -73,7 +73,13 @@ def caller(pipe: DiffusionPipeline | None) -> str:
 
 
 def one_branch(pipe: DiffusionPipeline | None) -> bool:
-    """Whether a pipeline of diffusers has nothing to guide with, neither a scale nor a negative prompt: all its rows are alike."""
+    """Whether a pipeline of diffusers has nothing to guide with, neither a scale nor a negative prompt: all its rows are alike.
+
+    A modular one guides by its guider; a scale among its arguments is one that its model takes.
+    """
+    if hasattr(pipe, "blocks") and hasattr(pipe.blocks, "inputs"):
+        names = [p.name or "" for p in pipe.blocks.inputs if p.name != "guidance_scale"]
+        return getattr(pipe, "guider", None) is None and not any(GUIDES.search(name) for name in names)
     if not caller(pipe):
         return False
     return not any(GUIDES.search(name) for name in inspect.signature(type(pipe).__call__).parameters)

@@ -83,7 +83,11 @@ class TransformersHost(Host):
             position = order.setdefault(block[1] if block else name, len(order))
             layer = _layer_number(module, block[1] if block else "")
             cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(name))
-            cross = cross or (isinstance(module, nn.MultiheadAttention) and bool(_POOLS.search(name)))
+            if isinstance(module, nn.MultiheadAttention):
+                cross = cross or bool(_POOLS.search(name))
+                if not block:
+                    # Behind the layers of its encoder.
+                    layer = 1 + max((s.layer for s in found if self._stacks[s.name] == stack_name), default=-1)
             causal = bool(getattr(module, "is_causal", _masks_causally(stack))) and not cross
             decoder = causal or cross or "decoder" in name
             self._stacks[name] = stack_name

@@ -66,14 +66,19 @@ class Modular:
         specs = self.pipe._component_specs
         parts = {k: v for k, v in classic.pipe.components.items() if v is not None and k in specs}
         if "guider" in specs:
-            parts["guider"] = ClassifierFreeGuidance(guidance_scale=3.0)
+            kind = specs["guider"].type_hint or ClassifierFreeGuidance
+            parts["guider"] = kind(guidance_scale=3.0)
         self.pipe.update_components(**parts)
+        if hasattr(self.pipe, "disable_safety_checker"):
+            self.pipe.disable_safety_checker()
         self.pipe.set_progress_bar_config(disable=True)
         randomized(self.pipe)
 
     def inputs(self) -> dict[str, Any]:
         """The arguments of one call."""
         given = {k: v for k, v in self.classic.inputs().items() if k not in LEFT_OUT}
+        if "negative_prompt" in {p.name for p in self.pipe.blocks.inputs}:
+            given.setdefault("negative_prompt", "ugly")
         return given
 
 

@@ -6,10 +6,16 @@ import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from attnsteer import HeadGate, SoftPAG, Where, sites, steer
+from attnsteer.branches import BranchInputs
+from attnsteer.errors import UnsupportedHost
+from attnsteer.hosts.diffusers.formula import Formula
+from attnsteer.hosts.diffusers.guiders import _normalises
 from attnsteer.hosts.diffusers.pipelines import one_branch
+from attnsteer.hosts.diffusers.rows import Conditions, _row_of
 from attnsteer.hosts.diffusers.steps import Sampling
 from attnsteer.hosts.diffusers.streams import own_place
 from attnsteer.testing.sweep.diffusers import build, forward
@@ -106,3 +112,57 @@ def test_a_pooler_of_the_prompt_is_a_site() -> None:
     assert relative(ours[0], expected[0]) < 2e-5
     assert not torch.equal(ours[0], plain[0])
     assert torch.equal(forward(model, inputs)[0], plain[0])
+
+
+def test_any_name_that_a_value_has_may_have_a_negative_twin() -> None:
+    """Kandinsky's prior holds the same embedding under two names, of which one has a twin."""
+    u, c = torch.randn(1, 4), torch.randn(1, 4)
+    both = torch.cat([u, c])
+    positive, negative = [("text_output", c), ("prompt_embeds", both)], [("negative_prompt_embeds", u)]
+    given = [("proj_embedding", "proj_embedding", both)]
+    labels = [
+        Conditions._label(given, {"proj_embedding": both}, row, 2, order, negative)
+        for order in (positive, positive[::-1])
+        for row in (0, 1)
+    ]
+    assert labels == ["uncond", "cond"] * 2
+
+
+def test_a_list_of_layers_is_not_one_of_rows() -> None:
+    layers = [torch.randn(2, 3, 4), torch.randn(2, 3, 4)]
+    assert torch.equal(_row_of(layers, "layers[0]", layers[0], 1, 2, []), layers[0][1])
+    apart = [torch.randn(3, 4), torch.randn(5, 4)]
+    assert _row_of(apart, "rows[0]", apart[0], 1, 2, []) is None
+    assert torch.equal(_row_of(apart, "rows[1]", apart[1], 1, 2, []), apart[1])
+
+
+def test_a_block_that_normalises_behind_the_guider_is_seen() -> None:
+    from diffusers.modular_pipelines import QwenImageAutoBlocks, StableDiffusionXLAutoBlocks
+
+    assert _normalises(SimpleNamespace(blocks=QwenImageAutoBlocks()))
+    assert not _normalises(SimpleNamespace(blocks=StableDiffusionXLAutoBlocks()))
+    assert not _normalises(SimpleNamespace())
+
+
+def test_numbers_in_a_row_take_the_form_of_the_output_if_they_lie_alike() -> None:
+    """Z-Image predicts a list with a tensor for each sample, negates it, and may normalise the combination."""
+    c, u, term = torch.randn(2, 3, 4), torch.randn(2, 3, 4), torch.randn(1, 24)
+    combined = -(u + 3.0 * (c - u))[None]
+
+    def waiting() -> Formula:
+        formula = Formula(None)
+        formula.outside, formula.held, formula._rows = True, term, [c.flatten(), u.flatten()]
+        return formula
+
+    assert torch.allclose(waiting().step(combined), combined - term.reshape(1, 2, 3, 4))
+    with pytest.raises(UnsupportedHost, match="changes the prediction's form"):
+        waiting().step(combined.flip(-1))
+
+
+def test_a_pair_of_rotary_tables_is_no_list_of_two_rows() -> None:
+    """HunyuanDiT and StableAudio: a cosine and a sine of an odd number of positions, beside two rows."""
+    tables = (torch.randn(5, 4), torch.randn(5, 4))
+    values = {"hidden_states": torch.randn(2, 5, 4), "image_rotary_emb": tables}
+    part = BranchInputs(values, ("uncond", "cond"), 2, None, {}).only("cond")
+    assert all(a is b for a, b in zip(part.values["image_rotary_emb"], tables, strict=True))
+    assert torch.equal(part.values["hidden_states"], values["hidden_states"][1:])
