@@ -102,8 +102,8 @@ class Share:
 class Check:
     """The check of one door of one method at one site; every error names all three.
 
-    It reads values, which costs a synchronisation, so it runs at the first act only; without gradients, since a checkpointed pass
-    that is computed again must save the same tensors.
+    It reads values, which costs a synchronisation, so it runs at the first act only. Who asks switches gradients off, since a
+    checkpointed pass that is computed again must save the same tensors (compiled code has no decorators of methods for it).
     """
 
     def __init__(self, method: str, door: str, site: str, shown: Attention | Tensor, values: bool = True):
@@ -129,7 +129,6 @@ class Check:
                 "tensors."
             )
 
-    @torch.no_grad()
     def inputs(self, edit: Any) -> None:
         """q, k and v of the shapes, dtype and device that the call has; or `MergedTokens`, or `HeadOutputs`."""
         if isinstance(edit, MergedTokens):
@@ -146,7 +145,6 @@ class Check:
         for name, new, old in zip("qkv", edit, (self.att.q, self.att.k, self.att.v), strict=True):
             self._like(name, new, old)
 
-    @torch.no_grad()
     def bias(self, edit: Any) -> None:
         """A `KeyBias`, or a score term that broadcasts to [B, H, n, m]; minus infinity is allowed, NaN is not. Or a `BlockBias`."""
         B, H, n, m = self.att.shape
@@ -222,7 +220,6 @@ class Check:
             )
         self._device("which blocks hold something", there)
 
-    @torch.no_grad()
     def weights(self, edit: Any) -> None:
         """A `Reweight` with disjoint boolean key sets and finite weights of zero or more, or a `Share`."""
         if isinstance(edit, Share):
@@ -260,7 +257,6 @@ class Check:
         if members is not None and bool((members > 1).any()):
             raise self.refuse("the key sets overlap; a key belongs to one set, and the remainder is implicit.")
 
-    @torch.no_grad()
     def output(self, out: Any) -> None:
         """Finite head outputs of the shape that came in."""
         before = self.att

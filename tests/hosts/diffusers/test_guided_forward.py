@@ -105,7 +105,7 @@ def test_a_wrong_prediction(pipe: Any, name: str, mode: Any) -> None:
     [
         (
             lambda self, f, inputs, run: f(inputs.only("text")),
-            r"inputs has no part 'text'; this call has 'uncond', 'cond'\.$",
+            r"inputs has no part 'text'; this call has 'uncond', 'cond'\.",
         ),
         (lambda self, f, inputs, run: f(inputs.only("Cond")), "Did you mean 'cond'"),
         (lambda self, f, inputs, run: run.inside(self.new()).__enter__(), r"run\.inside\(Wrong\(.*run\.inside\(self\)"),
