@@ -14,15 +14,13 @@ zoo = typer.Typer(no_args_is_help=True, help="List the models known by name, and
 
 @zoo.command("ls")
 def ls(as_json: JSON = False) -> None:
-    """List the models: embedded ones, and checkpoints that are fetched on request."""
+    """List the models: embedded ones, checkpoints that are fetched on request, and what is assembled of both."""
     from . import zoo as models
     from .output import print_json, print_table
 
     there = (*models.available(), *models.present())
-    rows = [
-        {"name": name, "kind": "embedded" if name in models.NAMES else "fetched", "present": name in there}
-        for name in (*models.NAMES, *models.FETCHED)
-    ]
+    kinds = {"embedded": models.NAMES, "fetched": models.FETCHED, "assembled": models.ASSEMBLED}
+    rows = [{"name": name, "kind": kind, "present": name in there} for kind, names in kinds.items() for name in names]
     if as_json:
         print_json(rows)
         return

@@ -72,7 +72,7 @@ class HeadSet(Named):
         members = set(self._heads)
         try:
             self._scores = {tuple(k): float(v) for k, v in (scores or {}).items() if tuple(k) in members}
-        except (TypeError, ValueError, AttributeError, OverflowError):
+        except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
             raise SelectionError(f"HeadSet(scores={brief(scores)}): give {{(layer, head): score}}.") from None
         if any(math.isnan(score) for score in self._scores.values()):
             raise SelectionError("HeadSet got a score that is not a number; leave out heads without a score.")
@@ -314,13 +314,20 @@ def checked_path(function: str, path: Any) -> Path:
     """`path` as a Path; a SerializationError that names the `function` where it is none."""
     if not isinstance(path, (str, os.PathLike)):
         raise SerializationError(f"{function}({brief(path)}): give a path, as a string or a Path.")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SerializationError(f"{function}({brief(path)}): this system has no such paths ({why}).") from error
     return Path(path)
 
 
 def _pairs(heads: Iterable[Any]) -> list[tuple[Any, ...]]:
     try:
         return [tuple(plain(i) for i in plain(pair)) for pair in plain(heads)]
-    except TypeError:
+    except (TypeError, RuntimeError):
         raise SelectionError(
             f"HeadSet got {brief(heads)}; give (layer, head) pairs, or {{layer: [head, ...]}}."
         ) from None
@@ -328,7 +335,8 @@ def _pairs(heads: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 def _row(layer: Any, row: Any) -> list[Any]:
     row = plain(row)
-    if isinstance(row, (str, bytes)) or not isinstance(row, Iterable):
+    # What is a tensor still has no plain numbers.
+    if isinstance(row, (str, bytes, torch.Tensor)) or not isinstance(row, Iterable):
         raise SelectionError(f"HeadSet got {brief(row)} for layer {brief(layer)}; give a list of heads.")
     return [plain(head) for head in row]
 
@@ -337,7 +345,7 @@ def _check_shape(shape: Any) -> None:
     sizes = shape if isinstance(shape, (tuple, list)) else ()
     fits = shape is None or (len(sizes) == 2 and all((whole(n) or 0) > 0 for n in sizes))
     if not fits:
-        raise SelectionError(f"HeadSet(shape={shape!r}): give (layers, heads per layer), both above 0.")
+        raise SelectionError(f"HeadSet(shape={brief(shape)}): give (layers, heads per layer), both above 0.")
 
 
 def head_set(*, kw_only: bool = False) -> Any:

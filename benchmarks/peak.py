@@ -27,7 +27,8 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     else:
         methods = (act(shape, request["share"]),) if request["arm"] == "steered" else ()
     with steer(model, *methods) if methods else contextlib.nullcontext():
-        model(ids[:, :32], use_cache=True, logits_to_keep=1)
+        # Spans lie in the first quarter.
+        model(ids[:, : max(32, tokens // 4 if "methods" in request else 0)], use_cache=True, logits_to_keep=1)
         baseline = reset_peak()
         outputs = []
         seconds, foreign = timed(lambda: outputs.append(model(ids, use_cache=True, logits_to_keep=1).logits))

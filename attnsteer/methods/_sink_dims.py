@@ -17,7 +17,8 @@ class Backbone:
     """Sink dimensions of one language model, and how to recognise it.
 
     Attributes:
-        dims: hidden dimensions. stated: by the authors of VAR (paper or code); False: seen in other people's code only.
+        dims: hidden dimensions. stated: by the authors of VAR (paper or code), or found here with `find_sink_dims`; False: seen
+            in other people's code only.
         type: `model_type` of the text config ("" where transformers has none). hidden, layers: its sizes.
         kv_heads: key and value heads, where that tells it from another one; None: not looked at.
     """
@@ -47,6 +48,8 @@ SINK_DIMS: dict[str, Backbone] = {
     "InternVL3.5-4B": Backbone((4, 396, 0), False, "qwen3", 2560, 36),
     "InternVL3.5-8B": Backbone((2276, 233), False, "qwen3", 4096, 36),
     "InternVL3.5-38B": Backbone((731,), False, "qwen3", 5120, 64),
+    # Found here: one dimension, phi 23 of at most 24 in the sinks and near 12 in every token; VAR's tau of 20 tells them apart.
+    "SmolLM2-135M": Backbone((507,), True, "llama", 576, 30, 3),
     "Llama-3-8B, Llama-3.1-8B": Backbone((788, 1384, 4062), False, "llama", 4096, 32, 8),
 }
 
@@ -90,5 +93,8 @@ def _is(backbone: Backbone, config: Any) -> bool:
 
 
 def scaled_tau(hidden_size: int) -> float:
-    """VAR's threshold for another width: 20 sqrt(D / 4096), the same share of a token's energy in one dimension."""
+    """VAR's threshold for another width: 20 sqrt(D / 4096), the same share of a token's energy in one dimension.
+
+    In narrow models a dimension may hold such a share in every token; `find_sink_dims(...).tau` looks at that.
+    """
     return TAU * math.sqrt(hidden_size / WIDTH)

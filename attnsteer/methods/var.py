@@ -19,17 +19,18 @@ from torch import Tensor
 from ..call import AttnCall, Reweight
 from ..errors import SelectionError
 from ..intervention import Intervention
-from ..parameters import flag, is_all, number, parsed, plain, whole
+from ..parameters import choice, flag, integer, is_all, number, parsed, plain, whole
 from ..registry import register_method
 from ..site import Site
 from ..tokens import Tokens
 from ..where import Where
-from ._images import check_images, image_tokens
+from ._images import check_some_image
 from ._prompt import prompt_unseen
 
 RMS_EPSILON = 1e-6
 # The official code adds this to each image token's attention before it takes the share.
 SHARE_EPSILON = 1e-6
+SINKS = ("all", "visual", "placebo")
 
 
 def _dims(given: Any) -> tuple[int, ...]:
@@ -70,11 +71,17 @@ class VAR(Intervention):
         released: the official code's other differences: layers from the third on, the last one included; rows that
             see no visual sink are left alone; 1e-6 is added to each image token's attention in the share.
 
+        sinks: whose attention is moved. "all": of every sink (paper); "visual": of those that are image tokens, so that the
+            first token keeps its own; "placebo": of as many image tokens that are no sinks, drawn at random in each image in
+            place of its visual sinks (`placebo`): what moving attention does by itself.
+        seed: of the placebo's draw, 0 or more.
+
     Without `where` it acts on all layers but the last (paper). Sinks are those of the prompt; generated tokens do not
-    become sinks. Text between the tiles of an image counts as text after an image.
+    become sinks. Text between the tiles of an image counts as text after an image. A sample without an image among others with
+    one is left alone.
 
     Raises:
-        SelectionError: a value out of range; an unknown backbone without sink_dims; no image in a prompt.
+        SelectionError: a value out of range; an unknown backbone without sink_dims; no image in any prompt of a call.
     """
 
     sink_dims: Sequence[int] | None = parsed(_dims, "hidden dimensions", None)
@@ -83,6 +90,8 @@ class VAR(Intervention):
     min_image_mass: float = number(0.2, low=0, high=1)
     move_fraction: float = number(0.6, low=0, high=1, per_sample=True, learnable=True)
     released: bool = flag(False, kw_only=True)
+    sinks: str = choice("all", SINKS, kw_only=True)
+    seed: int = integer(0, low=0, kw_only=True)
 
     kinds = ("self",)
     needs = ("tokens", "images", "residual")
@@ -97,8 +106,7 @@ class VAR(Intervention):
         return cls(sink_dims, tau, 1.0 - rho, move_fraction=1.0 - p, released=True, **other)
 
     def check_tokens(self, tokens: Tokens) -> None:
-        if tokens.prompt == tokens.length:
-            check_images(tokens, "VAR")
+        check_some_image(tokens, "VAR")
 
     def default_where(self, sites: Sequence[Site]) -> Where | None:
         layers = sorted({s.layer for s in sites if s.modality == "text" and s.kind == "self"})
@@ -118,16 +126,17 @@ class VAR(Intervention):
         return self.new(sink_dims=known_sink_dims(target))
 
     def weights(self, call: AttnCall) -> Reweight | None:
-        image = image_tokens(call, "VAR")
+        image = call.image_tokens()
         self._find_sinks(call)
         if is_all(self.move_fraction, 0.0) or not call.state["any"]:
             return None
-        visual, sinks = call.at_keys(image), call.at_keys(call.state["sinks"])
+        acting = self._acting(call, image)
+        visual, sinks = call.at_keys(image), call.at_keys(acting)
         visual_sinks, other_sinks, rest = visual & sinks, sinks & ~visual, visual & ~sinks
         on_visual_sinks, on_other_sinks = call.map.mass(visual_sinks), call.map.mass(other_sinks)
         on_rest = call.map.mass(rest)
         on_image = on_rest + on_visual_sinks
-        edit = self._rows(call, image)[:, None]
+        edit = self._rows(call, image, acting)[:, None]
         edit = edit & (on_image >= self.min_image_mass) & (on_rest > 0)
         share_of = on_image + SHARE_EPSILON * visual.sum(dim=-1, keepdim=True) if self.released else on_image
         edit = edit & (on_visual_sinks <= (1.0 - self.rho) * share_of)
@@ -157,11 +166,19 @@ class VAR(Intervention):
         # Whether there are any is not asked in compiled code.
         state["any"] = torch.compiler.is_compiling() or bool(state["sinks"].any())
 
-    def _rows(self, call: AttnCall, image: Tensor) -> Tensor:
+    def _acting(self, call: AttnCall, image: Tensor) -> Tensor:
+        """bool [B, T]: the tokens that are taken for sinks."""
+        sinks = call.state["sinks"]
+        if self.sinks == "all":
+            return sinks
+        image = image[:, : sinks.shape[1]]
+        return sinks & image if self.sinks == "visual" else placebo(sinks, image, self.seed)
+
+    def _rows(self, call: AttnCall, image: Tensor, acting: Tensor) -> Tensor:
         """bool [B, n]: text rows behind an image token (a visual sink that they see, in the official code)."""
         own = call.at_rows(image)
         if self.released:
-            first = _first(call.state["sinks"] & image[:, : call.state["sinks"].shape[1]])
+            first = _first(acting & image[:, : acting.shape[1]])
         else:
             first = _first(image)
         return ~own & (call.row_position > first[:, None]) & call.row_valid
@@ -182,6 +199,37 @@ def sink_tokens(hidden: Tensor, dims: Sequence[int], tau: float) -> Tensor:
             "Use attnsteer.search.scaled_tau(hidden_size)."
         )
     return normalised(hidden, dims).amax(dim=-1) > tau
+
+
+def placebo(sinks: Tensor, image: Tensor, seed: int = 0) -> Tensor:
+    """As many tokens of each image as it has sinks, none of them a sink: bool [B, T], from sinks and image tokens bool [B, T].
+
+    An image is a run of image tokens. Its tokens are taken in the order of a hash of the seed and of the token's place in the
+    run, so that neither the batch nor the cut of a prompt into chunks has a say; one with more sinks than other tokens gives
+    all of those.
+    """
+    places = torch.arange(image.shape[1], device=image.device).expand(image.shape)
+    starts = image & ~torch.nn.functional.pad(image, (1, 0))[:, :-1]
+    run = starts.cumsum(dim=1)
+    first = torch.where(starts, places, 0).cummax(dim=1).values
+    wanted = torch.zeros_like(run).scatter_add_(1, run.clamp(max=run.shape[1] - 1), (sinks & image).long())
+    free = image & ~sinks
+    # By run, then by hash; what cannot be drawn comes last.
+    key = torch.where(free, (run << 32) + _hashed(places - first, seed), torch.iinfo(torch.int64).max)
+    order = key.argsort(dim=1, stable=True)
+    run, free = run.gather(1, order), free.gather(1, order)
+    new = run != torch.nn.functional.pad(run, (1, 0), value=-1)[:, :-1]
+    rank = places - torch.where(new, places, 0).cummax(dim=1).values
+    chosen = free & (rank < wanted.gather(1, run.clamp(max=run.shape[1] - 1)))
+    return torch.zeros_like(image).scatter_(1, order, chosen)
+
+
+def _hashed(number: Tensor, seed: int) -> Tensor:
+    """32 well-mixed bits of each number (the finaliser lowbias32 of hash-prospector)."""
+    x = (number * 0x9E3779B1 + seed * 0x85EBCA77) & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def normalised(hidden: Tensor, dims: Sequence[int] | None = None) -> Tensor:

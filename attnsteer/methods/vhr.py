@@ -22,7 +22,7 @@ from ..registry import register_method
 from ..site import Site
 from ..tokens import Tokens
 from ..where import Where
-from ._images import check_images, image_tokens
+from ._images import check_some_image, image_tokens
 from ._prompt import prompt_unseen
 
 ROWS = ("all", "last")
@@ -45,11 +45,12 @@ class VHR(Intervention):
         outliers: whether the outlier rule is applied.
         reinforce_both: whether the chosen heads are scaled in the image-free prompt too.
 
-    The choice needs the whole prompt, so it looks ahead. In a chunked prefill the chunks before the last one are not
-    scaled; declare the length with run.chunked_prefill(tokens=...) (`generate` does so by itself).
+    A sample without an image among others with one is left alone. The choice needs the whole prompt, so it looks ahead. In a
+    chunked prefill the chunks before the last one are not scaled; declare the length with run.chunked_prefill(tokens=...)
+    (`generate` does so by itself).
 
     Raises:
-        SelectionError: a value out of range; no image in a prompt.
+        SelectionError: a value out of range; no image in any prompt of a call.
     """
 
     alpha: float = number(2.0, per_sample=True, learnable=True)
@@ -66,8 +67,7 @@ class VHR(Intervention):
     def check_tokens(self, tokens: Tokens) -> None:
         if is_all(self.alpha, 1.0):
             return
-        if tokens.prompt == tokens.length:
-            check_images(tokens, "VHR")
+        check_some_image(tokens, "VHR")
 
     def default_where(self, sites: Sequence[Site]) -> Where | None:
         layers = sorted({s.layer for s in sites if s.modality == "text" and s.kind == "self"})
@@ -86,14 +86,15 @@ class VHR(Intervention):
                 "heads, which are chosen at its last token, are not known",
                 "If it comes in chunks, say how long it is: run.chunked_prefill(tokens=...).",
             )
-        image_tokens(call, "VHR")
         if call.tokens.more_to_come:
             return None
         at = _last_row(call, out)
         found: list[Tensor] = []
+        # Without an image both prompts are the same, and what little differs is rounding.
+        seeing = call.image_tokens().any(dim=-1)[:, None]
 
         def edit(vhd: Tensor, own: Tensor, last: Tensor) -> Tensor | None:
-            found.append(above_median(vhd))
+            found.append(above_median(vhd) & seeing)
             return self._for_rows(call, own, found[0], last) if self.reinforce_both else None
 
         self._beside(call, out, at, edit)

@@ -210,7 +210,7 @@ def _files_of(name: str, options: dict[str, Any]) -> list[Path]:
 
 def _check_architecture(recipe: Recipe) -> None:
     model = recipe.model
-    if model.embedded and model.architecture is None:
+    if model.architecture is None and (model.embedded or model.vllm is not None):
         return
     if model.architecture is None:
         raise RecipeError("model.architecture: is needed for --tiny; the name of a tiny model of attnsteer.testing.")
@@ -229,11 +229,12 @@ def _missing_files(recipe: Recipe) -> list[str]:
     problems = []
     folder = recipe.folder
     if recipe.model.zoo is not None and not recipe.model.embedded:
-        from ..zoo.folders import present
+        from ..zoo.folders import ASSEMBLED, present
 
-        if recipe.model.zoo not in present():
+        name = recipe.model.zoo
+        if name not in present():
             problems.append(
-                f"model.zoo: {recipe.model.zoo} is not on this machine; attnsteer zoo fetch {recipe.model.zoo}"
+                f"model.zoo: {name} is not on this machine; attnsteer zoo fetch {ASSEMBLED.get(name, name)}"
             )
     if recipe.model.path is not None and not (folder / recipe.model.path).is_dir():
         problems.append(f"model.path: there is no folder {folder / recipe.model.path}.")

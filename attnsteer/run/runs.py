@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import RunError, listing
+from ..errors import RecipeError, RunError, listing
 from ..recipe.arms import Arm
 from ..recipe.checks import check_call
 from ..recipe.resolved import self_contained
@@ -306,6 +306,11 @@ def plan_arms(job: Job, loaded: Loaded, ranks: Ranks, progress: bool) -> Plan:
 
     found = None
     if job.recipe.calibration is not None:
+        if loaded.stream:
+            raise RecipeError(
+                "calibration: a search edits a model in this process, and this one is behind vLLM. Calibrate on model.path or "
+                "model.hub first (attnsteer calibrate), and name the file of heads."
+            )
         cache = job.folder / "calibration"
         subject = _subject(job, loaded)
         if ranks.first:
@@ -468,6 +473,10 @@ class Work:
         """The answers of each arm, from one batch that has the samples once for each."""
         from ..steering import steer
 
+        if self.loaded.stream:
+            from .served import answers
+
+            return [Answers(*own) for own in answers(self.loaded, group, part, self.task, seed)]
         # Only arms by themselves make pictures.
         request = partial(
             Request,

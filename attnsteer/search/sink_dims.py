@@ -35,7 +35,8 @@ class SinkDims(Sequence[int]):
     Attributes:
         dims: empty where no dimension stands out. strength: mean over prompts and layers of max_j |x_d| / rms(x), by
             dimension, for the strongest ten. share: of the (prompt, layer) pairs in which a dimension reaches tau.
-        tau: the threshold. prompts: number of prompts. layers: looked at. reason: why dims is empty.
+        tau: the threshold for `VAR`: the one that was asked for; else the scaled one, or a larger one where ordinary tokens come
+            near it (`between`). prompts: number of prompts. layers: looked at. reason: why dims is empty.
     """
 
     dims: tuple[int, ...]
@@ -58,9 +59,9 @@ class SinkDims(Sequence[int]):
 
 @dataclass(frozen=True)
 class _Strength(Intervention):
-    """Keeps max_j |x_d| / rms(x) over the valid tokens of each prompt, at each layer; edits nothing."""
+    """Keeps max_j and median_j of |x_d| / rms(x) over the valid tokens of each prompt, at each layer; edits nothing."""
 
-    found: list[tuple[int, Tensor]] = field(default_factory=list, compare=False, repr=False)
+    found: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False, repr=False)
 
     kinds = ("self",)
     needs = ("tokens", "residual")
@@ -69,8 +70,9 @@ class _Strength(Intervention):
 
     def output(self, call: AttnCall, out: Tensor) -> None:
         x = normalised(call.residual.detach())
-        x = x * call.row_valid[..., None]
-        self.found.append((call.site.layer, x.amax(dim=1).cpu()))
+        valid = call.row_valid[..., None]
+        ordinary = x.masked_fill(~valid, float("nan")).nanmedian(dim=1).values
+        self.found.append(((x * valid).amax(dim=1).cpu(), ordinary.cpu()))
 
 
 @torch.no_grad()
@@ -84,15 +86,16 @@ def find_sink_dims(
     """Find the sink dimensions of a model's language backbone.
 
     A dimension is a candidate where M_d = max_j |x_d| / rms(x) reaches tau in 80 % of all (prompt, layer) pairs, x the hidden
-    states that enter a layer; candidates are ranked by the mean of M_d and kept up to the first drop by a factor of three.
-    The first token alone is a sink in most models, so that prompts without images do as well.
+    states that enter a layer; candidates are ranked by the mean of M_d and kept up to the first drop by a factor of three of
+    |x_d| over the rest of the state, M_d / sqrt(D - M_d^2): over the whole it is at most sqrt(D), which hides gaps in narrow
+    models. The first token alone is a sink in most models, so that prompts without images do as well.
 
     Args:
         model: a language or vision-language model of transformers.
         batches: processor or tokenizer outputs, passed to the model as they are; eight varied prompts or more.
-        tau: threshold; None: `scaled_tau` of the model's width. layers: to look at; None: the third to the last but one.
-        drop: how far the last dimension must stand above the next one. |x_d| / rms(x) is at most the square root of the
-            width, and near 4 for the strongest of many ordinary tokens, so that models of a few hundred dimensions need less.
+        tau: threshold; None: `scaled_tau` of the model's width, and a larger one in the result where that does not tell sinks
+            from ordinary tokens. layers: to look at; None: the third to the last but one.
+        drop: how far the last dimension must stand above the next one.
 
     Raises:
         SelectionError: no batches, or a tau that no hidden state can reach.
@@ -113,8 +116,8 @@ def find_sink_dims(
         run.remove()
     if not prompts:
         raise SelectionError("find_sink_dims got no batches; give the processor's outputs for eight prompts or more.")
-    every = torch.cat([strengths for _, strengths in probe.found])
-    tau = scaled_tau(every.shape[1]) if tau is None else tau
+    every, ordinary = (torch.cat(of) for of in zip(*probe.found, strict=True))
+    asked, tau = tau, scaled_tau(every.shape[1]) if tau is None else tau
     if tau >= math.sqrt(every.shape[1]):
         raise SelectionError(
             f"find_sink_dims(tau={tau}): |x_d| / rms(x) is at most {math.sqrt(every.shape[1]):.1f} with {every.shape[1]} "
@@ -124,6 +127,9 @@ def find_sink_dims(
     order = mean.argsort(descending=True)
     dims, reason = _leading(order.tolist(), mean, share, drop)
     top = order[:10].tolist()
+    if asked is None and dims:
+        level = float(ordinary.nanmean(dim=0)[list(dims)].max())
+        tau = max(tau, between(level, float(mean[list(dims)].min()), every.shape[1]))
     return SinkDims(
         dims,
         {d: float(mean[d]) for d in top},
@@ -135,6 +141,17 @@ def find_sink_dims(
     )
 
 
+def _rest(strength: float, width: int) -> float:
+    """|x_d| over the root of the mean square of the *other* dimensions, up to a factor, from |x_d| / rms(x)."""
+    return strength / math.sqrt(max(width - strength**2, 1e-3))
+
+
+def between(ordinary: float, sink: float, width: int) -> float:
+    """The |x_d| / rms(x) that lies between two others: at the geometric mean of |x_d| over the rest of the state."""
+    ratio = _rest(ordinary, width) * _rest(sink, width)
+    return math.sqrt(width * ratio / (1 + ratio))
+
+
 def _leading(order: list[int], mean: Tensor, share: Tensor, drop: float) -> tuple[tuple[int, ...], str]:
     """The dimensions before the first large drop, all of them candidates; else none, and why."""
     strongest = order[0]
@@ -144,7 +161,7 @@ def _leading(order: list[int], mean: Tensor, share: Tensor, drop: float) -> tupl
             f"and layers only; {SHARE:.0%} are asked for"
         )
     for count, (here, after) in enumerate(itertools.pairwise(order), start=1):
-        if float(mean[here]) >= drop * float(mean[after]):
+        if _rest(float(mean[here]), len(mean)) >= drop * _rest(float(mean[after]), len(mean)):
             return tuple(order[:count]), ""
         if float(share[after]) < SHARE:
             return (), (

@@ -1,9 +1,10 @@
 """Models to try and evaluate methods on, in the public formats.
 
 Embedded ones (`NAMES`) were trained by this project and need no download; real checkpoints (`FETCHED`) are fetched once, on
-request, by `fetch(name)` or `attnsteer zoo fetch NAME`. `load(name)` returns stock transformers and diffusers objects.
-`folder(name)` is where they lie: `from_pretrained` of either library loads that folder without attnsteer. `preset(name, method)` is
-a method with the settings that were tuned for a model.
+request, by `fetch(name)` or `attnsteer zoo fetch NAME`; of `ASSEMBLED` ones a part is embedded and a part fetched. `load(name)`
+returns stock transformers and diffusers objects. `folder(name)` is where they lie: `from_pretrained` of either library loads the
+folder of an embedded or fetched one without attnsteer. `preset(name, method)` is a method with the settings that were tuned for a
+model.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import ZooError
 from . import fetched
 from .fetched import fetch
-from .folders import FETCHED, KNOWN, MODELS, NAMES, available, folder, present
+from .folders import ASSEMBLED, FETCHED, KNOWN, MODELS, NAMES, available, folder, present
 from .hashes import HASHES, seal
 from .presets import PRESETS, preset, presets
 
 __all__ = [
+    "ASSEMBLED",
     "FETCHED",
     "HASHES",
     "KNOWN",
@@ -57,24 +60,32 @@ class Vision(NamedTuple):
     processor: Any
 
 
-def load(name: str, *, dtype: Any = None, device: Any = "cpu", download: bool = False) -> Any:
+def load(
+    name: str, *, dtype: Any = None, device: Any = "cpu", download: bool = False, registers: bool | None = None
+) -> Any:
     """An embedded or fetched model.
 
     Args:
-        name: of `NAMES` or `FETCHED`.
+        name: of `NAMES`, `FETCHED` or `ASSEMBLED`.
         dtype: of the weights; fp32 unless given (embedded ones are stored in half precision).
         device: to put it on.
         download: fetch it first where it is not there; without it, nothing is ever downloaded.
+        registers: of "smollm2-llava" alone: with its planted visual sinks (the default), or without: the control.
 
     Returns:
         "shapes-lm": `Text(model, tokenizer)`, a LlamaForCausalLM; "shapes-lvlm": `Vision(model, processor)`, a
         LlavaForConditionalGeneration; "shapes-sd": a StableDiffusionPipeline; "shapes-mmdit": a
-        StableDiffusion3Pipeline without T5; fetched ones: `Text` with a model of their own class.
+        StableDiffusion3Pipeline without T5; "smollm2-llava": `Vision` again, whose text model is SmolLM2-135M; fetched ones:
+        `Text` with a model of their own class.
 
     Raises:
-        UnknownName, ZooError: see `folder` and `fetch`.
+        UnknownName, ZooError: see `folder` and `fetch`; `registers` of a model that has none.
     """
-    path = fetch(name) if download and name in FETCHED else folder(name)
+    if registers is not None and name not in ASSEMBLED:
+        raise ZooError(f"registers={registers}: {name} has none; {', '.join(ASSEMBLED)} has.")
+    if download and name in (*FETCHED, *ASSEMBLED):
+        fetch(ASSEMBLED.get(name, name))
+    path = folder(name)
     import torch
 
     from .quiet import quiet
@@ -84,6 +95,10 @@ def load(name: str, *, dtype: Any = None, device: Any = "cpu", download: bool = 
     with quiet(pictures=pictures):
         if name in FETCHED:
             return Text(*fetched.load(name, path, dtype, device))
+        if name in ASSEMBLED:
+            from . import llava
+
+            return Vision(*llava.load(path, dtype, device, registers is not False))
         return (_pipeline if pictures else _model)(name, path, dtype, device)
 
 

@@ -11,7 +11,9 @@ from .hashes import HASHES, checked
 
 MODELS = Path(__file__).parent / "models"
 NAMES = ("shapes-lm", "shapes-lvlm", "shapes-sd", "shapes-mmdit")
-KNOWN = (*NAMES, *FETCHED)
+# Parts that were trained here for a fetched model, embedded; which one that is.
+ASSEMBLED = {"smollm2-llava": "smollm2-135m"}
+KNOWN = (*NAMES, *FETCHED, *ASSEMBLED)
 
 
 def available() -> tuple[str, ...]:
@@ -20,12 +22,13 @@ def available() -> tuple[str, ...]:
 
 
 def present() -> tuple[str, ...]:
-    """The fetched models of this machine."""
-    return tuple(n for n in FETCHED if (fetched.place(n) / HASHES).is_file())
+    """The fetched models of this machine, and those whose fetched part is there."""
+    there = tuple(n for n in FETCHED if (fetched.place(n) / HASHES).is_file())
+    return (*there, *(n for n, part in ASSEMBLED.items() if part in there and (MODELS / n / HASHES).is_file()))
 
 
 def folder(name: str) -> Path:
-    """The folder of a model, its files checked against their hashes.
+    """The folder of a model (of an assembled one, of the parts that are embedded), its files checked against their hashes.
 
     Raises:
         UnknownName: no model of this name.
@@ -36,9 +39,10 @@ def folder(name: str) -> Path:
         if not (path / HASHES).is_file():
             raise ZooError(f"{name} is not in {path.parent}; fetch it once: attnsteer zoo fetch {name}")
         return checked(path, f"remove {path} and fetch {name} again")
-    if name not in NAMES:
+    if name not in NAMES and name not in ASSEMBLED:
         raise UnknownName(
-            f"no model {name!r}; embedded: {', '.join(NAMES)}; to be fetched: {', '.join(FETCHED)}.{did_you_mean(name, KNOWN)}"
+            f"no model {name!r}; embedded: {', '.join((*NAMES, *ASSEMBLED))}; to be fetched: {', '.join(FETCHED)}."
+            f"{did_you_mean(name, KNOWN)}"
         )
     path = MODELS / name
     if not (path / HASHES).is_file():

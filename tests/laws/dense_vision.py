@@ -91,7 +91,7 @@ class DenseVision:
 
 
 def with_var(
-    dense: DenseVision, layers: list[int], dims: tuple[int, ...], tau: float, **options: Any
+    dense: DenseVision, layers: list[int], dims: tuple[int, ...], tau: float, acting: str = "all", **options: Any
 ) -> dict[str, int]:
     """Give `dense` VAR's map edit; returns the counts of edited and left rows, which grow as it runs."""
     found: dict[int, Tensor] = {}
@@ -114,7 +114,10 @@ def with_var(
         S[:, prompt:] = False
         behind = image.cumsum(dim=1) > 0
         rows = (behind & ~image & valid)[:, past : past + n]
-        return lvlm_methods.var(A, S & valid, image, rows, counts=counts, **options)
+        S = S & valid
+        if acting != "all":
+            S = S & image if acting == "visual" else lvlm_methods.placebo(S, image, seed=7)
+        return lvlm_methods.var(A, S, image, rows, counts=counts, **options)
 
     dense.edit = edit
     return counts

@@ -53,10 +53,11 @@ class Setup:
         dense.image, dense.valid = self.image, self.valid
         return dense
 
-    def var(self, dense: DenseVision, released: bool = False) -> Intervention:
+    def var(self, dense: DenseVision, released: bool = False, sinks: str = "all") -> Intervention:
         c = 0.4 if released else 0.6
-        self.counts = with_var(dense, LAYERS, DIMS, TAU, c=c, released=released, **VAR_OPTIONS)
-        return VAR(DIMS, TAU, move_fraction=c, released=released, where=Where(layers=LAYERS), **VAR_OPTIONS)
+        self.counts = with_var(dense, LAYERS, DIMS, TAU, sinks, c=c, released=released, **VAR_OPTIONS)
+        options = {"released": released, "sinks": sinks, "seed": 7 if sinks == "placebo" else 0}
+        return VAR(DIMS, TAU, move_fraction=c, where=Where(layers=LAYERS), **options, **VAR_OPTIONS)
 
     def vhr(self, dense: DenseVision, **options: Any) -> Intervention:
         alpha = 1.7
@@ -128,6 +129,15 @@ def test_var_released_code(layout: str) -> None:
     check_forward(setup, lambda dense: setup.var(dense, released=True))
     assert setup.counts["edited"] > 0 and setup.counts["left"] > 0
     check_generation(setup, lambda dense: setup.var(dense, released=True), {}, {})
+
+
+@pytest.mark.parametrize("sinks", ["visual", "placebo"])
+def test_var_on_visual_sinks_and_on_a_placebo(sinks: str) -> None:
+    """Whole, and in chunks that cut images in two."""
+    setup = Setup("llava", "several")
+    check_forward(setup, lambda dense: setup.var(dense, sinks=sinks))
+    assert setup.counts["edited"] > 0 and setup.counts["left"] > 0
+    check_generation(setup, lambda dense: setup.var(dense, sinks=sinks), {"prefill_chunk_size": 9}, {})
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnsteer import VAR, VHR, Intervention, Where, ZeroTuning, steer
+from attnsteer import ADHH, HGAI, PAI, PAINT, SPIN, VAR, VHR, Intervention, VisualKnockout, Where, ZeroTuning, steer
 from attnsteer.errors import AttnSteerError, CompositionError, SelectionError, UnsupportedHost
-from attnsteer.methods.var import sink_tokens
+from attnsteer.methods.var import placebo, sink_tokens
 from attnsteer.methods.vhr import above_median, divergence
 from attnsteer.search.sink_dims import SinkDims
 from attnsteer.site import Site
@@ -59,6 +59,20 @@ def test_sinks_are_strictly_above_tau() -> None:
     assert sink_tokens(x, (3, 4), 3.0).tolist() == [[False, True, True]]
 
 
+def test_the_placebo_is_as_many_tokens_of_each_image() -> None:
+    image = torch.tensor([[0, *[1] * 8, 0, *[1] * 3, 0], [0] * 4 + [1] * 10]).bool()
+    sinks = torch.zeros_like(image)
+    sinks[0, [0, 2, 5, 11, 12]], sinks[1, [4, 9]] = True, True
+    found = placebo(sinks, image, 7)
+    assert torch.equal(found, lvlm_methods.placebo(sinks, image, 7))
+    # Two of the first image; of the second, which has two sinks, the only token that is none.
+    assert found[0, 1:9].sum() == 2 and found[0, 10:13].tolist() == [True, False, False] and found[1].sum() == 2
+    assert not (found & (sinks | ~image)).any()
+    assert any(not torch.equal(placebo(sinks, image, s), found) for s in range(3))
+    # What stands before an image, or behind it, has no say.
+    assert torch.equal(placebo(sinks[:, 1:9], image[:, 1:9], 7)[0], found[0, 1:9])
+
+
 def test_divergence_and_outliers() -> None:
     """The third head has the largest divergence and energy: an outlier; the fourth has the divergence only."""
     free = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [9.0, 0.0], [1.0, 0.0], [0.5, 0.0], [0.0, 0.5]]])
@@ -93,6 +107,8 @@ def test_divergence_and_outliers() -> None:
         (lambda: VAR(DIMS, rho=1.5), "rho=1.5"),
         (lambda: VAR(DIMS, min_image_mass=-0.1), "min_image_mass=-0.1"),
         (lambda: VAR(DIMS, move_fraction=2.0), "move_fraction=2.0"),
+        (lambda: VAR(DIMS, sinks="text"), "sinks='text'"),
+        (lambda: VAR(DIMS, seed=-1), "seed=-1"),
         (lambda: VHR(float("inf")), "alpha=inf"),
         (lambda: VHR(True), "alpha=True"),
         (lambda: VHR(rows="first"), "rows='first'"),
@@ -154,11 +170,30 @@ def test_no_image_in_the_prompt(name: str) -> None:
     model = build("llava")
     text = {"input_ids": torch.randint(8, VOCAB, (2, 7))}
     model(**text)
-    refused(
-        model, METHODS[name], SelectionError, rf"{name}: there is no image in the prompt of sample 0, 1 of 2", **text
-    )
-    inputs, _ = prompts("llava", [[2, "image", 3], [9]])
-    refused(model, METHODS[name], SelectionError, r"no image in the prompt of sample 1 of 2", **inputs)
+    refused(model, METHODS[name], SelectionError, rf"{name}: there is no image in the prompts", **text)
+
+
+def test_a_text_among_images_is_left_alone() -> None:
+    """Row 1 has no image: its logits are those of the unsteered model in every step, and row 0's are not."""
+    model, (inputs, _) = build("llava"), prompts("llava", [[2, "image", 3], [9]])
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    plain = torch.stack(model.generate(**inputs, **options).logits)
+    every = {
+        **METHODS,
+        "PAI": PAI(0.8, where=ON),
+        "HGAI": HGAI(0.8, where=ON),
+        "PAINT": PAINT([[0, 1, 2, 3], []], [[5], []], 0.9, 1.4, where=ON),
+        "ADHH": ADHH([(0, 1), (1, 0), (1, 3)], 0.05),
+        "SPIN": SPIN(0.5, 0.1, where=ON),
+        "VisualKnockout": VisualKnockout([("last", "image"), ("generated", "image")], where=ON),
+    }
+    for name, method in every.items():
+        with steer(model, method):
+            out = torch.stack(model.generate(**inputs, **options).logits)
+        assert torch.allclose(out[0, 1], plain[0, 1], atol=1e-6), name
+        assert not torch.allclose(out[0, 0], plain[0, 0], atol=1e-6) or name == "ADHH", name
+        same = out.argmax(-1)[:, 1] == plain.argmax(-1)[:, 1]
+        assert same.all() and torch.allclose(out[:, 1], plain[:, 1], atol=1e-6), name
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .dense import work_dtype
 
-__all__ = ["sinks", "var", "vhd", "vhr_heads"]
+__all__ = ["placebo", "sinks", "var", "vhd", "vhr_heads"]
 
 
 def sinks(x: Tensor, dims: tuple[int, ...], tau: float) -> Tensor:
@@ -73,6 +73,31 @@ def var(
                     elif in_v[j]:
                         out[b, h, i, j] = a[j] + budget * a[j] / a_n
     return out.to(dtype)
+
+
+def placebo(S: Tensor, V: Tensor, seed: int) -> Tensor:
+    """For each run of image tokens of V, as many of its tokens outside S as it has in S: those with the smallest hash of (seed,
+    place in the run), lowbias32 of 32 bits; S and V bool [B, m]."""
+    out = torch.zeros_like(S)
+    for b in range(S.shape[0]):
+        runs: list[list[int]] = []
+        for j in range(S.shape[1]):
+            if V[b, j]:
+                if j == 0 or not V[b, j - 1]:
+                    runs.append([])
+                runs[-1].append(j)
+        for run in runs:
+            count = sum(bool(S[b, j]) for j in run)
+            free = [(_lowbias32((2654435761 * place + 2246822519 * seed) % 2**32), j) for place, j in enumerate(run)]
+            for _, j in sorted(pair for pair in free if not S[b, pair[1]])[:count]:
+                out[b, j] = True
+    return out
+
+
+def _lowbias32(x: int) -> int:
+    for shift, factor in ((16, 2146121005), (15, 2221713035)):
+        x = (x ^ (x >> shift)) * factor % 2**32
+    return x ^ (x >> 16)
 
 
 def vhd(seen: Tensor, free: Tensor, outliers: bool = True) -> Tensor:

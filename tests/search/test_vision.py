@@ -13,6 +13,7 @@ import attnsteer.search
 from attnsteer import ADHH, VAR, VHR, HeadSet, Where, steer
 from attnsteer.errors import SelectionError
 from attnsteer.methods._sink_dims import known_sink_dims
+from attnsteer.methods.var import sink_tokens
 from attnsteer.search import SINK_DIMS, Said, find_sink_dims, hallucination_heads, scaled_tau, vhd
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from attnsteer.testing.fingerprint import fingerprint
@@ -69,6 +70,21 @@ def test_a_model_without_sinks_is_said_to_have_none() -> None:
     assert len(find_sink_dims(model, inputs, tau=1.0, drop=1.0)) == 1
 
 
+def test_a_dimension_that_every_token_has() -> None:
+    """As in SmolLM2: dimension 5 holds a quarter of every token's energy, and nearly all of the sinks'."""
+    model = tiny_transformers("llama", hidden_size=256, intermediate_size=64)
+    words = model.get_input_embeddings().weight
+    words[:, 5] = words.square().sum(dim=-1).sub(words[:, 5] ** 2).div(3).sqrt() * 3
+    words[1, [5, 9]] = torch.tensor([500.0, 200.0])
+    found = find_sink_dims(model, batches("llama", model))
+    assert found.dims == (5,)
+    # The scaled threshold calls every token a sink, and the found one only those that are.
+    ids = torch.tensor([[1, 2, 3, 4, 6, 7]])
+    state = model(ids, output_hidden_states=True).hidden_states[1]
+    assert sink_tokens(state, (5,), scaled_tau(256)).all() and found.tau > scaled_tau(256)
+    assert sink_tokens(state, found, found.tau).tolist() == [[True, *[False] * 5]]
+
+
 def test_the_found_dimensions_make_var_act() -> None:
     model = planted("llava", (20, 7))
     inputs = batches("llava", model, 1)[0]
@@ -101,6 +117,8 @@ def test_the_table_of_backbones() -> None:
     assert known_sink_dims(SimpleNamespace(config=thirteen)) == (2100, 4743)
     qwen = Qwen2VLConfig(text_config={"hidden_size": 3584, "num_hidden_layers": 28})
     assert known_sink_dims(SimpleNamespace(config=qwen)) == (458, 2570)
+    small = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    assert known_sink_dims(SimpleNamespace(config=LlavaConfig(text_config=LlamaConfig(**small)))) == (507,)
     third = LlamaConfig(**{**llama, "num_key_value_heads": 8})
     with pytest.raises(SelectionError, match=r"not known\. Others use \(788, 1384, 4062\) .* unverified"):
         known_sink_dims(SimpleNamespace(config=third))

@@ -119,12 +119,15 @@ def _shift(span: tuple[int, int]) -> list[int]:
     return [span[0] + 1, span[1] + 1]
 
 
-def existence(split: str, kind: str = "random") -> Iterator[Sample]:
-    """Questions whether an object is there; `group` is the scene. Half of each scene's questions are to be denied."""
+def existence(split: str, kind: str = "random", patches: str | None = None) -> Iterator[Sample]:
+    """Questions whether an object is there; `group` is the scene. Half of each scene's questions are to be denied.
+
+    patches "paint": `local` and `summary` are the picture's patches by PAINT's rule.
+    """
     number = 0
     while True:
         scene, asked = pope(split, number, kind)
-        there = _pairs(scene)
+        there, more = _pairs(scene), _patches(scene, patches)
         for k, question in enumerate(asked):
             phrase = parse(question.text)[0]
             yield {
@@ -139,12 +142,13 @@ def existence(split: str, kind: str = "random") -> Iterator[Sample]:
                 "answer": ["yes", "no"].index(question.answer),
                 "objects": there,
                 "spans": [f"{phrase}"],
+                **more,
             }
         number += 1
 
 
-def captions(split: str) -> Iterator[Sample]:
-    """Scenes to describe."""
+def captions(split: str, patches: str | None = None) -> Iterator[Sample]:
+    """Scenes to describe; patches: see `existence`."""
     number = 0
     while True:
         yield {
@@ -153,8 +157,19 @@ def captions(split: str) -> Iterator[Sample]:
             "image": number,
             "split": split,
             "objects": _pairs(picture(split, number)),
+            **_patches(picture(split, number), patches),
         }
         number += 1
+
+
+def _patches(scene: Any, rule: str | None) -> dict[str, list[int]]:
+    """What PAINT acts on, where it is asked for: the vision tower runs."""
+    if rule is None:
+        return {}
+    from ...zoo.patches import paint_patches
+
+    (local,), (summary,) = paint_patches([scene])
+    return {"local": local, "summary": summary}
 
 
 def _pairs(scene: Any) -> list[list[str]]:
@@ -263,8 +278,8 @@ def instructions(split: str, kind: str = "all", form: str = "chatml") -> Iterato
 # Source -> its options with their values, and what draws it.
 SOURCES: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[..., Iterator[Sample]]]] = {
     "reading": ({"task": (*TASKS, "all")}, readings),
-    "existence": ({"kind": NEGATIVES}, existence),
-    "captions": ({}, captions),
+    "existence": ({"kind": NEGATIVES, "patches": ("paint",)}, existence),
+    "captions": ({"patches": ("paint",)}, captions),
     "layouts": ({"category": (*CATEGORIES, "all"), "count": (1, 2, 3, 4)}, layouts),
     "prompts": ({}, prompts),
     "facts": ({"kind": (*text_facts.KINDS, "mixture")}, facts),

@@ -11,7 +11,13 @@ import torch
 
 from .. import MODELS, seal
 
-STAGES = {"shapes-lm": "lm", "shapes-lvlm": "lvlm", "shapes-sd": "sd", "shapes-mmdit": "mmdit"}
+STAGES = {
+    "shapes-lm": "lm",
+    "shapes-lvlm": "lvlm",
+    "shapes-sd": "sd",
+    "shapes-mmdit": "mmdit",
+    "smollm2-llava": "llava",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
