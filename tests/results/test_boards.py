@@ -15,6 +15,9 @@ from typer.testing import CliRunner
 from attnsteer import cli
 from attnsteer.errors import RunError
 from attnsteer.manifest import problems_of, read_manifest
+from attnsteer.recipe.loading import load_recipe
+from attnsteer.recipe.locate import locate
+from attnsteer.recipe.validate import with_values
 from attnsteer.results.boards import board, letter_groups, runs_in, write_board
 from attnsteer.results.reports import report
 from tests.results import browser, folders
@@ -74,6 +77,16 @@ def test_the_runs_that_come_with_the_project_are_what_they_say() -> None:
         assert not problems_of(path, read_manifest(path)) and row["verified"] in ("verified", "not verified"), path
         assert row["verdict"] != "better" or all(c["state"] == "pass" for c in row["controls"]), path
         assert not re.search(r"\s['\"]?/\w+/", (path / "recipe.yaml").read_text()), path
+
+
+def test_runs_of_earlier_versions_go_on() -> None:
+    """A field that a recipe gets later does not make its old runs those of another recipe."""
+    base = Path(__file__).parents[2] / "docs" / "board" / "runs"
+    # Those of the embedded models are older than the first release of the schema.
+    for path in sorted(p.parent for p in base.glob("*/smollm-*/recipe.yaml")):
+        limit = len((path / "samples.jsonl").read_text().splitlines())
+        recipe = with_values(load_recipe(locate(f"{path.parent.name}/{path.name}")), {"data.limit": limit})
+        assert recipe.digest() == json.loads((path / "identity.json").read_text())["recipe"], path
 
 
 def test_ties_are_letters() -> None:
