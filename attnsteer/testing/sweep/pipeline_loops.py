@@ -274,7 +274,7 @@ class Loop:
             torch.set_rng_state(after)
             if what == "HeadGate":
                 return _picked(strong, weak, cond)
-            s, w = _predicted(strong), _predicted(weak)
+            s, w = _predicted(strong, len(cond)), _predicted(weak, len(cond))
             if bool(cond.any()):
                 part = cond if len(cond) == len(s) else torch.ones(len(s), dtype=torch.bool)
                 state["term"] = 2.0 * (s - w)[part]
@@ -290,6 +290,9 @@ class Loop:
             if what == "HeadGate" or term is None or rows:
                 return output
             cut = tuple(slice(0, n) for n in output.shape)
+            if term.numel() == output.numel():
+                # Frames of which there is one may be left out.
+                term, seen = term.reshape(output.shape), [r.reshape(-1, *output.shape[1:]) for r in seen]
             if term.ndim != output.ndim:
                 return output
             return output + self._sign(seen, output) * term[cut]
@@ -364,9 +367,11 @@ def _floats(values: dict[str, Any]) -> list[Any]:
     return [latent, *lists, *tensors]
 
 
-def _predicted(out: Any) -> Tensor:
-    """The first prediction of a call: that of its first row, where it gives one tensor for each."""
-    return next(t for t in tree_leaves(out) if isinstance(t, Tensor))
+def _predicted(out: Any, rows: int) -> Tensor:
+    """The first prediction of a call; stacked, where it gives one tensor for each row."""
+    tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    apart = len(tensors) == rows > 1 and all(len(t) != rows for t in tensors)
+    return torch.stack(tensors) if apart else tensors[0]
 
 
 def _picked(strong: Any, weak: Any, cond: Tensor) -> Any:
