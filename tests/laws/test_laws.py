@@ -16,7 +16,8 @@ from attnsteer.intervention import needs_of
 from attnsteer.testing import HOSTS, LAWS, HostCase, MethodCase, NotApplicable, Setting, check_law
 from attnsteer.testing.fingerprint import fingerprint
 
-from .cases import FEW_HOSTS, GUIDANCE, LATENT, METHODS, ON_UNET, VISION
+from .cases import FEW_HOSTS, GUIDANCE, LATENT, METHODS, ON_IMAGE_PROMPT, ON_UNET, VISION
+from .image_prompt import IMAGE_PROMPT
 
 SKIPS = (Path(__file__).parents[1] / "SKIPS.md").read_text(encoding="utf-8")
 LANGUAGE, DENOISERS, PIPELINES = (
@@ -42,6 +43,7 @@ PAIRS = [
     *((LATENT[0], HOSTS[f"{name}-pipeline"]) for name in ("sd", "sdxl", "sd3", "flux")),
     (LATENT[1], HOSTS["sd3-pipeline"]),
     *((m, HOSTS["sd-pipeline"]) for m in ON_UNET),
+    *((m, IMAGE_PROMPT) for m in ON_IMAGE_PROMPT),
 ]
 # Pairs of methods and language models that run all laws in every run, besides the parts of a Latin square.
 WHOLE = {("HeadGate", "llama"), ("HeadGate", "bert"), ("ACT", "llama"), ("PASTA", "gpt_oss"), ("HeadGate", "llava")} | {
@@ -65,7 +67,7 @@ def in_short(law: str, method: MethodCase, host: HostCase) -> bool:
         return True
     if method in METHODS and host in LANGUAGE:
         return (METHODS.index(method) + LANGUAGE.index(host)) % (3 if law in CORE else 6) == 0
-    if law in CORE and (method in VISION or method in ON_UNET):
+    if law in CORE and (method in VISION or method in ON_UNET or method in ON_IMAGE_PROMPT):
         # These have one host.
         return True
     return ([m for m, _ in PAIRS].index(method) + [h for _, h in PAIRS].index(host) + list(LAWS).index(law)) % 2 == 0
