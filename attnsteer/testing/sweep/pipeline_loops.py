@@ -66,6 +66,16 @@ def _preferred(found: list[Site]) -> list[Site]:
     return next((group for group in groups if group), [])
 
 
+class UnseenError(Exception):
+    """The steps of a run could not be seen, so that there is nothing to compare."""
+
+
+def _last(steps: list[Tensor]) -> Tensor:
+    if not steps:
+        raise UnseenError("it exchanges what its scheduler holds, so its steps are not seen")
+    return steps[-1]
+
+
 class Loop:
     """Runs of one pipeline: plain, steered, and by hand.
 
@@ -201,7 +211,7 @@ class Loop:
             pipe(**given)
         finally:
             if step is not None:
-                del vars(scheduler)["step"]
+                vars(scheduler).pop("step", None)
             for model in undo:
                 vars(model).pop("forward", None)
 
@@ -245,8 +255,8 @@ class Loop:
             with steer(pipe, self._method(what), control=True):
                 pipe(**given)
         finally:
-            del vars(scheduler)["step"]
-        return steps[-1]
+            vars(scheduler).pop("step", None)
+        return _last(steps)
 
     def _by_hand(self, what: str, rows: bool = False) -> Tensor:
         """The run with a loop's own weak pass. `rows`: the term goes on every row, instead of on their combination."""
@@ -298,7 +308,7 @@ class Loop:
             return output + self._sign(seen, output) * term[cut]
 
         self._run(pipe, given, around, lambda out, values: steps.append(out), before)
-        return steps[-1]
+        return _last(steps)
 
     @staticmethod
     def _sign(rows: list[Tensor], output: Tensor) -> float:
