@@ -396,6 +396,7 @@ def knockout(name: str, width: int, count: int) -> dict[str, Any]:
     return found
 
 
+@torch.no_grad()
 def _whole(model: Any, processor: Any, data: Sequence[Item], make: Make) -> list[list[Any]]:
     """`existence` of shapes-lvlm, a whole prompt for each question."""
     from attnsteer.zoo.measure.text import inputs
