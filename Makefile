@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
-.PHONY: help venv test test-long test-quick test-vllm sweep lint format demo bench-quick clean coverage types docs release board
+.PHONY: help venv test test-long test-quick test-vllm sweep sweep-diffusers lint format demo bench-quick clean coverage types docs release board
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -65,6 +65,11 @@ coverage: $(READY)  ## run the tests and show which lines they reach; build/cove
 
 sweep: $(READY)  ## measure every model type of transformers, and write docs/compatibility.md; about half an hour
 	$(PY) -m attnsteer.testing.sweep transformers $(ARGS)
+
+sweep-diffusers: $(READY)  ## measure every denoiser; with DIFFUSERS_CHECKOUT (sweep.checkout lays it out) every pipeline too
+	$(PY) -m attnsteer.testing.sweep diffusers $(ARGS)
+	test -z "$(DIFFUSERS_CHECKOUT)" || $(PY) -m attnsteer.testing.sweep pipelines $(ARGS)
+	test -z "$(DIFFUSERS_CHECKOUT)" || $(PY) -m attnsteer.testing.sweep modular $(ARGS)
 
 lint: $(READY)  ## check style and formatting
 	$(PY) -m ruff check .

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         Scatterbrain,
         SoftPAG,
         SpotLight,
+        StoryAdapter,
         TokenMerge,
         VisualKnockout,
         VisualTokenMerge,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .registry import get_method, register_host, register_method
     from .site import Site
     from .steering import Steering, detach, sites, steer
+    from .stories import story
     from .tokens import Tokens
     from .where import Where
 
@@ -79,6 +81,7 @@ __getattr__, _names, __all__ = lazy(
         "rollout": "reading",
         "sites": "steering",
         "steer": "steering",
+        "story": "stories",
         "zoo": "zoo",
         "AttentionPrompting": "reading",
         "CARVE": "reading",
@@ -105,6 +108,7 @@ __getattr__, _names, __all__ = lazy(
         "SLG": "methods",
         "SoftPAG": "methods",
         "SpotLight": "methods",
+        "StoryAdapter": "methods",
         "TokenMerge": "methods",
         "VAR": "methods",
         "VHR": "methods",

@@ -79,14 +79,14 @@ class AttentionMap:
         return answer
 
     def touched(self) -> bool:
-        """Whether an answer of this map, or of one below it, was changed in place; of inference tensors, while watched."""
+        """Whether an answer of this map, or of one below it, was changed in place."""
         own = any(not unchanged(answer, marked) for answer, marked in self._kept)
         return own or (self.before is not None and self.before.touched())
 
     def watch(self, on: bool) -> None:
-        """Whether copies of answers that count no versions (of inference mode) are kept from now on, to compare with."""
+        """Whether copies of the answers are kept from now on, to compare with: what counts no version is noticed then too."""
         self._watched = on
-        self._kept = [(t, mark_of(t, on) if t.is_inference() else marked) for t, marked in self._kept]
+        self._kept = [(t, mark_of(t, on)) for t, _ in self._kept]
         if self.before is not None:
             self.before.watch(on)
 

@@ -23,7 +23,8 @@ _GATHERING = threading.Lock()
 Flag = Tensor | tuple[Tensor, Tensor]
 
 
-def _set(flag: Flag) -> Tensor:
+def is_set(flag: Flag) -> Tensor:
+    """Whether a flag is set, 0-d or [P]."""
     return flag if isinstance(flag, Tensor) else (flag[0] != flag[1]).any()
 
 
@@ -36,6 +37,8 @@ class Flags:
 
     def __init__(self) -> None:
         self._new: list[Flag] = []
+        # Of the call before, for who wants to know of that one.
+        self.last: Flag | None = None
         self._sum: dict[torch.device, Tensor] = {}
         # Counted by compiled code.
         self._more = 0
@@ -47,12 +50,13 @@ class Flags:
     def add(self, flag: Flag) -> None:
         """One call more."""
         self._new.append(flag)
+        self.last = flag
         if len(self._new) > MANY:
             self._gather()
 
     def _gather(self) -> None:
         with _GATHERING:
-            flags, self._new = [_set(f) for f in self._new], []
+            flags, self._new = [is_set(f) for f in self._new], []
             for device in {f.device for f in flags}:
                 count = torch.stack([f.detach() for f in flags if f.device == device]).sum(dim=0)
                 self._sum[device] = self._sum[device] + count if device in self._sum else count
@@ -245,7 +249,7 @@ class Mark:
                 changed: Flag = self._in_parts(where[0] != where[1] if isinstance(where, tuple) else where)
             else:
                 changed = where if isinstance(where, tuple) or where.ndim == 0 else where.any()
-            self._flag = changed if self._flag is None else _set(changed) | _set(self._flag)
+            self._flag = changed if self._flag is None else is_set(changed) | is_set(self._flag)
 
     def _in_parts(self, where: Tensor) -> Tensor:
         """bool [P]: the parts in which something moved."""
@@ -255,7 +259,7 @@ class Mark:
     def close(self) -> None:
         """The call is over."""
         if self._flag is not None and torch.compiler.is_compiling():
-            self.record._counted(self.phase, 2, _set(self._flag).detach())
+            self.record._counted(self.phase, 2, is_set(self._flag).detach())
         elif self._flag is not None:
             self.record.flags_in[self.phase].add(self._flag)
 
@@ -379,20 +383,22 @@ def mark_of(tensor: Tensor, values: bool) -> Any:
     """What `unchanged` compares with: the tensor's version.
 
     Args:
-        values: whether to copy a tensor that counts no versions (of inference mode); without, nothing is noticed of it.
+        values: whether to copy the tensor as well: those of inference mode count no versions, and what is written through
+            `.data`, or through an array of NumPy over the same memory, counts none either.
     """
-    if tensor.is_inference():
-        return tensor.clone() if values else None
-    return tensor._version
+    version = None if tensor.is_inference() else tensor._version
+    return (version, tensor.detach().clone()) if values and not tensor.is_meta else version
 
 
 def unchanged(tensor: Tensor, marked: Any) -> bool:
     """Whether a tensor is as it was when it was marked."""
     if marked is None:
         return True
-    if not isinstance(marked, Tensor):
-        return tensor._version == marked
-    if torch.equal(tensor, marked):
+    version, copy = marked if isinstance(marked, tuple) else (marked, None)
+    if version is not None and tensor._version != version:
+        return False
+    if copy is None or torch.equal(tensor, copy):
         return True
     # NaN, as in rows of a model that see no key, equals nothing.
-    return tensor.is_floating_point() and torch.allclose(tensor, marked, rtol=0.0, atol=0.0, equal_nan=True)
+    same = tensor.is_floating_point() and tensor.shape == copy.shape
+    return same and torch.allclose(tensor, copy, rtol=0.0, atol=0.0, equal_nan=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .account import Samples
-from .errors import UnsupportedHost
+from .errors import ContractError, UnsupportedHost, brief, did_you_mean, listing
 from .parameters import PerSample
 
 # What is known of arguments: the first dimension is the batch, or they are passed on whole (position ids, rotary tables). It
@@ -91,7 +91,16 @@ class BranchInputs:
         return found
 
     def part(self, name: str) -> slice:
-        """The rows of the last part called `name`."""
+        """The rows of the last part called `name`.
+
+        Raises:
+            ContractError: there is none.
+        """
+        if name not in self.layout:
+            parts = listing(map(repr, self.layout))
+            raise ContractError(
+                f"inputs has no part {brief(name)}; this call has {parts}.{did_you_mean(name, self.layout)}"
+            )
         at = len(self.layout) - 1 - self.layout[::-1].index(name)
         size = self.batch // len(self.layout)
         return slice(at * size, (at + 1) * size)
@@ -130,7 +139,7 @@ class BranchInputs:
             if isinstance(value, dict):
                 for k, v in value.items():
                     look(_key(key, k), v)
-            elif isinstance(value, (list, tuple)) and not self._by_row(value):
+            elif isinstance(value, (list, tuple)) and not self._by_row(key, value):
                 for v in value:
                     look(key, v)
             elif isinstance(value, Tensor) and key not in self.cuts and key not in BATCHED | UNBATCHED:
@@ -146,9 +155,14 @@ class BranchInputs:
             look(key, value)
         return found
 
-    def _by_row(self, value: Any) -> bool:
+    def _by_row(self, key: str, value: Any) -> bool:
         """Whether a list has an entry for each row."""
-        if not isinstance(value, (list, tuple)) or len(value) != self.batch or not isinstance(value[0], Tensor):
+        if (
+            key in UNBATCHED
+            or not isinstance(value, (list, tuple))
+            or len(value) != self.batch
+            or not isinstance(value[0], Tensor)
+        ):
             return False
         listed = any(isinstance(self.values.get(name), list) for name in ("sample", "hidden_states", "x"))
         return listed or any(not v.ndim or v.shape[0] % self.batch for v in value if isinstance(v, Tensor))
@@ -193,7 +207,7 @@ class BranchInputs:
             return value[rows.start * each : rows.stop * each]
         if isinstance(value, dict):
             return {k: self._cut(_key(key, k), v, rows) for k, v in value.items()}
-        if self._by_row(value):
+        if self._by_row(key, value):
             return type(value)(value[rows])
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             return type(value)(self._cut(key, v, rows) for v in value)

@@ -40,6 +40,21 @@ class Contrast:
 
 
 @dataclass(frozen=True, eq=False)
+class ImagePrompt:
+    """The attention to an image prompt, whose output a UNet adds to that of the text.
+
+    Attributes:
+        images: reference images. tokens: of each. scale: what the pipeline itself adds the output with.
+        out: the outputs of all heads of the site, before any scale, [B, H, n, dv].
+    """
+
+    images: int
+    tokens: int
+    scale: float
+    out: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class AttnCall:
     """One attention call, restricted to the heads that a method selects.
 
@@ -61,7 +76,7 @@ class AttnCall:
         host: name of the host. method: name of the method that this call is shown to.
 
     What only some hosts give is read through properties, which raise where it is missing: `tokens`, `residual`,
-    `image_free`, `grid`, `capture`, `prompt`, `contrast`; `gives(name)` asks.
+    `image_free`, `grid`, `capture`, `prompt`, `contrast`, `image_prompt`; `gives(name)` asks.
     """
 
     site: Site
@@ -233,7 +248,7 @@ class AttnCall:
         return slice(0, rows) if rows == keys else self.facts.get("own keys")
 
     def gives(self, name: str) -> bool:
-        """Whether the host gives "tokens", "residual", "image_free", "grid", "capture", "prompt" or "contrast"."""
+        """Whether the host gives "tokens", "residual", "image_free", "grid", "capture", "prompt", "contrast" or "image_prompt"."""
         return self.facts.get(name) is not None
 
     def _fact(self, name: str) -> Any:
@@ -280,6 +295,11 @@ class AttnCall:
     def contrast(self) -> Contrast:
         """What the negative prompt gives (need "contrast")."""
         return self._fact("contrast")
+
+    @property
+    def image_prompt(self) -> ImagePrompt:
+        """The attention to an image prompt that this call is (need "image_prompt")."""
+        return self._fact("image_prompt")
 
     # Rows and keys by role.
 
@@ -390,6 +410,7 @@ __all__ = [
     "BlockBias",
     "Contrast",
     "HeadOutputs",
+    "ImagePrompt",
     "KeyBias",
     "MergedTokens",
     "Reweight",

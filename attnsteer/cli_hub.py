@@ -16,6 +16,10 @@ def push(
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="owner/name; made where there is none.")],
     model: Annotated[str | None, typer.Option(help="The hub id of the model that a method or heads are for.")] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="The run that measured a method or heads: its verdict goes into the card."),
+    ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     endpoint: ENDPOINT = None,
 ) -> None:
@@ -26,18 +30,18 @@ def push(
     from .errors import SerializationError
     from .heads import HeadSet
     from .intervention import RECORD, Intervention
-    from .results.hub_runs import push_run
+    from .results.hub_runs import evidence, push_run
     from .run.store import RECIPE
 
     own = private or None
     if (what / RECIPE).is_file():
         print(push_run(what, repo, private=own, endpoint=endpoint))
-    elif (what / RECORD).is_file():
-        print(Intervention.from_pretrained(what).push_to_hub(repo, model=model, private=own, endpoint=endpoint))
-    elif what.is_file():
-        print(HeadSet.load(what).push_to_hub(repo, model=model, private=own, endpoint=endpoint))
-    else:
+        return
+    if not (what / RECORD).is_file() and not what.is_file():
         raise SerializationError(f"{what} is no run folder, no folder of save_pretrained, and no file of heads.")
+    found = HeadSet.load(what) if what.is_file() else Intervention.from_pretrained(what)
+    said = "" if run is None else evidence(run, found)
+    print(found.push_to_hub(repo, model=model, evidence=said, private=own, endpoint=endpoint))
 
 
 def pull(

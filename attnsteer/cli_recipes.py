@@ -26,7 +26,7 @@ def ls(
         {
             "name": r.name,
             "methods": [s.method for s in r.interventions],
-            "model": r.model.zoo or r.model.hub or r.model.path,
+            "model": r.model.name,
             "task": r.task,
             "primary": r.primary,
             "summary": r.summary,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,8 +106,13 @@ class Check:
     that is computed again must save the same tensors.
     """
 
-    def __init__(self, method: str, door: str, site: str, shown: Attention | Tensor):
-        """`shown`: the attention that is edited; at the door "output", the outputs that are."""
+    def __init__(self, method: str, door: str, site: str, shown: Attention | Tensor, values: bool = True):
+        """
+        Args:
+            shown: the attention that is edited; at the door "output", the outputs that are. values: whether they are read, which
+                compiled code cannot; types, shapes, dtypes and devices are looked at in any case.
+        """
+        self.values = values
         self.place = f"{method}.{door} at {site}"
         self.att = shown
         self.device = shown.device if isinstance(shown, Tensor) else shown.q.device
@@ -157,6 +162,8 @@ class Check:
             raise self.refuse(f"the bias has shape {tuple(term.shape)}; expected {form}.")
         self._number("the bias", term)
         self._device("the bias", term)
+        if not self.values:
+            return
         used = term.to(self.att.stat_dtype)
         if bool((used.isnan() | (used == torch.inf)).any()):
             raise self.refuse(
@@ -172,17 +179,23 @@ class Check:
             if not isinstance(new, Tensor) or new.shape != wanted or new.dtype != old.dtype:
                 raise self.refuse(f"{name} of the groups is {_kind(new)}; expected {list(wanted)} of {old.dtype}.")
             self._device(name, new)
-            if bool(new.isfinite().logical_not().any()) and bool(old.isfinite().all()):
-                raise self.refuse(f"{name} has NaN or infinite values where the model's own has none.")
+            self._finite(name, new, old)
         if n != m:
             raise self.refuse(f"merges {n} rows that meet {m} keys; only tokens that are both can be merged.")
         group, size = edit.group, edit.size
         if not isinstance(group, Tensor) or group.dtype != torch.long or group.shape != (B, n):
             raise self.refuse(f"the groups are {_kind(group)}; expected int64 [{B}, {n}].")
-        if bool(((group < 0) | (group >= groups)).any()):
+        self._device("the groups", group)
+        if self.values and bool(((group < 0) | (group >= groups)).any()):
             raise self.refuse(f"a token is in no one of the {groups} groups.")
-        if size is not None and (size.shape != (B, groups) or not bool((size > 0).all())):
-            raise self.refuse(f"the sizes are {_kind(size)}; expected numbers above 0, [{B}, {groups}].")
+        if size is None:
+            return
+        wanted = f"finite numbers above 0, [{B}, {groups}]"
+        if not isinstance(size, Tensor) or not size.is_floating_point() or size.shape != (B, groups):
+            raise self.refuse(f"the sizes are {_kind(size)}; expected {wanted}.")
+        self._device("the sizes", size)
+        if self.values and not bool((size.isfinite() & (size > 0)).all()):
+            raise self.refuse(f"some sizes are zero, negative, infinite or NaN; expected {wanted}.")
 
     def _blocks(self, edit: BlockBias) -> None:
         B, H, n, m = self.att.shape
@@ -194,10 +207,20 @@ class Check:
             raise self.refuse(f"the kept blocks are {_kind(keep)}; expected bool [{B} or 1, {H} or 1, {n}, blocks].")
         self._device("the blocks of the keys", block)
         self._device("the kept blocks", keep)
-        if bool((block >= keep.shape[-1]).any()):
+        wrong = (block < -1) | (block >= keep.shape[-1]) if self.values else None
+        if wrong is not None and bool(wrong.any()):
             raise self.refuse(
-                f"a key is in block {int(block.max())}, and {keep.shape[-1]} blocks are kept or left out."
+                f"a key is in block {int(block[wrong][0])}; {keep.shape[-1]} blocks are kept or left out, from 0 on, and -1 is "
+                "for keys that all rows see."
             )
+        there = edit.there
+        if there is None:
+            return
+        if not isinstance(there, Tensor) or there.dtype != torch.bool or not _broadcasts(there.shape, keep.shape):
+            raise self.refuse(
+                f"which blocks hold something is {_kind(there)}; expected a bool tensor that broadcasts to {list(keep.shape)}."
+            )
+        self._device("which blocks hold something", there)
 
     @torch.no_grad()
     def weights(self, edit: Any) -> None:
@@ -209,8 +232,7 @@ class Check:
             raise self.refuse(f"returned {_kind(edit)}; return a Reweight or a Share, or None for no edit.")
         if not isinstance(edit.groups, (tuple, list)):
             raise self.refuse(f"the groups are {_kind(edit.groups)}; give a tuple of pairs (keys, weight).")
-        if not isinstance(edit.normalise, bool):
-            raise self.refuse(f"normalise is {_kind(edit.normalise)}; expected True or False.")
+        self._flags(edit, "normalise", "positive", "grows")
         B, H, n, m = self.att.shape
         members: Tensor | None = None
         for i, group in enumerate(edit.groups):
@@ -226,9 +248,10 @@ class Check:
                 )
             self._device(f"the keys of group {i}", keys)
             self._weight(f"the weight of group {i}", weight, (B, H, n), edit.positive)
-            members = keys.int() if members is None else members + keys
+            if self.values:
+                members = keys.int() if members is None else members + keys
         self._weight("the weight of the rest", edit.rest, (B, H, n), edit.positive)
-        if edit.grows:
+        if edit.grows and self.values:
             least = [torch.as_tensor(w, device=self.device) for w in (edit.rest, *(w for _, w in edit.groups))]
             if any(bool((w < least[0]).any()) for w in least[1:]):
                 raise self.refuse(
@@ -248,7 +271,7 @@ class Check:
         if out.dtype != before.dtype:
             raise self.refuse(f"returned dtype {out.dtype}; expected {before.dtype}.")
         self._device("the output", out)
-        if bool(out.to(before.dtype).isfinite().logical_not().any()) and bool(before.isfinite().all()):
+        if self.values and bool(out.isfinite().logical_not().any()) and bool(before.isfinite().all()):
             raise self.refuse(
                 f"the edited output has NaN or infinite values in {before.dtype}, in which the model takes it, where the model's "
                 "own has none."
@@ -262,7 +285,11 @@ class Check:
                 f"{name} has shape {list(new.shape)} and dtype {new.dtype}; expected {list(old.shape)} and {old.dtype}."
             )
         self._device(name, new)
-        if new is not old and bool(new.isfinite().logical_not().any()) and bool(old.isfinite().all()):
+        if new is not old:
+            self._finite(name, new, old)
+
+    def _finite(self, name: str, new: Tensor, old: Tensor) -> None:
+        if self.values and bool(new.isfinite().logical_not().any()) and bool(old.isfinite().all()):
             raise self.refuse(f"{name} has NaN or infinite values where the model's own has none.")
 
     def _share(self, edit: Share) -> None:
@@ -276,13 +303,20 @@ class Check:
                 f"the keys have shape {tuple(keys.shape)}; expected [{B} or 1, {H} or 1, up to {m}].{hint}"
             )
         self._device("the keys", keys)
+        self._flags(edit, "scale_sinks")
         if not callable(edit.of):
             raise self.refuse(f"the new share is {_kind(edit.of)}; give a function of the share that the keys have.")
+        if not self.values:
+            return
         # Each row of the call is tried at shares from nothing to all.
         for share in (0.0, 0.001, 0.5, 0.999):
             old = torch.full((B, H, n), share, dtype=self.att.stat_dtype, device=self.device)
             given = old.clone()
-            new = edit.of(given)
+            try:
+                new = edit.of(given)
+            except Exception as error:
+                error.add_note(f"attnsteer: raised in the share of {self.place}.")
+                raise
             if not torch.equal(given, old):
                 raise self.refuse(
                     "the new share is written into the one it is given, which is still read; return a new tensor."
@@ -305,21 +339,23 @@ class Check:
     def _weight(self, what: str, weight: Any, shape: tuple[int, int, int], positive: bool = False) -> None:
         if isinstance(weight, bool) or not isinstance(weight, (int, float, Tensor)):
             raise self.refuse(f"{what} is {_kind(weight)}; expected a number or a tensor.")
-        if isinstance(weight, int) and weight.bit_length() > 63:
+        if self.values and isinstance(weight, int) and weight.bit_length() > 63:
             raise self.refuse(
                 f"{what} is an integer of {weight.bit_length()} bits; give a number that a tensor can hold."
             )
         if isinstance(weight, Tensor):
             self._number(what, weight)
-            fits = weight.ndim <= 3 and all(
-                s in (1, whole) for s, whole in zip(weight.shape[::-1], shape[::-1], strict=False)
-            )
-            if not fits:
+            if not _broadcasts(weight.shape, shape):
                 raise self.refuse(
                     f"{what} has shape {tuple(weight.shape)}; expected one that broadcasts to {list(shape)}."
                 )
             self._device(what, weight)
         dtype = self.att.stat_dtype
+        if not self.values:
+            # A tensor of a number would have to be read as well.
+            if not isinstance(weight, Tensor) and not 0 <= weight <= torch.finfo(dtype).max:
+                raise self.refuse(f"{what} is {weight}; give a finite number of zero or more.")
+            return
         if isinstance(weight, int) and abs(weight) > torch.finfo(dtype).max:
             # torch cannot read it at all.
             weight = torch.inf
@@ -334,6 +370,11 @@ class Check:
             )
         if positive and bool((value == 0).any()):
             raise self.refuse(f"{what} has zeros, and the edit promises that it is positive; leave the promise out.")
+
+    def _flags(self, edit: Any, *names: str) -> None:
+        for name in names:
+            if not isinstance(getattr(edit, name), bool):
+                raise self.refuse(f"{name} is {_kind(getattr(edit, name))}; expected True or False.")
 
     def _number(self, what: str, tensor: Tensor) -> None:
         if not tensor.is_floating_point():
@@ -361,6 +402,10 @@ def check_state(place: str, state: dict[str, Any], batch: int) -> None:
         raise ContractError(
             f"{place}: call.state[{name!r}] is {what}; keep tensors with the batch of {batch} first, or plain numbers and strings."
         )
+
+
+def _broadcasts(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    return len(shape) <= len(whole) and all(s in (1, w) for s, w in zip(shape[::-1], whole[::-1], strict=False))
 
 
 def _kind(value: Any) -> str:

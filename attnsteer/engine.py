@@ -99,6 +99,8 @@ class SiteRuntime:
         self.entries = entries
         # (intervention, door, phase, heads) whose edits were looked at: the first of each is.
         self.checked: set[tuple[int, str, str, Heads]] = set()
+        # Those whose first call was compared with copies of what it was shown.
+        self.copied: set[tuple[int, str, str, Heads]] = set()
         self._partitions: dict[tuple[int, ...], list[tuple[Heads | None, list[Bound]]]] = {}
         self._by_methods: dict[tuple[int, ...], list[int]] = {}
         self._indices: dict[tuple[Heads, torch.device], Tensor] = {}
@@ -441,13 +443,20 @@ class _HeadGroup:
         call = self.base.replace(view=self.map, state=state, method=bound.name, pool=pool, owner=id(bound))
         key = self.first_key(bound, door)
         first = key not in self.runtime.checked and not torch.compiler.is_compiling()
-        before = self._shown(first, args)
+        # A method that answers None is not done with, and copies in each of its calls would cost more than the calls.
+        copies = first and (key not in self.runtime.copied or self.whole.att.q.is_inference())
+        before = self._shown(first, copies, args)
         self.asked, view = (door, first), self.map
-        if first:
+        if copies:
+            self.runtime.copied.add(key)
             view.watch(True)
         if torch.compiler.is_compiling():
-            # An error ends the compilation, which says where it was.
+            # An error ends the compilation, which says where it was. Of the answer all is looked at that needs no values.
             edit = getattr(bound.method, door)(call, *args)
+            if edit is not None:
+                at = self.map.att if gather or self.map.gathered else self.whole.att.select(self.local)
+                shown = args[0] if door == "output" else at
+                getattr(Check(bound.name, door, site, shown, values=False), door)(edit)
         else:
             try:
                 edit = getattr(bound.method, door)(call, *args)
@@ -455,7 +464,7 @@ class _HeadGroup:
                 error.add_note(f"attnsteer: raised in {bound.name}.{door} at {site}.")
                 raise
         altered = self._altered(before, args)
-        if first:
+        if copies:
             view.watch(False)
         if edit is not None and door != "output" and gather:
             # Gathered here in every call, so that a checkpoint that computes one again, unchecked, finds the same order.
@@ -480,14 +489,20 @@ class _HeadGroup:
         """Under which a first edit is remembered as looked at."""
         return bound.index, door, self.base.phase, self.heads
 
-    def _shown(self, first: bool, args: tuple[Tensor, ...]) -> list[tuple[str, Tensor, Any]]:
-        """What a method must leave as it is, with its mark: the model's q, k and v, those of its heads, and `out`."""
+    def _shown(self, first: bool, copies: bool, args: tuple[Tensor, ...]) -> list[tuple[str, Tensor, Any]]:
+        """What a method must leave as it is, with its mark: the model's q, k and v, those of its heads, and `out`.
+
+        Args:
+            first: whether what the whole forward reads is among it. copies: see `mark_of`.
+        """
         whole = self.whole.att
         if torch.compiler.is_compiling():
             return []
         found = [(name, getattr(whole, name)) for name in whole.held] + [("out", t) for t in args]
-        # Tensors of inference mode count no versions, so that what a method gathers itself could not be told from edits of it.
-        if (self.map.gathered or (first and whole.q.is_inference())) and self.map.att is not whole:
+        # What counts no versions, if a method gathers it itself, could not be told from edits of it. With gradients nothing may be
+        # gathered in another order than in the calls that are not looked at.
+        early = copies and not torch.is_grad_enabled()
+        if (self.map.gathered or early) and self.map.att is not whole:
             found += [(name, getattr(self.map.att, name)) for name in self.map.att.held]
         if first:
             # What all methods and layers of this forward read; made here if it is not there yet.
@@ -497,7 +512,7 @@ class _HeadGroup:
             others = ((name, getattr(whole, name)) for name in ("mask", "key_bias", "sinks"))
             found += [(f"call.map.att.{name}", t) for name, t in others if t is not None]
         if first:
-            return [(name, t, mark_of(t, True)) for name, t in found]
+            return [(name, t, mark_of(t, copies)) for name, t in found]
         return [(name, t, None if t.is_inference() else t._version) for name, t in found]
 
     def _altered(self, before: list[tuple[str, Tensor, Any]], args: tuple[Tensor, ...]) -> list[str]:

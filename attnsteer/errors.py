@@ -94,6 +94,11 @@ def brief(value: object, limit: int = 80) -> str:
         text = " ".join(repr(value).split())
     except Exception:  # repr is the code of whatever was given; the error to show is another one
         return f"<{type(value).__name__}>"
+    return clipped(text, limit)
+
+
+def clipped(text: str, limit: int = 500) -> str:
+    """A text that may hold a value of any size, cut to `limit` characters."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 

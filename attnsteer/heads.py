@@ -72,7 +72,7 @@ class HeadSet(Named):
         members = set(self._heads)
         try:
             self._scores = {tuple(k): float(v) for k, v in (scores or {}).items() if tuple(k) in members}
-        except (TypeError, ValueError, AttributeError, OverflowError):
+        except (TypeError, ValueError, AttributeError, OverflowError, RuntimeError):
             raise SelectionError(f"HeadSet(scores={brief(scores)}): give {{(layer, head): score}}.") from None
         if any(math.isnan(score) for score in self._scores.values()):
             raise SelectionError("HeadSet got a score that is not a number; leave out heads without a score.")
@@ -224,6 +224,7 @@ class HeadSet(Named):
         repo: str,
         *,
         model: Any = None,
+        evidence: str = "",
         private: bool | None = None,
         token: str | None = None,
         endpoint: str | None = None,
@@ -232,7 +233,8 @@ class HeadSet(Named):
 
         Args:
             repo: owner/name; made where there is none. model: the model that the heads are of, or its id; others are refused
-                when it is loaded for them. private, token, endpoint: of the hub.
+                when it is loaded for them. evidence: what a run says of it, for the card (`attnsteer.results.hub_runs.evidence`).
+            private, token, endpoint: of the hub.
 
         Raises:
             HubError: the hub refuses or cannot be reached.
@@ -241,7 +243,8 @@ class HeadSet(Named):
 
         facts = model_facts(model)
         shape = "not said" if self._shape is None else f"{self._shape[0]} layers of {self._shape[1]} heads"
-        rows = [f"| {layer} | {', '.join(map(str, self[layer]))} |" for layer in self.layers]
+        scored = lambda p: f"{p[1]} ({self._scores[p]:.4g})" if p in self._scores else str(p[1])  # noqa: E731
+        rows = [f"| {layer} | {', '.join(scored((layer, h)) for h in self[layer])} |" for layer in self.layers]
         body = [
             f"{len(self)} attention heads, found by attnsteer.",
             "",
@@ -249,8 +252,9 @@ class HeadSet(Named):
             f"- heads of the model: {shape}",
         ]
         body += [f"- {key}: {value}" for key, value in self._provenance.items()]
-        body += ["", "| layer | heads |", "| --- | --- |", *rows, "", "```python"]
+        body += ["", f"| layer | heads{' (score)' if self._scores else ''} |", "| --- | --- |", *rows, "", "```python"]
         body += ["from attnsteer import HeadSet", f'heads = HeadSet.from_pretrained("{repo}", model=model)', "```"]
+        body += ["", evidence] if evidence else []
         base = (facts or {}).get("id")
         with tempfile.TemporaryDirectory(prefix="attnsteer-") as scratch:
             self.save(Path(scratch) / FILE)
@@ -310,13 +314,20 @@ def checked_path(function: str, path: Any) -> Path:
     """`path` as a Path; a SerializationError that names the `function` where it is none."""
     if not isinstance(path, (str, os.PathLike)):
         raise SerializationError(f"{function}({brief(path)}): give a path, as a string or a Path.")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SerializationError(f"{function}({brief(path)}): this system has no such paths ({why}).") from error
     return Path(path)
 
 
 def _pairs(heads: Iterable[Any]) -> list[tuple[Any, ...]]:
     try:
         return [tuple(plain(i) for i in plain(pair)) for pair in plain(heads)]
-    except TypeError:
+    except (TypeError, RuntimeError):
         raise SelectionError(
             f"HeadSet got {brief(heads)}; give (layer, head) pairs, or {{layer: [head, ...]}}."
         ) from None
@@ -324,7 +335,8 @@ def _pairs(heads: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 def _row(layer: Any, row: Any) -> list[Any]:
     row = plain(row)
-    if isinstance(row, (str, bytes)) or not isinstance(row, Iterable):
+    # What is a tensor still has no plain numbers.
+    if isinstance(row, (str, bytes, torch.Tensor)) or not isinstance(row, Iterable):
         raise SelectionError(f"HeadSet got {brief(row)} for layer {brief(layer)}; give a list of heads.")
     return [plain(head) for head in row]
 
@@ -333,7 +345,7 @@ def _check_shape(shape: Any) -> None:
     sizes = shape if isinstance(shape, (tuple, list)) else ()
     fits = shape is None or (len(sizes) == 2 and all((whole(n) or 0) > 0 for n in sizes))
     if not fits:
-        raise SelectionError(f"HeadSet(shape={shape!r}): give (layers, heads per layer), both above 0.")
+        raise SelectionError(f"HeadSet(shape={brief(shape)}): give (layers, heads per layer), both above 0.")
 
 
 def head_set(*, kw_only: bool = False) -> Any:

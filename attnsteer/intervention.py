@@ -64,8 +64,8 @@ class Intervention(Named):
             names no kind).
         needs: names of what the host must provide: "tokens", "images" (their image roles), "residual", "image_free",
             "segments", "grid", "steps", "prompt" as attributes of the call (see `AttnCall`); "contrast" as one, the negative
-            prompt that the method names in `negative`, while its `on` holds; "latent" in `inputs.loop`, the latent of the
-            sampling loop.
+            prompt that the method names in `negative`, while its `on` holds; "image_prompt" as one, where it acts on
+            the attention to an image prompt and on no other; "latent" in `inputs.loop`, the latent of the sampling loop.
         causal_only: the method is defined on causal self-attention only.
         follows_crop: whether the state stays right when the cache is cut back behind the prompt.
         linear: whether the method only edits values and outputs, so that linear attention can take it.
@@ -79,6 +79,9 @@ class Intervention(Named):
         row_local: whether what a row gets depends on that row, its keys and the parameters alone: nothing is pooled over rows, and
             nothing is kept in `call.state`. Such a method takes prompts in chunks and shared prefixes as they come; the prompts
             of others are kept whole in continuous batching.
+        frozen_keys: for a method that keeps something in `call.state`: the entry that is all it reads there for rows behind the
+            prompt, a key set [B, H, T] by slot, which moves no more; so requests can share batches from there on. None: there is
+            no such entry.
     """
 
     # Said so that type checkers see it too.
@@ -97,6 +100,7 @@ class Intervention(Named):
     may_rest: ClassVar[bool] = False
     skips_blocks: ClassVar[bool] = False
     row_local: ClassVar[bool] = False
+    frozen_keys: ClassVar[str | None] = None
     approximate: ClassVar[bool] = False
     # Set when it is made: the parameters with one value per sample, by name; and those of them by which it leaves some
     # samples, or heads of samples, alone.
@@ -108,12 +112,20 @@ class Intervention(Named):
 
         Raises:
             RegistrationError: `needs` is no tuple of names; a string would be taken for its letters. Or a door takes other
-                parameters than the contract's.
+                parameters than the contract's, or a field has the name of a door or of another function of this class.
         """
         super().__init_subclass__(**kwargs)
+        for name in inspect.get_annotations(cls):
+            if callable(getattr(Intervention, name, None)):
+                raise RegistrationError(
+                    f"{cls.__name__}.{name}: a method has a function {name}() already, which this field would take the place of; "
+                    "give the field another name."
+                )
         if "row_local" not in vars(cls) and any(door in vars(cls) for door in DOORS):
             # What a base says of its own doors says nothing of new ones.
             cls.row_local = False
+            if "frozen_keys" not in vars(cls):
+                cls.frozen_keys = None
         # A property decides it for each object.
         fixed = () if isinstance(cls.needs, property) else cls.needs
         if isinstance(fixed, str) or not all(isinstance(need, str) for need in fixed):
@@ -264,6 +276,7 @@ class Intervention(Named):
         repo: str,
         *,
         model: Any = None,
+        evidence: str = "",
         private: bool | None = None,
         token: str | None = None,
         endpoint: str | None = None,
@@ -272,7 +285,8 @@ class Intervention(Named):
 
         Args:
             repo: owner/name; made where there is none. model: the model that it is for, or its id; others are refused when it is
-                loaded for them. private, token, endpoint: of the hub.
+                loaded for them. evidence: what a run says of it, for the card (`attnsteer.results.hub_runs.evidence`).
+            private, token, endpoint: of the hub.
 
         Raises:
             HubError: the hub refuses or cannot be reached.
@@ -289,6 +303,7 @@ class Intervention(Named):
             body += [f"- {k}: {v}" for k, v in record["versions"].items()]
             body += ["", "```python", "from attnsteer import Intervention, steer"]
             body += [f'with steer(model, Intervention.from_pretrained("{repo}", model=model)):', "    ...", "```"]
+            body += ["", evidence] if evidence else []
             base = (facts or {}).get("id")
             text = card(repo, "method", "\n".join(body), base_model=base, tags=[record["method"]])
             names = [n for n in (RECORD, HEADS) if (folder / n).is_file()]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import RegistrationError, UnknownName, listing
-from .registry import hosts, methods
+from .registry import all_or_nothing, hosts, methods
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,18 @@ def _run(name: str, path: Path, source: bytes) -> None:
     # A dataclass looks for the module of its class there.
     sys.modules[name] = module
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-    except (Exception, SystemExit) as error:
+        with all_or_nothing():
+            exec(compile(source, str(path), "exec"), module.__dict__)
+    except BaseException as error:
         del sys.modules[name]
+        if not isinstance(error, (Exception, SystemExit)):
+            raise
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", None)
         where = f"{path}, line {line}" if line else str(path)
-        raise RegistrationError(f"{where}: {type(error).__name__}: {error}. The file could not be imported.") from error
+        raise RegistrationError(
+            f"{where}: {type(error).__name__}: {str(error).rstrip('.')}. The file could not be imported."
+        ) from error
 
 
 def require(paths: list[Path]) -> None:

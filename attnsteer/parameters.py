@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .account import Samples
-from .errors import SelectionError, brief, did_you_mean, listing
+from .errors import SelectionError, brief, clipped, did_you_mean, listing
 
 if TYPE_CHECKING:
     from .tokens import Tokens
@@ -37,12 +37,13 @@ class Refused(ValueError):
 def plain(value: Any) -> Any:
     """NumPy scalars, arrays and tensors as Python numbers and (nested) lists; anything else as it is.
 
-    A tensor that needs a gradient stays one: as a number it would be cut off from its graph.
+    A tensor that needs a gradient stays one: as a number it would be cut off from its graph. So does one that cannot be listed.
     """
     if not (hasattr(value, "tolist") and hasattr(value, "ndim")):
         return value
-    kept = getattr(value, "requires_grad", False) or getattr(value, "is_meta", False)
-    return value if kept else value.tolist()
+    if isinstance(value, Tensor) and (value.requires_grad or value.is_meta or value.layout != torch.strided):
+        return value
+    return value.tolist()
 
 
 def whole(value: Any) -> int | None:
@@ -237,11 +238,12 @@ class Parameter:
         try:
             return self.convert(value)
         except SelectionError as error:
-            raise SelectionError(f"{given}: {str(error).removeprefix(f'{name}={brief(value)}: ')}") from error
+            raise SelectionError(f"{given}: {clipped(str(error).removeprefix(f'{name}={brief(value)}: '))}") from error
         except Refused as error:
             raise SelectionError(f"{given}: give {self._article()}{self.describe()}{str(error) or '.'}") from None
-        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
-            raise SelectionError(f"{given}: give {self._article()}{self.describe()} ({error}).") from error
+        except (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError, OSError) as error:
+            why = clipped(str(error), 120)
+            raise SelectionError(f"{given}: give {self._article()}{self.describe()} ({why}).") from error
 
     def convert(self, value: Any) -> Any:
         """`value` as it is kept; raises `Refused`, or a SelectionError whose message says what to give."""

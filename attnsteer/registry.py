@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import re
 import sys
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from importlib.metadata import entry_points as read_entry_points
 from pathlib import Path
 from typing import Any
 
-from .errors import RegistrationError, UnknownName, did_you_mean
+from .errors import RegistrationError, UnknownName, brief, did_you_mean
 
 # "module:Class" strings, so that asking for the list imports nothing. A built-in method stands in its file under
 # `@register_method`, and is found by reading the files.
@@ -137,9 +139,9 @@ def get_method(name: str) -> type:
         UnknownName: there is none; the message lists what exists.
     """
     table = _with_plugins(_METHODS, "methods")
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise UnknownName(
-            f"there is no method {name!r}; there are {', '.join(sorted(table))}.{did_you_mean(name, table)}"
+            f"there is no method {brief(name)}; there are {', '.join(sorted(table))}.{did_you_mean(name, table)}"
         )
     return _load(table, name, "methods")
 
@@ -195,9 +197,22 @@ def hosts() -> tuple[str, ...]:
     return tuple(_with_plugins(_HOSTS, "hosts"))
 
 
+@contextlib.contextmanager
+def all_or_nothing() -> Iterator[None]:
+    """A block whose registrations are taken back where it raises, so that it can be mended and entered again."""
+    before = [(table, dict(table)) for table in (_METHODS, _HOSTS)]
+    try:
+        yield
+    except BaseException:
+        for table, entries in before:
+            table.clear()
+            table.update(entries)
+        raise
+
+
 def get_host(name: str) -> type:
     """The host class called `name`."""
     table = _with_plugins(_HOSTS, "hosts")
-    if name not in table:
-        raise UnknownName(f"there is no host {name!r}; there are {', '.join(table)}.{did_you_mean(name, table)}")
+    if not isinstance(name, str) or name not in table:
+        raise UnknownName(f"there is no host {brief(name)}; there are {', '.join(table)}.{did_you_mean(name, table)}")
     return _load(table, name, "hosts")

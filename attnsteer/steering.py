@@ -18,6 +18,7 @@ from .choices import NAME, NOTHING, Choice, Choices, Part
 from .engine import SiteRuntime
 from .errors import (
     CompositionError,
+    ContractError,
     NeverFired,
     NothingChanged,
     SelectionError,
@@ -41,6 +42,8 @@ CLOCKS = ("phases", "steps", "branches")
 
 # Attached steerings, so that a site is steered once, and a lost handle can be found.
 _LIVE: weakref.WeakSet[Steering] = weakref.WeakSet()
+# One is attached or removed at a time: threads may steer, each its own layers of one model.
+_ATTACHING = threading.RLock()
 
 
 class Steering:
@@ -86,6 +89,13 @@ class Steering:
                 f"a {type(target).__name__} has no requests that could choose among named steerings; language models of "
                 "transformers have. Give the interventions without names."
             )
+        self.asked_for: set[int] = set()
+        self.by_id: Callable[[str | None], Any] | None = None
+        self.failures: list[BaseException] = []
+        with _ATTACHING:
+            self._attach(interventions, names)
+
+    def _attach(self, interventions: tuple[Intervention, ...], names: Mapping[str, tuple[int, ...]] | None) -> None:
         every = self.host.sites()
         self.bounds, plan = bind(interventions, every, self.host)
         self.sites = SiteList(site for site in every if site.path in plan)
@@ -94,9 +104,6 @@ class Steering:
         self.choices = Choices(self._parts(plan), names, self._variant, self._check_choice)
         for name in names:
             self._check_choice(self.choices.choose(name))
-        self.asked_for: set[int] = set()
-        self.by_id: Callable[[str | None], Any] | None = None
-        self.failures: list[BaseException] = []
         try:
             self.host.attach(self, self._journal)
             for site in self.sites:
@@ -175,8 +182,14 @@ class Steering:
 
     @contextlib.contextmanager
     def inside(self, method: Intervention) -> Iterator[None]:
-        """Switch the inside edits of an `around` method on for the model calls in this block."""
-        index = next(b.index for b in self.bounds if b.method is method)
+        """Switch the inside edits of an `around` method on for the model calls in this block.
+
+        Raises:
+            ContractError: `method` is none that is attached.
+        """
+        index = next((b.index for b in self.bounds if b.method is method), None)
+        if index is None:
+            raise ContractError(f"run.inside({brief(method)}): enter it with the method itself, run.inside(self).")
         self.opened.append(index)
         before, self.branch = self.branch, "weak"
         self.audit.count(index, "inside passes")
@@ -244,7 +257,7 @@ class Steering:
                 warnings.warn(silent, NothingChanged, stacklevel=2)
 
     def _detach(self) -> None:
-        with self._lock:
+        with _ATTACHING, self._lock:
             self.attached = False
             _LIVE.discard(self)
             self._journal.undo()
@@ -346,7 +359,9 @@ def detach(target: Any) -> int:
 def steered(target: Any) -> list[Steering]:
     """The steerings that are attached to a model or pipeline now."""
     own = {id(m) for m in _modules(target)}
-    return [run for run in list(_LIVE) if any(id(s.module) in own for s in run.sites)]
+    with _ATTACHING:
+        live = list(_LIVE)
+    return [run for run in live if any(id(s.module) in own for s in run.sites)]
 
 
 def _modules(target: Any) -> Iterator[Any]:

@@ -128,16 +128,30 @@ class Tokens:
         self._resolved = {key: (spans, [found[i] for i in rows]) for key, (spans, found) in self._resolved.items()}
         self.batch = len(rows)
 
-    def keep_spans(self, before: Tokens, upto: int) -> None:
+    def keep_spans(self, before: Tokens, upto: int, prompt: bool = False) -> None:
         """Take over what was found in the tokens of an earlier call, of which these are a continuation.
 
-        What reaches beyond the first `upto` slots, which both share (the cache was cut back), is looked for again.
+        What reaches beyond the first `upto` slots, which both share (the cache was cut back), is looked for again; so is all
+        where other slots of these are padding now, and text where more of the prompt came in, in which it may occur again.
+
+        Args:
+            prompt: the slots behind `upto` are a part of the prompt.
         """
-        counts = self._longest(upto)
-        same = before.batch == self.batch
+        if before.batch != self.batch or not before._resolved or not self._holds(before, upto):
+            return
+        counts = self._longest(upto) if upto < before.length else None
         for key, (spans, found) in before._resolved.items():
-            if same and all(stop <= counts[b] for b, row in enumerate(found) for _, stop in row):
+            if prompt and self.ids is not None and _has_text(spans):
+                continue
+            if counts is None or all(stop <= counts[b] for b, row in enumerate(found) for _, stop in row):
                 self._resolved[key] = (spans, found)
+
+    def _holds(self, before: Tokens, upto: int) -> bool:
+        """Whether the first `upto` slots hold tokens and padding where they did in an earlier call."""
+        told = [t.valid[:, :upto] for t in (self, before) if t.valid is not None]
+        if not told:
+            return True
+        return bool((told[0] if len(told) == 1 else told[0] == told[1]).all())
 
     def spans(self, spans: Any, tokenizer: Any = None) -> list[list[Range]]:
         """Token ranges per row, counted from its first valid token, for `spans`, which may be:
@@ -164,7 +178,7 @@ class Tokens:
         else:
             spans_list = self._per_sample(spans)
         counts = self._longest(self.length)
-        out = []
+        out, complete = [], True
         for b, wanted in enumerate(spans_list):
             row: list[Range] = []
             for item in wanted:
@@ -176,8 +190,10 @@ class Tokens:
                     "the sample's first token that is not padding. If the prompt comes in chunks, enter "
                     "run.chunked_prefill() for them."
                 )
+            complete &= not late
             out.append(row)
-        self._resolved[id(spans)] = (spans, out)
+        if complete:
+            self._resolved[id(spans)] = (spans, out)
         return out
 
     def _longest(self, upto: int) -> list[int]:
@@ -266,6 +282,13 @@ def _places(whole: str, text: str) -> list[int]:
         found.append(at)
         at = whole.find(text, at + len(text))
     return found
+
+
+def _has_text(spans: Any) -> bool:
+    """Whether some span is text, which is looked for in the prompt."""
+    if isinstance(spans, str) or all(is_text(s) for s in spans):
+        return True
+    return any(is_text(item) for row in spans for item in row)
 
 
 def is_text(item: Any) -> bool:

@@ -283,11 +283,12 @@ def _patterns(value: Any) -> tuple[str, ...] | None:
 
 
 def _several(value: Any) -> bool:
-    """Whether there is something to go through: a tensor that is no plain number has a length only with a dimension."""
+    """Whether there is something to go through."""
     return (
         isinstance(value, Iterable)
         and not isinstance(value, (bytes, bytearray, Mapping))
-        and getattr(value, "ndim", 1) != 0
+        # A tensor of which `plain` has made no numbers.
+        and not hasattr(value, "ndim")
     )
 
 

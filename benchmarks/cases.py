@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnsteer import ACT, PAG, AttendAndExcite, HeadSet, Intervention, SpotLight, Where, ZeroTuning, steer
 from attnsteer.call import AttnCall, Share
-from benchmarks import dense, efficiency, short, vision
+from benchmarks import compose, dense, efficiency, short, vision
 from benchmarks.measure import Times, interleaved, peak_memory
 from benchmarks.models import LlamaShape, UNetShape, excite_call, excite_pipelines, llama, prompt, twin, unet
 from benchmarks.parts import MODES, TOLERANCE, Case, Check, Decoder, Gate, Outcome, Size, error
@@ -422,6 +422,7 @@ FULL, QUICK = LlamaShape(), LlamaShape(hidden=512, heads=8, kv_heads=2, mlp=2048
 # Decoding is about reading weights: with too few of them the time is that of Python alone.
 QUICK_DECODE = LlamaShape(hidden=1024, heads=16, kv_heads=4, mlp=4096, vocab=256)
 SMOKE = LlamaShape(hidden=128, heads=4, kv_heads=2, head_dim=32, mlp=256, vocab=64)
+ONE_LAYER = LlamaShape(layers=1)
 # LLaVA-1.5's proportions at half of its width, where attention weighs twice as much; and the same, smaller.
 LLAVA = LlamaShape(hidden=2048, heads=16, kv_heads=16, head_dim=128, mlp=5504)
 SMALL_LLAVA = LlamaShape(hidden=512, heads=8, kv_heads=8, mlp=1376, vocab=256)
@@ -486,6 +487,18 @@ CASES = {
                 Size(FULL, 1024, 256, repeats=12, patience=240.0),
                 Size(QUICK_DECODE, 512, 128, repeats=8),
                 Size(SMOKE, 128, 64, repeats=2),
+            ),
+        ),
+        Case(
+            "compose",
+            "ZeroTuning and SpotLight on all heads, prefill: the time beyond the unsteered model, over the sum of both alone",
+            compose.BAR,
+            lambda size: compose.gate(size.shape, size.gate),
+            compose.measure,
+            _sizes(
+                Size(ONE_LAYER, 2048, 256, repeats=9, patience=120.0),
+                Size(ONE_LAYER, 1024, 128, repeats=3, memory=False),
+                Size(SMOKE, 128, 64, repeats=2, memory=False),
             ),
         ),
         Case(

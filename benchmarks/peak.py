@@ -11,6 +11,7 @@ import torch
 
 from attnsteer import steer
 from benchmarks.cases import SINKS, act
+from benchmarks.compose import chosen
 from benchmarks.measure import peak, reset_peak, timed
 from benchmarks.models import LlamaShape, llama, prompt
 
@@ -21,9 +22,13 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
     shape, tokens = LlamaShape(**request["shape"]), request["tokens"]
     model, ids = llama(shape, tokens), prompt(shape, tokens, SINKS)
-    steered = request["arm"] == "steered"
-    with steer(model, act(shape, request["share"])) if steered else contextlib.nullcontext():
-        model(ids[:, :32], use_cache=True, logits_to_keep=1)
+    if "methods" in request:
+        methods = chosen(tuple(request["methods"]), tokens)
+    else:
+        methods = (act(shape, request["share"]),) if request["arm"] == "steered" else ()
+    with steer(model, *methods) if methods else contextlib.nullcontext():
+        # Spans lie in the first quarter.
+        model(ids[:, : max(32, tokens // 4 if "methods" in request else 0)], use_cache=True, logits_to_keep=1)
         baseline = reset_peak()
         outputs = []
         seconds, foreign = timed(lambda: outputs.append(model(ids, use_cache=True, logits_to_keep=1).logits))

@@ -1,7 +1,9 @@
 """What steering costs inside vLLM: python -m benchmarks.vllm, in the environment of `make test-vllm` (or with vLLM on a GPU).
 
-One engine, the same requests over and over: as vLLM runs them, with the plug-in loaded and nobody steered, all steered by each
-method in turn. Rounds alternate, so that what else the machine does falls on all alike; ratios are of medians.
+One engine. Decoding: all requests go on together, and every other step runs with the plug-in taken off, so that what else the
+machine does falls on both alike; the median step with it over the median step without. Prompts: rounds of requests with one new
+token, as vLLM runs them and steered in turn; the median over rounds of the ratio within a round. Whole requests: both times put
+together. In seconds of the clock and of the process. "Nobody steered" has the plug-in on and no steering.
 
 The default shape: 8 layers of 1,024 channels, 16 heads, 4 key heads, 64 lanes, float32; 64 requests with prompts of 64 to 512
 tokens, 32 new tokens each; no prefix cache.
@@ -16,6 +18,7 @@ import random
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ from attnsteer import ACT, PASTA, HeadGate, InstABoost, SpotLight, ZeroTuning
 from attnsteer.hosts.vllm.wire import request_args
 
 VOCAB = 8192
+# Of the clock, of the process.
+Seconds = tuple[float, float]
 
 
 def model(folder: Path, layers: int, channels: int) -> Path:
@@ -82,8 +87,8 @@ class Bench:
         draw = random.Random(0)
         sizes = [draw.randrange(args.shortest, args.longest) for _ in range(args.requests)]
         self.prompts = [{"prompt_token_ids": [1] + [draw.randrange(3, VOCAB) for _ in range(n - 1)]} for n in sizes]
-        # How many new tokens each request has; 1 is the prompt alone.
-        self.tokens = (args.tokens, 1) if args.prompts else (args.tokens,)
+        self._core = self.llm.llm_engine.engine_core.engine_core
+        self._step = self._core.step_fn
 
     def plug(self, on: bool) -> None:
         """Put the plug-in on the layers and the runner, or take it off (model runner V1)."""
@@ -95,20 +100,54 @@ class Bench:
             if on:
                 runner["_build_attention_metadata"] = self.built
 
-    def round(self, method: Any) -> list[float]:
-        """[seconds of all requests, seconds of their prompts alone where that was asked for]."""
+    def generate(self, method: Any, tokens: int) -> Seconds:
+        """All requests to their end."""
         from vllm import SamplingParams
 
-        seconds = []
-        for tokens in self.tokens:
-            params = SamplingParams(
-                temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
-                extra_args=None if method is None else request_args(method),
-            )  # fmt: skip
-            start = time.perf_counter()
-            self.llm.generate(self.prompts, params, use_tqdm=False)
-            seconds.append(time.perf_counter() - start)
-        return seconds
+        params = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
+            extra_args=None if method is None else request_args(method),
+        )  # fmt: skip
+        return timed(lambda: self.llm.generate(self.prompts, params, use_tqdm=False))
+
+    def decode(self, method: Any, steps: int) -> tuple[list[Seconds], list[Seconds]]:
+        """(steps with the plug-in, steps without): decode steps of all requests, in turn."""
+        found: tuple[list[Seconds], list[Seconds]] = ([], [])
+        scheduler = self._core.scheduler
+
+        def step() -> Any:
+            # A step of prompts needs the plug-in, for what methods keep of them; the first decode steps warm things up.
+            waits = scheduler.waiting or any(r.is_prefill_chunk for r in scheduler.running)
+            count["steps"] = 0 if waits else count["steps"] + 1
+            timing = count["steps"] > 3
+            on = not timing or count["steps"] % 2 == 0
+            self.plug(on)
+            done: list[Any] = []
+            seconds = timed(lambda: done.append(self._step()))
+            if timing and len(scheduler.running) == len(self.prompts):
+                found[0 if on else 1].append(seconds)
+            return done[0]
+
+        count = {"steps": 0}
+        self._core.step_fn = step
+        try:
+            self.generate(method, steps + 4)
+        finally:
+            self._core.step_fn = self._step
+            self.plug(True)
+        return found
+
+
+def timed(run: Callable[[], Any]) -> Seconds:
+    """How long it takes, by the clock and of this process."""
+    clock, process = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - clock, time.process_time() - process
+
+
+def middle(values: list[float]) -> float:
+    """The median."""
+    return statistics.median(values)
 
 
 def main() -> None:
@@ -119,40 +158,62 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--shortest", type=int, default=64)
     parser.add_argument("--longest", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--tokens", type=int, default=32, help="new tokens of a request, for the figure of whole requests"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=40, help="decode steps that are timed, half of them with the plug-in"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of prompts")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
-    parser.add_argument(
-        "--prompts", action="store_true", help="measure prompts apart from decoding, in a run of their own"
-    )
-    parser.add_argument("--only", default="", help="methods whose name holds this")
+    parser.add_argument("--only", nargs="*", default=[""], help="methods whose name holds one of these")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as held:
         bench = Bench(model(Path(held), args.layers, args.channels), args)
-    own = {k: m for k, m in methods(args.layers, args.channels // 64).items() if args.only in k}
-    cases: dict[str, tuple[bool, Any]] = {"vLLM": (False, None), "nobody steered": (True, None)}
-    cases |= {name: (True, method) for name, method in own.items()}
-    for plugged, method in cases.values():
-        bench.plug(plugged)
-        bench.round(method)
-    found: dict[str, list[list[float]]] = {name: [] for name in cases}
-    for _ in range(args.rounds):
-        for name, (plugged, method) in cases.items():
-            bench.plug(plugged)
-            found[name].append(bench.round(method))
-            print(f"  {name}: {', '.join(f'{s:.2f} s' for s in found[name][-1])}", flush=True)
-    table = {}
-    medians = {name: [statistics.median(own) for own in zip(*values, strict=True)] for name, values in found.items()}
-    plain, tokens = medians["vLLM"], args.requests * args.tokens
-    for name, own in medians.items():
-        table[name] = {"seconds": own[0], "ratio": own[0] / plain[0], "tokens per second": tokens / own[0]}
-        text = f"{name:28s} {own[0]:8.2f} s  {own[0] / plain[0]:6.3f}x  {tokens / own[0]:.0f} tokens/s"
-        if args.prompts:
-            table[name] |= {"prompts": own[1] / plain[1], "decode": (own[0] - own[1]) / (plain[0] - plain[1])}
-            text += f"  prompts {table[name]['prompts']:.3f}x  decode {table[name]['decode']:.3f}x"
-        print(text)
+    chosen = methods(args.layers, args.channels // 64).items()
+    cases: dict[str, Any] = {"nobody steered": None}
+    cases |= {name: method for name, method in chosen if any(own in name for own in args.only)}
+    table: dict[str, dict[str, float]] = {}
+    prompts: dict[str, list[tuple[Seconds, Seconds]]] = {name: [] for name in cases}
+    steps = {}
+    for name, method in cases.items():
+        steps[name] = bench.decode(method, args.steps)
+        clock, process = (
+            middle([s[i] for s in steps[name][0]]) / middle([s[i] for s in steps[name][1]]) for i in (0, 1)
+        )
+        print(f"  decode, {name}: {clock:.3f}x of the clock, {process:.3f}x of the process", flush=True)
+    for i in range(args.rounds + 1):
+        for name, method in cases.items():
+            pair = []
+            # Which comes first changes.
+            for on in (True, False) if i % 2 else (False, True):
+                bench.plug(on)
+                pair.append((on, bench.generate(method if on else None, 1)))
+            own = dict(pair)
+            print(f"  prompts, {name}: {own[True][1] / own[False][1]:.3f}x of the process", flush=True)
+            # The first round warms things up.
+            if i or not args.rounds:
+                prompts[name].append((own[True], own[False]))
+    print(f"{'':28s}     of the clock: whole prompts decode      of the process: whole prompts decode")
+    for name in cases:
+        table[name] = {}
+        text = f"{name:28s}"
+        for which, unit in enumerate(("clock", "process")):
+            on, off = (middle([s[which] for s in own]) for own in steps[name])
+            plain = middle([off[which] for _, off in prompts[name]])
+            ratio = middle([on[which] / off[which] for on, off in prompts[name]])
+            whole = (ratio * plain + args.tokens * on) / (plain + args.tokens * off)
+            table[name][unit] = {
+                "whole": whole,
+                "prompts": ratio,
+                "decode": on / off,
+                "prompt seconds": plain,
+                "step seconds": off,
+            }
+            text += f"  {whole:8.3f} {ratio:8.3f} {on / off:8.3f} ({plain:.2f} s + {args.tokens} x {1e3 * off:.1f} ms)"
+        print(text, flush=True)
     if args.out:
         shape = {k: str(v) for k, v in vars(args).items() if k != "out"}
         args.out.write_text(json.dumps({"shape": shape, "table": table}, indent=2) + "\n")

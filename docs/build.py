@@ -44,7 +44,9 @@ MODULES = (
     "attnsteer.call", "attnsteer.edits", "attnsteer.parameters", "attnsteer.branches", "attnsteer.captured", "attnsteer.audit",
     "attnsteer.search", "attnsteer.analysis", "attnsteer.viz", "attnsteer.maps.words_to_image", "attnsteer.maps.layout",
     "attnsteer.kernels", "attnsteer.testing", "attnsteer.zoo", "attnsteer.serving", "attnsteer.recipe", "attnsteer.run",
-    "attnsteer.results.comparison", "attnsteer.comfyui", "attnsteer.hosts.comfyui.install",
+    "attnsteer.run.joining", "attnsteer.results.comparison", "attnsteer.results.verdict", "attnsteer.results.boards",
+    "attnsteer.results.verification", "attnsteer.results.hub_runs", "attnsteer.results.lm_eval_runs", "attnsteer.evals.metrics",
+    "attnsteer.evals.templates", "attnsteer.evals.lmms_eval", "attnsteer.comfyui", "attnsteer.hosts.comfyui.install",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ NAMES = [
     "act-all",
     "decode",
     "per-sample",
+    "compose",
     "short",
     "idle",
     "prefill-32k",
@@ -172,6 +173,7 @@ def test_heads_are_spread_over_the_layers() -> None:
     assert len(heads) == 13 and sorted(len(heads[layer]) for layer in heads.layers) == [6, 7]
 
 
+@pytest.mark.long
 def test_the_latent_case_compares_with_the_built_in_pipeline() -> None:
     case = cases.CASES["latent-step"]
     size = case.sizes["smoke"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsteer import Intervention, Where, ZeroTuning, steer
-from attnsteer.call import FEW_ROWS, AttnCall, KeyBias, Reweight, Share
+from attnsteer.call import FEW_ROWS, AttnCall, BlockBias, KeyBias, MergedTokens, Reweight, Share
 from attnsteer.errors import ContractError, RegistrationError, UnsupportedHost
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from attnsteer.testing.fingerprint import fingerprint
@@ -89,6 +89,14 @@ def in_place(call: AttnCall, name: str) -> None:
     doubled(getattr(call, name))
 
 
+def doubled_below(tensor: Tensor) -> None:
+    """The same through another view of the memory, which counts no version."""
+    if not tensor.is_inference():
+        doubled(tensor.data)
+    else:
+        tensor.numpy()[...] *= 2.0
+
+
 def edited(call: AttnCall, name: str, change: Callable[[Tensor], Any]) -> Any:
     return tuple(change(getattr(call, n)) if n == name else getattr(call, n) for n in "qkv")
 
@@ -110,6 +118,8 @@ INPUTS: dict[str, tuple[Answer, str]] = {
     "q in place": (lambda c: in_place(c, "q"), "changed q in place"),
     "k in place": (lambda c: (c.q, c.k.mul_(2.0), c.v), "changed k in place"),
     "v in place": (lambda c: in_place(c, "v"), "changed v in place"),
+    "q below": (lambda c: doubled_below(c.q), "changed q in place"),
+    "k below": (lambda c: doubled_below(c.k), "changed k in place"),
 }
 BIAS: dict[str, tuple[Answer, str]] = {
     "a number": (lambda c: 1.0, "returned a float"),
@@ -129,6 +139,7 @@ BIAS: dict[str, tuple[Answer, str]] = {
     "plus infinity": (lambda c: torch.full((1, 1, 1, c.keys.size), INF), "NaN or plus infinity"),
     "q in place": (lambda c: in_place(c, "q"), "changed q in place"),
     "out in place": (lambda c: doubled(c.map.out), "changed an answer of call.map in place"),
+    "out below": (lambda c: doubled_below(c.map.out), "changed an answer of call.map in place"),
     "keys beyond float32": (lambda c: KeyBias(keys(c).double() * 1e300), "plus infinity in torch.float32"),
     "beyond float32": (lambda c: keys(c)[:, :, None].double() * 1e300, "plus infinity in torch.float32"),
 }
@@ -172,6 +183,9 @@ WEIGHTS: dict[str, tuple[Answer, str]] = {
     "no groups": (lambda c: Reweight(None), "the groups are a NoneType"),
     "groups used up": (lambda c: Reweight(pair for pair in [(keys(c), 2.0)]), "the groups are a generator"),
     "normalise is a word": (lambda c: Reweight(((keys(c), 2.0),), normalise="no"), "normalise is a str"),
+    "positive is a word": (lambda c: Reweight(((keys(c), 2.0),), positive="no"), "positive is a str"),
+    "grows is a number": (lambda c: Reweight(((keys(c), 2.0),), grows=1), "grows is a int"),
+    "scale_sinks is missing": (lambda c: Share(keys(c), torch.sqrt, None), "scale_sinks is a NoneType"),
     "weight beyond float32": (weight(torch.tensor(1e300, dtype=torch.float64)), "infinite values in torch.float32"),
     "rest beyond float32": (rest(torch.tensor(1e300, dtype=torch.float64)), "infinite values in torch.float32"),
     "rest NaN": (rest(NAN), "the weight of the rest has NaN"),
@@ -200,6 +214,7 @@ OUTPUT: dict[str, tuple[Answer, str]] = {
     "mul_ and nothing": (lambda c, out: doubled(out), "changed out in place"),
     "mul_ and out": (lambda c, out: out.mul_(2.0), "changed out in place"),
     "zeroed": (lambda c, out: out.zero_(), "changed out in place"),
+    "out below": (lambda c, out: doubled_below(out), "changed out in place"),
     "q in place": (lambda c, out: in_place(c, "q"), "changed q in place"),
     "v in place and a new out": (lambda c, out: out + c.v.mul_(2.0).sum(), "changed v in place"),
 }
@@ -232,6 +247,72 @@ def refused(model: nn.Module, method: Intervention, words: str, phase: str = "pr
     assert re.search(rf"^Wrong\.{door} at {re.escape(SITE)}: .*{words}", str(caught.value)), caught.value
     assert len(given) == PHASES.index(phase)
     assert fingerprint(model) == before and torch.equal(model(**inputs).logits, plain)
+
+
+def merged(call: AttnCall, **changes: Any) -> MergedTokens:
+    """Each token a group of its own."""
+    B, n = len(call.q), call.rows.size
+    right = {"q": call.q, "k": call.k, "v": call.v, "group": torch.arange(n).repeat(B, 1), "size": torch.ones(B, n)}
+    return MergedTokens(**{**right, **changes})
+
+
+def blocks(call: AttnCall, **changes: Any) -> BlockBias:
+    """All keys in one block that all rows keep."""
+    block, keep = torch.zeros(1, call.keys.size, dtype=torch.long), torch.ones(1, 1, call.rows.size, 1) > 0
+    return BlockBias(**{"block": block, "keep": keep, "there": keep, **changes})
+
+
+GROUPS: dict[str, tuple[str, Answer, str]] = {
+    "groups elsewhere": ("inputs", lambda c: merged(c, group=merged(c).group.to("meta")), "the groups is on meta"),
+    "a group too many": ("inputs", lambda c: merged(c, group=merged(c).group + 1), "in no one of the 9 groups"),
+    "sizes are a list": ("inputs", lambda c: merged(c, size=[1.0] * 9), "the sizes are a list"),
+    "sizes are integers": (
+        "inputs",
+        lambda c: merged(c, size=torch.ones(2, 9).long()),
+        "the sizes are a tensor .*int64",
+    ),
+    "sizes elsewhere": ("inputs", lambda c: merged(c, size=torch.ones(2, 9).to("meta")), "the sizes is on meta"),
+    "sizes of one sample": ("inputs", lambda c: merged(c, size=torch.ones(1, 9)), "the sizes are a tensor .1, 9."),
+    "a size is infinite": ("inputs", lambda c: merged(c, size=torch.full((2, 9), INF)), "some sizes are"),
+    "a size is zero": ("inputs", lambda c: merged(c, size=torch.zeros(2, 9)), "some sizes are zero"),
+    "block -2": ("bias", lambda c: blocks(c, block=blocks(c).block - 2), "a key is in block -2; 1 blocks"),
+    "block 1 of 1": ("bias", lambda c: blocks(c, block=blocks(c).block + 1), "a key is in block 1; 1 blocks"),
+    "there is a list": ("bias", lambda c: blocks(c, there=[True]), "which blocks hold something is a list"),
+    "there are numbers": ("bias", lambda c: blocks(c, there=torch.ones(1, 1, 9, 1)), "hold something is a tensor"),
+    "there of other rows": ("bias", lambda c: blocks(c, there=torch.ones(3, 1) > 0), "broadcasts to .1, 1, 9, 1."),
+    "there elsewhere": ("bias", lambda c: blocks(c, there=blocks(c).keep.to("meta")), "hold something is on meta"),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@torch.no_grad()
+def test_wrong_groups_and_blocks(model: nn.Module, name: str) -> None:
+    door, answer, words = GROUPS[name]
+    refused(model, Wrong(door, answer, where=Where(layers=[1])), words)
+
+
+@torch.no_grad()
+def test_a_share_that_raises_says_where(model: nn.Module) -> None:
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=9)
+    method = Wrong("weights", lambda c: Share(keys(c), lambda share: share / {}["no"]), where=Where(layers=[1]))
+    with pytest.raises(KeyError) as caught, steer(model, method):
+        model(**inputs)
+    assert caught.value.__notes__ == [f"attnsteer: raised in the share of Wrong.weights at {SITE}."]
+
+
+@torch.no_grad()
+def test_what_needs_no_values_is_looked_at_in_compiled_code_too() -> None:
+    """Of these, the first were taken in silence; a compiler's own error would name no method."""
+    model = tiny_transformers("llama", num_hidden_layers=1)
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=9)
+    cases = [("bias", "matrix [n, m]"), ("bias", "integers"), ("weights", "keys [B, m]"), ("output", "more precise")]
+    for door, name in cases:
+        answer, words = TABLES[door][name]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager")
+        with pytest.raises(ContractError, match=rf"^Wrong\.{door} at .*{words}"), steer(model, Wrong(door, answer)):
+            compiled(**inputs)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("heads", [None, [0, 3]], ids=["all heads", "two heads"])
@@ -333,6 +414,12 @@ def test_a_door_with_other_parameters_is_refused_when_its_class_is_made(door: st
     with pytest.raises(RegistrationError, match=rf"Bad\.{door}\(.* is called as {door}\("):
         type("Bad", (Intervention,), {door: function})
     type("Good", (Intervention,), {door: lambda self, *args, **more: None})
+
+
+@pytest.mark.parametrize("name", ["new", "weights", "around", "to_dict", "selection"])
+def test_a_field_with_the_name_of_a_function_is_refused_when_its_class_is_made(name: str) -> None:
+    with pytest.raises(RegistrationError, match=rf"Bad\.{name}: a method has a function {name}\(\) already"):
+        type("Bad", (Intervention,), {"__annotations__": {name: "float"}, name: 1.0})
 
 
 def test_a_need_that_is_misspelt_gets_a_suggestion(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import shlex
 import shutil
 import sys
 import types
@@ -196,3 +197,38 @@ def test_pages_with_code_are_found() -> None:
         "docs/mark_a_span.md",
     } <= PAGES_WITH_CODE
     assert all(blocks(page) for page in ELSEWHERE)
+
+
+def shell_lines(page: str) -> list[list[str]]:
+    """The words behind `attnsteer` of each command in a page's shell blocks."""
+    found = []
+    for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|\|", line):
+                words = shlex.split(part, comments=True)
+                names = [i for i, w in enumerate(words) if w == "attnsteer"]
+                if names and (names[0] == 0 or words[names[0] - 1] in ("-m", "-I{}")):
+                    found.append(words[names[0] + 1 :])
+    return found
+
+
+@pytest.mark.parametrize("page", [p for p in [*PAGES, "docs/board/README.md"] if shell_lines(p)])
+def test_shell_lines_are_ones_that_the_command_line_takes(page: str) -> None:
+    """They are read, not run: names of commands, options, and how many arguments there are."""
+    from typer.main import get_command
+
+    from attnsteer import cli
+
+    for words in shell_lines(page):
+        command, rest = get_command(cli.app), list(words)
+        while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+            assert rest[0] in command.commands, (page, words)
+            command = command.commands[rest.pop(0)]
+        try:
+            command.make_context("attnsteer", rest)
+        except SystemExit:
+            raise AssertionError((page, words)) from None
+        except Exception as error:
+            # --version and --help print and leave.
+            if type(error).__name__ != "Exit":
+                raise AssertionError((page, words, str(error))) from error

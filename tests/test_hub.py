@@ -13,11 +13,11 @@ from safetensors.torch import save
 from torch import float32, int64, tensor, zeros
 from typer.testing import CliRunner
 
-from attnsteer import ACT, HeadSet, Intervention, SpotLight, Where, cli
+from attnsteer import ACT, HeadGate, HeadSet, Intervention, SpotLight, Where, cli, get_method
 from attnsteer.errors import AttnSteerError, HubError, RunError, SelectionError, SerializationError
 from attnsteer.hub import card, check_model, model_facts
 from attnsteer.manifest import MANIFEST, manifest_of
-from attnsteer.results.hub_runs import pull_run, push_run
+from attnsteer.results.hub_runs import evidence, pull_run, push_run
 from attnsteer.results.verification import verify
 from attnsteer.testing import tiny_transformers
 from tests.hub import Hub, serve
@@ -56,7 +56,12 @@ def test_heads_go_there_and_back(hub: Hub) -> None:
     assert found == HEADS and found.digest() == HEADS.digest() and dict(found.provenance) == {"search": "by hand"}
     assert set(hub.files("me/heads")) == {"heads.safetensors", MANIFEST, "README.md"}
     text = hub.files("me/heads")["README.md"].decode()
-    assert text.startswith('---\nlibrary_name: "attnsteer"\n') and "| 1 | 0, 3 |" in text and "LlamaForCausalLM" in text
+    assert (
+        text.startswith('---\nlibrary_name: "attnsteer"\n')
+        and "| 0 | 1 (0.5) |" in text
+        and "| 1 | 0, 3 |" in text
+        and "LlamaForCausalLM" in text
+    )
     # A card that someone has written is kept, and an old version stays where it was.
     hub.files("me/heads")["README.md"] = b"my own words"
     first = hub.repos["model", "me/heads"][-1][0]
@@ -94,6 +99,28 @@ def test_runs_go_there_and_back_and_are_verified(hub: Hub, tmp_path: Path) -> No
         "torch 2.13.0",
     ):
         assert words in text
+
+
+def test_a_card_has_what_a_run_says_of_its_method_alone(hub: Hub, tmp_path: Path) -> None:
+    run = folders.text_run(tmp_path / "run")
+    step = json.loads((run / "arms.json").read_text())["arms"]
+    step = next(a for a in step if a["kind"] == "method")["interventions"][0]
+    heads = HeadSet({int(k): v for k, v in step["heads"].items()}) if step["heads"] else None
+    method = get_method(step["method"])(**step["params"], **({"heads": heads} if heads else {}))
+    method.push_to_hub("me/method", model="org/model", evidence=evidence(run, method), **own(hub))
+    text = hub.files("me/method")["README.md"].decode()
+    for words in (
+        "**Better.**",
+        "+20.0 points [+5.0 to +35.0]",
+        "random heads",
+        "not verified",
+        "hash `",
+        "torch 2.13.0",
+    ):
+        assert words in text, words
+    for other in (HeadSet({7: [7]}), HeadGate({(0, 0): 0.0}), method.new(heads=HeadSet({0: [7]}))):
+        with pytest.raises(RunError, match="give the run that measured it"):
+            evidence(run, other)
 
 
 def test_the_commands(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

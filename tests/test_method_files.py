@@ -98,6 +98,17 @@ def test_a_file_that_is_no_method(tmp_path: Path, source: str, error: str) -> No
     assert not imported() and not [name for name in sys.modules if name.startswith("attnsteer_method_file_bad")]
 
 
+@pytest.mark.parametrize("failing", ["raise ValueError", "raise KeyboardInterrupt"])
+def test_a_file_that_fails_behind_its_class_leaves_nothing_and_can_be_mended(hush: Path, failing: str) -> None:
+    hush.write_text(f"{SOURCE}\n{failing}\n")
+    known, loaded = methods(), set(sys.modules)
+    with pytest.raises((RegistrationError, KeyboardInterrupt)):
+        import_methods(hush)
+    assert methods() == known and not [name for name in set(sys.modules) - loaded if "hush" in name]
+    hush.write_text(SOURCE)
+    assert import_methods(hush).methods == ("Hush",)
+
+
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="cannot be read"):
         import_methods(tmp_path / "none.py")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from attnsteer import Captured, HeadGate, HeadSet, Intervention, Where, ZeroTuning, capture, get_method, methods
-from attnsteer.errors import SelectionError
+from attnsteer.errors import AttnSteerError, SelectionError
 from attnsteer.parameters import Choice, Flag, Number, Parsed, declared, integer, number
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 
@@ -75,6 +75,7 @@ HOSTILE: dict[str, Any] = {
     "1e300": 1e300, "1e-300": 1e-300, "huge": 10**5000, "bytes": b"1", "function": len, "np.nan": np.float32("nan"),
     "vector": torch.zeros(3, 3, 3), "graph": torch.tensor(0.5, requires_grad=True), "meta": torch.zeros((), device="meta"),
     "nested": [[[[]]]], "dict": {"a": {"b": 1}}, "generator": (i for i in ()), "set": {None}, "date": np.datetime64("2020"),
+    "sparse": torch.eye(2).to_sparse(),
 }  # fmt: skip
 WRONG_TYPES: dict[type, dict[str, Any]] = {
     Number: {
@@ -149,6 +150,31 @@ def test_bounds_hold_and_numpy_and_torch_numbers_are_taken(name: str, parameter:
     for kind in kinds:
         kept = getattr(make(name, **{parameter: kind(value)}, **options), parameter)
         assert kept == value and type(kept) is type(value)
+
+
+NEITHER: dict[str, Any] = {
+    **HOSTILE,
+    "learned": torch.ones(2, requires_grad=True),
+    "long": "x" * 10_000,
+    "nul": "\0",
+    "half": "\ud800",
+}
+
+
+@pytest.mark.parametrize("label", NEITHER)
+def test_selections_files_and_names_refuse_hostile_values_too(label: str) -> None:
+    value = NEITHER[label]
+    tries: list[Any] = [lambda f=f.name: Where(**{f: value}) for f in fields(Where)]
+    tries += [lambda: HeadSet(value), lambda: HeadSet({0: value}), lambda: HeadSet({0: [1]}, shape=value)]
+    tries += [lambda: HeadSet({0: [1]}, scores=value), lambda: get_method(value), lambda: HeadSet.load(value)]
+    tries += [lambda: Intervention.from_pretrained(value), lambda: ZeroTuning().save_pretrained(value)]
+    if isinstance(value, str):
+        tries += [lambda: make("InjectMap", source=value), lambda: make("InjectMap", keys=value)]
+    for i, build in enumerate(tries):
+        try:
+            build()
+        except AttnSteerError as error:
+            assert len(str(error)) < 1000 and "\n" not in str(error), (label, i, error)
 
 
 def test_what_it_takes_can_be_read() -> None:

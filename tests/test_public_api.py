@@ -40,6 +40,7 @@ METHODS = [
     "SoftPAG",
     "SPIN",
     "SpotLight",
+    "StoryAdapter",
     "TokenMerge",
     "VAR",
     "VHR",
@@ -70,6 +71,7 @@ NAMES = [
     "rollout",
     "sites",
     "steer",
+    "story",
     "zoo",
     *METHODS,
     *READERS,
@@ -96,7 +98,7 @@ SIGNATURES = {
     "ACT": "heads=None, beta=0.4, threshold=None, alpha=None, decode='frozen', min_rows=1, *, where, exclude='first_token'",
     "HeadGate": "gates, *, where",
     "AttentionBuckets": "bases=(10000.0, 17500.0, 18000.0, 19000.0, 20000.0, 25000.0), mix='logits', *, where",
-    "FreezeMaps": "source, heads=None, new='live', *, where, same_tokens=True",
+    "FreezeMaps": "source, heads=None, new_tokens='live', *, where, same_tokens=True",
     "InjectMap": "source, heads=None, mode='replace', strength=1.0, *, where, rows=None, keys=None, share=None, sums='refuse', "
     "spans=None, sentence_ends=(), head_map=None, tokenizer=None",
     "PatchHeads": "source=None, heads=None, what='output', *, where, rows=None, strength=1.0, basis=None, head_map=None, "
@@ -109,6 +111,7 @@ SIGNATURES = {
     "SLG": "scale=2.8, start=0.01, stop=0.2, *, where, adaptive=0.0, heads=None",
     "SoftPAG": "scale=3.0, strength=1.0, joint='joint_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "SpotLight": "spans, target=0.2, pooled=False, *, where, tokenizer=None",
+    "StoryAdapter": "scale=0.3, *, where, frames=None",
     "VAR": "sink_dims=None, tau=20.0, rho=0.5, min_image_mass=0.2, move_fraction=0.6, *, where, released=False",
     "BlockMask": "block_size=512, top_k=None, threshold=0.25, select='query_head', *, where, released=False",
     "Scatterbrain": "nb_features=None, n_hashes=2, cluster_size=64, seed=0, *, where",

@@ -114,6 +114,60 @@ def test_a_string_that_occurs_several_times_says_which(side: str) -> None:
         tokens.spans([("the", 1)], tokenizer)
 
 
+@pytest.mark.parametrize("which", [0, 1, np.int64(1), "all"], ids=repr)
+def test_every_form_of_spans_is_one_of_a_method_too(which: Any) -> None:
+    """What the batch would understand is not refused when the method is made."""
+    tokenizer = word_tokenizer()
+    tokens = batch_of(tokenizer, [TEXT[0]], None)
+    for spans in ([("the", which)], [("the", which), "fox"], ["fox", ("the", which)], [[("the", which)]]):
+        assert tokens.spans(SpotLight(spans, 0.5).spans, tokenizer) == tokens.spans(spans, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("spans", "parts"),
+    [
+        ("the", None),
+        ([("the", "all")], [(0, 1), (6, 7)]),
+        ([("the", 0)], [(0, 1)]),
+        ([["fox", ("the", "all")]], [(3, 4), (0, 1), (6, 7)]),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("cut", [4, 5, 8])
+def test_a_string_is_looked_for_again_where_more_of_a_prompt_comes_in(cut: int, spans: Any, parts: Any) -> None:
+    """However a prompt is cut into calls; what is generated brings no further occurrence."""
+    tokenizer = word_tokenizer()
+    ids = batch_of(tokenizer, [TEXT[0]], None).ids
+    first, whole = (Tokens(batch=1, length=n, ids=ids[:, :n], prompt=n) for n in (cut, ids.shape[1]))
+    longer = Tokens(batch=1, length=ids.shape[1], ids=ids, prompt=cut)
+    if cut < 7 or spans != "the":
+        before = first.spans(spans, tokenizer)
+        longer.keep_spans(first, cut)
+        assert longer.spans(spans, tokenizer) == before and longer.resolved_spans
+    whole.keep_spans(first, cut, prompt=True)
+    if parts is None:
+        with pytest.raises(SelectionError, match="2 times in the text"):
+            whole.spans(spans, tokenizer)
+    else:
+        assert whole.spans(spans, tokenizer) == [parts]
+
+
+@pytest.mark.parametrize(("first", "then"), [(0, 2), (2, 0), (2, 1), (1, 1), (0, 0)])
+def test_a_span_follows_its_words_where_padding_moves(first: int, then: int) -> None:
+    """The masks of two calls over one cache may hide other tokens: indices count from the first that is not hidden now."""
+    tokenizer = word_tokenizer()
+    ids = batch_of(tokenizer, [TEXT[0]], None).ids
+    hides = lambda count: torch.arange(ids.shape[1])[None] >= count if count else None  # noqa: E731
+    before, after = (
+        Tokens(batch=1, length=ids.shape[1], valid=hides(n), ids=ids, prompt=ids.shape[1]) for n in (first, then)
+    )
+    spans = [["fox"]]
+    assert before.spans(spans, tokenizer) == [[(3 - first, 4 - first)]]
+    after.keep_spans(before, before.length)
+    assert bool(after.resolved_spans) == (first == then)
+    assert after.spans(spans, tokenizer) == [[(3 - then, 4 - then)]]
+
+
 def test_two_strings_of_one_sample_are_two_spans() -> None:
     """Not a string and which of its occurrences, which is a number or "all"."""
     tokenizer = word_tokenizer()

@@ -86,6 +86,7 @@ def printed(name: str, monkeypatch: pytest.MonkeyPatch) -> type[Intervention]:
     return vars(module)[name]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("host", ["llama", *(pytest.param(h, marks=pytest.mark.long) for h in ("mistral", "gpt_oss"))])
 def test_the_printed_method_on_scores_keeps_every_law(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows, learned sinks, chunks and steps without a cache are where rows and keys are easily miscounted."""

@@ -26,7 +26,7 @@ from ..search.state import model_digest
 from ..steering import steer
 from ..versions import library_versions
 from ..where import Where
-from .profile import SINK, SINK_ROWS, column_means
+from .map_readings import SINK, SINK_ROWS, column_means
 from .projections import evaluating
 
 Pair = tuple[int, int]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedHost
+from ..errors import SelectionError, UnsupportedHost, listing
 from ..search.samples import padded
 
 
@@ -39,6 +39,7 @@ def score_continuations(
     *,
     rows: int | None = None,
     dtype: torch.dtype = torch.float32,
+    shared: int = 0,
 ) -> list[list[Score]]:
     """Scores of several continuations of each of several contexts, as one at a time would give them.
 
@@ -50,18 +51,33 @@ def score_continuations(
         continuations: for each context, token ids of its continuations, none of them empty.
         run: the `Steering` of the model. rows: continuations scored at once, as many as contexts unless given.
         dtype: of the log-softmax.
+        shared: tokens that all contexts begin with and that are read once (`common_prefix`), with the methods of `run` among those
+            that give rows what depends on nothing behind them and on no sample: `row_local`, without spans or values per sample.
 
     Raises:
-        UnsupportedHost: the model hands out no cache that continuations can be scored over.
+        UnsupportedHost: the model hands out no cache that continuations can be scored over, or none that a shared beginning can
+            stand in.
+        SelectionError: the contexts do not begin with so many tokens alike, and go on behind them.
     """
     device, takes = next(model.parameters()).device, _takes(model)
-    width = max(len(c) for c in contexts)
+    if shared and not 0 < shared <= common_prefix(contexts):
+        raise SelectionError(
+            f"shared={shared}: the contexts begin with {common_prefix(contexts)} tokens alike, each with one more behind them."
+        )
     lengths = torch.tensor([len(c) for c in contexts], device=device)
-    ids = torch.tensor([[c[0]] * (width - len(c)) + list(c) for c in contexts], device=device)
-    valid = (torch.arange(width, device=device) >= width - lengths[:, None]) if bool((lengths < width).any()) else None
+    rest = [c[shared:] for c in contexts]
+    width = max(len(c) for c in rest)
+    ids = torch.tensor([[c[0]] * (width - len(c)) + list(c) for c in rest], device=device)
+    column, start = torch.arange(shared + width, device=device), shared + width - (lengths - shared)
+    # What is shared, padding, the rest of each.
+    valid = (column < shared) | (column >= start[:, None])
+    valid = None if bool(valid.all()) else valid
     longer = [_Row(b, i, c) for b, own in enumerate(continuations) for i, c in enumerate(own) if len(c) > 1]
     options = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
-    output = model(input_ids=ids, use_cache=bool(longer), **options, **_places(takes, valid, None, 0))
+    with contextlib.nullcontext() if run is None or not shared else run.chunked_prefill(shared + width):
+        begun = _begin(model, contexts[0][:shared], len(contexts), takes, valid, options) if shared else {}
+        places = _places(takes, valid, None, width)
+        output = model(input_ids=ids, use_cache=bool(longer or shared), **options, **places, **begun)
     first = output.logits[:, -1].log_softmax(-1, dtype=dtype)
     best = first.argmax(-1).tolist()
     found = [[Score(float(first[b, c[0]]), best[b] == c[0]) for c in own] for b, own in enumerate(continuations)]
@@ -94,6 +110,31 @@ def score_continuations(
     return found
 
 
+def common_prefix(contexts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all contexts begin with, less what leaves none of them empty; 0 for a single one."""
+    if len(contexts) < 2:
+        return 0
+    first, most = contexts[0], min(len(c) for c in contexts) - 1
+    return next((i for i in range(most) if any(c[i] != first[i] for c in contexts)), most)
+
+
+def _begin(
+    model: Any, prefix: Sequence[int], rows: int, takes: set[str], valid: Tensor | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments with which a batch goes on behind what all of it begins with."""
+    ids = torch.tensor([list(prefix)], device=next(model.parameters()).device)
+    cache = getattr(model(input_ids=ids, use_cache=True, **options), "past_key_values", None)
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])} or {type(cache).__name__}
+    if kinds != {"DynamicLayer"} or (valid is not None and "position_ids" not in takes):
+        # A window and a bias by distance count the padding between the beginning and the rest; a recurrent state meets it.
+        raise UnsupportedHost(
+            f"{type(model).__name__}: a beginning is shared by prompts of any length where the cache is of plain layers and the "
+            f"forward takes position_ids; this one has {listing(sorted(kinds))}. Read every prompt whole (prefix: off)."
+        )
+    cache.batch_repeat_interleave(rows)
+    return {"past_key_values": cache}
+
+
 def _takes(model: Any) -> set[str]:
     """Names of the arguments of the model's forward; those of the model inside where it is wrapped (peft)."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -104,12 +145,13 @@ def _places(takes: set[str], valid: Tensor | None, lengths: Tensor | None, new: 
     """Mask and positions of a call over padded contexts; nothing where none is padded.
 
     Args:
-        valid: bool [B, n] of the contexts. lengths: of the contexts [B], where they are cached and `new` tokens follow.
+        valid: bool [B, n] of the contexts. lengths: of the contexts [B], where they are cached and `new` tokens follow; None: the
+            last `new` of `valid` are read now.
     """
     if valid is None:
         return {}
     if lengths is None:
-        position = valid.cumsum(-1).sub(1).clamp_min(0)
+        position = valid.cumsum(-1).sub(1).clamp_min(0)[:, -new:]
     else:
         position = lengths[:, None] + torch.arange(new, device=valid.device)
         valid = torch.cat([valid, valid.new_ones(len(valid), new)], dim=1)

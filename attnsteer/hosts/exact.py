@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..engine import SiteRuntime
 from ..errors import UnsupportedHost
 from ..kernels import Attention
 from ..site import Site
 
 
-def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor]) -> None:
-    """A few rows of our own definition against the model's kernel: a transform we do not know must raise."""
+def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor], why: str | None = None) -> None:
+    """A few rows of our own definition against the model's kernel: a transform we do not know must raise.
+
+    Args:
+        why: what to say of a difference, where the cause is known.
+    """
     n = att.shape[2]
     index = torch.unique(torch.tensor([0, n // 3, (2 * n) // 3, n - 1], device=att.q.device))
     with torch.no_grad():
@@ -42,6 +47,11 @@ def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor
     if not bool(error <= limit * size):
         raise UnsupportedHost(
             f"{site.path}: the model's attention is not softmax(q k^T * scale + mask) v as its arguments say "
-            f"(relative difference {float(error / size):.2g}); it does something else inside, so an edit could not be exact. "
-            "Please report the model type."
+            f"(relative difference {float(error / size):.2g}); "
+            + (why or "it does something else inside, so an edit could not be exact. Please report the model type.")
         )
+
+
+def reads_map(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
+    """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
+    return not all(runtime.entries[i][0].method.linear for i in active)

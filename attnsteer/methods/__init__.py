@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .softpag import SoftPAG
     from .spin import SPIN
     from .spotlight import SpotLight
+    from .story_adapter import StoryAdapter
     from .tokenmerge import TokenMerge
     from .var import VAR
     from .vhr import VHR

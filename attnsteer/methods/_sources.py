@@ -118,7 +118,7 @@ def checked_source(source: Any) -> Any:
             f"source={brief(source)}: give a Captured, the folder of one, a tensor, or {{layer or site path: tensor}}."
         )
     for tensor in tensors.values():
-        if tensor.is_meta or not 2 <= tensor.ndim <= 4:
+        if tensor.is_meta or tensor.layout != torch.strided or not 2 <= tensor.ndim <= 4:
             raise SelectionError(
                 f"source={brief(source)}: give tensors with values, [rows, keys], [heads, rows, keys] or "
                 "[samples, heads, rows, keys]."

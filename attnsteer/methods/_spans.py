@@ -31,7 +31,7 @@ def checked_spans(spans: Any) -> Any:
         raise SelectionError(
             "give strings to find in the text (with a tokenizer), or per sample a list of (start, stop) token ranges."
         )
-    if samples:
+    if samples and not words:
         if any(len(s) == 2 and all(isinstance(i, int) for i in s) for s in spans):
             raise SelectionError("give one list of ranges per sample, e.g. [[(0, 4)]].")
         for item in (i for s in spans for i in s if not is_text(i)):

@@ -106,6 +106,11 @@ class ACT(Intervention):
         """Sums over rows that a cache crop removes cannot be taken back."""
         return self.decode != "running"
 
+    @property
+    def frozen_keys(self) -> str | None:  # type: ignore[override]
+        """Frozen sinks are all that a row behind the prompt asks for."""
+        return None if self.decode == "running" else "sinks"
+
     def weights(self, call: AttnCall) -> Share | None:
         # With values per sample, neutral ones come out as shares of exactly the same.
         if self.beta == 1.0 or (call.phase == "decode" and self.decode == "prefill_only"):

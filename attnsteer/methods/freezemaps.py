@@ -47,7 +47,8 @@ class FreezeMaps(Intervention):
     Args:
         source: the clean run: a `Captured` with "q" and "k" of all tokens of the prompt, or its folder.
         heads: the heads to freeze; None: all that `where` selects.
-        new: what the rows of tokens behind the clean run's are: "live", their own queries and the live keys, as in circuit-tracer.
+        new_tokens: what the rows behind those of the clean run are: "live", their own queries and the live keys, as in
+            circuit-tracer.
             (A clean run that is computed beside, over the tokens of the edited one, is captured with them: then they are frozen
             too.)
         same_tokens: refuse a call of other tokens than the clean run's.
@@ -58,7 +59,7 @@ class FreezeMaps(Intervention):
 
     source: Any = parsed(_run, "a Captured with q and k, or its folder")
     heads: HeadSet | None = head_set()
-    new: str = choice("live", ("live",))
+    new_tokens: str = choice("live", ("live",))
     same_tokens: bool = flag(True, kw_only=True)
     _tables: Tables = field(default_factory=Tables, init=False, repr=False, compare=False, metadata={"save": False})
 

@@ -112,7 +112,7 @@ class VisualTokenMerge(Intervention):
                 f"VisualTokenMerge(layer={self.layer}): the language model has the layers {layers[0]} to {layers[-1]}."
             )
         if self.method == "visionzip":
-            tower = sorted({s.layer for s in sites if s.modality == "vision"})
+            tower = sorted({s.layer for s in sites if s.modality == "vision" and s.kind == "self"})
             if len(tower) < 2:
                 raise SelectionError(
                     'VisualTokenMerge(method="visionzip") reads the image tower\'s last layer but one; there is none.'

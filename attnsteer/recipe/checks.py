@@ -10,8 +10,10 @@ from typing import Any
 
 from ..errors import AttnSteerError, RecipeError, RegistrationError, did_you_mean, listing
 from ..heads import HeadSet
+from ..intervention import Intervention
 from ..method_files import require
 from .arms import at_zero_strength, methods_of, with_other_spans, with_random_heads, with_random_spans
+from .parameters import Method, is_sample, settable
 from .resolved import METRIC_FILES, absolute_options, names_file, resolve
 from .schema import RESERVED, Recipe
 from .search_specs import calibration_key, search_of, searched_method
@@ -93,10 +95,34 @@ def _check_arms(recipe: Recipe) -> None:
         # Sizes of layers come with the model; until then the chosen heads are all there are.
         least = {layer: max(m.heads[layer]) + 1 for m in chosen if m.heads is not None for layer in m.heads.layers}
         with_random_heads(chosen, least, 1)
+    if recipe.prefix == "shared":
+        _check_prefix(recipe, chosen)
     if recipe.controls.random_spans:
         if recipe.model.kind != "lm":
             raise RecipeError("controls.random_spans: is for language models; images take places in other prompts.")
         with_random_spans(chosen, 1)
+
+
+def _check_prefix(recipe: Recipe, chosen: Sequence[Method]) -> None:
+    """Raise where what the rows of a prompt's beginning get could depend on what follows, or on the sample."""
+    if recipe.task != "choice" or recipe.model.kind != "lm":
+        raise RecipeError(
+            f"prefix: shared is for the task choice with a language model, not for {recipe.task} with {recipe.model.kind}."
+        )
+    if recipe.share != "off":
+        raise RecipeError("prefix: shared is for arms that answer by themselves; leave out share.")
+    for m in chosen:
+        if any(is_sample(v) for v in m.params.values()):
+            raise RecipeError(
+                f"prefix: {m.place} has values by sample, which a shared beginning has not; leave out prefix."
+            )
+        made = m.placeholder()
+        around = type(made).around is not Intervention.around
+        if around or not made.row_local or made.where.rows is not None or "spans" in settable(m.cls):
+            raise RecipeError(
+                f"prefix: {m.name} may act on the beginning of a prompt by what follows it, so that it cannot be shared; leave "
+                "out prefix."
+            )
 
 
 def _check_decoding(recipe: Recipe) -> None:
@@ -184,7 +210,7 @@ def _files_of(name: str, options: dict[str, Any]) -> list[Path]:
 
 def _check_architecture(recipe: Recipe) -> None:
     model = recipe.model
-    if model.embedded and model.architecture is None:
+    if model.architecture is None and (model.embedded or model.vllm is not None):
         return
     if model.architecture is None:
         raise RecipeError("model.architecture: is needed for --tiny; the name of a tiny model of attnsteer.testing.")

@@ -44,6 +44,7 @@ ZERO: dict[str, dict[str, Any]] = {
     "Scatterbrain": {"n_hashes": 2, "cluster_size": 1 << 30},
     "SoftPAG": {"scale": 0.0},
     "SpotLight": {"target": 0.0},
+    "StoryAdapter": {"scale": 0.0},
     "TokenMerge": {"ratio": 0.0},
     "VAR": {"move_fraction": 0.0},
     "VHR": {"alpha": 1.0},

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..heads import HeadSet
 from .parameters import ZOO
 from .schema import CALIBRATED, Recipe
 from .validate import validate, with_values
@@ -54,6 +55,22 @@ def resolve(recipe: Recipe, tiny: bool = False) -> Recipe:
             for key, most in (("num_inference_steps", TINY_STEPS), ("max_new_tokens", TINY_TOKENS)):
                 if isinstance(decoding.get(key), int):
                     decoding[key] = min(decoding[key], most)
+    made = validate(data)
+    made._source = recipe.source
+    return made
+
+
+def self_contained(recipe: Recipe) -> Recipe:
+    """A resolved recipe with the heads of its files written out: what a run folder keeps, which other machines read.
+
+    Raises:
+        SerializationError: a file holds no head set.
+    """
+    data = recipe.dump()
+    for spec in data["interventions"]:
+        if names_file(spec["heads"]):
+            found = HeadSet.load(spec["heads"]).to_dict()
+            spec["heads"] = {str(layer): list(heads) for layer, heads in found.items()}
     made = validate(data)
     made._source = recipe.source
     return made

@@ -81,6 +81,23 @@ REFUSED = (
     "assistant_model",
     "streamer",
 )
+# What a recipe may say of an engine of vLLM; others load code, or are the run's own.
+ENGINE_OPTIONS = (
+    "model",
+    "revision",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "distributed_executor_backend",
+    "gpu_memory_utilization",
+    "enforce_eager",
+    "enable_prefix_caching",
+    "enable_chunked_prefill",
+    "block_size",
+    "quantization",
+)
 # What a digest leaves out: words about a run, not of it; and names of files, whose contents have hashes of their own.
 WORDS = ("summary", "notes", "claims", "requires", "imports", "chosen")
 
@@ -104,7 +121,7 @@ def one_of(spec: Spec, *names: str) -> None:
 
 
 class ModelSpec(Spec):
-    """The model: exactly one of zoo, path and hub."""
+    """The model: exactly one of zoo, path, hub and vllm."""
 
     zoo: Name | None = Field(
         None,
@@ -113,6 +130,11 @@ class ModelSpec(Spec):
     )
     path: Name | None = Field(None, description="A folder in the public format, relative to the recipe.")
     hub: Name | None = Field(None, description="A repository on the hub, as owner/name.")
+    vllm: Name | Options | None = Field(
+        None,
+        description="The address of a server of vLLM, such as http://127.0.0.1:8000/v1; or options of an engine in this process: "
+        "model (a folder relative to the recipe, or a repository on the hub), max_model_len, tensor_parallel_size, ...",
+    )
     revision: Name | None = Field(None, description="Commit, tag or branch of the hub repository.")
     kind: Literal["lm", "vlm", "image"] = Field(
         description="Language model, vision-language model, or diffusion pipeline; checked against what is loaded."
@@ -131,9 +153,31 @@ class ModelSpec(Spec):
         """Whether it comes with the package, and is small already."""
         return self.zoo is not None and self.zoo not in FETCHED
 
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+        engine = self.vllm.get("model") if isinstance(self.vllm, dict) else self.vllm
+        return str(self.zoo or self.hub or self.path or engine)
+
+    def _check_vllm(self) -> None:
+        if self.vllm is None:
+            return
+        if self.kind != "lm":
+            raise ValueError("vllm is for language models; kind is lm there")
+        if isinstance(self.vllm, str):
+            if not re.fullmatch(r"https?://[^\s/@?#]+(/[^\s?#]*)?", self.vllm):
+                raise ValueError(f"vllm={self.vllm!r} is no address; give one such as http://127.0.0.1:8000/v1")
+            return
+        if not isinstance(self.vllm.get("model"), str):
+            raise ValueError("vllm: an engine needs a model, a folder or a repository on the hub")
+        wrong = next((n for n in self.vllm if n not in ENGINE_OPTIONS), None)
+        if wrong is not None:
+            raise ValueError(f"vllm: no option {wrong!r}; {_known(wrong, ENGINE_OPTIONS)}")
+
     @model_validator(mode="after")
     def _whole(self) -> ModelSpec:
-        one_of(self, "zoo", "path", "hub")
+        one_of(self, "zoo", "path", "hub", "vllm")
+        self._check_vllm()
         if self.zoo is not None and self.zoo not in ZOO_KINDS:
             raise ValueError(f"no model {self.zoo!r} in the zoo; {_known(self.zoo, ZOO_KINDS)}")
         if self.zoo is not None and self.kind != ZOO_KINDS[self.zoo]:
@@ -317,6 +361,9 @@ class Recipe(Spec):
     share: Literal["off", "auto"] = Field(
         "off", description="Whether arms that differ in values per sample answer together, in one batch: off or auto."
     )
+    prefix: Literal["off", "shared"] = Field(
+        "off", description="Whether the tokens that all prompts of a batch begin with are read once: off or shared."
+    )
     sweep: dict[str, list[JsonValue]] = Field(
         {}, description="Values by path (interventions.0.params.beta): every combination is a point."
     )
@@ -414,7 +461,9 @@ class Recipe(Spec):
     def digest(self) -> str:
         """SHA-256, in hex, of all that can change a record or a figure; texts and claims are left out."""
         found = {k: v for k, v in self.dump().items() if k not in WORDS}
-        # A control that was not asked for is as none: runs of recipes without it go on.
+        # What was not asked for is as none: runs of recipes without it go on.
+        if found["prefix"] == "off":
+            del found["prefix"]
         found["controls"] = {k: v for k, v in found["controls"].items() if k != "random_spans" or v}
         return digest(found)
 

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from .. import hub
 from ..errors import HubError, RunError
+from ..heads import HeadSet
+from ..intervention import Intervention
 from ..manifest import MANIFEST
+from ..recipe.parameters import is_sample
+from ..registry import registered_name
 from ..run import store
 from ..run.folder import RunFolder, read_run
 from ..run.merging import files_of, model_of
 from .figures import Figure, is_share
 from .verdict import verdict
+from .verification import verified
 
 # Made from the run, and pleasant to have beside it.
 BESIDE = (store.STATUS, "report.html", "report.md", "attention.json")
@@ -84,6 +91,45 @@ def pull_run(
 
 def run_card(run: RunFolder, repo: str) -> str:
     """The card of a run in Markdown, computed from it: verdict, interval, controls, hashes, versions."""
+    lines = [*_figures(run), "", "Get it, and check that it is what it says:", "", "```bash"]
+    lines += [f"attnsteer pull {repo} my-copy", "attnsteer verify my-copy", "```", ""]
+    return "\n".join([*lines, f"{MANIFEST} has the SHA-256 of every file."])
+
+
+def evidence(folder: str | Path, of: Intervention | HeadSet) -> str:
+    """What a finished run says of a method or of its heads, in Markdown: for `push_to_hub(..., evidence=...)`.
+
+    Raises:
+        RunError: it is not finished, or of another method or other heads.
+    """
+    run = read_run(folder)
+    arm = verdict(run).point["arms"]["method"]
+    steps = run.arms[arm]["interventions"]
+    if not any(_same(step, of) for step in steps):
+        named = ", ".join(f"{s['method']}({s['params']})" for s in steps)
+        raise RunError(
+            f"{run.path} is of {named}, not of {of!r}, so it says nothing of it; give the run that measured it."
+        )
+    state, when = verified(run.path)
+    lines = [f"## {run.name}", "", *_figures(run), f"- the run's folder: {state}" + (f", {when}" if when else "")]
+    if len(steps) > 1:
+        lines += ["- it acted together with " + ", ".join(s["method"] for s in steps if not _same(s, of))]
+    return "\n".join(lines)
+
+
+def _same(step: Mapping[str, Any], of: Intervention | HeadSet) -> bool:
+    """Whether an intervention of arms.json is this one, or has these heads. What samples give is not compared."""
+    heads = {int(layer): list(own) for layer, own in (step.get("heads") or {}).items()}
+    if isinstance(of, HeadSet):
+        return heads == of.to_dict()
+    own = of.to_dict()
+    given = {k: v for k, v in step["params"].items() if not is_sample(v)}
+    mine = getattr(of, "heads", None)
+    same = (mine.to_dict() if isinstance(mine, HeadSet) else {}) == heads
+    return step["method"] == registered_name(type(of)) and same and all(own.get(k) == v for k, v in given.items())
+
+
+def _figures(run: RunFolder) -> list[str]:
     said = verdict(run)
     metric, estimate = run.primary()
     arm, share = said.point["arms"]["method"], is_share(run, metric, estimate)
@@ -114,12 +160,4 @@ def run_card(run: RunFolder, repo: str) -> str:
     lines += [
         f"- model: {name}" + (f" at {revision}" if revision else "") + "; hashes of its files are in identity.json"
     ]
-    lines += [f"- made with {versions}", "", "Get it, and check that it is what it says:", "", "```bash"]
-    lines += [
-        f"attnsteer pull {repo} my-copy",
-        "attnsteer verify my-copy",
-        "```",
-        "",
-        f"{MANIFEST} has the SHA-256 of every file.",
-    ]
-    return "\n".join(lines)
+    return [*lines, f"- made with {versions}"]

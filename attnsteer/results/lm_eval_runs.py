@@ -1,7 +1,7 @@
-"""Two evaluations of lm-evaluation-harness, without and with a method, as a run folder: report, comparison, board and hub take it.
+"""Two evaluations of lm-evaluation-harness or lmms-eval, without and with a method, as a run folder: report, board and hub take it.
 
-The harness logs its samples (`--log_samples`); choices with their log-likelihoods become records of the task `choice`, paired by
-the hash that the harness gives each document.
+The harness logs its samples (`--log_samples`), which are paired by the hash that it gives each document. Choices with their
+log-likelihoods become records of the task `choice`; of other tasks the number that the harness gave each sample is taken as it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecordError, RunError
+from ..errors import RecordError, RunError, listing
 from ..intervention import Intervention
 from ..manifest import MANIFEST, manifest_of
 from ..recipe.schema import ZOO_KINDS, digest
@@ -23,6 +23,8 @@ from ..run.score import Scores
 from ..versions import library_versions
 
 Lines = str | Path | Sequence[Mapping[str, Any]]
+FORMATS = {"choice": "choices", "answer": "questions"}
+HARNESSES = {"lm": "lm-eval", "vlm": "lmms-eval"}
 
 
 def write_lm_eval_run(
@@ -34,8 +36,11 @@ def write_lm_eval_run(
     model: str,
     interventions: Sequence[Intervention],
     chosen: str | None = None,
+    metric: str | None = None,
+    better: int = 1,
+    kind: str = "lm",
 ) -> Path:
-    """Write the run folder of a multiple-choice task of the harness.
+    """Write the run folder of a task of the harness.
 
     There is no control at zero strength and no random one, since the harness ran none; the page says so. `attnsteer verify`
     checks files, records and figures; it cannot ask the harness's questions again.
@@ -44,9 +49,11 @@ def write_lm_eval_run(
         out: a new folder. task: its name. baseline, method: the samples that the harness logged (`samples_*.jsonl`, or the list
             in its results), without and with the method. model: hub id, or the name of an embedded model.
         interventions: what was steered with. chosen: where its settings were chosen; see a recipe's `chosen`.
+        metric: the harness's figure of each sample, such as "exact_match"; None: a question with choices, scored by likelihood.
+        better: 1 where more of the metric is better, -1 where less is, 0 where neither. kind: "lm" or "vlm".
 
     Raises:
-        RecordError: samples without choices, other documents in the two, or choices that differ.
+        RecordError: samples without choices or without the metric, other documents in the two, or prompts that differ.
         RunError: the folder is there already.
     """
     folder = Path(out)
@@ -61,16 +68,42 @@ def write_lm_eval_run(
         )
     samples, records = [], []
     for key, one in before.items():
-        sample = _sample(task, one)
+        sample = _sample(task, one, metric)
         samples.append(sample)
-        two = _sample(task, after[key])
-        if {**two, "id": ""} != {**sample, "id": ""}:
+        if {**_sample(task, after[key], metric), "id": ""} != {**sample, "id": ""}:
             raise RecordError(f"{task}: document {one['doc_id']} was asked in other words in the two evaluations.")
         for arm, line in (("baseline", one), ("method", after[key])):
-            scores = [float(r[0]) for r in line["filtered_resps"]]
-            records.append({"arm": arm, "seed": 0, "id": sample["id"]})
-            records[-1] |= {"choices": sample["choices"], "scores": scores, "answer": sample["answer"]}
-    return _write(folder, task, model, interventions, chosen, samples, records)
+            given = _scores(sample, line) if metric is None else _given(task, line, metric)
+            records.append({"arm": arm, "seed": 0, "id": sample["id"], **given})
+    figures = {"task": "choice", "metrics": ["choice"], "primary": "choice.accuracy"}
+    if metric is not None:
+        measure = {"name": "given", "figure": metric, "better": better}
+        figures = {"task": "answer", "metrics": [measure], "primary": "given.mean"}
+    return _write(folder, task, {"name": model, "kind": kind}, interventions, chosen, samples, records, figures)
+
+
+def _scores(sample: Mapping[str, Any], line: Mapping[str, Any]) -> dict[str, Any]:
+    scores = [float(r[0]) for r in line["filtered_resps"]]
+    return {"choices": sample["choices"], "scores": scores, "answer": sample["answer"]}
+
+
+def _given(task: str, line: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    """A record with the harness's own figure; some tasks of lmms-eval give it inside a mapping."""
+    value = line.get(metric)
+    value = value.get("score") if isinstance(value, Mapping) else value
+    if not isinstance(value, bool | int | float):
+        numbers = [k for k, v in line.items() if isinstance(v, bool | int | float) and k not in ("doc_id", "target")]
+        raise RecordError(
+            f"{task}: document {line.get('doc_id')} has no number {metric!r}; its numbers are {listing(numbers) or 'none'}."
+        )
+    answer = line.get("filtered_resps", line.get("resps"))
+    while isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    return {
+        "generated": answer if isinstance(answer, str) else store.to_json(answer),
+        "finished": True,
+        "value": float(value),
+    }
 
 
 def _read(lines: Lines) -> dict[str, Mapping[str, Any]]:
@@ -83,7 +116,9 @@ def _read(lines: Lines) -> dict[str, Mapping[str, Any]]:
     return {f"{line['doc_hash']}-{line['doc_id']}": line for line in found}
 
 
-def _sample(task: str, line: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(task: str, line: Mapping[str, Any], metric: str | None) -> dict[str, Any]:
+    if metric is not None:
+        return {"id": f"{task}-{line['doc_id']}", "prompt": _prompt(line)}
     arguments = line["arguments"]
     # The file has {"gen_args_0": {"arg_0": context, "arg_1": continuation}, ...}, the results a list of pairs.
     pairs = [tuple(a.values()) for a in arguments.values()] if isinstance(arguments, Mapping) else list(arguments)
@@ -93,8 +128,8 @@ def _sample(task: str, line: Mapping[str, Any]) -> dict[str, Any]:
     fits = len(pairs) > 1 and isinstance(answer, int) and all(len(p) == 2 and p[0] == pairs[0][0] for p in pairs)
     if not fits or len(line["filtered_resps"]) != len(pairs) or not 0 <= answer < len(pairs):
         raise RecordError(
-            f"{task}: document {line.get('doc_id')} is no question with choices after one prompt; other kinds of task are "
-            "read from the harness's own results."
+            f"{task}: document {line.get('doc_id')} is no question with choices after one prompt; of other tasks name the "
+            'harness\'s figure of a sample: metric="exact_match".'
         )
     return {
         "id": f"{task}-{line['doc_id']}",
@@ -104,15 +139,25 @@ def _sample(task: str, line: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _prompt(line: Mapping[str, Any]) -> str:
+    """What was asked: lmms-eval keeps it under `input`, lm-eval among the arguments of each request."""
+    found = line.get("input", line.get("arguments"))
+    while not isinstance(found, str) and found:
+        found = next(iter(found.values() if isinstance(found, Mapping) else found))
+    return str(found or "")
+
+
 def _write(
     folder: Path,
     task: str,
-    model: str,
+    of: Mapping[str, str],
     interventions: Sequence[Intervention],
     chosen: str | None,
     samples: list[dict[str, Any]],
     records: list[dict[str, Any]],
+    figures: Mapping[str, Any],
 ) -> Path:
+    model = of["name"]
     arms = [{"id": "baseline", "kind": "baseline", "interventions": [], "decoding": {}}]
     steps = [_step(m) for m in interventions]
     arms.append({"id": "method", "kind": "method", "interventions": steps, "decoding": {}})
@@ -122,16 +167,14 @@ def _write(
         {
             "schema": 1,
             "name": f"lm-eval/{_plain(task)}",
-            "summary": f"{task} of lm-evaluation-harness",
-            "model": {**named, "kind": "lm", **({} if "zoo" in named else {"architecture": "llama"})},
-            "data": {"file": store.SAMPLES, "format": "choices", "limit": len(samples)},
-            "task": "choice",
+            "summary": f"{task}, evaluated by a harness",
+            "model": {**named, "kind": of["kind"], **({} if "zoo" in named else {"architecture": "llama"})},
+            "data": {"file": store.SAMPLES, "format": FORMATS[figures["task"]], "limit": len(samples)},
             "interventions": [{"method": s["method"]} for s in steps],
             "controls": {"zero": False},
-            "metrics": ["choice"],
-            "primary": "choice.accuracy",
             "chosen": chosen,
-            "notes": "Evaluated by lm-evaluation-harness; the methods' parameters are in arms.json.",
+            "notes": "Evaluated by a harness, not by this package; the methods' parameters are in arms.json.",
+            **figures,
         }
     )
     start = now()
@@ -141,15 +184,14 @@ def _write(
     )
     store.write_atomic(folder / store.RECIPE, recipe.canonical().encode())
     store.write_json(folder / store.ARMS, {"arms": arms, "points": points})
-    store.write_json(folder / store.ENVIRONMENT, {"versions": library_versions(), "harness": "lm-eval"})
+    store.write_json(folder / store.ENVIRONMENT, {"versions": library_versions(), "harness": HARNESSES[of["kind"]]})
     store.write_lines(folder / store.SAMPLES, samples)
     store.write_lines(folder / store.RECORDS, records)
     store.write_lines(folder / store.TIMINGS, [])
     store.write_json(folder / store.AUDIT, {"arms": {}})
-    of = {arm: {(0, r["id"]): r for r in records if r["arm"] == arm} for arm in ("baseline", "method")}
-    store.write_json(
-        folder / store.METRICS, Scores(recipe, {"arms": arms, "points": points}, samples, of, [], {}).to_dict()
-    )
+    rows = {arm: {(0, r["id"]): r for r in records if r["arm"] == arm} for arm in ("baseline", "method")}
+    plan = {"arms": arms, "points": points}
+    store.write_json(folder / store.METRICS, Scores(recipe, plan, samples, rows, [], {}).to_dict())
     done = {"state": "complete", "message": "", "started": start, "ended": now()}
     store.write_json(folder / store.STATUS, {**done, "done": len(records), "total": len(records)})
     store.write_json(folder / MANIFEST, manifest_of(folder, files_of(folder), "run", model={"id": model}))

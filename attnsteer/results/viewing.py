@@ -66,7 +66,7 @@ def view_run(folder: str | Path, out: str | Path | None = None, sample: str | No
     facts = {
         "sample": chosen["id"],
         "method": _named(run, head.arm),
-        "model": str(job.recipe.model.zoo or job.recipe.model.hub or job.recipe.model.path),
+        "model": job.recipe.model.name,
     }
     return view(
         taken[0],

@@ -16,7 +16,8 @@ def changed_calls(interventions: Sequence[Mapping[str, Any]]) -> int | None:
         interventions: as `Audit.to_dict` lists them. Sites that do not count changes are read by their edits.
 
     Returns:
-        the number, or None where the audit cannot tell: compiled sites, and methods that act around the model alone.
+        the number, or None where the audit cannot tell: compiled sites, methods that act around the model alone, and
+        engines of their own.
     """
     total, unknown = 0, not interventions
     for entry in interventions:
@@ -24,5 +25,5 @@ def changed_calls(interventions: Sequence[Mapping[str, Any]]) -> int | None:
         total += sum(site.get("changed", site.get("edits", 0)) for site in sites)
         total += sum(entry.get(event, 0) for event in EVENTS)
         around = bool(entry.get("guided calls")) and not entry.get("inside passes")
-        unknown = unknown or around or any(site.get("compiled") for site in sites)
+        unknown = unknown or around or bool(entry.get("elsewhere")) or any(site.get("compiled") for site in sites)
     return total or (None if unknown else 0)

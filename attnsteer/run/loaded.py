@@ -19,6 +19,7 @@ class Loaded:
         kind: lm, vlm or image. target: what is steered: the model or the pipeline. tokenizer, processor: or None.
         files: file -> SHA-256 of what it was loaded from. detector: reads objects from its pictures, where there is one.
         device: of its inputs. dtype: of its weights. revision: the resolved commit of a model from the hub.
+        stream: whether it is asked by requests, each with its steering (`attnsteer.run.served`).
     """
 
     kind: str
@@ -30,9 +31,12 @@ class Loaded:
     device: Any = "cpu"
     dtype: Any = None
     revision: str | None = None
+    stream: bool = False
 
     def sites(self) -> Any:
-        """Its attention sites."""
+        """Its attention sites; None where they are not known."""
+        if self.stream:
+            return self.target.sites()
         from ..steering import sites
 
         return sites(self.target)

@@ -97,7 +97,7 @@ def finish(job: Job, arms: Plan) -> None:
 def model_of(recipe: Recipe) -> dict[str, Any]:
     """What a manifest says of the model of a run."""
     spec = recipe.model
-    return {"id": spec.zoo or spec.hub or Path(str(spec.path)).name, "revision": spec.revision, "kind": spec.kind}
+    return {"id": Path(spec.path).name if spec.path else spec.name, "revision": spec.revision, "kind": spec.kind}
 
 
 def files_of(folder: Path) -> Sequence[str]:

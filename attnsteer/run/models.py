@@ -52,6 +52,8 @@ def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: P
         from .tiny import tiny_model
 
         return tiny_model(spec, tiny, dtype, device)
+    if spec.vllm is not None:
+        return _served(spec, folder)
     if spec.path is not None:
         source = (Path() if folder is None else folder) / Path(spec.path).expanduser()
         if not source.is_dir():
@@ -64,6 +66,19 @@ def _load(spec: ModelSpec, dtype: Any, device: Any, tiny: Data | None, folder: P
     found = _folder(source, spec, dtype, device)
     # The hub's cache names a snapshot after its commit.
     return found if spec.hub is None else replace(found, revision=source.name)
+
+
+def _served(spec: ModelSpec, folder: Path | None) -> Loaded:
+    from . import served
+
+    if isinstance(spec.vllm, str):
+        return served.server(spec)
+    options = dict(spec.vllm or {})
+    name, revision = str(options.pop("model")), options.pop("revision", None)
+    source = (Path() if folder is None else folder) / Path(name).expanduser()
+    if not source.is_dir():
+        source = snapshot(name, revision, spec.kind)
+    return served.engine(spec, options, source, hashes(source))
 
 
 def _zoo(name: str, kind: str, dtype: Any, device: Any) -> Loaded:

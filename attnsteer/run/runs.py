@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import RunError, listing
+from ..errors import RecipeError, RunError, listing
 from ..recipe.arms import Arm
 from ..recipe.checks import check_call
+from ..recipe.resolved import self_contained
 from ..recipe.schema import Recipe
 from . import scorers, sharing, store
 from .build import Plan, plan
@@ -95,8 +96,10 @@ class Status:
     def __init__(self, folder: Path, total: int, done: int, writes: bool):
         self.path, self.total, self.done, self.writes = folder / store.STATUS, total, done, writes
         self._before = before = store.read_json(self.path) if writes else None
-        again = isinstance(before, dict) and before.get("state") != "complete" and before.get("started")
+        again = isinstance(before, dict) and before.get("started")
         self.started = before["started"] if again else now()
+        # Of a run that is complete, nothing is new: it took what it took.
+        self.ended = before.get("ended") if again and before.get("state") == "complete" else None
         self._last = -PULSE
         self.put("running")
 
@@ -104,7 +107,12 @@ class Status:
         """Write it."""
         if self.writes:
             self._last = time.monotonic()
-            value = {"state": state, "message": message, "started": self.started, "ended": now() if ended else None}
+            value = {
+                "state": state,
+                "message": message,
+                "started": self.started,
+                "ended": (self.ended or now()) if ended else None,
+            }
             store.write_json(self.path, {**value, "done": self.done, "total": self.total})
 
     def undo(self) -> None:
@@ -116,6 +124,7 @@ class Status:
     def more(self, records: int) -> None:
         """Records were added."""
         self.done += records
+        self.ended = None
         if time.monotonic() - self._last >= PULSE:
             self.put("running")
 
@@ -183,7 +192,7 @@ def identity_of(job: Job, loaded: Loaded) -> dict[str, Any]:
 def begin(job: Job, identity: dict[str, Any]) -> None:
     """Write what a run is; first of all identity.json, so that a folder with anything else in it is known."""
     store.write_json(job.folder / store.IDENTITY, identity)
-    store.write_atomic(job.folder / store.RECIPE, job.recipe.canonical().encode())
+    store.write_atomic(job.folder / store.RECIPE, self_contained(job.recipe).canonical().encode())
     store.write_lines(job.folder / store.SAMPLES, job.data.samples)
 
 
@@ -290,6 +299,11 @@ def plan_arms(job: Job, loaded: Loaded, ranks: Ranks, progress: bool) -> Plan:
 
     found = None
     if job.recipe.calibration is not None:
+        if loaded.stream:
+            raise RecipeError(
+                "calibration: a search edits a model in this process, and this one is behind vLLM. Calibrate on model.path or "
+                "model.hub first (attnsteer calibrate), and name the file of heads."
+            )
         cache = job.folder / "calibration"
         subject = _subject(job, loaded)
         if ranks.first:
@@ -452,6 +466,10 @@ class Work:
         """The answers of each arm, from one batch that has the samples once for each."""
         from ..steering import steer
 
+        if self.loaded.stream:
+            from .served import answers
+
+            return [Answers(*own) for own in answers(self.loaded, group, part, self.task, seed)]
         # Only arms by themselves make pictures.
         request = partial(
             Request,
@@ -462,6 +480,7 @@ class Work:
             score_pictures=self.score_pictures,
             folder=self.job.folder,
             images=f"{store.IMAGES}/{group[0].id}/{seed}",
+            shared_prefix=self.job.recipe.prefix == "shared",
         )
         methods = sharing.make(group, part, self.loaded)
         if not methods:

@@ -25,8 +25,11 @@ MOST_TOKENS = 1000
 def groups(job: Job, loaded: Loaded, arms: Sequence[Arm]) -> list[list[Arm]]:
     """The arms of a run, those together that can share batches.
 
-    In half precision what a batch of another size rounds differently can be another answer.
+    In half precision what a batch of another size rounds differently can be another answer. An engine of its own has its requests
+    of all arms at once.
     """
+    if loaded.stream:
+        return [list(arms)]
     exact = loaded.kind == "lm" and job.recipe.model.dtype == "float32"
     if job.recipe.share == "off" or not exact or not job.data.samples:
         return [[arm] for arm in arms]
@@ -41,7 +44,7 @@ def of_batch(
     Args:
         decoding: arguments of `generate` where the arms do not give them; without `max_new_tokens` nothing is written.
     """
-    if all(len(g) == 1 for g in groups):
+    if loaded.stream or all(len(g) == 1 for g in groups):
         return list(groups)
     longest = max(len(loaded.tokenizer(s["prompt"]).input_ids) for s in samples)
     found = []

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from attnsteer import ACT, ZeroTuning, steer
-from attnsteer.errors import UnsupportedHost
-from attnsteer.evals.continuations import score_continuations
+from attnsteer import ACT, HeadGate, Where, ZeroTuning, steer
+from attnsteer.errors import SelectionError, UnsupportedHost
+from attnsteer.evals.continuations import common_prefix, score_continuations
 from attnsteer.search import Choice, candidate_log_likelihoods
 from attnsteer.testing import tiny_transformers
 
@@ -100,3 +100,41 @@ def test_a_model_without_a_cache_is_refused() -> None:
     assert score.greedy and score.log_likelihood == pytest.approx(float(torch.arange(9.0).log_softmax(-1)[8]))
     with pytest.raises(UnsupportedHost, match="Cacheless gives NoneType for a cache"):
         score_continuations(Cacheless(), [[5, 6]], [[[7, 8]]])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize(
+    "method",
+    [None, ZeroTuning(gamma=4.0), HeadGate({(0, 1): 0.0, (1, 0): 3.0}), ZeroTuning(gamma=4.0, where=Where(layers=1))],
+    ids=["plain", "first token", "gate", "one layer"],
+)
+def test_a_shared_beginning_is_read_once_and_changes_nothing(family: str, method: Any) -> None:
+    model, (contexts, continuations) = tiny_transformers(family), questions()
+    contexts = [[11, 12, 13, 14, 15, 16, *c] for c in contexts]
+    seen: list[tuple[int, int]] = []
+    hook = model.register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    try:
+        found = batched(model, method, contexts, continuations, shared=6)
+    finally:
+        hook.remove()
+    assert seen[:2] == [(1, 6), (5, 17)]
+    assert flat(found) == pytest.approx(flat(one_by_one(model, method, contexts, continuations)), abs=2e-5)
+    equal = [c[:9] for c in contexts]
+    want = one_by_one(model, method, equal, continuations)
+    assert flat(batched(model, method, equal, continuations, shared=4)) == pytest.approx(flat(want), abs=2e-5)
+
+
+def test_what_is_shared() -> None:
+    assert common_prefix([[1, 2, 3], [1, 2, 4], [1, 2]]) == 1
+    assert common_prefix([[1, 2, 3], [1, 2, 3, 4]]) == 2
+    assert common_prefix([[1, 2, 3]]) == common_prefix([[1], [1]]) == common_prefix([[2, 1], [1, 1]]) == 0
+    model = tiny_transformers("llama")
+    for shared in (3, -1):
+        with pytest.raises(SelectionError, match="begin with 2 tokens alike"):
+            score_continuations(model, [[5, 6, 7], [5, 6, 8]], [[[9]], [[9]]], shared=shared)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss"])
+def test_windows_would_count_the_padding_between_a_beginning_and_the_rest(family: str) -> None:
+    with pytest.raises(UnsupportedHost, match="Read every prompt whole"):
+        score_continuations(tiny_transformers(family), [[5, 6, 7, 8], [5, 6, 8]], [[[9]], [[9]]], shared=2)

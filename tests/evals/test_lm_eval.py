@@ -14,7 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from attnsteer import ACT, PASTA, HeadGate, Where, ZeroTuning, steer, zoo
+from attnsteer import (
+    ACT,
+    PASTA,
+    HeadGate,
+    HeadSet,
+    InstABoost,
+    SpotLight,
+    Where,
+    ZeroTuning,
+    steer,
+    zoo,
+)
 from attnsteer.errors import (
     CompositionError,
     MissingExtra,
@@ -28,6 +39,7 @@ from attnsteer.testing import tiny_transformers
 from attnsteer.testing.fingerprint import fingerprint
 from attnsteer.zoo.measure.text import choose
 from attnsteer.zoo.shapes.reading import reading
+from tests.laws.cases import METHODS
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 
@@ -284,6 +296,141 @@ class TestSteer:
             AttnSteerLM(3)
         with pytest.raises(UnsupportedHost, match="encoder-decoder"):
             AttnSteerLM(tiny_transformers("t5"), tokenizer=text.tokenizer)
+
+
+class TestSpansByTemplate:
+    """What documents mark, in prompts of unlike lengths, is what each one alone marks."""
+
+    METHODS = (
+        SpotLight(spans=["{{fact}}"], target=0.6),
+        PASTA(["{{fact}}", ("star", "all")], alpha=0.01),
+        [InstABoost("the {{shape}} is", factor=5.0), ACT(beta=0.0, threshold=0.03)],
+    )
+    DOCS = (
+        {"fact": "a red star", "shape": "star", "extra": ["square", "star"]},
+        {"fact": "two large blue squares", "shape": "square", "extra": []},
+        {"fact": "no circle", "shape": "circle", "extra": ["circle"]},
+    )
+    LEAD = "a blue star . a red star is above a square . "
+
+    def asked(self) -> list[Any]:
+        """An example comes first, so that what is marked is there more than once."""
+        found = []
+        for n, doc in enumerate(self.DOCS):
+            prompt = self.LEAD * (n + 1) + f"{doc['fact']} . the {doc['shape']} is red . star ? answer"
+            found += [
+                SimpleNamespace(args=(prompt, c), doc=doc, task_name="a task") for c in (" red", " blue square .")
+            ]
+        return found
+
+    def by_hand(self, text: Any, methods: Any) -> list[float]:
+        ids, found = text.tokenizer, []
+        for request in self.asked():
+            prompt, continuation = request.args
+            own = []
+            for m in methods if isinstance(methods, list) else [methods]:
+                spans = getattr(m, "spans", None)
+                if spans is None:
+                    own.append(m)
+                    continue
+                texts = []
+                for s in (spans,) if isinstance(spans, str) else spans:
+                    if isinstance(s, str):
+                        s = s.replace("{{fact}}", request.doc["fact"]).replace("{{shape}}", request.doc["shape"])
+                        s = (s, prompt.count(s) - 1)
+                    texts.append(s)
+                own.append(m.new(spans=[texts], tokenizer=text.tokenizer))
+            whole = Choice(ids(prompt).input_ids, [ids(continuation).input_ids[1:]] * 2, 0)
+            with steer(text.model, *own) as run:
+                found.append(candidate_log_likelihoods(text.model, whole, run)[0])
+        return found
+
+    @pytest.mark.parametrize(
+        "methods",
+        [METHODS[0], pytest.param(METHODS[1], marks=pytest.mark.long), METHODS[2]],
+        ids=["SpotLight", "PASTA", "two"],
+    )
+    def test_figures_are_those_of_each_document_alone(self, text: Any, methods: Any) -> None:
+        want, plain = (
+            self.by_hand(text, methods),
+            AttnSteerLM(text, batch_size=4).loglikelihood(self.asked(), disable_tqdm=True),
+        )
+        for size in (1, 4):
+            lm = AttnSteerLM(text, methods, batch_size=size)
+            found = [f[0] for f in lm.loglikelihood(self.asked(), disable_tqdm=True)]
+            assert found == pytest.approx(want, abs=1e-4) and lm.audit.fired(0)
+            assert any(abs(f - p[0]) > 1e-2 for f, p in zip(found, plain, strict=True))
+        record = lm.get_model_info()["attnsteer"]
+        assert "{{" in record["interventions"][0] and record["audit"]["interventions"][0]["sites"]
+
+    def test_generation_too(self, text: Any) -> None:
+        requests = [
+            SimpleNamespace(args=(r.args[0], {"until": ["."], "max_gen_toks": 3}), doc=r.doc) for r in self.asked()[::2]
+        ]
+        one, four = (
+            AttnSteerLM(text, self.METHODS[0], batch_size=b).generate_until(requests, disable_tqdm=True) for b in (1, 4)
+        )
+        assert one == four
+        for request, answer in zip(requests, one, strict=True):
+            prompt, fact = request.args[0], request.doc["fact"]
+            ids = torch.tensor([text.tokenizer(prompt).input_ids])
+            method = self.METHODS[0].new(spans=[[(fact, prompt.count(fact) - 1)]], tokenizer=text.tokenizer)
+            with steer(text.model, method):
+                out = text.model.generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False, use_cache=True
+                )
+            assert answer == text.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).split(".")[0]
+
+    def test_what_cannot_be_filled_in_is_said(self, text: Any) -> None:
+        def score(spans: Any, **doc: Any) -> Any:
+            requests = [SimpleNamespace(args=("a red star .", " red"), doc=doc or None)]
+            return AttnSteerLM(text, SpotLight(spans=spans, target=0.5)).loglikelihood(requests, disable_tqdm=True)
+
+        for spans, doc, match in (
+            (["{{facts}}"], {"fact": "red"}, r"no field 'facts' .*fact.*Did you mean|no field 'facts'"),
+            (["{{fact}}"], {"fact": "blue"}, "'blue', which its document marks, is not in the prompt"),
+            (["{{fact}}"], {"fact": {"a": 1}}, "is dict, and no text"),
+            (["{{fact|upper}}"], {"fact": "red"}, "a template is {{field}}"),
+            (["{{fact}}"], {}, "no document with this request"),
+        ):
+            with pytest.raises(SelectionError, match=match):
+                score(spans, **doc)
+        with pytest.raises(NeverFired):
+            score(["{{extra}}"], extra=[])
+        score(["{{extra.1}}"], extra=["x", "star"])
+        with pytest.raises(UnsupportedHost, match="nothing is marked"):
+            AttnSteerLM(text, self.METHODS[0]).loglikelihood_rolling([request("a red star")], disable_tqdm=True)
+        with (
+            steer(text.model, SpotLight(spans=["{{fact}}"], target=0.5), control=True) as run,
+            pytest.raises(SelectionError, match="a live Steering whose spans are templates"),
+        ):
+            AttnSteerLM(text, run)
+
+
+CASES = [
+    pytest.param(c, id=c.method.__name__, marks=() if c.method in (ACT, InstABoost) else pytest.mark.long)
+    for c in METHODS
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_method_of_language_models_in_any_batch(text: Any, items: list[Any], case: Any) -> None:
+    """The cases of the laws, in batches of four and alone, and as each question by itself."""
+    heads = HeadSet({1: [0, 2], 3: [1], 4: [3]})
+    for_batch = lambda b: case.acting(SimpleNamespace(heads=heads, where=Where(), batch=b))  # noqa: E731
+    prompts = [items[0].prompt, items[1].prompt, items[0].prompt + " A . and"]
+    asked = [request(p, c) for p in prompts for c in (" A", " B the small")]
+    method = for_batch(1)
+    if isinstance(getattr(method, "spans", None), tuple):
+        # Ranges are those of a sample; a harness has many.
+        method = method.new(spans=[("question", "all")], tokenizer=text.tokenizer)
+    one, four = (AttnSteerLM(text, method, batch_size=b).loglikelihood(asked, disable_tqdm=True) for b in (1, 4))
+    assert [f[0] for f in four] == pytest.approx([f[0] for f in one], abs=1e-4)
+    ids = text.tokenizer
+    for (want, _), r in zip(one, asked, strict=True):
+        with steer(text.model, method) as run:
+            choice = Choice(ids(r.args[0]).input_ids, [ids(r.args[1]).input_ids[1:]] * 2, 0)
+            assert candidate_log_likelihoods(text.model, choice, run)[0] == pytest.approx(want, abs=1e-4)
 
 
 @pytest.mark.long

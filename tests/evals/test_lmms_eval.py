@@ -1,8 +1,7 @@
-"""The example for lmms-eval, on a stub of the parts of its interface that it uses (0.7.2, at 75571cf)."""
+"""The bridge to lmms-eval, on a stub of the parts of its interface that it uses (0.7.2, at 75571cf)."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,47 +9,84 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from attnsteer import ACT, Where, ZeroTuning, steer, zoo
+from attnsteer import ACT, PASTA, SpotLight, Where, ZeroTuning, steer, zoo
 from attnsteer.errors import NeverFired, SelectionError, UnsupportedHost
+from attnsteer.evals import lmms_eval as bridge
 from attnsteer.testing.fingerprint import fingerprint
 from attnsteer.zoo.measure.text import inputs
 from attnsteer.zoo.shapes.questions import picture
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "lmms_eval_attnsteer.py"
 METHOD = ACT(beta=0.0, threshold=0.02)
-QUESTIONS = ["is there a red circle ?", "how many circles are there ?", "caption", "caption"]
+QUESTIONS = [
+    "is there a red circle ?",
+    "how many circles are there ?",
+    "is there a blue star ?",
+    "how many stars are there ?",
+]
+WORDS = ["red circle", "circles", "blue star", "stars"]
 
 
 class Stub:
-    """As lmms-eval's LlavaHf: one request at a time, arguments and errors included."""
+    """As lmms-eval's classes: reordered requests in padded batches, arguments and errors included; scores with labels."""
 
     is_simple = True
 
     def __init__(self, pretrained: str, batch_size: int = 1) -> None:
         self._model, self.processor = zoo.load(pretrained)
+        self.size = int(batch_size)
+        self.task_dict = {"pope": {"test": [{"question": q, "word": w} for q, w in zip(QUESTIONS, WORDS, strict=True)]}}
 
     @property
     def model(self) -> Any:
         return self._model
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        found = []
-        for i, request in enumerate(requests):
-            batch = inputs(self.processor, [picture("test", i)], [request.args[0]])
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].args[0]))
+        found = [""] * len(requests)
+        for k in range(0, len(order), self.size):
+            part = order[k : k + self.size]
+            batch = inputs(
+                self.processor,
+                [picture("test", requests[i].args[3]) for i in part],
+                [requests[i].args[0] for i in part],
+            )
             try:
                 out = self.model.generate(**batch, max_new_tokens=8, do_sample=False, use_cache=True)
-                found.append(self.processor.batch_decode(out, skip_special_tokens=True)[0])
+                texts = self.processor.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+                for i, text in zip(part, texts, strict=True):
+                    found[i] = text
             except Exception:
                 # So do several of its classes.
-                found.append("")
+                pass
         return found
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         raise NotImplementedError
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        return [(0.0, True)] * len(requests)
+        found = []
+        for request in requests:
+            context, answer, _, number, _, _ = request.args
+            batch, start = answered(self.processor, number, context, answer)
+            labels = batch["input_ids"].clone()
+            labels[:, :start] = -100
+            with torch.inference_mode():
+                out = self.model(**batch, labels=labels)
+            best = out["logits"].argmax(-1)[:, start - 1 : -1]
+            found.append((float(out["loss"]), bool((best == batch["input_ids"][:, start:]).all())))
+        return found
+
+
+def answered(processor: Any, number: int, context: str, answer: str) -> tuple[Any, int]:
+    """A prompt with its answer behind it, and where that begins."""
+    batch = dict(inputs(processor, [picture("test", number)], [context]))
+    start = batch["input_ids"].shape[1]
+    more = torch.tensor([processor.tokenizer(answer, add_special_tokens=False).input_ids])
+    batch["input_ids"] = torch.cat([batch["input_ids"], more], dim=1)
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    return batch, start
 
 
 @dataclass
@@ -60,10 +96,36 @@ class Manifest:
     chat_class_path: str | None = None
 
 
-@pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The example as a module, with lmms-eval's registry stubbed: it imports classes by their paths."""
+def requests(*between: str) -> list[Any]:
+    """As its instances: (context, further arguments, what gives pictures, document, task, split)."""
+    extra = between or ({},) * len(QUESTIONS)
+    return [
+        SimpleNamespace(args=(q, e, None, i, "pope", "test"))
+        for i, (q, e) in enumerate(zip(QUESTIONS, extra, strict=True))
+    ]
+
+
+def by_hand(lm: Any, methods: list[Any]) -> list[str]:
+    """Each question alone, with its own method."""
+    found = []
+    for i, method in enumerate(methods):
+        with steer(lm.model, method):
+            found += Stub.generate_until(
+                SimpleNamespace(model=lm.model, processor=lm.processor, size=1), [requests()[i]]
+            )
+    return found
+
+
+def made(tmp_path: Path, method: Any, **options: Any) -> Any:
+    return bridge.steered(Stub)(
+        pretrained="shapes-lvlm", steer=str(method.save_pretrained(tmp_path / "steer")), **options
+    )
+
+
+def test_the_command_puts_a_steered_class_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With lmms-eval's registry stubbed: it imports classes by their paths."""
     known = {"llava_hf": Manifest("llava_hf", f"{__name__}.Stub")}
+    ran: list[Any] = []
 
     def get_model(name: str) -> type:
         module, _, attribute = known[name].simple_class_path.rpartition(".")
@@ -74,72 +136,93 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
         known[manifest.model_id] = manifest
 
     def module(name: str, **members: Any) -> None:
-        made = ModuleType(name)
-        vars(made).update(members)
-        monkeypatch.setitem(sys.modules, name, made)
+        new = ModuleType(name)
+        vars(new).update(members)
+        monkeypatch.setitem(sys.modules, name, new)
 
     def cli_evaluate() -> None:
         # What lmms-eval makes of its arguments.
         options = dict(pair.split("=") for pair in sys.argv[sys.argv.index("--model_args") + 1].split(","))
-        loaded.lm = get_model(sys.argv[sys.argv.index("--model") + 1])(**options, batch_size=1)
+        ran.append(get_model(sys.argv[sys.argv.index("--model") + 1])(**options, batch_size=1))
 
     monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or SimpleNamespace(Stub=Stub))
     module("lmms_eval")
-    module(
-        "lmms_eval.models", get_model=get_model, MODEL_REGISTRY_V2=SimpleNamespace(register_manifest=register_manifest)
-    )
+    registry = SimpleNamespace(register_manifest=register_manifest)
+    module("lmms_eval.models", get_model=get_model, MODEL_REGISTRY_V2=registry)
     module("lmms_eval.models.registry_v2", ModelManifest=Manifest)
     module("lmms_eval.__main__", cli_evaluate=cli_evaluate)
-    spec = importlib.util.spec_from_file_location("lmms_eval_attnsteer", EXAMPLE)
-    loaded = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, loaded)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def ask(lm: Any) -> list[str]:
-    return lm.generate_until([SimpleNamespace(args=(q, {})) for q in QUESTIONS])
-
-
-def test_answers_are_those_of_the_steered_model(example: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Stub("shapes-lvlm")
-    before = ask(plain)
-    with steer(plain.model, METHOD):
-        want = ask(plain)
-    assert want != before
     folder = METHOD.save_pretrained(tmp_path)
-    options = f"pretrained=shapes-lvlm,steer={folder}"
-    monkeypatch.setattr(sys, "argv", ["x", "--model", "llava_hf", "--tasks", "pope", "--model_args", options])
-    example.main()
-    lm = example.lm
+    argv = ["x", "--model", "llava_hf", "--tasks", "pope", "--model_args", "pretrained=shapes-lvlm"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert bridge.main() == 0 and type(ran[-1]) is Stub
+    monkeypatch.setattr(sys, "argv", [*argv[:-1], f"{argv[-1]},steer={folder}"])
+    assert bridge.main() == 0
+    lm = ran[-1]
     assert type(lm).__name__ == "SteeredStub" and lm.interventions == [METHOD]
-    assert ask(lm) == want and lm.audit.fired(0)
+    before, want = Stub.generate_until(lm, requests()), by_hand(lm, [METHOD] * 4)
+    assert lm.generate_until(requests()) == want != before and lm.audit.fired(0)
     # The first call leaves hooks of transformers' own.
     state = fingerprint(lm.model)
-    assert ask(lm) == want
+    assert lm.generate_until(requests()) == want
     assert fingerprint(lm.model) == state and "generate" not in vars(lm.model)
+    known["llava_hf"] = Manifest("llava_hf", f"{__name__}.Stub")
+    monkeypatch.setattr(sys, "argv", [*argv[:-1], f"{argv[-1]},steer={tmp_path / 'none'}"])
+    assert bridge.main() == 2
 
 
-def test_an_error_is_no_empty_answer(example: Any, tmp_path: Path) -> None:
-    make = example.steered(Stub)
-    late = ZeroTuning(gamma=2.0, where=Where(phases="prefill")).save_pretrained(tmp_path / "late")
-    lm = make(pretrained="shapes-lvlm", steer=str(late))
-    with pytest.raises(UnsupportedHost, match="Take a task that generates"):
-        lm.loglikelihood([])
+@pytest.mark.parametrize(
+    "method",
+    [SpotLight(spans=["{{word}}"], target=0.9), PASTA(["there", "{{word}}"], alpha=0.01)],
+    ids=["SpotLight", "PASTA"],
+)
+def test_spans_are_those_of_each_document_in_any_batch(tmp_path: Path, method: Any) -> None:
+    lm = made(tmp_path, method, batch_size=3)
+    spans = [[w] if len(method.spans) == 1 else ["there", w] for w in WORDS]
+    want = by_hand(lm, [method.new(spans=[s], tokenizer=lm.processor.tokenizer) for s in spans])
+    assert lm.generate_until(requests()) == want != Stub.generate_until(lm, requests()) and lm.audit.fired(0)
+    with pytest.raises(SelectionError, match=r"the document has no field 'words' .*word"):
+        made(tmp_path, method.new(spans=["{{words}}"])).generate_until(requests())
+
+
+def test_an_answer_that_is_scored_is_no_part_of_the_statistics(tmp_path: Path) -> None:
+    lm = made(tmp_path, METHOD)
+    answers = [" yes", " two circles", " no .", " one"]
+    plain = Stub.loglikelihood(lm, requests(*answers))
+    found = lm.loglikelihood(requests(*answers))
+    assert max(abs(a[0] - b[0]) for a, b in zip(found, plain, strict=True)) > 1e-3 and "forward" not in vars(lm.model)
+    for i, (answer, (loss, _)) in enumerate(zip(answers, found, strict=True)):
+        batch, start = answered(lm.processor, i, QUESTIONS[i], answer)
+        ids = batch["input_ids"]
+        with torch.no_grad(), steer(lm.model, METHOD) as run:
+            out = lm.model(pixel_values=batch["pixel_values"], input_ids=ids[:, :start], use_cache=True)
+            p = [out.logits[:, -1]]
+            with run.freeze():
+                for k in range(start, ids.shape[1] - 1):
+                    out = lm.model(input_ids=ids[:, k : k + 1], past_key_values=out.past_key_values, use_cache=True)
+                    p.append(out.logits[:, -1])
+        want = torch.nn.functional.cross_entropy(torch.cat(p), ids[0, start:])
+        assert loss == pytest.approx(float(want), abs=1e-5)
+    with pytest.raises(UnsupportedHost, match="without labels"):
+        bridge.scored(bridge.Batches(lm.model, bridge.Marks([METHOD]), None), input_ids=ids)
+
+
+def test_an_error_is_no_empty_answer(tmp_path: Path) -> None:
+    late = ZeroTuning(gamma=2.0, where=Where(phases="prefill"))
+    lm = made(tmp_path, late)
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise SelectionError("no image in the prompt")
 
     hook = lm.model.model.language_model.register_forward_pre_hook(refuse)
     with pytest.raises(SelectionError, match="no image in the prompt"):
-        ask(lm)
+        lm.generate_until(requests())
     hook.remove()
     with pytest.raises(NeverFired):
         lm.generate_until([])
 
 
-def test_what_cannot_be_steered_is_refused_at_once(example: Any, tmp_path: Path) -> None:
-    make = example.steered(Stub)
+def test_what_cannot_be_steered_is_refused_at_once(tmp_path: Path) -> None:
+    make = bridge.steered(Stub)
     with pytest.raises(SelectionError, match="at least one"):
         make(pretrained="shapes-lvlm", steer="")
     folder = ACT(where=Where(layers=40)).save_pretrained(tmp_path)

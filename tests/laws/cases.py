@@ -27,6 +27,7 @@ from attnsteer import (
     InstABoost,
     SoftPAG,
     SpotLight,
+    StoryAdapter,
     VisualKnockout,
     Where,
     ZeroTuning,
@@ -198,5 +199,9 @@ ON_UNET = [
         lambda s: CONFORM([[(2, 3), (3, 4)], [(5, 6)]], (0,), 1, until=2, where=narrow(s)),
         lambda s: CONFORM([(2, 3), (5, 6)], step_size=0.0, where=narrow(s)),
     ),
+]
+# On the pipeline of a UNet with an IP-Adapter, whose own scale is zero.
+ON_IMAGE_PROMPT = [
+    MethodCase(StoryAdapter, lambda s: StoryAdapter(0.4, where=narrow(s)), lambda s: StoryAdapter(0.0, where=narrow(s)))
 ]
 BOXES = {(2, 4): (0.0, 0.0, 0.5, 0.5), (5, 6): (0.25, 0.5, 1.0, 1.0)}

@@ -16,7 +16,8 @@ from attnsteer.intervention import needs_of
 from attnsteer.testing import HOSTS, LAWS, HostCase, MethodCase, NotApplicable, Setting, check_law
 from attnsteer.testing.fingerprint import fingerprint
 
-from .cases import FEW_HOSTS, GUIDANCE, LATENT, METHODS, ON_UNET, VISION
+from .cases import FEW_HOSTS, GUIDANCE, LATENT, METHODS, ON_IMAGE_PROMPT, ON_UNET, VISION
+from .image_prompt import IMAGE_PROMPT
 
 SKIPS = (Path(__file__).parents[1] / "SKIPS.md").read_text(encoding="utf-8")
 LANGUAGE, DENOISERS, PIPELINES = (
@@ -42,12 +43,15 @@ PAIRS = [
     *((LATENT[0], HOSTS[f"{name}-pipeline"]) for name in ("sd", "sdxl", "sd3", "flux")),
     (LATENT[1], HOSTS["sd3-pipeline"]),
     *((m, HOSTS["sd-pipeline"]) for m in ON_UNET),
+    *((m, IMAGE_PROMPT) for m in ON_IMAGE_PROMPT),
 ]
 # Pairs of methods and language models that run all laws in every run, besides the parts of a Latin square.
 WHOLE = {("HeadGate", "llama"), ("HeadGate", "bert"), ("ACT", "llama"), ("PASTA", "gpt_oss"), ("HeadGate", "llava")} | {
     ("HeadGate", "gpt2"),
     ("ZeroTuning", "mistral"),
     ("SpotLight", "t5"),
+    ("HeadGate", "sd-pipeline"),
+    ("PAG", "sd3-pipeline"),
 }
 CORE = ("effect", "identity", "reference", "padding", "cache", "ways", "packed", "undo")
 
@@ -59,9 +63,14 @@ def in_short(law: str, method: MethodCase, host: HostCase) -> bool:
     if law == "continuous":
         # A thread of its own for each batch; tests/hosts/transformers/test_continuous.py has every kind of method.
         return (method.name, host.name) in CONTINUOUS or not (method in METHODS and host in LANGUAGE)
-    if method not in METHODS or host not in LANGUAGE or (method.name, host.name) in WHOLE:
+    if host in DENOISERS or (method.name, host.name) in WHOLE:
         return True
-    return (METHODS.index(method) + LANGUAGE.index(host)) % (2 if law in CORE else 4) == 0
+    if method in METHODS and host in LANGUAGE:
+        return (METHODS.index(method) + LANGUAGE.index(host)) % (3 if law in CORE else 6) == 0
+    if law in CORE and (method in VISION or method in ON_UNET or method in ON_IMAGE_PROMPT):
+        # These have one host.
+        return True
+    return ([m for m, _ in PAIRS].index(method) + [h for _, h in PAIRS].index(host) + list(LAWS).index(law)) % 2 == 0
 
 
 # All laws of a pair in a row: they share what the first of them computes.

@@ -23,6 +23,7 @@ from .zoo import (
     OneSlot,
     OnlyBias,
     OnlyDecode,
+    OnlyGenerated,
     OnlyInputs,
     OnlyOutput,
     OnlyValues,
@@ -41,7 +42,7 @@ REQUESTS = {
 }  # fmt: skip
 QUICK = [law for law in LAWS if law not in {"compile", *REQUESTS}]
 NO_REGISTRY = "is not registered|takes one value per sample|cannot split that"
-ONE_FORWARD = "edits nothing in a forward over a prompt"
+ONE_FORWARD = "changes nothing in a forward over a prompt"
 NO_ACTION = "edits nothing here"
 NO_DECODER = r"no KV cache|no causal decoder"
 NO_PADDING = "no padding on this host"
@@ -58,6 +59,7 @@ GOOD = {
     "one key": (case(OneKey, {"weight": 8.0}, {"weight": 1.0}), "llama", ""),
     "one row": (case(OneRow, {"t": 3.0}, {"t": 1.0}), "llama", ""),
     "only decode": (case(OnlyDecode, {"weight": 8.0}, {"weight": 1.0}), "llama", ONE_FORWARD),
+    "only generated rows": (case(OnlyGenerated, {"weight": 8.0}, {}), "llama", ONE_FORWARD),
     "only decode, no decoder": (
         case(OnlyDecode, {"weight": 8.0}, {"weight": 1.0}),
         "bert",

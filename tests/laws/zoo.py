@@ -67,6 +67,22 @@ class OnlyDecode(Intervention):
 
 
 @dataclass(frozen=True)
+class OnlyGenerated(Intervention):
+    """A weight on the first token in the rows that generate; an edit of weight one in a prompt."""
+
+    weight: float = 1.0
+
+    kinds = ("self",)
+    needs = ("tokens",)
+
+    def weights(self, call: AttnCall) -> Reweight | None:
+        if self.weight == 1.0:
+            return None
+        weight = torch.where(call.generates, self.weight, 1.0)
+        return Reweight(((call.first_key(), weight[:, None]),))
+
+
+@dataclass(frozen=True)
 class OnlyOutput(Intervention):
     """Scales head outputs."""
 

@@ -27,7 +27,7 @@ NAMES = shipped.names()
 NOT_PUBLISHED = {"HeadGate"}
 # Tools (maps and heads of another run, knock-outs), and methods whose evaluation is not written yet.
 TOOLS = {"FreezeMaps", "InjectMap", "PatchHeads", "VisualKnockout"}
-NOT_EVALUATED = {"AttentionBuckets", "BlockMask", "Scatterbrain"}
+NOT_EVALUATED = {"BlockMask", "Scatterbrain"}
 FOLDER = shipped.folder()
 
 
@@ -87,6 +87,9 @@ def test_zero_strengths_agree_with_the_table() -> None:
                 # Gates of 1 for all the heads that it gates.
                 zero = {"$pairs": [[head, 1.0] for head, _ in spec.params["gates"]["$pairs"]]}
                 assert spec.zero == {"gates": zero}, recipe.name
+            elif spec.method == "AttentionBuckets":
+                # The model's own base alone.
+                assert len(spec.zero["bases"]) == 1 and spec.zero["bases"][0] in spec.params["bases"], recipe.name
             else:
                 assert spec.zero == ZERO[spec.method], recipe.name
             assert get_method(spec.method)

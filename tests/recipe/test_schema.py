@@ -72,8 +72,8 @@ def refused(data: Any) -> str:
         ({"primary": "accuracy"}, ["primary: string should match"]),
         ({"model.kind": "vlm"}, ["model: shapes-lm is a model of kind lm, not vlm"]),
         ({"model.zoo": "shapes-ml"}, ["model: no model 'shapes-ml' in the zoo", "Did you mean 'shapes-lm'"]),
-        ({"model.path": "a"}, ["model: give exactly one of zoo, path, hub; there is zoo and path"]),
-        ({"model.zoo": REMOVED}, ["model: give exactly one of zoo, path, hub; there is none"]),
+        ({"model.path": "a"}, ["model: give exactly one of zoo, path, hub, vllm; there is zoo and path"]),
+        ({"model.zoo": REMOVED}, ["model: give exactly one of zoo, path, hub, vllm; there is none"]),
         ({"model.revision": "main"}, ["model: revision is for a model from the hub"]),
         ({"model.device": "gpu"}, ["model.device: string should match pattern"]),
         ({"model.device": "cpu", "model.device_map": "auto"}, ["model: give device or device_map, not both"]),
@@ -287,7 +287,7 @@ PROFILE = {
 }
 
 
-@settings(max_examples=1500, **PROFILE)
+@settings(max_examples=500, **PROFILE)
 @given(MUTATIONS, st.booleans())
 def test_changed_recipes_load_or_are_refused(changes: list[Any], searched: bool) -> None:
     data = mutated(WHOLE if searched else BASE, changes)

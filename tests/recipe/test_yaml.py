@@ -179,7 +179,7 @@ def assert_plain(value: Any, depth: int) -> None:
         assert_plain(item, depth + 1)
 
 
-@settings(max_examples=1200, **PROFILE)
+@settings(max_examples=400, **PROFILE)
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=14).map("".join))
 def test_texts_from_pieces(text: str) -> None:
     only_recipe_errors(text)

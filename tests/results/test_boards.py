@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from attnsteer import cli
 from attnsteer.errors import RunError
+from attnsteer.manifest import problems_of, read_manifest
 from attnsteer.results.boards import board, letter_groups, runs_in, write_board
 from attnsteer.results.reports import report
 from tests.results import browser, folders
@@ -60,6 +62,18 @@ def test_no_cell_is_better_whose_random_control_is_as_good(runs: Path) -> None:
     assert rows["strong"]["difference"] in [d["estimates"]["accuracy"] for d in metrics["differences"]]
     assert rows["strong"]["time"] == metrics["cost"]["method"]["relative"] and rows["strong"]["memory_mb"] == 412.0
     assert rows["strong"]["verified"] == "not verified"
+
+
+def test_the_runs_that_come_with_the_project_are_what_they_say() -> None:
+    """Each is whole, was verified as it is, and holds nothing of the machine that made it."""
+    base = Path(__file__).parents[2] / "docs" / "board" / "runs"
+    found = board([base])
+    assert not found.left_out and {b["model"] for b in found.blocks} >= {"shapes-lm", "shapes-sd", "smollm2-135m"}
+    for row in found.rows:
+        path = Path(row["path"])
+        assert not problems_of(path, read_manifest(path)) and row["verified"] == "verified", path
+        assert row["verdict"] != "better" or all(c["state"] == "pass" for c in row["controls"]), path
+        assert not re.search(r"\s['\"]?/\w+/", (path / "recipe.yaml").read_text()), path
 
 
 def test_ties_are_letters() -> None:

@@ -63,6 +63,39 @@ def test_figures_are_the_harnesss(tmp_path: Path) -> None:
     )
 
 
+def generated(right: float, seed: int, lmms: bool = False) -> list[dict[str, Any]]:
+    """Samples of a task that generates: lmms-eval gives its figure inside a mapping, and keeps the prompt under `input`."""
+    out = []
+    for line in logged(right, seed):
+        asked, value = line.pop("arguments")[0][0], line.pop("acc")
+        figure = {"question_id": line["doc_id"], "score": value, "prediction": "yes"} if lmms else value
+        given = {"input": asked} if lmms else {"arguments": [(asked, {"until": ["."]})]}
+        out.append({**line, **given, "filtered_resps": "yes" if lmms else ["yes"], "exact_match": figure})
+    return out
+
+
+@pytest.mark.parametrize("lmms", [False, True], ids=["lm-eval", "lmms-eval"])
+def test_other_tasks_keep_the_harnesss_own_figure(tmp_path: Path, lmms: bool) -> None:
+    before, after = generated(0.4, 1, lmms), generated(0.9, 2, lmms)
+    run = write(
+        tmp_path / "run",
+        baseline=before,
+        method=after,
+        metric="exact_match",
+        kind="vlm" if lmms else "lm",
+        chosen="validation",
+    )
+    found = read_run(run)
+    wanted = sum(line["acc"] for line in logged(0.9, 2)) / 40
+    assert found.metrics["arms"]["method"]["given"]["mean"]["value"] == pytest.approx(wanted)
+    assert found.metrics["primary"] == "given.mean" and found.records["method"][0, "arc_easy-0"]["generated"] == "yes"
+    (row,) = board([run]).rows
+    assert row["words"] == "Better" and "yes" in report(run).read_text()
+    checks = {c.name: (c.state, c.text) for c in verify(run, seal=False).checks}
+    assert checks["metrics"][0] == "pass" and checks["answers"][0] == "not done"
+    assert ("lmms-eval" if lmms else "lm-eval") + " asked the questions" in checks["answers"][1]
+
+
 def test_what_does_not_pair_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="over other documents"):
         write(tmp_path / "a", method=logged(0.9, 2, count=39))
@@ -70,6 +103,8 @@ def test_what_does_not_pair_is_refused(tmp_path: Path) -> None:
     other[3]["arguments"] = [("another question", c) for c in CHOICES]
     with pytest.raises(RecordError, match="document 3 was asked in other words"):
         write(tmp_path / "b", method=other)
+    with pytest.raises(RecordError, match=r"no number 'f1'; its numbers are acc"):
+        write(tmp_path / "c", metric="f1")
     with pytest.raises(RecordError, match="is no question with choices"):
         write(tmp_path / "c", baseline=[{**line, "target": "a text"} for line in logged(0.4, 1)])
     with pytest.raises(RecordError, match="has no samples"):

@@ -271,6 +271,12 @@ GATE = {"method": "HeadGate", "params": {"gates": {"$pairs": [[[0, 0], 0.5]]}}}
         ({"model": {"path": "gone", "kind": "lm", "architecture": "llama"}}, ["model.path: there is no folder gone"]),
         ({"data": {"file": "gone.jsonl", "format": "choices"}}, ["data.file: there is no file gone.jsonl"]),
         ({"sweep": {"interventions.0.params.beta": [0.5, 9.0]}}, ["ACT(beta=9.0"]),
+        ({"prefix": "shared"}, ["prefix: ACT may act on the beginning of a prompt by what follows it"]),
+        ({"prefix": "shared", "share": "auto"}, ["prefix: shared is for arms that answer by themselves"]),
+        ({"prefix": "shared", "interventions": [{"method": "PASTA", "params": {"spans": [[[0, 2]]]}}]}, ["prefix: PASTA may act"]),
+        ({"prefix": "shared", "interventions": [{"method": "AttentionBuckets", "zero": {"bases": [100]}}]}, ["prefix: AttentionB"]),
+        ({"prefix": "shared", "interventions": [{"method": "ZeroTuning", "params": {"gamma": {"sample": "x"}}}]}, ["by sample"]),
+        ({"prefix": "shared", "interventions": [{"method": "ZeroTuning", "where": {"rows": "last"}}]}, ["prefix: ZeroT"]),
     ],
 )  # fmt: skip
 def test_what_the_check_finds(changes: dict[str, Any], words: list[str]) -> None:

@@ -86,6 +86,7 @@ def test_an_import_is_recorded_and_a_run_goes_on_with_it(tmp_path: Path) -> None
     assert command("report", out, "--attention", "1", "--allow-imports").returncode == 0
 
 
+@pytest.mark.long
 def test_a_method_file_needs_no_field_of_the_recipe(tmp_path: Path) -> None:
     path = recipe_file(tmp_path, imports=[])
     done = command("run", path, "--out", tmp_path / "run")

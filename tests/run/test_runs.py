@@ -367,3 +367,32 @@ def test_the_command_prints_the_result_and_sets_fields(tmp_path: Path) -> None:
     assert checked.exit_code == 0 and "12 samples" in checked.output and not (tmp_path / "none").exists()
     wrong = CliRunner().invoke(cli.app, ["run", path, "--set", "data.limits=3"])
     assert wrong.exit_code == 2
+
+
+def test_a_shared_beginning_gives_the_scores_of_whole_prompts(tmp_path: Path) -> None:
+    """Few-shot prompts of several lengths, choices of one token and of more."""
+    shots = "the big red circle is left of the cyan star . the small blue square is right of it . "
+    rows = [
+        {"id": f"r{i}", "prompt": shots + "the " * i + "star is", "choices": ["red", "cyan and big"], "answer": i % 2}
+        for i in range(5)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    changes: dict[str, Any] = {
+        "data": {"file": "rows.jsonl", "format": "choices"},
+        "interventions": [{"method": "ZeroTuning", "params": {"gamma": 4.0}}],
+        "controls": {"zero": True},
+        "batch_size": 3,
+    }
+    found = {}
+    for prefix in ("off", "shared"):
+        data = recipe(tmp_path, prefix=prefix, **changes)
+        run(data, out=tmp_path / prefix)
+        found[prefix] = records(tmp_path / prefix)
+    assert [(r["arm"], r["id"]) for r in found["off"]] == [(r["arm"], r["id"]) for r in found["shared"]]
+    for one, other in zip(found["off"], found["shared"], strict=True):
+        assert other["scores"] == pytest.approx(one["scores"], abs=2e-5)
+    by = {(r["arm"], r["id"]): r["scores"] for r in found["shared"]}
+    assert all(by["zero", r["id"]] == by["baseline", r["id"]] for r in rows)
+    assert any(
+        abs(a - b) > 1e-3 for r in rows for a, b in zip(by["method", r["id"]], by["baseline", r["id"]], strict=True)
+    )

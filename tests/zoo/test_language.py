@@ -243,6 +243,7 @@ def test_existence_of_one_class() -> None:
     assert existence(scene, o.colour, o.shape).answer == "yes"
 
 
+@pytest.mark.long
 def test_the_tokenizers_are_the_same_in_every_process() -> None:
     """A training that goes on in another process must read its captions in the same way."""
     code = (

@@ -32,6 +32,7 @@ def weights(steps: int, out: Path, every: float = 1e9, stop: int | None = None) 
     return model.state_dict()
 
 
+@pytest.mark.long
 def test_training_learns_and_resumes_exactly(tmp_path: Path) -> None:
     whole = weights(30, tmp_path / "a")
     assert torch.allclose(whole["weight"], torch.ones(1, 4), atol=0.35)

@@ -81,6 +81,7 @@ def test_plain_libraries_load_them() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.long
 def test_loading_is_silent() -> None:
     """No bars, no remarks, and no warning, which would be an error here."""
     code = f"from attnsteer import zoo\nfor name in {zoo.available()!r}: zoo.load(name)"

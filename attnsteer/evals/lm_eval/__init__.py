@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ... import zoo
@@ -28,6 +28,7 @@ from ...intervention import Intervention
 from ...steering import Steering, steered
 from ...steering import steer as attach
 from ..continuations import Score, score_continuations
+from ..templates import Marks
 
 try:
     from lm_eval.api.registry import register_model
@@ -47,7 +48,8 @@ class AttnSteerLM(HFLM):
             model, or what `attnsteer.zoo.load` gives.
         steer: None for the model as it is; an `Intervention`, or where `save_pretrained` wrote one (a folder or hub id), or
             several: in a list, or in one string separated by `os.pathsep` (":"); or the live `Steering` of the model that was
-            given. Methods that look words up get the tokenizer.
+            given. Methods that look words up get the tokenizer. Spans may be templates over the task's documents,
+            `SpotLight(spans=["{{passage}}"])` (see `attnsteer.evals.templates`).
         control: a steering that is meant to change nothing, such as one of strength zero: do not raise because of it.
         options: of lm-eval's `HFLM`: tokenizer, dtype, device, batch_size, max_length, ...
 
@@ -70,6 +72,9 @@ class AttnSteerLM(HFLM):
             )
         self._run: Steering | None = None
         self._control = control
+        self._texts: list[str] = []
+        # Of methods with templates: whether requests are under way, and the last batch's steering.
+        self._open, self._last = False, None
         if isinstance(steer, Steering):
             if getattr(steer.host, "model", None) is not self.model:
                 raise SelectionError(
@@ -78,6 +83,11 @@ class AttnSteerLM(HFLM):
             self._run, self.interventions, self.audit = steer, steer.interventions, steer.audit
         else:
             self.interventions, self.audit = _interventions(steer, self.tokenizer), None
+        self._marks = Marks(self.interventions)
+        if self._marks and self._run is not None:
+            raise SelectionError(
+                "steer= is a live Steering whose spans are templates; give the methods, so that each batch gets its own spans."
+            )
         # What cannot be attached is refused now, not after the tasks were built.
         if self.interventions and self._run is None:
             attach(self.model, *self.interventions, control=True).remove()
@@ -85,8 +95,19 @@ class AttnSteerLM(HFLM):
     @contextlib.contextmanager
     def _steered(self) -> Iterator[None]:
         """Steer the model in this block; nothing is left to do within another such block."""
-        if self._run is not None:
+        if self._run is not None or self._open:
             yield
+        elif self._marks:
+            # Each batch is steered with the spans of its documents; they share one audit.
+            self._open, self.audit, last = True, None, None
+            try:
+                yield
+                last = self._last
+            finally:
+                self._open, self._last = False, None
+            if last is not None and not self._control:
+                last.control = False
+                last.check_fired()
         elif self.interventions:
             with attach(self.model, *self.interventions, control=self._control) as self._run:
                 self.audit = self._run.audit
@@ -101,6 +122,34 @@ class AttnSteerLM(HFLM):
         else:
             yield
 
+    @contextlib.contextmanager
+    def _batch(self, prompts: Sequence[str], rows: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Steer the model for one batch in this block, where its documents say what is marked.
+
+        Args:
+            prompts: the texts of its rows. rows: their token ids, without padding.
+        """
+        if not self._marks:
+            yield
+            return
+        # Whether it acted is asked when all batches are done.
+        run = attach(self.model, *self._marks.of(prompts, rows, self.tokenizer), control=True)
+        run.audit = self.audit = run.audit if self.audit is None else self.audit
+        self._run = self._last = run
+        try:
+            yield
+        finally:
+            self._run = None
+            run.remove()
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self._note(requests)
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _note(self, requests: list[Any]) -> None:
+        if self._marks:
+            self._marks.note((r.args[0], getattr(r, "doc", None)) for r in requests)
+
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts: nothing but the prefix token is their context.
 
@@ -113,12 +162,32 @@ class AttnSteerLM(HFLM):
                     f"loglikelihood_rolling scores texts without a prompt, and {type(method).__name__} edits by the statistics of "
                     "the prompt: it would edit nothing. Take tasks that have contexts, or a method that does not look ahead."
                 )
+        if self._marks:
+            raise UnsupportedHost(
+                "loglikelihood_rolling scores texts without a prompt, in which nothing is marked. Take tasks that have contexts."
+            )
         with self._steered():
             return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        self._note(requests)
         with self._steered():
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> Any:
+        # The texts of the batch that is generated for next.
+        self._texts = list(strings)
+        return super().tok_batch_encode(strings, *args, **options)
+
+    def _model_generate(self, context: Tensor, *args: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        rows = context.tolist()
+        if attention_mask is not None:
+            rows = [
+                [t for t, m in zip(r, own, strict=True) if m]
+                for r, own in zip(rows, attention_mask.tolist(), strict=True)
+            ]
+        with self._batch(self._texts, rows):
+            return super()._model_generate(context, *args, attention_mask=attention_mask, **options)
 
     def _loglikelihood_tokens(
         self,
@@ -145,7 +214,9 @@ class AttnSteerLM(HFLM):
             size = override_bs or (self._detect_batch_size() if self.batch_size == "auto" else self.batch_size)
             for k in range(0, len(contexts), size):
                 part = contexts[k : k + size]
-                scores = self._scores(part, [[requests[i][2] for i in asked[c]] for c in part], size)
+                texts = [requests[asked[c][0]][0][0] if self._marks else "" for c in part]
+                with self._batch(texts, part):
+                    scores = self._scores(part, [[requests[i][2] for i in asked[c]] for c in part], size)
                 for context, own in zip(part, scores, strict=True):
                     for i, score in zip(asked[context], own, strict=True):
                         found[i] = tuple(score)

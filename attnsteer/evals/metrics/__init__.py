@@ -26,6 +26,7 @@ METRICS: dict[str, str] = {
     "contains": "attnsteer.evals.metrics.contains",
     "fid": "attnsteer.evals.metrics.fid",
     "fluency": "attnsteer.evals.metrics.fluency",
+    "given": "attnsteer.evals.metrics.given",
     "grounding": "attnsteer.evals.metrics.grounding",
     "hrs": "attnsteer.evals.metrics.hrs",
     "instructions": "attnsteer.evals.metrics.instructions",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ComfyHost(Host):
-    """A model of ComfyUI: UNets and Flux."""
+    """A model of ComfyUI: UNets, Flux and SD3."""
 
     provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent", "contrast"})
 

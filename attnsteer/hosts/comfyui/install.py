@@ -217,12 +217,12 @@ class Sampling:
             raise CompositionError(
                 f"{found[1].name} is there {len(found)} times; one negative prompt is followed. Leave one node."
             )
-        if found and this.family == "flux":
+        if found and this.family != "unet":
             own = {p for p, r in self.run.runtimes.items() if any(b is found[0] for b, _ in r.entries)}
-            left = sorted({s.path for s in self.run.host.sites()} - own)
+            left = sorted({s.path for s in self.run.host.sites() if s.kind == "joint"} - own)
             if left:
                 raise UnsupportedHost(
-                    f"{found[0].name} leaves {left[0]} out: in Flux the two streams would part there. Select all layers."
+                    f"{found[0].name} leaves {left[0]} out: in Flux and SD3 the two streams would part there. Select all layers."
                 )
         return found
 
@@ -231,7 +231,7 @@ class Sampling:
         method = next(b.method for b in self.run.bounds if "contrast" in b.method.needs)
         if not isinstance(method.negative, dict) or "context" not in method.negative:
             raise UnsupportedHost(
-                'NAG: give its negative prompt as {"context": tensor [1 or b, n, c]}, for Flux {"context": ..., "y": ...}.'
+                'NAG: give its negative prompt as {"context": tensor [1 or b, n, c]}, for Flux and SD3 {"context": ..., "y": ...}.'
             )
         return {name: t.to(like.device) for name, t in method.negative.items()}
 

@@ -46,6 +46,11 @@ class LatentMoves:
         function = getattr(sampler, "sampler_function", None)
         name = getattr(function, "__name__", type(sampler).__name__)
         who = self.bounds[0].name
+        if self.sampling.run.host.layout.family == "sd3":
+            raise UnsupportedHost(
+                f"{who} follows a gradient through the maps, and the blocks of SD3 compute theirs anew behind it in this program. "
+                "Use a UNet or Flux, or steer SD3 in diffusers."
+            )
         if name not in SAMPLERS:
             raise UnsupportedHost(
                 f"{who} moves the latent of {name}, which steps from another tensor than the model sees, or nobody has looked. "
@@ -140,13 +145,13 @@ class Loop:
     def sites(self, method: Any) -> list[MapSite]:
         """The selected sites with their grids: those of the latent over the levels of the UNet, halved at each."""
         found, (h, w) = [], self._x.shape[-2:]
-        flux = self._sampling.run.host.layout.family == "flux"
+        patched = self._sampling.run.host.layout.family != "unet"
         levels = sum(type(p).__name__.startswith("Downsample") for b in self._blocks() for p in b)
         for runtime in self._sampling.run.runtimes.values():
             for bound, heads in runtime.entries:
                 if bound is not self._bound:
                     continue
-                halvings = 1 if flux else level_of(runtime.site.name, levels)
+                halvings = 1 if patched else level_of(runtime.site.name, levels)
                 grid = h, w
                 for _ in range(halvings):
                     grid = tuple(-(-side // 2) for side in grid)

@@ -89,10 +89,11 @@ class Given:
 
 
 class Here(threading.local):
-    """Which block is running in this thread, and how many of its rows are text."""
+    """Which block is running in this thread, how many of its rows are text, and how many calls it has made."""
 
     key: Key | None = None
     text: int = 0
+    calls: int = 0
 
 
 class Pass:
@@ -101,7 +102,7 @@ class Pass:
     Attributes:
         sampling: what the passes of a steering share. sigma, step, steps: where in the schedule it is.
         twins: rows of the positive prompt, and those with the negative one behind all others; None where there are none.
-        size: (height, width) of the image's tokens in Flux. grad: attention runs through our own kernels, for gradients.
+        size: (height, width) of the image's tokens in Flux and SD3. grad: attention runs through our own kernels, for gradients.
     """
 
     def __init__(self, sampling: Sampling, model: Any, sigma: Tensor, options: dict[str, Any]):
@@ -135,12 +136,15 @@ class Pass:
         else:
             replace = dict(options.get("patches_replace", {}))
             dit = dict(replace.get("dit", {}))
-            for kind, n in self.host.layout.keys:
+            for kind, n in dict.fromkeys(key[:2] for key in self.host.layout.keys):
                 name = (f"{kind}_block", n)
                 dit[name] = functools.partial(self._block, (kind, n), dit.get(name))
             options["patches_replace"] = {**replace, "dit": dit}
             wrappers = dict(options.get("wrappers", {}))
-            wrappers["diffusion_model"] = {**wrappers.get("diffusion_model", {}), MARK: [self._diffusion]}
+            around, call = (
+                ("diffusion_model", self._diffusion) if self.family == "flux" else ("apply_model", self._apply)
+            )
+            wrappers[around] = {**wrappers.get(around, {}), MARK: [call]}
             options["wrappers"] = wrappers
         return {**model_options, "transformer_options": options}
 
@@ -150,7 +154,7 @@ class Pass:
         return n, context, value
 
     def _block(self, key: Key, other: Callable[..., Any] | None, args: dict[str, Any], extra: dict[str, Any]) -> Any:
-        """A block of Flux, as it is: says which one runs."""
+        """A block of Flux or SD3, as it is: says which one runs."""
         if "txt" in args:
             self.here.text = args["txt"].shape[1]
         if key == ("single", 0) and self.twins is not None:
@@ -159,11 +163,51 @@ class Pass:
             hidden = args["img"].clone()
             hidden[twins, self.here.text :] = hidden[rows, self.here.text :]
             args = {**args, "img": hidden}
-        self.here.key = key
+        self.here.key, self.here.calls = key, 0
         try:
             return extra["original_block"](args) if other is None else other(args, extra)
         finally:
             self.here.key = None
+
+    def _apply(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """SD3 behind what turns a latent into a prediction; its rows of the positive prompt once more, as in `_diffusion`."""
+        bound = inspect.signature(type(executor.class_obj)._apply_model).bind(executor.class_obj, x, t, *args, **kwargs)
+        given = bound.arguments
+        patch = int(executor.class_obj.diffusion_model.patch_size)
+        self.size = tuple(-(-side // patch) for side in x.shape[-2:])
+        rows = positive_rows(given["transformer_options"], len(x)) if self.contrasts else None
+        if rows is None:
+            return executor(x, t, *args, **kwargs)
+        if given.get("control") is not None or given.get("c_concat") is not None:
+            raise UnsupportedHost(
+                "NAG runs the rows of the prompt twice in SD3, and ControlNets are not cut into rows here. Leave it out."
+            )
+        extra = dict(given.get("kwargs", {}))
+        for name, negative in self.sampling.negative(x).items():
+            holder, key = (given, "c_crossattn") if name == "context" else (extra, name)
+            own = holder.get(key)
+            if own is not None:
+                holder[key] = torch.cat([own, self._as_rows(name, negative, own[rows])])
+        given["kwargs"] = extra
+        for name in ("x", "t"):
+            given[name] = torch.cat([given[name], given[name][rows]])
+        batch = len(x)
+        self.twins = rows, slice(batch, len(given["x"]))
+        try:
+            return executor(*bound.args[1:], **bound.kwargs)[:batch]
+        finally:
+            self.twins = None
+
+    @staticmethod
+    def _as_rows(name: str, negative: Tensor, own: Tensor) -> Tensor:
+        """An argument of the negative prompt, one for each row of the prompt's own."""
+        negative = negative.to(own).expand(-(-len(own) // len(negative)) * len(negative), *negative.shape[1:])
+        if negative.shape != own.shape:
+            raise UnsupportedHost(
+                f"NAG: the negative prompt has {list(negative.shape)} for {name}, the prompt {list(own.shape)}; in Flux and SD3 "
+                "they must agree in tokens. Encode both with the same length."
+            )
+        return negative
 
     def _diffusion(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """The forward of Flux; with the rows of the positive prompt once more, where a negative one is compared with."""
@@ -188,13 +232,7 @@ class Pass:
             own = given.get(name)
             if own is None:
                 continue
-            negative = negative.to(own).expand(-(-len(own[rows]) // len(negative)) * len(negative), *negative.shape[1:])
-            if negative.shape != own[rows].shape:
-                raise UnsupportedHost(
-                    f"NAG: the negative prompt has {list(negative.shape)} for {name}, the prompt "
-                    f"{list(own[rows].shape)}; in Flux they must agree in tokens. Encode both with the same length."
-                )
-            given[name] = torch.cat([own, negative])
+            given[name] = torch.cat([own, self._as_rows(name, negative, own[rows])])
         for name in ("x", "timestep", "guidance"):
             if isinstance(given.get(name), Tensor):
                 given[name] = torch.cat([given[name], given[name][rows]])
@@ -212,6 +250,9 @@ class Pass:
         """The override: the program's own kernel, or another node's override, but for steered sites."""
         base = func if other is None else functools.partial(other, func)
         key, self.here.key = self.here.key, None if self.family == "unet" else self.here.key
+        if self.family == "sd3" and key is not None:
+            self.here.calls += 1
+            key = key if self.here.calls == 1 else (*key, "self")
         site = self.host.layout.keys.get(key)
         runtime = None if site is None else self.run.runtimes.get(site.path)
         if key is None and self.family == "unet" and self.run.runtimes:
@@ -250,7 +291,9 @@ class Pass:
             grid = tuple(options.get("activations_shape", ())[-2:])
         else:
             text = self.here.text
-            segments = {"text": slice(0, text), "image": slice(text, n)}
+            segments = (
+                {"text": slice(0, text), "image": slice(text, n)} if site.kind == "joint" else {"image": slice(0, n)}
+            )
             grid = self.size or ()
         image = segments["image"]
         if len(grid) == 2 and grid[0] * grid[1] == image.stop - image.start:
@@ -280,8 +323,10 @@ class Pass:
         )
 
     def _contrast(self, site: Site, att: Attention, options: dict[str, Any], key: Key) -> Contrast | None:
-        if self.family == "flux":
-            return None if self.twins is None else Contrast(*self.twins, apart=key[0] == "double")
+        if self.family != "unet":
+            # What an image attends to alone has no prompt in it; twins have the image of their row there.
+            apart = key[0] == "double"
+            return None if self.twins is None or site.kind != "joint" else Contrast(*self.twins, apart=apart)
         rows = positive_rows(options, len(att.q))
         if rows is None or site.kind != "cross":
             return None

@@ -14,7 +14,8 @@ from torch import nn
 from ...errors import UnsupportedHost
 from ...site import Site
 
-# Where a call comes from: (block, number of the transformer block in it, "self" or "cross"), or ("double" or "single", number).
+# Where a call comes from: (block, number of the transformer block in it, "self" or "cross"), or ("double" or "single", number),
+# or ("double", number, "self") for the attention of the image alone that some blocks of SD3.5 have behind the joint one.
 Key = tuple[Any, ...]
 
 
@@ -23,7 +24,8 @@ class Layout:
     """The sites of one model.
 
     Attributes:
-        family: "unet" or "flux". keys: where a call comes from -> its site. modules: by a site's path, the model's own module.
+        family: "unet", "flux" or "sd3". keys: where a call comes from -> its site.
+        modules: by a site's path, the model's own module.
     """
 
     family: str
@@ -46,9 +48,11 @@ def layout_of(model: Any) -> Layout:
         return _unet(model)
     if type(model).__name__ == "Flux" and hasattr(model, "double_blocks") and hasattr(model, "single_blocks"):
         return _flux(model)
+    if hasattr(model, "joint_blocks") and all(hasattr(b, "context_block") for b in model.joint_blocks):
+        return _sd3(model)
     raise UnsupportedHost(
         f"where the attention of {type(model).__name__} sits, and which of its rows are the image, is not known here. Known are "
-        "UNets (SD1.x, SD2.x, SDXL) and Flux; other models are steered in diffusers."
+        "UNets (SD1.x, SD2.x, SDXL), Flux and SD3; other models are steered in diffusers."
     )
 
 
@@ -113,6 +117,20 @@ def _flux(model: Any) -> Layout:
             modules[site.path] = block
             layer += 1
     return Layout("flux", keys, modules)
+
+
+def _sd3(model: Any) -> Layout:
+    keys: dict[Key, Site] = {}
+    modules: dict[str, nn.Module] = {}
+    for i, block in enumerate(model.joint_blocks):
+        site = _site(f"transformer_blocks.{i}.attn", i, "joint", int(model.num_heads), "")
+        keys["double", i] = site
+        modules[site.path] = block
+        if block.x_block.x_block_self_attn:
+            site = _site(f"transformer_blocks.{i}.attn2", i, "self", int(model.num_heads), "")
+            keys["double", i, "self"] = site
+            modules[site.path] = block
+    return Layout("sd3", keys, modules)
 
 
 def _site(name: str, layer: int, kind: str, heads: int, refused: str) -> Site:

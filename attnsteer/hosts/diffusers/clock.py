@@ -21,7 +21,7 @@ from .declarations import Declarations
 from .latents import INPUTS, unet_scale
 from .probe import probe
 from .steps import TIMES, Sampling
-from .streams import RAGGED, order_of, structure_of
+from .streams import RAGGED, order_of, own_place
 
 if TYPE_CHECKING:
     from ...steering import Steering
@@ -34,9 +34,10 @@ class ProcessorCall:
         primitives: attention primitives called so far. image_rows: rows of `hidden_states` where the text came as a second
             argument, else None. ran: whether a primitive was called in this pass; only written where code may be compiled.
         negative: the output for the negative prompt, where one is compared with. collecting: this call is made for that.
+        image_prompt: what makes of the attention to an image prompt what a method sees, where one acts on it.
     """
 
-    __slots__ = ("collecting", "image_rows", "negative", "primitives", "ran")
+    __slots__ = ("collecting", "image_prompt", "image_rows", "negative", "primitives", "ran")
 
     def __init__(self) -> None:
         self.primitives = 0
@@ -44,6 +45,7 @@ class ProcessorCall:
         self.ran = False
         self.negative: Tensor | None = None
         self.collecting = False
+        self.image_prompt: Callable[[Tensor], tuple[Any, Tensor]] | None = None
 
 
 class DenoiserClock:
@@ -64,7 +66,7 @@ class DenoiserClock:
         self.runtimes = {path: r for path, r in run.runtimes.items() if r.site.component == name}
         self.declared = Declarations.of(run, self.runtimes.values(), owner, model)
         self._orders = {path: order_of(r.site, model) for path, r in self.runtimes.items()}
-        self._own = {path: (structure_of(model, r.site.name) or ("", (), ""))[2] for path, r in self.runtimes.items()}
+        self._own = {path: own_place(r.site, model) for path, r in self.runtimes.items()}
         # Sites whose order a method needs and no table has, until the model was looked at.
         needed = any("segments" in b.method.needs or b.where.rows in ("image", "text") for b in run.bounds)
         told = RAGGED.search(type(model).__name__) or self.declared.compiled or not needed

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 # What the code of a pipeline that normalises its combination names.
 NORMALISES = frozenset(
-    {"cond_norm", "noise_norm", "normalized_guidance", "cfg_normalization", "_cfg_normalization", "ori_pos_norm"}
+    {
+        "cond_norm",
+        "noise_norm",
+        "pred_cond_norm",
+        "normalized_guidance",
+        "cfg_normalization",
+        "_cfg_normalization",
+        "ori_pos_norm",
+    }
 )
 # Numbers of one sample's prediction that are compared, and how far from a sum in exact arithmetic they may be.
 NUMBERS, EXACT = 1 << 14, 1e-3
@@ -42,6 +50,8 @@ class Formula:
         self.held: Tensor | None = None
         self._rows: list[Tensor] = []
         self._known = False
+        # How far the combination was from a sum of the rows; unknown: as far as can be.
+        self._rest = 1.0
 
     def restart(self) -> None:
         """A new run."""
@@ -88,8 +98,10 @@ class Formula:
         sign = self._measure(output[:1] if output.ndim else output)
         if term is None:
             return output
+        flat = term.ndim < output.ndim
         term = _leading(term, output)
-        if term is None:
+        # Numbers in a row, as of a list with a tensor for each sample, must lie as the output's do: the combination tells.
+        if term is None or (flat and self._rest > 0.5):
             raise UnsupportedHost(
                 f"{type(self.pipeline).__name__} normalises its combination and changes the prediction's form before the "
                 "scheduler's step, so that a guidance term cannot be added behind it."
@@ -108,7 +120,7 @@ class Formula:
         # Equal rows (equal prompts) leave their weights open, not their sum.
         weights = torch.linalg.pinv(A) @ y
         total, rest = float(weights.sum()), float((A @ weights - y).norm() / y.norm().clamp_min(1e-30))
-        self._sign = -1.0 if total < 0 else 1.0
+        self._sign, self._rest = -1.0 if total < 0 else 1.0, rest
         half = output.dtype in (torch.float16, torch.bfloat16)
         bound = 0.1 if half else EXACT
         if not self.outside and rest < bound and abs(abs(total) - 1.0) > max(bound, 2e-2):
@@ -123,6 +135,8 @@ class Formula:
 
 def _leading(term: Tensor, output: Tensor) -> Tensor | None:
     """The leading part of `term` in the form of `output` (learned variances, or further tokens, follow); None where it has none."""
+    if term.ndim == 2 < output.ndim and len(term) == len(output) and term.numel() == output.numel():
+        return term.reshape(output.shape)
     if term.ndim != output.ndim or any(t < o for t, o in zip(term.shape, output.shape, strict=True)):
         return None
     return term[tuple(slice(0, o) for o in output.shape)]

@@ -115,6 +115,10 @@ class GuidedForward:
 
     def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One call of the denoiser by its pipeline; `inner` is the forward that this one is around."""
+        with self.sampling.alone(type(self.model).__name__):
+            return self._forward(inner, *args, **kwargs)
+
+    def _forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         clock, sampling = self.clock, self.sampling
         if self.run.branch is not None:
             with clock.on_rows(clock.layout, clock.batch):
@@ -186,7 +190,7 @@ class GuidedForward:
 
         Raises:
             ContractError: it calls `forward` with something else than inputs, returns something else than a prediction of the
-                model's form, or changes a strong one in place.
+                model's form for all rows, or changes inputs or a strong prediction in place.
         """
         plain: list[Prediction] = []
         asked: list[BranchInputs] = []
@@ -196,6 +200,18 @@ class GuidedForward:
         # A block that is replayed would not reach the hooks that remember the weak passes.
         prefix = PrefixReuse(self.run, None if bank.caching else self._ways.get(bound.index), inputs)
         first, bypass = bound.index not in self._checked, self._bypasses.get(bound.index)
+        shown: list[tuple[str, Tensor, Any]] = []
+
+        def show() -> None:
+            """Mark what the method sees; a pass of the model is free to change it."""
+            shown[:] = [(k, v, mark_of(v, first)) for k, v in inputs.values.items() if isinstance(v, Tensor)]
+
+        def check_shown() -> None:
+            altered = [name for name, value, marked in shown if not unchanged(value, marked)]
+            if altered:
+                raise self.refuse(
+                    bound, f"changed inputs.values of {listing(altered)} in place, which the pipeline still reads."
+                )
 
         def weak_pass(given: BranchInputs) -> Prediction:
             if bank.whole and given.layout != inputs.layout:
@@ -205,6 +221,13 @@ class GuidedForward:
         def forward(given: Any = None) -> Prediction:
             if not isinstance(given, BranchInputs):
                 raise self.refuse(bound, f"called forward with {_kind(given)}; give it `inputs`, or inputs.only(name).")
+            check_shown()
+            try:
+                return one_pass(given)
+            finally:
+                show()
+
+        def one_pass(given: BranchInputs) -> Prediction:
             if self.run.is_open(bound):
                 weaks.append(given)
                 skipping = contextlib.nullcontext() if bypass is None else bypass.on()
@@ -222,6 +245,7 @@ class GuidedForward:
             return plain[-1]
 
         self.run.audit.count(bound.index, "guided calls")
+        show()
         try:
             result = bound.method.around(forward, inputs, self.run)
         except Exception as error:
@@ -229,9 +253,16 @@ class GuidedForward:
             raise
         if any(not unchanged(p.sample, marked) for p, marked in zip(plain, marks, strict=True)):
             raise self.refuse(bound, "changed a strong prediction in place; give with_sample a new tensor.")
+        check_shown()
         if not isinstance(result, Prediction):
             raise self.refuse(bound, f"returned {_kind(result)}; return a prediction, e.g. p.with_sample(tensor).")
-        if not any(result is p for p in plain):
+        of_rows = next((given.batch for p, given in zip(plain, asked, strict=True) if result is p), None)
+        if of_rows is not None and of_rows != inputs.batch:
+            raise self.refuse(
+                bound,
+                f"returned the prediction of a pass over {of_rows} of {inputs.batch} rows; give one for all of them.",
+            )
+        if of_rows is None:
             if first:
                 self.check(bound, result, plain, inputs.batch, asked)
                 self._checked.add(bound.index)

@@ -7,10 +7,12 @@ once, for any formula (projected, CFG-Zero*, rescaled, skip-layer guidance).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedHost
+from .formula import NORMALISES
 
 if TYPE_CHECKING:
     from ...undo import Journal
@@ -93,7 +95,20 @@ def watch_guider(pipe: Any, sampling: Sampling, journal: Journal) -> None:
     journal.wrap(guider, "prepare_models", ready)
     journal.wrap(guider, "cleanup_models", done)
     journal.wrap(guider, "set_state", state)
-    journal.wrap(guider, "forward", lambda inner, *args, **kwargs: batches.combined(inner(*args, **kwargs)))
+    if not _normalises(pipe):
+        journal.wrap(guider, "forward", lambda inner, *args, **kwargs: batches.combined(inner(*args, **kwargs)))
+
+
+def _normalises(pipe: Any) -> bool:
+    """Whether a block of a modular pipeline normalises what its guider has combined: then a term waits for the scheduler's step."""
+    waiting = [getattr(pipe, "blocks", None)]
+    while waiting:
+        block = waiting.pop()
+        code = getattr(inspect.unwrap(type(block).__call__), "__code__", None) if callable(block) else None
+        if code is not None and NORMALISES & {*code.co_names, *code.co_varnames}:
+            return True
+        waiting += list((getattr(block, "sub_blocks", None) or {}).values())
+    return False
 
 
 def _same_parts(pipe: Any, guider: Any, scheduler: Any) -> None:

@@ -11,11 +11,14 @@ from ...bound import Bound
 from ...errors import UnsupportedHost
 from ...site import Site
 from ..base import Host, imported
+from ..sdpa.host import check_copyable, reaches
 from ..sdpa.rebind import names_called
+from ..sdpa.written import check_written, writes_attention
 from .clock import DenoiserClock
 from .guided_forward import guide
 from .guiders import watch_guider
-from .processors import attach_linear, attach_processor, is_eager, usable
+from .image_prompt import check_image_prompt
+from .processors import attach_direct, attach_followed, attach_linear, attach_processor, is_eager, usable
 from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
 
@@ -36,7 +39,9 @@ KEY_HEADS = ("kv_heads", "num_kv_heads", "num_key_value_heads")
 class DiffusersHost(Host):
     """Pipelines and denoisers of diffusers: UNets and every transformer with attention processors."""
 
-    provides = frozenset({"segments", "grid", "steps", "branches", "around", "latent", "contrast", "prompt"})
+    provides = frozenset(
+        {"segments", "grid", "steps", "branches", "around", "latent", "contrast", "prompt", "image_prompt"}
+    )
 
     def __init__(self, target: nn.Module | DiffusionPipeline):
         super().__init__(target)
@@ -59,7 +64,16 @@ class DiffusersHost(Host):
         return self._sites
 
     def check(self, site: Site, bound: Bound) -> None:
+        if "image_prompt" in bound.method.needs:
+            check_image_prompt(site, getattr(site.module, "processor", None), bound)
         if site.linear:
+            return
+        how = _reached(site.name, site.module, self.models[site.component])
+        if how == "direct":
+            check_copyable(site)
+        if how == "written":
+            check_written(site, bound)
+        if how != "processor":
             return
         processor = usable(site.module.processor)
         if not names_called(type(processor).__call__) and not is_eager(processor):
@@ -76,7 +90,8 @@ class DiffusersHost(Host):
         }
         for runtime in run.runtimes.values():
             clock = clocks[runtime.site.component]
-            (attach_linear if runtime.site.linear else attach_processor)(runtime, clock, journal)
+            how = _reached(runtime.site.name, runtime.site.module, clock.model)
+            (attach_linear if runtime.site.linear else ATTACH[how])(runtime, clock, journal)
         for clock in clocks.values():
             guide(clock, [s for s in self.sites() if s.component == clock.name], journal)
         if self.pipeline is not None:
@@ -120,7 +135,7 @@ def _has_processor(module: nn.Module) -> bool:
 
 
 def _sites_of(component: str, model: nn.Module) -> list[Site]:
-    found = [(name, m) for name, m in model.named_modules() if _has_processor(m)]
+    found = [(name, m) for name, m in model.named_modules() if _reached(name, m, model)]
     unet = hasattr(model, "down_blocks")
     if unet:
         order = {"down_blocks": 1, "mid_block": 2, "up_blocks": 3}
@@ -132,7 +147,7 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
         block = re.match(r"(.*\.\d+)(\.|$)", name)
         modality = modality_of(name, model)
         numbers = layers.setdefault(modality, {})
-        heads, kv, refused = *_heads(module), ""
+        heads, kv, refused = *(_heads(module) if _has_processor(module) else _heads_at(name, model)), ""
         if not heads:
             refused = f"{type(module).__name__} does not say how many heads it has"
         sites.append(
@@ -146,11 +161,31 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
                 stack="denoiser",
                 component=component,
                 refused=refused,
-                linear=bool(LINEAR.search(type(module.processor).__name__)),
+                linear=_has_processor(module) and bool(LINEAR.search(type(module.processor).__name__)),
                 module=module,
             )
         )
     return sites
+
+
+# How the attention of a site is reached.
+ATTACH = {"processor": attach_processor, "direct": attach_direct, "written": attach_followed}
+
+
+def _reached(name: str, module: nn.Module, model: nn.Module) -> str | None:
+    """ "processor"; "direct": it calls SDPA itself, as a pooler of the prompt, or a part of an attention module; "written": it
+    takes a softmax itself; None: it does not attend."""
+    if _has_processor(module):
+        return "processor"
+    if reaches(module) and _heads_at(name, model)[0]:
+        return "direct"
+    return "written" if writes_attention(module) else None
+
+
+def _heads_at(name: str, model: nn.Module) -> tuple[int, int]:
+    """Those of a module that calls SDPA itself: its own numbers, or those of the module that it is a part of."""
+    own = _heads(model.get_submodule(name))
+    return own if own[0] else _heads(model.get_submodule(name.rpartition(".")[0]))
 
 
 def _heads(module: nn.Module) -> tuple[int, int]:

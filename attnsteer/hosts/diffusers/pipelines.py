@@ -6,6 +6,7 @@ joined before anybody could see it look the same on both sides; a pipeline that 
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ IN_TURN = re.compile(
     r"CosmosTextToWorld|CosmosVideoToWorld"
 )
 UNCOND_COND = ("uncond", "cond")
+# Arguments of a call by which it is guided.
+GUIDES = re.compile(r"guid|cfg|negative|uncond")
 
 
 @dataclass(frozen=True)
@@ -67,3 +70,16 @@ def caller(pipe: DiffusionPipeline | None) -> str:
     """Name of the pipeline class of diffusers whose `__call__` runs; empty for one that is not of diffusers."""
     owner = next((c for c in type(pipe).__mro__ if "__call__" in vars(c)), object)
     return owner.__name__ if owner.__module__.startswith("diffusers.pipelines.") else ""
+
+
+def one_branch(pipe: DiffusionPipeline | None) -> bool:
+    """Whether a pipeline of diffusers has nothing to guide with, neither a scale nor a negative prompt: all its rows are alike.
+
+    A modular one guides by its guider; a scale among its arguments is one that its model takes.
+    """
+    if hasattr(pipe, "blocks") and hasattr(pipe.blocks, "inputs"):
+        names = [p.name or "" for p in pipe.blocks.inputs if p.name != "guidance_scale"]
+        return getattr(pipe, "guider", None) is None and not any(GUIDES.search(name) for name in names)
+    if not caller(pipe):
+        return False
+    return not any(GUIDES.search(name) for name in inspect.signature(type(pipe).__call__).parameters)

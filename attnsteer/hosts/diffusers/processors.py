@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...call import AttnCall
 from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
-from ..sdpa.host import same_kernel
+from ..exact import check_exact
+from ..sdpa.host import counting, patch_forward, same_kernel, sdpa_primitive
 from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
+from ..sdpa.written import Account, attach_written
 from .clock import DenoiserClock, ProcessorCall
 from .contrast import Collected, NegativeText
+from .image_prompt import Unscaled, check_order
 
 if TYPE_CHECKING:
     from ...undo import Journal
@@ -58,6 +62,7 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
     original = inspect.unwrap(type(processor).__call__)
     running = clock.calls[site.path] = ProcessorCall()
     streams = _Streams.of(type(processor).__name__, original, runtime)
+    unscaled = Unscaled(site.path, processor) if streams.pictured else None
     steered = functools.partial(_primitive, runtime, clock, running, streams)
     primitives: dict[str, Any] = {}
     if is_eager(processor):
@@ -91,13 +96,15 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
                 running.negative = clock.contrast.output(copied, self, seen(attn), given, site.path)
             finally:
                 running.collecting, running.primitives = False, 0
-        out = copied(self, seen(attn), *args, **kwargs)
+        own_scale = unscaled is None or not streams.pictures(clock.active(runtime))
+        running.image_prompt = None if own_scale else unscaled.begin(given)
+        out = copied(self if own_scale else unscaled.processor, seen(attn), *args, **kwargs)
         if not running.primitives and clock.active(runtime):
             raise UnsupportedHost(
                 f"{site.path}: {type(self).__name__} computed its attention without the primitive that it names, so nothing "
                 "was edited. Leave this site out of Where, or set another processor or attention backend."
             )
-        running.negative = None
+        running.negative = running.image_prompt = None
         clock.end_if_captured()
         return out
 
@@ -148,6 +155,9 @@ def _primitive(
                 running.negative, site.kind == "joint" and running.image_rows is not None
             )
         factor = float(q.shape[-1] ** -0.5 if factor is None else factor)
+        if running.image_prompt is not None and running.primitives > 1:
+            call.facts["image_prompt"], own = running.image_prompt(base(query, key, value, *args, **kwargs))
+            return runtime(Attention(q, k, v, factor), lambda: own, call, active)
         att = Attention(q, k, v, factor, mask=mask, causal=bool(options.get("is_causal")) and not blind)
         if rows_first:
             run_base = lambda: base(query, key, value, *args, **kwargs).transpose(1, 2)  # noqa: E731
@@ -241,6 +251,44 @@ def _plain_mask(site: Site, query: Tensor, key: Tensor, options: dict[str, Any],
     return mask
 
 
+def attach_direct(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:
+    """Exchange the SDPA that a module without a processor calls itself, as Mochi's pooler of the prompt does."""
+    site = runtime.site
+    running = clock.calls[site.path] = ProcessorCall()
+
+    def make_call(batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
+        return clock.call(site, batch, rows, keys, device, None)
+
+    primitive = sdpa_primitive(runtime, make_call, clock.active)
+
+    def attend(*args: Any, **kwargs: Any) -> Tensor:
+        running.ran = True
+        return primitive(*args, **kwargs)
+
+    patch_forward(site.module, counting(site, attend, lambda: clock.active(runtime)), journal)
+
+
+def attach_followed(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:
+    """Follow the softmax that a module without a processor takes itself, as those for faces in ConsisID do."""
+    site = runtime.site
+    running = clock.calls[site.path] = ProcessorCall()
+    checked: list[bool] = []
+
+    def acting() -> tuple[int, ...]:
+        running.ran = True
+        return clock.active(runtime)
+
+    def make_call(batch: int, rows: int, keys: int, device: torch.device) -> AttnCall:
+        return clock.call(site, batch, rows, keys, device, None)
+
+    def check(att: Attention, own: Callable[[Tensor], Tensor]) -> None:
+        if not checked:
+            check_exact(site, att, own)
+            checked.append(True)
+
+    attach_written(runtime, Account(acting, make_call, check), journal)
+
+
 def attach_linear(runtime: SiteRuntime, clock: DenoiserClock, journal: Journal) -> None:
     """Linear attention: values are read at `to_v`, head outputs are edited on their way into `to_out`."""
     module, site = runtime.site.module, runtime.site
@@ -328,6 +376,8 @@ class _Streams:
         self.runtime, self.name, self.main = runtime, name, main
         bounds = [bound for bound, _ in runtime.entries]
         self._gates = frozenset(i for i, b in enumerate(bounds) if b.method.linear and b.doors == {"output"})
+        self.pictured = frozenset(i for i, b in enumerate(bounds) if "image_prompt" in b.method.needs)
+        check_order(runtime, self._gates, self.pictured)
         self._values = frozenset(i for i, b in enumerate(bounds) if b.method.linear and runtime.site.kind == "self")
 
     @classmethod
@@ -345,16 +395,20 @@ class _Streams:
     def acting(self, number: int, active: tuple[int, ...]) -> tuple[int, ...]:
         """Those of `active` that act in the `number`-th primitive call, from 1."""
         if self.main is not None and self.main(number):
-            return active
+            return tuple(i for i in active if i not in self.pictured) if self.pictured else active
         if number == 1 and self.main is None:
             return active
-        gates = tuple(i for i in active if i in self._gates)
+        gates = tuple(i for i in active if i in self._gates or i in self.pictured)
         if self.main is None and len(gates) < len(active):
             raise UnsupportedHost(
                 f"{self.runtime.site.path}: {self.name} computes several attentions in one call, and which one is meant is not "
                 "known. Leave this site out of Where; gates on head outputs act in all of them."
             )
         return gates
+
+    def pictures(self, active: tuple[int, ...]) -> bool:
+        """Whether one that acts on image prompts is among `active`."""
+        return any(i in self.pictured for i in active)
 
     def blind(self, active: tuple[int, ...]) -> bool:
         """Whether nothing that acts asks which keys a row sees, so that the form of the mask does not matter."""

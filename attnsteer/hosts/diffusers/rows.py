@@ -21,7 +21,7 @@ NEGATIVE = re.compile(r"^(negative_|neg_|uncond|null_|empty_)|_negative|_neg$")
 PROMPTS = re.compile(r"embed|prompt|text|cap|encod")
 OTHERS = re.compile(r"latent|noise|ids|timestep|sigma|input|kwargs|rotary")
 # Names of methods whose inner values are looked at: some pipelines join both sides before they return.
-ENCODES = re.compile(r"encode_(prompt|image)|_encode_(prompt|image)")
+ENCODES = re.compile(r"_?encode_\w*(prompt|image)\w*")
 
 Pool = list[tuple[str, Tensor]]
 
@@ -97,22 +97,25 @@ class Conditions:
         positive: Pool,
         negative: Pool,
     ) -> str | None:
-        best: dict[tuple[str, str], tuple[float, str]] = {}
+        # Side and argument -> (the best score, the names that have it).
+        best: dict[tuple[str, str], tuple[float, set[str]]] = {}
         for name, path, tensor in given:
             own = _row_of(values[name], path, tensor, row, batch, negative)
             if own is None or own.numel() < 2:
                 continue
             for side, pool in (("cond", positive), ("uncond", negative)):
                 for known, held in pool:
-                    score = _share(own, held)
-                    if score > best.get((side, name), (0.0, ""))[0]:
-                        best[side, name] = score, known
+                    score, before = _share(own, held), best.get((side, name), (0.0, set()))
+                    if score > before[0]:
+                        best[side, name] = score, {known}
+                    elif score and score == before[0]:
+                        before[1].add(known)
         twins, votes = {n for n, _ in negative}, set()
         for name in {n for _, n in best}:
-            a, known = best.get(("cond", name), (0.0, ""))
-            b = best.get(("uncond", name), (0.0, ""))[0]
+            a, known = best.get(("cond", name), (0.0, set()))
+            b = best.get(("uncond", name), (0.0, set()))[0]
             # Values that all branches share, as those of a reference image, have no negative twin and no vote.
-            shared = ("uncond", name) not in best and f"negative_{known}" not in twins
+            shared = ("uncond", name) not in best and not twins & {f"negative_{n}" for n in known}
             if not shared and max(a, b) >= 0.5:
                 # Names without "negative" often hold both sides: only the absence from the negative ones tells.
                 votes.add("uncond" if b >= a else "cond")
@@ -187,7 +190,9 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 def _row_of(value: Any, path: str, tensor: Tensor, row: int, batch: int, negative: Pool) -> Tensor | None:
     """What a leaf of an argument holds for one row."""
     place = re.search(r"\[(\d+)\]$", path)
-    if place and isinstance(value, (list, tuple)) and len(value) == batch:
+    # A list with an entry for each row; not one of layers, whose entries have all rows.
+    layers = tensor.ndim > 2 and tensor.shape[0] == batch
+    if place and isinstance(value, (list, tuple)) and len(value) == batch and not layers:
         return tensor if int(place[1]) == row else None
     if tensor.shape[0] % batch:
         return None

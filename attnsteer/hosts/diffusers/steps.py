@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from ...errors import UnsupportedHost
 from .formula import Formula
+from .guiders import BRANCHES
 from .latents import Latents
-from .pipelines import UNCOND_COND, convention_of
+from .pipelines import UNCOND_COND, convention_of, one_branch
 from .prompt_words import Prompts
 from .rescale import Rescale
 from .rows import ENCODES, Conditions, fingerprint, layout_of
@@ -65,6 +67,24 @@ class Sampling:
         self._times: list[float] = []
         self._plan: list[float] = []
         self._watched = False
+        self._running = threading.RLock()
+
+    @contextlib.contextmanager
+    def alone(self, denoiser: str) -> Iterator[None]:
+        """One call of a denoiser: where a loop is, and what acts in a pass, is said for one thread at a time.
+
+        Raises:
+            UnsupportedHost: another thread is in such a call.
+        """
+        if not self._running.acquire(blocking=False):
+            raise UnsupportedHost(
+                f"two threads call a steered {denoiser} at once, and its sampling loop is at one step only. Give "
+                "each thread a pipeline and a steering of its own, or let them take turns."
+            )
+        try:
+            yield
+        finally:
+            self._running.release()
 
     def begin(self, timestep: Any) -> None:
         """Read the timestep of one denoiser call."""
@@ -173,7 +193,7 @@ class Sampling:
             return self.convention.parts if guided else ("cond",)
         if calls != "contexts" and self.latent_rows == rows and not self.asked and self._unguided():
             return ("cond",)
-        return None
+        return ("cond",) if calls is None and one_branch(self.pipeline) else None
 
     def _unguided(self) -> bool:
         """Whether the running pipeline says itself that it does not guide."""
@@ -246,7 +266,8 @@ class Sampling:
 
     @contextlib.contextmanager
     def _enter_context(self, inner: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        before, self.context = self.context, name
+        # Pipelines with a guider name the context by what it calls the batch.
+        before, self.context = self.context, BRANCHES.get(name, name)
         try:
             with inner(name, *args, **kwargs) as value:
                 yield value

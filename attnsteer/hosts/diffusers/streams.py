@@ -32,6 +32,9 @@ PLAIN = re.compile(
 )
 # Parts of a transformer that see the prompt alone.
 PROMPT_ONLY = re.compile(r"(^|\.)(context_embedder|context_refiner|token_refiner|text_transformer_blocks)\.")
+POOLER = re.compile(r"(^|\.)pooler$|^local_facial_extractor\.")
+# Classes without a processor whose rows attend to something else.
+CROSSING = re.compile(r"Cross|Pool|Perceiver")
 LINEAR = re.compile(r"SanaLinear")
 # Models whose rows lie differently in each sample: padding stands between the streams, or the caller says where they are.
 RAGGED = re.compile(r"Lumina2|ZImage|OmniGen|Ideogram4|HunyuanVideo15|HiDream")
@@ -69,6 +72,8 @@ def kind_of(name: str, module: nn.Module, model: nn.Module) -> str:
     if known is not None and known[0] != "?":
         return listed_kind(known[0], known[1])
     unet = hasattr(model, "down_blocks")
+    if not hasattr(module, "processor"):
+        return "cross" if CROSSING.search(type(module).__name__) else "self"
     processor = type(module.processor).__name__
     crossing = getattr(module, "is_cross_attention", None)
     crossing = bool(re.search(r"attn2$|cross", name)) if crossing is None else bool(crossing)
@@ -89,7 +94,17 @@ def modality_of(name: str, model: nn.Module) -> str:
     known = structure_of(model, name)
     if known is not None and known[1] in (("text",), ("audio",)):
         return known[1][0]
-    return "text" if PROMPT_ONLY.search(name) else "image"
+    return "text" if PROMPT_ONLY.search(name) or POOLER.search(name) else "image"
+
+
+def own_place(site: Any, model: nn.Module) -> str:
+    """Where the rows' own keys stand among further ones: "first" or "last"; "" where there are none or it is not known."""
+    known = structure_of(model, site.name)
+    if known is not None and known[2]:
+        return known[2]
+    # Configs of one UNet class differ in their processors; those that append own keys to the text's do so behind it.
+    added = "AddedKV" in type(getattr(site.module, "processor", None)).__name__
+    return "last" if added and not getattr(site.module, "only_cross_attention", False) else ""
 
 
 def order_of(site: Any, model: nn.Module) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
-from ..exact import check_exact
+from ..exact import check_exact, reads_map
 from ..sdpa.host import same_kernel
 from . import traced
 from .forward import Forward, forward_of
@@ -81,14 +81,12 @@ def _untraced(
         def given() -> Attention:
             options = _options(args) | kwargs
             att = problem(module, name, query, key, value, attention_mask, options)
-            if id(module) not in forward.stack.exact:
 
-                def rows(index: Tensor) -> Tensor:
-                    out = base(module, query, key, value, attention_mask, *args, **kwargs)[0]
-                    return out.transpose(1, 2).index_select(2, index)
+            def rows(index: Tensor) -> Tensor:
+                out = base(module, query, key, value, attention_mask, *args, **kwargs)[0]
+                return out.transpose(1, 2).index_select(2, index)
 
-                check_exact(runtime.site, att, rows)
-                forward.stack.exact.add(id(module))
+            _check_once(runtime, forward, name, attention_mask, att, rows)
             return att
 
         seen(runtime.run, module, runtime.site.modality, given)
@@ -138,9 +136,8 @@ def _steered(
         part = att.take(index)
         return base(module, part.q, part.k, part.v, part.mask, *args, **kwargs)[0].transpose(1, 2)
 
-    if id(module) not in forward.stack.exact and reads_map(runtime, active):
-        check_exact(runtime.site, att, base_rows)
-        forward.stack.exact.add(id(module))
+    if reads_map(runtime, active):
+        _check_once(runtime, forward, name, attention_mask, att, base_rows)
     maps: list[Any] | None = [] if name == "eager" else None
     same = functools.partial(same_kernel, att) if name == "sdpa" and n > FEW_ROWS else None
     out = runtime(att, run_base, call, active, same, maps, sdpa=name == "sdpa", packs=True)
@@ -148,6 +145,22 @@ def _steered(
         # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.
         run_base()
     return out.transpose(1, 2).contiguous(), traced.edited_weights(weights[0], maps) if maps else weights[0]
+
+
+def _check_once(
+    runtime: SiteRuntime, forward: Forward, name: str, mask: Any, att: Attention, rows: Callable[[Tensor], Tensor]
+) -> None:
+    """Raise where a site's own kernel computes something else than `att`; looked at in its first call with each kernel."""
+    added = name == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool
+    key = (id(runtime.site.module), name, added)
+    if key in forward.stack.exact:
+        return
+    why = (
+        "attention_mask is bool, and eager attention adds it to the scores as 0 and 1, so that it hides nothing. Give a float mask "
+        'with torch.finfo(dtype).min where a key is hidden, or call model.set_attn_implementation("sdpa").'
+    )
+    check_exact(runtime.site, att, rows, why if added else None)
+    forward.stack.exact.add(key)
 
 
 def _options(args: tuple[Any, ...]) -> dict[str, Any]:
@@ -197,11 +210,6 @@ def _flex_mask(block_mask: Any, q: Tensor, k: Tensor) -> Tensor:
     from torch.nn.attention.flex_attention import create_mask
 
     return create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device=q.device)
-
-
-def reads_map(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
-    """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
-    return not all(runtime.entries[i][0].method.linear for i in active)
 
 
 def _flash_mask(

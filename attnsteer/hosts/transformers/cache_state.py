@@ -38,6 +38,7 @@ class Sequence:
         tokens: roles of the tokens so far. prompt: slots of the prompt so far.
         request: int [B, T] of the requests packed into its rows, or None. states: of each method at each site.
         turns: the calls over parts of the prompt, in order. compiled: compiled calls went on with it, of which it knows nothing.
+        left: slots that a cut of the cache has left, of those in `tokens`; None: all.
     """
 
     tokens: Tokens | None = None
@@ -46,11 +47,18 @@ class Sequence:
     states: States = field(default_factory=dict)
     turns: list[Turn] = field(default_factory=list)
     compiled: bool = False
+    left: int | None = None
 
     @property
     def length(self) -> int:
         """Slots so far."""
+        if self.left is not None:
+            return self.left
         return 0 if self.tokens is None else self.tokens.length
+
+    def draft(self) -> Sequence:
+        """A copy that a forward may change."""
+        return replace(self, states=_copied(self.states), turns=list(self.turns))
 
     def remember(self, start: int) -> None:
         """A call over the prompt from slot `start` on has ended."""

@@ -1,9 +1,10 @@
-"""Modules of transformers that call SDPA themselves: steered as in the sdpa host, with the host's own account of rows."""
+"""Modules of transformers that call SDPA, or take a softmax, themselves: as in the sdpa host, with the host's account of rows."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor
 from ...call import AttnCall
 from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
+from ...kernels import Attention
 from ...site import Site
+from ..exact import check_exact
 from ..sdpa.host import check_copyable, counting, patch_forward, plain_call, sdpa_primitive
+from ..sdpa.written import Account, attach_written
 from .forward import Forward, forward_of
 
 
@@ -66,3 +70,16 @@ def attach_direct(runtime: SiteRuntime, journal: Any) -> None:
 
     acts = functools.partial(acting, runtime)
     patch_forward(runtime.site.module, counting(runtime.site, primitive, acts), journal)
+
+
+def attach_followed(runtime: SiteRuntime, journal: Any) -> None:
+    """Follow the softmax that the site's module takes itself, until undone."""
+
+    def check(att: Attention, own: Callable[[Tensor], Tensor]) -> None:
+        account, module = account_of(runtime), runtime.site.module
+        if isinstance(account, Forward) and id(module) not in account.stack.exact:
+            check_exact(runtime.site, att, own)
+            account.stack.exact.add(id(module))
+
+    account = Account(functools.partial(acting, runtime), functools.partial(call_of, runtime), check)
+    attach_written(runtime, account, journal)

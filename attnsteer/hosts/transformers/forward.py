@@ -159,8 +159,8 @@ class Stack:
         # An image tower of a vision-language model: its batch is one of images or tiles.
         self.tower = outer.family is not None and any(r.site.modality != "text" for r in runtimes.values())
         self.memory = Memory()
-        # Sites whose attention was found to be what its arguments say.
-        self.exact: set[int] = set()
+        # Sites, and with which kernel, whose attention was found to be what its arguments say.
+        self.exact: set[Any] = set()
         self.beside: Any = None
         # Why compiled code never holds this stack's forward, or None.
         self.untraceable: str | None = None
@@ -221,6 +221,8 @@ class Stack:
                 "the calls of the model."
             )
         self.finish(forward, values, output)
+        if torch.is_grad_enabled() and self._checkpoints():
+            self._watch_gradient(output)
         return output
 
     def begin(self, values: dict[str, Any], outer: Outer) -> Forward:
@@ -270,7 +272,7 @@ class Stack:
         if forward.tokens is None:
             return
         sequence = forward.sequence
-        sequence.tokens = forward.tokens
+        sequence.tokens, sequence.left = forward.tokens, None
         if forward.tokens.prompt is not None:
             sequence.prompt = forward.tokens.prompt
         if forward.phase == "prefill":
@@ -299,10 +301,27 @@ class Stack:
                 "choose one. For other calls give the intervention itself: steer(model, ...)."
             )
 
-    def _check_checkpointing(self, past: int) -> None:
-        if not (past and self.module.training):
+    def _checkpoints(self) -> bool:
+        """Whether layers are computed again in the backward pass."""
+        return self.module.training and any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules())
+
+    def _watch_gradient(self, output: Any) -> None:
+        """Raise in a backward pass that comes after the steering, and before it computes layers again that are plain by now."""
+        hidden = output[0] if isinstance(output, (tuple, list)) or hasattr(output, "to_tuple") else output
+        if not isinstance(hidden, Tensor) or not hidden.requires_grad:
             return
-        if any(getattr(m, "gradient_checkpointing", False) for m in self.module.modules()):
+
+        def check(gradient: Tensor) -> None:
+            if not self.run.attached:
+                raise UnsupportedHost(
+                    f"{self.run} was removed between a forward and its backward, and gradient checkpointing computes the layers "
+                    "again, without it. Call backward while it is attached."
+                )
+
+        hidden.register_hook(check)
+
+    def _check_checkpointing(self, past: int) -> None:
+        if past and self._checkpoints():
             raise UnsupportedHost(
                 f"{self.name or type(self.module).__name__}: gradient checkpointing drops the cache of {past} tokens that this "
                 "call brings, so its rows would not be what they seem. Call it without past_key_values, or without checkpointing."
@@ -323,17 +342,18 @@ class Stack:
             known = traced.Kept.of(known)
         if isinstance(known, traced.Kept):
             known = known.sequence(past)
-        length = 0 if known.tokens is None else known.tokens.length
+        length = known.length
         if past > length:
             raise UnsupportedHost(
                 f"the cache holds {past} tokens, of which {length} came in by forwards of the steered model that ran to "
                 "their end: one was interrupted, or something else has written to it. Start a new cache, or a copy made before."
             )
-        # Dicts of their own; tensors are shared, since a state is changed by putting another tensor in its place.
-        states = {key: dict(state) for key, state in known.states.items()}
-        sequence = replace(known, states=states, turns=list(known.turns))
+        sequence = known.draft()
         if past < length:
             self._follow_cut(sequence, past)
+            # What was cut off is gone from here on: a forward that is interrupted may leave as many slots as there were.
+            sequence.left = past
+            self.memory.put(cache, sequence.draft())
         return sequence
 
     def _follow_cut(self, sequence: Sequence, past: int) -> None:
@@ -387,8 +407,15 @@ class Stack:
                 )
             return valid[:, :length] if len(valid) == batch else valid[:, :length].expand(batch, -1), None
         if past:
-            if mask is None or before is None or before.valid is None:
+            if before is None or before.valid is None:
                 return None, None
+            if mask is None:
+                if bool(before.valid[:, :past].all()):
+                    return None, None
+                raise UnsupportedHost(
+                    f"the cache of {past} tokens holds padding, as its masks said, and this call has no attention_mask, so that "
+                    f"its tokens would see it. Pass a mask [B, {length}] over all tokens so far."
+                )
             # Of several masks none hides anything; what is padding was learnt at the prefill.
             old = before.valid[:, :past]
             return torch.cat([old, old.new_ones(len(old), new)], dim=1), None
@@ -429,6 +456,9 @@ class Stack:
             return past if sequence.prompt is None else min(sequence.prompt, past), None
         if scope.chunked:
             total = scope.chunk_total
+        elif outer.generation is not None and outer.generation.assists and past and sequence.prompt is not None:
+            # Each round of candidates is a `generate` of its own, whose input is longer than the prompt.
+            return sequence.prompt, sequence.prompt
         elif outer.generation is not None:
             total = outer.generation.total
         elif outer.beside is not None and outer.beside.guided and (new == 1 or not past):
@@ -466,7 +496,7 @@ class Stack:
         else:
             tokens.prompt = forward.sequence.prompt
         if before is not None and past and before._resolved:
-            tokens.keep_spans(before, past)
+            tokens.keep_spans(before, past, forward.phase == "prefill" and not forward.frozen)
         tokens.image = self._image(scope.images, forward, tokens, before, image)
         return tokens
 

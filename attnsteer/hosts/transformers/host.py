@@ -19,9 +19,10 @@ from ...errors import UnsupportedHost
 from ...site import Site
 from ..base import Host, imported
 from ..sdpa.host import reaches
+from ..sdpa.written import check_written, heads_of, writes_attention
 from .attention_function import attach_module, base_name, check_base, home
 from .continuous import Continuous
-from .direct import attach_direct, check_direct
+from .direct import attach_direct, attach_followed, check_direct
 from .forward import Stack, block_forward
 from .image_tokens import family_of, takes_images
 from .layers import ImageFree, PlainPass, block_of
@@ -29,7 +30,6 @@ from .outer_calls import CURRENT, OuterCalls, entry, outer_modules
 from .shortening import Shortening
 from .streams import Streams
 from .traced import prepare, untraceable
-from .written import attach_written, check_written, heads_of, writes_attention
 
 if TYPE_CHECKING:
     from ...steering import Steering
@@ -83,6 +83,11 @@ class TransformersHost(Host):
             position = order.setdefault(block[1] if block else name, len(order))
             layer = _layer_number(module, block[1] if block else "")
             cross = bool(getattr(module, "is_cross_attention", False)) or bool(_CROSS.search(name))
+            if isinstance(module, nn.MultiheadAttention):
+                cross = cross or bool(_POOLS.search(name))
+                if not block:
+                    # Behind the layers of its encoder.
+                    layer = 1 + max((s.layer for s in found if self._stacks[s.name] == stack_name), default=-1)
             causal = bool(getattr(module, "is_causal", _masks_causally(stack))) and not cross
             decoder = causal or cross or "decoder" in name
             self._stacks[name] = stack_name
@@ -214,8 +219,10 @@ def _looks_up_attention(module: nn.Module) -> bool:
     return code is not None and ("ALL_ATTENTION_FUNCTIONS" in code.co_names or "get_interface" in code.co_names)
 
 
+# Heads of encoders: a learnt query that attends to all tokens.
+_POOLS = re.compile(r"(^|\.)(head|\w*pool\w*)\.")
 # How a site is attached, by how its attention is reached.
-_ATTACH = {"interface": attach_module, "direct": attach_direct, "written": attach_written}
+_ATTACH = {"interface": attach_module, "direct": attach_direct, "written": attach_followed}
 
 
 def _reached(module: nn.Module, interface: bool, served: Callable[[], bool]) -> str | None:

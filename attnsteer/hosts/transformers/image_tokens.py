@@ -101,8 +101,8 @@ def takes_images(model: nn.Module) -> bool:
 
     Names of types that are not in the table are not known, so any mention counts.
     """
-    for module in model.modules():
-        config = getattr(module, "config", None)
+    # Layers share the configs of their stacks.
+    for config in {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}.values():
         if family_of(config) is not None or _mentions(vars(config) if hasattr(config, "model_type") else {}):
             return True
     return bool(_IMAGES.search(" ".join(inspect.signature(model.forward).parameters)))

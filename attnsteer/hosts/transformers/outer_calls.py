@@ -74,6 +74,8 @@ class Generation:
     decoder: list[Tensor] = field(default_factory=list)
     # Whether another stream of one prompt each runs in it (the unconditional one of `guidance_scale`).
     guided: bool = False
+    # Whether it makes candidates for another model, whose prompt is not known.
+    assists: bool = False
 
     def prompt_beside(self, ids: Tensor | None, new: int) -> int:
         """Slots of the prompt of the other stream that a call over all of its tokens so far belongs to."""
@@ -243,11 +245,16 @@ class OuterCalls:
         return OuterFacts(image, ids, mask, facts.generation)
 
     def check_generate(self, values: Mapping[str, Any]) -> None:
-        """Raise where a way of decoding is known to be refused later, after the library has changed the model's config for it."""
+        """Raise where a way of decoding may be refused later: in between, or after the library has changed the model's config."""
         given = values.get("assistant_early_exit") or getattr(
             values.get("generation_config"), "assistant_early_exit", None
         )
         ahead = [b.name for b in self.run.bounds if b.method.looks_ahead]
+        if ahead and _assists(values):
+            raise UnsupportedHost(
+                f"{ahead[0]} is attached to an assistant, whose cache is cut back into its prompt where no candidate was taken. "
+                "Steer the model that it assists alone: what is generated is what that model says."
+            )
         if given and ahead:
             raise UnsupportedHost(
                 f"assistant_early_exit={given} cuts a cache back into its prompt, where the statistics of {ahead[0]} are unknown. "
@@ -268,12 +275,19 @@ class OuterCalls:
             if image is not None:
                 check_whole(self.family, self.model.config, values, image)
         given = next((values[n] for n in PROMPTS if isinstance(values.get(n), Tensor)), None)
+        total, assists = data.shape[1] if data is not None and self._lengths else None, _assists(values)
+        if assists and ids is not None:
+            running = (g for g in GENERATION.get().values() if g.ids is not None and _begins(ids, g.ids))
+            assisted = next(running, None)
+            if assisted is not None:
+                total, assists = assisted.total, False
         return Generation(
             ids,
             image,
-            data.shape[1] if data is not None and self._lengths else None,
+            total,
             None if given is None else len(given),
             guided=_guided(values, config),
+            assists=assists,
         )
 
     def tokens(
@@ -344,7 +358,7 @@ class _Forwards:
 
 
 class _Generates:
-    """Around `generate` of an outer module; a nested one that goes on with the same prompt (an assistant's) adds nothing."""
+    """Around `generate` of an outer module; a nested one of the same prompt (a wrapped model's, an assistant's) adds nothing."""
 
     def __init__(self, calls: OuterCalls, module: nn.Module):
         self.calls, self.module = calls, module
@@ -355,10 +369,17 @@ class _Generates:
         values = dict(zip(self.names, args, strict=False)) | kwargs
         around, ids = GENERATION.get().get(id(run)), _ids(values)
         if around is not None and (around.ids is None or ids is None or _begins(ids, around.ids)):
-            return inner(*args, **kwargs)
+            # One whose own prompt only begins like that is none of these.
+            if ids is None or around.ids is None or ids.shape == around.ids.shape or _assists(values):
+                return inner(*args, **kwargs)
         self.calls.check_generate(values)
         with entry(GENERATION, run, self.calls.of_generate(values, getattr(self.module, "generation_config", None))):
             return inner(*args, **kwargs)
+
+
+def _assists(values: Mapping[str, Any]) -> bool:
+    """Whether a `generate` makes candidates for another model."""
+    return bool(getattr(values.get("generation_config"), "is_assistant", False))
 
 
 def _guided(values: Mapping[str, Any], config: Any) -> bool:

@@ -2,7 +2,9 @@
 
 It runs twice: in the front end, whose errors are answers to the client, and before the scheduler, for requests that came by another
 front end. vLLM finds a cache block again by the hash of its tokens, of the blocks before it, and of the request's salt; the salt of
-a steered request names its steering, so that only requests steered alike share blocks. Duck-typed: it imports nothing of vLLM.
+a steered request names its steering, so that only requests steered alike share blocks. What an edit does to a row may depend on
+whether its token is of the prompt, and is its last: so blocks are shared up to there only, and what a request has generated is
+computed again when it comes as the prompt of the next turn. Duck-typed: it imports nothing of vLLM.
 """
 
 from __future__ import annotations
@@ -61,6 +63,21 @@ def salt(choice: Choice, request_id: str, own: str | None) -> str:
     return f"{MARK}{choice.identity.hex()}:{alone}{own or ''}"
 
 
+def own_key(request: Any, stop: int) -> tuple[str, str] | None:
+    """What the hash of a block that ends before token `stop` has in it that no other request's has.
+
+    Args:
+        request: of the scheduler. None: it is not steered, or the block lies before the last token of its prompt.
+    """
+    if not (request.cache_salt or "").startswith(MARK):
+        return None
+    end = wire.prompt_of(request.sampling_params, request.num_prompt_tokens)
+    if stop < end:
+        return None
+    # Of the request itself: ids come from clients.
+    return wire.KEY, request.__dict__.setdefault("_attnsteer_own", uuid.uuid4().hex)
+
+
 def admit(request: Any, menu: Menu | None, tokenizer: Callable[[], Any] | None = None) -> Any:
     """An `EngineCoreRequest` with its steering resolved and its salt set.
 
@@ -80,12 +97,13 @@ def admit(request: Any, menu: Menu | None, tokenizer: Callable[[], Any] | None =
     if (own or "").startswith(MARK):
         raise SelectionError(f"cache_salt: {MARK!r} is how salts of steered requests begin; choose another one.")
     _check_kind(request)
-    choice = menu.asked(value, request.prompt_token_ids, tokenizer() if tokenizer is not None else None)
+    given, end = wire.ended(wire.parsed(value), len(request.prompt_token_ids))
+    choice = menu.asked(given, request.prompt_token_ids[:end], tokenizer() if tokenizer is not None else None)
     rest = {k: v for k, v in extra.items() if k != wire.KEY}
     if not choice.parts:
         params.extra_args = rest or None
         return request
-    params.extra_args = {**rest, wire.KEY: {**wire.resolved(choice), "by": _STAMP}}
+    params.extra_args = {**rest, wire.KEY: {**wire.resolved(choice), "by": _STAMP, wire.PROMPT: end}}
     request.cache_salt = salt(choice, uuid.uuid4().hex, own)
     if not choice.row_local:
         # Rows that are not computed are not counted.

@@ -68,7 +68,7 @@ def cpu_call(seam: Any, impl: Any, layer: Any, base: type, cache: Tensor) -> Non
     audit, ledger.run.audit = ledger.run.audit, type(ledger.run.audit)(["check"])
     try:
         plan = ledger.plan([("first", 0, 0, 5, 0), ("second", 1, 5, 1, lengths[1] - 1)])
-        seam.edit(impl, layer, query, scratch, metadata, steered, plan)
+        seam.edit(impl, layer, query, scratch, metadata, steered, plan, lambda: None)
     finally:
         vars(ledger).update(counted)
         ledger.run.audit = audit

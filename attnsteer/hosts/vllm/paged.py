@@ -258,9 +258,12 @@ class _Entry:
     """One edit of some rows and heads, and what tells the audit, filled in by the pass.
 
     Attributes:
-        rows, table, length, pad: of the rows, int64 [b] and int32 [b, blocks], see `Decoding`. keys: the set. of: new share of
-            old, or None. shift: what is added to the logarithm of the keys inside, or None. told: tensors to fill in.
+        requests: whose rows they are. rows, table, length, pad: of the rows, int64 [b] and int32 [b, blocks], see `Decoding`.
+            keys: the set. of: new share of old, or None. shift: what is added to the logarithm of the keys inside, or None.
+            told: tensors to fill in.
     """
+
+    requests: Sequence[Any]
 
     rows: Tensor
     table: Tensor
@@ -270,6 +273,10 @@ class _Entry:
     of: Callable[[Tensor], Tensor] | None
     shift: Tensor | None
     told: tuple[Tensor, ...]
+
+
+# What of an edit is by row.
+_OF_ROWS = ("rows", "length", "pad", "table")
 
 
 class Together:
@@ -287,55 +294,113 @@ class Together:
         """One edit more."""
         self._entries.setdefault(heads, []).append(entry)
 
-    def run(self) -> Iterator[tuple[Tensor, tuple[int, ...], Tensor]]:
-        """(packed rows [b], heads, their outputs [b, h, d]) of all edits."""
-        for heads, entries in self._entries.items():
-            rows, length, pad = (torch.cat([getattr(e, n) for e in entries]) for n in ("rows", "length", "pad"))
-            first = (length - self.window).clamp_min(0) if self.window else torch.zeros_like(length)
-            decoding = Decoding(
-                self.query.index_select(0, rows), self.cache, self.layout, torch.cat([e.table for e in entries]), length, first,
-                pad, self.scale,
-            )  # fmt: skip
-            size, wide = (max(e.keys.shape[i] for e in entries) for i in (2, 1))
-            member, at = torch.zeros(len(rows), wide, size, dtype=torch.bool), 0
-            for e in entries:
-                member[at : at + len(e.rows), :, : e.keys.shape[2]] = e.keys
-                at += len(e.rows)
-            out_in, lse_in, out, lse = decoding.halves(member, heads)
-            share, at = torch.sigmoid(lse_in - lse), 0
-            for e in entries:
-                own = slice(at, at + len(e.rows))
-                self._weigh(e, share[own], lse_in[own], lse[own])
-                at = own.stop
-            yield rows, heads, torch.lerp(out, out_in, share[..., None])[:, :, 0]
+    def run(self, whole: bool = False) -> Iterator[tuple[Tensor, tuple[int, ...], Tensor]]:
+        """(packed rows [b], heads, their outputs [b, h, d]) of all edits.
+
+        Args:
+            whole: give all heads of these rows, those that no edit has as the model has them: one pass for all.
+        """
+        if not whole:
+            for heads, entries in self._entries.items():
+                rows, length, pad, table = (torch.cat([getattr(e, n) for e in entries]) for n in _OF_ROWS)
+                own, at = [], 0
+                for e in entries:
+                    own.append((e, slice(at, at + len(e.rows)), None))
+                    at += len(e.rows)
+                yield rows, heads, self._outputs(rows, length, pad, table, heads, own)
+            return
+        placed = [(e, heads) for heads, entries in self._entries.items() for e in entries]
+        if not placed:
+            return
+        every, length, pad, table = (torch.cat([getattr(e, n) for e, _ in placed]) for n in _OF_ROWS)
+        rows, place = every.unique(return_inverse=True)
+        # Equal rows have equal values.
+        first = torch.empty_like(rows).scatter_(0, place, torch.arange(len(every)))
+        own, at, size = [], 0, self.query.shape[1]
+        for e, heads in placed:
+            index = None if len(heads) == size else torch.tensor(heads)
+            own.append((e, place[at : at + len(e.rows)], index))
+            at += len(e.rows)
+        heads = tuple(range(size))
+        yield rows, heads, self._outputs(rows, length[first], pad[first], table[first], heads, own)
+
+    def _outputs(
+        self,
+        rows: Tensor,
+        length: Tensor,
+        pad: Tensor,
+        table: Tensor,
+        heads: tuple[int, ...],
+        own: list[tuple[_Entry, Any, Tensor | None]],
+    ) -> Tensor:
+        """Outputs [b, h, d] of some rows and heads. own: edits, the places of their rows among these, and of their heads."""
+        first = (length - self.window).clamp_min(0) if self.window else torch.zeros_like(length)
+        query = self.query.index_select(0, rows)
+        decoding = Decoding(query, self.cache, self.layout, table, length, first, pad, self.scale)
+        wide = max(e.keys.shape[1] if index is None else len(heads) for e, _, index in own)
+        member = torch.zeros(len(rows), wide, max(e.keys.shape[2] for e, *_ in own), dtype=torch.bool)
+        for e, at, index in own:
+            slots = slice(0, e.keys.shape[2])
+            if index is None:
+                member[at, :, slots] = e.keys
+            else:
+                member[at[:, None], index, slots] = e.keys
+        out_in, lse_in, out, lse = decoding.halves(member, heads)
+        share = torch.sigmoid(lse_in - lse)
+        for e, at, index in own:
+            place = at if index is None else (at[:, None], index)
+            new = share[place]
+            self._weigh(e, new, lse_in[place], lse[place])
+            share[place] = new
+        return torch.lerp(out, out_in, share[..., None])[:, :, 0]
 
     @staticmethod
     def _weigh(entry: _Entry, share: Tensor, lse_in: Tensor, lse: Tensor) -> None:
         """The new share of the keys inside, in place; and what the audit is told."""
+        unsure = [i for i, request in enumerate(entry.requests) if request.changed is not True]
         if entry.of is not None:
             before, after = entry.told
             before.copy_(share)
             after.copy_(torch.where((before <= 0) | (before >= 1), before, entry.of(before)))
             share.copy_(after)
-            return
-        anywhere, by_row = entry.told
-        share.copy_(torch.sigmoid(lse_in + entry.shift - lse))
-        moves = (lse_in > -torch.inf) & (lse > -torch.inf) & (entry.shift != 0)
-        by_row.copy_(moves.flatten(1).any(dim=1))
-        anywhere.copy_(by_row.any())
+            by_row = (before != after).flatten(1).any(dim=1) if unsure else None
+        else:
+            anywhere, by_row = entry.told
+            share.copy_(torch.sigmoid(lse_in + entry.shift - lse))
+            moves = (lse_in > -torch.inf) & (lse > -torch.inf) & (entry.shift != 0)
+            by_row.copy_(moves.flatten(1).any(dim=1))
+            anywhere.copy_(by_row.any())
+        for i in unsure:
+            # Rows of decoding are on CPU here.
+            entry.requests[i].changed = entry.requests[i].changed | bool(by_row[i])
 
 
 class TogetherForms(PagedForms):
-    """The edits of one batch, of those that are done together."""
+    """The edits of one batch, of those that are done together.
 
-    def __init__(self, together: Together, rows: Decoding, packed: Tensor, base: Callable[[], Tensor]):
+    Args:
+        together: of the layer. rows: the rows. packed: where they are among all rows, int64 [B]. base: see `PagedForms`.
+        requests: whose they are. groups: how many groups of heads are asked.
+    """
+
+    def __init__(
+        self, together: Together, rows: Decoding, packed: Tensor, base: Callable[[], Tensor], requests: Sequence[Any],
+        groups: int,
+    ):  # fmt: skip
         super().__init__(rows, base)
-        self._together, self._packed, self.taken = together, packed, False
+        self._together, self._packed, self._requests = together, packed, requests
+        self.taken, self._groups = 0, groups
+
+    @property
+    def whole(self) -> bool:
+        """Whether each group of heads gave an edit that was taken, so that nothing else is to be written."""
+        return self.taken == self._groups
 
     def _add(self, heads: tuple[int, ...], keys: Tensor, of: Any, shift: Any, told: tuple[Tensor, ...]) -> None:
         rows = self.rows
-        self._together.add(heads, _Entry(self._packed, rows.table, rows.length, rows.pad, keys, of, shift, told))
-        self.taken = True
+        entry = _Entry(self._requests, self._packed, rows.table, rows.length, rows.pad, keys, of, shift, told)
+        self._together.add(heads, entry)
+        self.taken += 1
 
     def add_bias(self, key: Any, heads: tuple[int, ...] | None, edit: Reweight, chosen: Tensor | None) -> Moves:
         """Take such an edit; what it moves is known when all are done."""
@@ -354,7 +419,9 @@ class TogetherForms(PagedForms):
         return before, after
 
     def out(self) -> Tensor | None:
-        """The model's own output as it is, if anything was taken: the pass writes the edits."""
+        """The model's own output as it is, if anything was taken: the pass writes the edits. Nobody reads it if all was."""
+        if self.whole:
+            return self.rows.q[:, :, None]
         return self._base() if self.taken else None
 
 

@@ -1,6 +1,7 @@
 """The entry point that vLLM calls once in each of its processes. It imports the standard library only; the rest comes when needed.
 
-It puts a layer around five functions, each of which first asks whether this engine was started with steering, and passes on if not.
+It puts a layer around a few functions, each of which first asks whether this engine was started with steering, or this request is
+steered, and passes on if not.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ _DONE = "_attnsteer"
 def register() -> None:
     """Let engines of this process be steered; a second time does nothing."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core import block_pool, kv_cache_utils
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.worker.gpu_worker import Worker
@@ -23,9 +25,12 @@ def register() -> None:
     _around(EngineCore, "__init__", _complete)
     _around(Worker, "load_model", _armed)
     _around(EngineArgs, "create_engine_config", _piecewise)
+    for module in (kv_cache_utils, block_pool):
+        # The second has the function by name.
+        _around(module, "generate_block_hash_extra_keys", _keyed)
 
 
-def _around(owner: type, name: str, layer: Any) -> None:
+def _around(owner: Any, name: str, layer: Any) -> None:
     inner = getattr(owner, name)
     if getattr(inner, _DONE, False):
         return
@@ -61,6 +66,18 @@ def _entered(inner: Any, core: Any, request: Any) -> Any:
 
         request = enter(request, menu_of(core))
     return inner(core, request)
+
+
+def _keyed(inner: Any, request: Any, start: int, stop: int, *rest: Any) -> Any:
+    """What the hash of a block has beside its tokens; see `admission.own_key`."""
+    keys, index = inner(request, start, stop, *rest)
+    if request.cache_salt:
+        from .admission import own_key
+
+        own = own_key(request, stop)
+        if own is not None:
+            return (*(keys or ()), own), index
+    return keys, index
 
 
 def _complete(inner: Any, core: Any, *args: Any, **kwargs: Any) -> None:

@@ -36,6 +36,7 @@ class Tracked(Request):
     Attributes:
         id, prompt: its id, and the tokens of its prompt. ids: gives its tokens so far.
         edits: attention calls that were edited. changed: whether that changed an output: False until it is known to have.
+        begun: how often it began anew. stack: the states of a batch of which it is the first, see `Batch.states`.
     """
 
     id: str = ""
@@ -43,6 +44,20 @@ class Tracked(Request):
     ids: Callable[[], list[int]] = list
     edits: int = 0
     changed: bool | Tensor = False
+    begun: int = 0
+    stack: tuple[Any, dict[Any, dict[str, Any]]] | None = None
+
+    @cached_property
+    def settles(self) -> bool:
+        """Whether what its methods keep moves no more when its prompt is over, and is a key set: then it shares batches."""
+        bounds = [p.bound for p in self.choice.parts]
+        return all(b.where.rows != "last" and (b.method.row_local or b.method.frozen_keys is not None) for b in bounds)
+
+    def begin(self) -> None:
+        """Its first token is computed, again perhaps."""
+        self.states.clear()
+        self.begun += 1
+        self.stack = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +71,37 @@ class Batch(Group):
     """Rows of some requests that are edited together."""
 
     host = "vllm"
+
+    @property
+    def states(self) -> dict[Any, dict[str, Any]]:
+        """As in `Group`; of several requests that settled, the key sets of all, padded as the batch is."""
+        first = self.pieces[0].request
+        if len(self.pieces) == 1 or first.choice.row_local:
+            return super().states
+        key = [(p.request, p.request.begun, self.length - p.length) for p in self.pieces]  # type: ignore[attr-defined]
+        # The same while these requests go on together.
+        if first.stack is None or first.stack[0] != key:  # type: ignore[attr-defined]
+            first.stack = key, self._stacked()  # type: ignore[attr-defined]
+        return first.stack[1]  # type: ignore[attr-defined, no-any-return]
+
+    def _stacked(self) -> dict[Any, dict[str, Any]]:
+        first, found = self.pieces[0].request, {}
+        names = {p.bound.index: p.bound.method.frozen_keys for p in first.choice.parts}
+        for place in first.states:
+            name = names[place[0]]
+            sets = [p.request.states.get(place, {}).get(name) for p in self.pieces]
+            if all(own is not None for own in sets):
+                found[place] = {name: self._padded(sets)}
+        return found
+
+    def _padded(self, sets: list[Tensor]) -> Tensor:
+        """Key sets [1, h, t] by slot of each request as one, [B, h, T]."""
+        pads = [self.length - p.length for p in self.pieces]
+        size = max(pad + own.shape[-1] for pad, own in zip(pads, sets, strict=True))
+        out = sets[0].new_zeros(len(sets), sets[0].shape[1], size)
+        for b, (pad, own) in enumerate(zip(pads, sets, strict=True)):
+            out[b, :, pad : pad + own.shape[-1]] = own[0]
+        return out
 
     @cached_property
     def index(self) -> Tensor:
@@ -111,6 +157,11 @@ class Plan:
     """What is edited in one step."""
 
     batches: list[Batch]
+
+    @cached_property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return sum(p.new for batch in self.batches for p in batch.pieces)
 
 
 class SharedHeads(Joint):
@@ -207,7 +258,7 @@ class Ledger:
         found = None
         if extra.get(wire.KEY) is not None:
             choice = self.run.choice(extra[wire.KEY])
-            found = Tracked(choice, id=id, prompt=prompt, ids=ids)
+            found = Tracked(choice, id=id, prompt=wire.prompt_of(params, prompt), ids=ids)
         self.requests[id] = found
         return found
 
@@ -236,7 +287,7 @@ class Ledger:
             if request is None or n == 0:
                 continue
             if past == 0:
-                request.states.clear()
+                request.begin()
             borders = cuts(past, n, request.prompt, request.choice)
             for start, stop in itertools.pairwise(borders):
                 pieces.append(
@@ -254,7 +305,8 @@ class Ledger:
 def kind(i: int, piece: Piece) -> Any:
     """What pieces have in common that make one batch: methods that can be joined, and rows that need little padding."""
     choice = piece.request.choice
-    if not choice.row_local or piece.new > SHORT:
+    settled = piece.new == 1 and piece.phase == "decode" and piece.request.settles  # type: ignore[attr-defined]
+    if piece.new > SHORT or not (choice.row_local or settled):
         return i
     forms = tuple(part.form for part in choice.parts)
     return (forms, piece.phase, piece.new) if piece.past else (forms, piece.phase, "first", piece.whole)

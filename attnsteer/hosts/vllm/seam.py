@@ -1,4 +1,4 @@
-"""In a worker: each attention layer's own implementation runs, then the rows of steered requests are edited in its output.
+"""In a worker: each attention layer's own implementation runs, and the rows of steered requests are edited in its output.
 
 vLLM runs attention in an operator that its compiler does not look into, and that asks the layer for its implementation each time.
 So it is enough to give that object a class of ours, which derives from its own: everything else of vLLM sees what it saw.
@@ -7,11 +7,15 @@ So it is enough to give that object a class of ours, which derives from its own:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import kernels
+from ...attention_map import FEW_ROWS
+from ...audit import is_set
 from ...batches import check_stateless
 from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
@@ -23,6 +27,33 @@ from .rows import Armed, Batch, Ledger, Plan, Tracked, follow
 
 # Rows by which a long prompt's edit is known to have changed something.
 LOOKED_AT = 64
+
+
+class Step:
+    """One call of a layer's attention.
+
+    Args:
+        alone: whether every row of it is edited. run: the layer's own kernel.
+
+    Attributes:
+        together: the edits of decode rows, done at the end. whole: (packed rows, all of their heads) of rows that are done.
+        ran: whether the layer's own kernel did.
+    """
+
+    def __init__(
+        self, impl: Any, query: Tensor, cache: Tensor, metadata: Any, output: Tensor, alone: bool, layout: Layout,
+        run: Callable[[], Any],
+    ):  # fmt: skip
+        self.impl, self.query, self.cache, self.metadata, self.output = impl, query, cache, metadata, output
+        self.alone, self._run, self.ran = alone, run, False
+        self.together = Together(query, cache, layout, impl.scale, window_of(impl))
+        self.whole: list[tuple[Tensor | slice, Tensor]] = []
+
+    def own(self) -> None:
+        """Let the layer's own kernel fill the output, once."""
+        if not self.ran:
+            self.ran = True
+            self._run()
 
 
 class Layer:
@@ -39,61 +70,73 @@ class Layer:
         self.exact = False
 
     def edit(
-        self, impl: Any, layer: Any, query: Tensor, cache: Tensor, metadata: Any, output: Tensor, plan: Plan
-    ) -> None:
-        """Edit the rows of a plan in `output` [tokens, H, d], where the layer's own result stands."""
-        if self.layout is None:
-            self.layout = layout_of(impl, layer, cache)
-        together = Together(query, cache, self.layout, impl.scale, window_of(impl))
-        requests: dict[int, Tracked] = {}
-        for batch in plan.batches:
-            runtime = batch.runtimes.get(self.path)
-            active = () if runtime is None else runtime.active(batch.phase, None, None)
-            if active:
-                self._edit(impl, query, cache, metadata, output, batch, runtime, active, together, requests)
-        for rows, heads, new in together.run():
-            place = (rows[:, None], torch.tensor(heads)) if len(heads) < output.shape[1] else (rows,)
-            unsure = [i for i, row in enumerate(rows.tolist()) if requests[row].changed is not True]
-            if unsure:
-                moved = (output[place] != new).flatten(1).any(dim=1).tolist()
-                for i in unsure:
-                    own = requests[int(rows[i])]
-                    own.changed = own.changed | moved[i]
-            output[place] = new.to(output.dtype)
-
-    def _edit(
         self,
         impl: Any,
+        layer: Any,
         query: Tensor,
         cache: Tensor,
         metadata: Any,
         output: Tensor,
-        batch: Batch,
-        runtime: SiteRuntime,
-        active: tuple[int, ...],
-        together: Together,
-        requests: dict[int, Tracked],
+        plan: Plan,
+        run: Callable[[], Any],
     ) -> None:
+        """Fill `output` [tokens, H, d] with the layer's own result, the rows of a plan edited.
+
+        Args:
+            run: the layer's own kernel, which fills `output`. It does not run in a step all of whose rows are edited: what edits
+                them computes them whole.
+        """
+        if self.layout is None:
+            self.layout = layout_of(impl, layer, cache)
+        acting = [(batch, *self._acting(batch)) for batch in plan.batches]
+        alone = plan.rows == metadata.num_actual_tokens and all(active for *_, active in acting)
+        step = Step(impl, query, cache, metadata, output, alone, self.layout, run)
+        for batch, runtime, active in acting:
+            if active:
+                self._edit(step, batch, runtime, active)
+        if not alone:
+            step.own()
+        for rows, new in step.whole:
+            output[rows] = new
+        # What was edited in part would have had the kernel run.
+        for rows, heads, new in step.together.run(whole=not step.ran):
+            output[(rows[:, None], torch.tensor(heads)) if len(heads) < output.shape[1] else (rows,)] = new
+
+    def _acting(self, batch: Batch) -> tuple[Any, tuple[int, ...]]:
+        """(what acts on a batch here, which of it does in this phase)."""
+        runtime = batch.runtimes.get(self.path)
+        return runtime, () if runtime is None else runtime.active(batch.phase, None, None)
+
+    def _edit(self, step: Step, batch: Batch, runtime: SiteRuntime, active: tuple[int, ...]) -> None:
+        impl, cache, metadata, output = step.impl, step.cache, step.metadata, step.output
         B, n = batch.batch, batch.new
         heads = lambda t: t[batch.rows].view(B, n, impl.num_heads, -1).transpose(1, 2)  # noqa: E731
         window = window_of(impl)
         softcap, sinks = impl.logits_soft_cap or None, getattr(impl, "sinks", None)
         mask, causal = batch.mask(window)
         att = PagedAttention(
-            heads(query), impl.num_kv_heads, batch.length, lambda: read(self.layout, cache, metadata, batch, window),
+            heads(step.query), impl.num_kv_heads, batch.length, lambda: read(self.layout, cache, metadata, batch, window),
             impl.scale, mask, causal, softcap, sinks,
         )  # fmt: skip
+        reads = reads_map(runtime, active)
+        if not self.exact and reads:
+            step.own()
+            check_exact(runtime.site, att, lambda index: heads(output).index_select(2, index))
+            self.exact = True
+        # A long prompt, of which torch's kernel gives all heads and the log-sum-exp at once.
+        plain = step.alone and cache.dtype == torch.float32 and cache.device.type == "cpu" and reads
+        instead = plain and B == 1 and n > FEW_ROWS and flash(att)
         made: list[Tensor] = []
 
         def base() -> Tensor:
-            if not made:
+            if not made and instead:
+                made.append(kernels.attend(att))
+            elif not made:
+                step.own()
                 # A copy: what is edited is written where it stands.
                 made.append(heads(output).clone())
             return made[0]
 
-        if not self.exact and reads_map(runtime, active):
-            check_exact(runtime.site, att, lambda index: base().index_select(2, index))
-            self.exact = True
         forms = None
         if n == 1 and takes_split(cache, self.layout, softcap, sinks):
             first = (batch.lengths - window).clamp_min(0) if window else torch.zeros_like(batch.lengths)
@@ -101,16 +144,30 @@ class Layer:
             rows = Decoding(att.q[:, :, 0], cache, self.layout, table, batch.lengths, first, batch.pads, impl.scale)
             forms = PagedForms(rows, base)
             if apart(runtime, active):
-                forms = TogetherForms(together, rows, batch.packed, base)
-                requests |= {p.row: p.request for p in batch.pieces}  # type: ignore[misc]
+                requests = [p.request for p in batch.pieces]
+                forms = TogetherForms(step.together, rows, batch.packed, base, requests, len(runtime.partition(active)))
+        flags = [self.ledger.run.audit.record(runtime.entries[i][0].index, self.path).flags_in for i in active]
+        for own in flags:
+            own[batch.phase].last = None
         states = batch.states
-        out = runtime(att, base, batch.call(runtime, batch.length, states), active, forms=forms)
-        if states is not batch.pieces[0].request.states:
+        call = batch.call(runtime, batch.length, states)
+        out = runtime(att, base, call, active, partial(flash, att) if instead else None, sdpa=instead, forms=forms)
+        if batch.pieces[0].request.choice.row_local:
             check_stateless(runtime, states)
-        if made and out is made[0]:
-            if isinstance(forms, TogetherForms) and forms.taken:
-                for piece in batch.pieces:
-                    piece.request.edits += 1  # type: ignore[attr-defined]
+        if instead:
+            request = batch.pieces[0].request
+            request.edits += not (made and out is made[0])  # type: ignore[attr-defined]
+            told = [own[batch.phase].last for own in flags] if request.changed is not True else []  # type: ignore[attr-defined]
+            if any(bool(is_set(flag)) for flag in told if flag is not None):
+                request.changed = True  # type: ignore[attr-defined]
+            step.whole.append((batch.rows, out.transpose(1, 2).reshape(n, *output.shape[1:])))
+            return
+        if isinstance(forms, TogetherForms) and forms.taken:
+            for piece in batch.pieces:
+                piece.request.edits += 1  # type: ignore[attr-defined]
+            if forms.whole:
+                return
+        elif made and out is made[0]:
             return
         self._note(batch, out, base)
         new = out.transpose(1, 2).reshape(B * n, *output.shape[1:]).to(output.dtype)
@@ -172,6 +229,11 @@ def window_of(impl: Any) -> int:
     return max(0, window[0] + 1)
 
 
+def flash(att: Any) -> bool:
+    """Whether torch's flash kernel of CPU gives output and log-sum-exp of a call."""
+    return att.softcap is None and att.sinks is None and kernels.lse_source(att) == "cpu-flash"
+
+
 def reads_map(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
     """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
     return not all(runtime.entries[i][0].method.linear for i in active)
@@ -202,15 +264,14 @@ def steered_class(base: type, seam: Layer) -> type:
         *scales: Any,
         **other: Any,
     ) -> Any:
-        out = base.forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **other)
+        run = partial(base.forward, self, layer, query, key, value, kv_cache, attn_metadata, output, *scales, **other)
         plan = getattr(attn_metadata, "attnsteer", None)
-        if plan is not None:
-            if any(s is not None for s in (*scales, *other.values())):
-                raise UnsupportedHost(
-                    f"{seam.name}: this layer quantises its output, which is no number to edit any more."
-                )
-            seam.edit(self, layer, query, kv_cache, attn_metadata, output, plan)
-        return out
+        if plan is None:
+            return run()
+        if any(s is not None for s in (*scales, *other.values())):
+            raise UnsupportedHost(f"{seam.name}: this layer quantises its output, which is no number to edit any more.")
+        seam.edit(self, layer, query, kv_cache, attn_metadata, output, plan, run)
+        return output
 
     return type(f"Steered{base.__name__}", (base,), {"forward": forward, "_attnsteer": True, "__module__": __name__})
 

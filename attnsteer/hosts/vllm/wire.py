@@ -7,8 +7,9 @@ A request says one of
     {"method": "ZeroTuning", "gamma": 0.3, "heads": {"1": [0, 3]}}
     "none"                                              no steering
 
-or any of these as JSON text, for clients whose fields hold no objects. Head numbers are strings in JSON, as `save_pretrained` has
-them; the gates of a `HeadGate` are a list of [layer, head, gate].
+or any of these as JSON text, for clients whose fields hold no objects. An object may say `"prompt": n` too: the first n tokens are
+the prompt, and those behind them count as generated (what scores a continuation sends it behind its prompt). Head numbers are
+strings in JSON, as `save_pretrained` has them; the gates of a `HeadGate` are a list of [layer, head, gate].
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ...where import Where
 
 # The field of a request, and of the engine's configuration.
 KEY = "attnsteer"
-NAME, METHOD = "name", "method"
+NAME, METHOD, PROMPT = "name", "method", "prompt"
 # What the front end makes of a request: no request can say it, since it is not read from one.
 RESOLVED = "resolved"
 # A request's JSON is at most so long; spans and heads are numbers.
@@ -58,6 +59,28 @@ def parsed(value: Any) -> Any:
     if (NAME in value) == (METHOD in value):
         raise SelectionError(f'{KEY}={brief(dict(value))}: give "{NAME}" or "{METHOD}", one of the two.')
     return dict(value)
+
+
+def ended(given: Any, length: int) -> tuple[Any, int]:
+    """What `parsed` gave without its `prompt`, and how many of the `length` tokens are the prompt.
+
+    Raises:
+        SelectionError: not so many tokens are there.
+    """
+    if not isinstance(given, Mapping) or PROMPT not in given:
+        return given, length
+    values = dict(given)
+    end = values.pop(PROMPT)
+    if not isinstance(end, int) or isinstance(end, bool) or not 1 <= end <= length:
+        raise SelectionError(
+            f"{PROMPT}={brief(end)}: give the number of tokens that are the prompt, 1 to {length} here."
+        )
+    return values, end
+
+
+def prompt_of(params: Any, length: int) -> int:
+    """How many of the first `length` tokens of a resolved request are its prompt."""
+    return int(((getattr(params, "extra_args", None) or {}).get(KEY) or {}).get(PROMPT, length))
 
 
 def made(given: Mapping[str, Any]) -> Intervention:

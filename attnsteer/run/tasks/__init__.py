@@ -23,6 +23,7 @@ class Request:
         samples: of the batch. data: where their images are. decoding: arguments of the model's call. seed: of the recipe.
         run: the steering, or None for the baseline. score_pictures: of pictures, see `attnsteer.run.scorers`.
         folder: of the run. images: the folder in it for this arm's pictures.
+        shared_prefix: read the tokens that all prompts begin with once.
     """
 
     samples: Sequence[Sample]
@@ -33,6 +34,7 @@ class Request:
     score_pictures: Any = None
     folder: Path = field(default=Path())
     images: str = ""
+    shared_prefix: bool = False
 
 
 class Task(Protocol):

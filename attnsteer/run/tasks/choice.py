@@ -2,7 +2,7 @@
 
 Where every choice of a batch is one token, the batch is one padded forward that computes the last row's logits alone. Else
 the prompts are prefilled, the statistics of methods are frozen, and the choices are scored over the cache, so that no choice
-can move them; prompts with images one by one.
+can move them; prompts with images one by one. What all prompts of a batch begin with is read once where the recipe says so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], list
 
     every = [continuations(loaded.tokenizer, s["prompt"], s["choices"])[1] for s in request.samples]
     with torch.inference_mode():
-        if all(len(c) == 1 for own in every for c in own):
+        if not request.shared_prefix and all(len(c) == 1 for own in every for c in own):
             scores = _at_once(loaded, request, every)
         elif loaded.kind == "lm":
             scores = _over_the_cache(loaded, request, every)
@@ -57,10 +57,11 @@ def _at_once(loaded: Loaded, request: Request, every: Sequence[Sequence[Sequence
 
 
 def _over_the_cache(loaded: Loaded, request: Request, every: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-    from ...evals.continuations import score_continuations
+    from ...evals.continuations import common_prefix, score_continuations
 
     contexts = [loaded.tokenizer(s["prompt"].rstrip()).input_ids for s in request.samples]
-    found = score_continuations(loaded.target, contexts, every, request.run)
+    shared = common_prefix(contexts) if request.shared_prefix else 0
+    found = score_continuations(loaded.target, contexts, every, request.run, shared=shared)
     return [[score.log_likelihood for score in own] for own in found]
 
 

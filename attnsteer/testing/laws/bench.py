@@ -160,18 +160,18 @@ class Bench:
 
     @functools.cached_property
     def acting(self) -> tuple[Tensor, int, int]:
-        """The output of a steered `whole` on two unpadded samples; edits in its first call, and in all."""
+        """The output of a steered `whole` on two unpadded samples; changes in its first call, and edits in all."""
         made, inputs = self.make(2), self.inputs(2)
         with attached(self.target, made) as run:
-            out, first = self._first_edits(run, inputs)
+            out, first = self._first_changes(run, inputs)
             return out, first, _edits(run)
 
-    def _first_edits(self, run: Steering, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+    def _first_changes(self, run: Steering, inputs: dict[str, Any]) -> tuple[Tensor, int]:
         if not self.host.decoder:
             out = self.host.run(self.target, inputs)
-            return out, _edits(run)
+            return out, _changes(run)
         first: list[int] = []
-        hook = self.target.register_forward_hook(lambda *_: first.append(_edits(run)))
+        hook = self.target.register_forward_hook(lambda *_: first.append(_changes(run)))
         try:
             return self.whole(self.target, inputs), first[0]
         finally:
@@ -179,18 +179,18 @@ class Bench:
 
     @property
     def prefills(self) -> bool:
-        """Whether the method edits anything in a forward over a prompt."""
+        """Whether the method changes anything in a forward over a prompt; edits of weight one in all of its rows do not."""
         return self.acting[1] > 0
 
     def need_prefill(self) -> None:
         """For laws of one forward over a prompt.
 
         Raises:
-            NotApplicable: the method edits nothing in it.
+            NotApplicable: the method changes nothing in it.
         """
         self.need_action()
         if not self.prefills:
-            raise NotApplicable("it edits nothing in a forward over a prompt, which is all that this law looks at")
+            raise NotApplicable("it changes nothing in a forward over a prompt, which is all that this law looks at")
 
     def need_action(self) -> None:
         """For all laws but "effect", which says that a method that edits nothing at all is wrong.
@@ -224,8 +224,15 @@ class Bench:
 
 
 def _edits(run: Steering) -> int:
-    made = sum(r.edits for r in run.audit.records.values())
-    return made + sum(extra.get("guided calls", 0) for extra in run.audit.extra.values())
+    return sum(r.edits for r in run.audit.records.values()) + _guided(run)
+
+
+def _changes(run: Steering) -> int:
+    return sum(r.changed for r in run.audit.records.values()) + _guided(run)
+
+
+def _guided(run: Steering) -> int:
+    return sum(extra.get("guided calls", 0) for extra in run.audit.extra.values())
 
 
 def to_dtype(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

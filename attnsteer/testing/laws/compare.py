@@ -28,19 +28,19 @@ def require(condition: bool, what: str) -> None:
         raise Broken(what)
 
 
-def gap(a: Tensor, b: Tensor, where: Tensor | None = None) -> float:
-    """Largest absolute difference, over the rows `where` (bool [B, T]) only, if given."""
+def gap(a: Tensor, b: Tensor, where: Tensor | None = None, what: str = "the output") -> float:
+    """Largest absolute difference, over the rows `where` (bool [B, T]) only, if given; `what`: the name of both in errors."""
     if a.shape != b.shape:
         raise Broken(f"the shapes differ, {tuple(a.shape)} and {tuple(b.shape)}")
     far = (a.float() - b.float()).abs()
     far = far if where is None else far[where]
-    require(bool(torch.isfinite(far).all()), "NaN or infinity in the output")
+    require(bool(torch.isfinite(far).all()), f"{what}: NaN or infinity in it")
     return float(far.max()) if far.numel() else 0.0
 
 
 def close(a: Tensor, b: Tensor, tolerance: float, what: str, where: Tensor | None = None) -> None:
     """`what` must be the same up to the tolerance."""
-    far = gap(a, b, where)
+    far = gap(a, b, where, what)
     if far > tolerance:
         raise Broken(what, far, tolerance)
 
@@ -48,12 +48,12 @@ def close(a: Tensor, b: Tensor, tolerance: float, what: str, where: Tensor | Non
 def same(a: Tensor, b: Tensor, what: str) -> None:
     """`what` must be the same bit for bit."""
     if not torch.equal(a, b):
-        raise Broken(f"{what}, bit for bit", gap(a, b), 0.0)
+        raise Broken(f"{what}, bit for bit", gap(a, b, what=what), 0.0)
 
 
 def moved(a: Tensor, b: Tensor, what: str, by: float = 0.0) -> None:
     """`what` must differ by more than `by`."""
-    far = gap(a, b)
+    far = gap(a, b, what=what)
     if far <= by:
         raise Broken(f"{what}: it moved by {far:.2g}, and more than {by:.2g} was expected")
 

@@ -47,6 +47,8 @@ def rows(bench: Bench) -> None:
         raise NotApplicable("the case selects rows itself")
     bench.need_prefill()
     inputs, edited = bench.inputs(2), bench.moved_rows
+    if not edited:
+        raise NotApplicable("it moves no head output of the first site in a forward over a prompt")
     with attached(bench.target, made) as run:
         first = run.sites[0].path
     before = head_outputs(bench.target, bench.host, inputs)[first]

@@ -114,10 +114,10 @@ def _broken_continuation(bench: Bench, target: Any, ids: Tensor) -> None:
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    def broken(module: Any, cache: Any) -> None:
+    def broken(module: Any, cache: Any, tokens: Tensor = ids[:, 8:11]) -> None:
         hook = module.register_forward_pre_hook(stop)
         try:
-            call(ids[:, 8:11], cache)
+            call(tokens, cache)
         except KeyboardInterrupt:
             pass
         finally:
@@ -142,6 +142,21 @@ def _broken_continuation(bench: Bench, target: Any, ids: Tensor) -> None:
         except (RuntimeError, ValueError):
             return
         close(call(ids[:, 8:11], used).logits, expected, EXACT, "a call that was broken off, undone and made again")
+        _broken_behind_a_cut(lambda tokens: call(tokens, used), lambda tokens: broken(last, used, tokens), used, ids)
+
+
+def _broken_behind_a_cut(call: Any, broken: Any, cache: Any, ids: Tensor) -> None:
+    """Other tokens in the place of those that were cut off: as few as that, or fewer, the cache has not become a whole one."""
+    for count in (3, 2):
+        try:
+            cache.crop(8 - cache.get_seq_length())
+            broken(ids[:, :count])
+            call(ids[:, 3:4])
+        except AttnSteerError:
+            continue
+        require(
+            False, f"{count} tokens of a call that was broken off were taken for those that had been cut off before"
+        )
 
 
 def _checkpointing(target: Any, what: str, *args: Any) -> None:

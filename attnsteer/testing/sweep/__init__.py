@@ -9,6 +9,6 @@ from __future__ import annotations
 from .rows import Row, Table
 
 # The parts of the sweep, by the name of their module here.
-PARTS = ("transformers", "diffusers", "pipelines")
+PARTS = ("transformers", "diffusers", "pipelines", "modular")
 
 __all__ = ["PARTS", "Row", "Table"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from . import PARTS, report, runner
-from .rows import Table
+from .rows import Row, Table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,28 +27,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     part = importlib.import_module(f"{__package__}.{given.part}")
-    table = Table.load(given.part)
     every = list(part.names())
-    if table.versions != part.versions():
-        # Rows of another version say nothing of this one.
-        table = Table(given.part, part.versions())
-    table.rows = {name: row for name, row in table.rows.items() if name in set(every)}
+    table = _stored(given.part, part.versions(), every)
     chosen = given.names or every
     if given.verdict:
         chosen = [n for n in chosen if n in table.rows and table.rows[n].verdict == given.verdict]
     if given.missing:
         chosen = [n for n in chosen if n not in table.rows]
     start = time.perf_counter()
-    for i, row in enumerate(runner.rows(part.measure, chosen, given.timeout)):
+    new: dict[str, Row] = {}
+    for row in runner.rows(part.measure, chosen, given.timeout, prepare=getattr(part, "prepare", None)):
         print(f"{row.name}\t{row.model}\t{row.sites}\t{row.verdict}\t{row.reason}\t{row.measured}", flush=True)
-        table.rows[row.name] = row
-        if not given.dry and i % 5 == 4:
-            table.save()
+        new[row.name] = row
+        if len(new) % 5 == 0 or len(new) == len(chosen):
+            # Read again, so that two runs may measure at the same time.
+            table = _stored(given.part, part.versions(), every)
+            table.rows |= new
+            if not given.dry:
+                table.save()
     print(f"{len(chosen)} in {time.perf_counter() - start:.0f} s; the table: {table.counts()}")
     if not given.dry:
-        table.save()
         report.write(PARTS)
     return 1 if table.counts().get("wrong") else 0
+
+
+def _stored(part: str, versions: dict[str, str], every: list[str]) -> Table:
+    """The stored rows of these versions, of what there is."""
+    table = Table.load(part)
+    if table.versions != versions:
+        # Rows of another version say nothing of this one.
+        table = Table(part, versions)
+    table.rows = {name: row for name, row in table.rows.items() if name in set(every)}
+    return table
 
 
 if __name__ == "__main__":

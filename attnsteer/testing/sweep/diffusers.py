@@ -11,6 +11,7 @@ import functools
 import inspect
 import json
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,6 +80,7 @@ def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
     """A recorded model, random, in `eval()`, and the arguments of one forward."""
     record = records()[name]
     torch.manual_seed(seed)
+    stand_in(classes()[record["model"]])
     model = randomize_(classes()[record["model"]](**record["config"]), seed).eval()
     generator = torch.Generator().manual_seed(seed)
     return model, {key: _made(value, generator) for key, value in record["inputs"].items()}
@@ -101,6 +103,23 @@ def _made(spec: dict[str, Any], generator: torch.Generator) -> Any:
     if kind in ("list", "tuple"):
         return {"list": list, "tuple": tuple}[kind](_made(v, generator) for v in value)
     return value
+
+
+class _Transforms:
+    """What Cosmos takes from torchvision."""
+
+    class InterpolationMode:
+        NEAREST = "nearest"
+
+    class functional:
+        @staticmethod
+        def resize(image: Tensor, size: list[int], interpolation: str) -> Tensor:
+            return torch.nn.functional.interpolate(image, size=size, mode=interpolation)
+
+
+def stand_in(cls: type) -> None:
+    """Define torchvision's transforms in the module of a class where the package is not here: it leaves the name undefined."""
+    vars(sys.modules[cls.__module__]).setdefault("transforms", _Transforms)
 
 
 def forward(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
@@ -157,7 +176,7 @@ def _measure(row: Row, model: nn.Module, inputs: dict[str, Any], plain: list[Ten
     row.sites, row.heads = len(found), sorted({s.heads for s in found})
     soft = [s for s in found if not s.linear]
     ran = {s.name: any(o == s.name or o.startswith(f"{s.name}.") for o in owners) for s in soft}
-    processors = [s.module.processor for s in found]
+    processors = [getattr(s.module, "processor", None) for s in found]
     faults: list[str] = []
     lacks = sorted(o for o in owners if not any(o == s.name or o.startswith(f"{s.name}.") for s in found))
     # Each tower numbers its layers by itself.
@@ -193,7 +212,7 @@ def _measure(row: Row, model: nn.Module, inputs: dict[str, Any], plain: list[Ten
             row.measured[f"guidance at {_pattern(site.name)}"] = outcome
     row.measured["guidance"] = guided
     if not _equal(forward(model, inputs), plain) or any(
-        s.module.processor is not p for s, p in zip(found, processors, strict=True)
+        getattr(s.module, "processor", None) is not p for s, p in zip(found, processors, strict=True)
     ):
         faults.append("something stays after removal")
     structures = looked_at(model, inputs)

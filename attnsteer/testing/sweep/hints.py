@@ -76,6 +76,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe": {
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}}
     },
+    "qwen2_vl": {"text_config": _THREE_AXES},
+    "qwen2_vl_text": _THREE_AXES,
+    "qwen2_5_vl": {"text_config": _THREE_AXES},
+    "qwen2_5_vl_text": _THREE_AXES,
+    "paddleocr_vl": {"text_config": _THREE_AXES},
     "glm46v": {"text_config": _THREE_AXES},
     "glm4v": {"text_config": _THREE_AXES},
     "glm4v_moe": {"text_config": _HALF_AXES},

@@ -1,44 +1,26 @@
 """The part of the sweep for pipelines of diffusers: guidance and gates on conditional rows, against loops made by hand.
 
-How each pipeline is built small stands in the library's own tests, so this part needs a checkout of diffusers of the installed
-version, named by the environment variable DIFFUSERS_CHECKOUT; text encoders and tokenizers that they would download are small
-random ones here. Which rows are conditional is found without the host: the prompt is changed, and the rows that change with it are.
+How each pipeline is built small: `pipeline_builds.py`. Which rows are conditional is found without the host: the prompt is changed,
+and the rows that change with it are (`pipeline_loops.py`).
 """
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import functools
-import importlib
-import inspect
-import os
-import re
-import sys
-import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from ... import PAG, HeadGate, SoftPAG, Where, sites, steer
 from ...errors import AttnSteerError
-from ...site import Site
-from ..weights import randomize_
+from .pipeline_builds import brief, built, cases, classes_in, offline, tests
+from .pipeline_loops import Loop
+from .pipeline_siblings import SIBLINGS
 from .rows import Row
-from .watch import inside, watching
 
-# Final latents, relative to the largest: two ways to compute the same, through several steps in float32.
-LIMIT = 5e-4
 # PAG is the second at strength one: it is measured at each denoiser, in the other part of the sweep.
 METHODS = ("SoftPAG", "HeadGate")
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
 
 
 def versions() -> dict[str, str]:
@@ -56,195 +38,42 @@ def names() -> list[str]:
     for path in sorted((Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")):
         if "onnx" in path.name or "flax" in path.name:
             continue
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and node.name.endswith("Pipeline"):
-                if any(isinstance(f, ast.FunctionDef) and f.name == "__call__" for f in node.body):
-                    found.append(node.name)
+        for name, _, body in classes_in(path):
+            if "Pipeline" in name and "\n    def __call__(" in body:
+                found.append(name)
     # Read here, so that a process forked later need not.
-    _tests()
+    tests()
     return sorted(set(found))
 
 
-@functools.cache
-def _tests() -> dict[str, list[tuple[str, str]]]:
-    """Pipeline class -> (test file, test class) that build it."""
-    checkout = Path(os.environ.get("DIFFUSERS_CHECKOUT", "."))
-    found: dict[str, list[tuple[str, str]]] = {}
-    for path in sorted((checkout / "tests" / "pipelines").rglob("test_*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            for line in node.body:
-                if isinstance(line, ast.Assign) and getattr(line.targets[0], "id", "") == "pipeline_class":
-                    module = ".".join(path.relative_to(checkout).with_suffix("").parts)
-                    found.setdefault(ast.unparse(line.value), []).append((module, node.name))
-    return found
-
-
-class Words:
-    """Stands for any tokenizer or processor: one number for each word."""
-
-    model_max_length = 77
-    pad_token_id = bos_token_id = eos_token_id = unk_token_id = 0
-    pad_token = bos_token = eos_token = "<p>"
-    padding_side = "right"
-    is_fast = False
-    chat_template = None
-
-    @property
-    def tokenizer(self) -> Words:
-        return self
-
-    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        from transformers import BatchEncoding
-
-        texts = [text] if isinstance(text, str) or text is None else list(text)
-        texts = [t if isinstance(t, str) else str(t) for t in texts]
-        # The smallest vocabularies of the library's tests have few entries.
-        rows = [[3 + sum(map(ord, w)) % 4 for w in t.split()] + [2] for t in texts]
-        length = kwargs.get("max_length") if kwargs.get("padding") == "max_length" else None
-        length = length or (self.model_max_length if kwargs.get("padding") == "max_length" else max(map(len, rows)))
-        limit = kwargs.get("max_length") or 10_000
-        rows = [r[: min(length, limit)] for r in rows]
-        ids = torch.tensor([r + [0] * (length - len(r)) for r in rows])
-        mask = torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows])
-        given = {"input_ids": ids, "attention_mask": mask}
-        if kwargs.get("return_length"):
-            given["length"] = torch.tensor([length] * len(rows))
-        if kwargs.get("return_tensors") is None:
-            given = {k: v.tolist() for k, v in given.items()}
-            if isinstance(text, str):
-                given = {k: v[0] for k, v in given.items()}
-        return BatchEncoding(given)
-
-    def apply_chat_template(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
-        text = " ".join(re.findall(r"\w+", str(messages)))
-        return self([text], **kwargs) if kwargs.get("tokenize", True) else text
-
-    def encode(self, text: str, *args: Any, **kwargs: Any) -> Any:
-        return self(text)["input_ids"]
-
-    def batch_decode(self, ids: Any, *args: Any, **kwargs: Any) -> list[str]:
-        return ["word"] * len(ids)
-
-    def decode(self, ids: Any, *args: Any, **kwargs: Any) -> str:
-        return "word"
-
-    def tokenize(self, text: str, *args: Any, **kwargs: Any) -> list[str]:
-        return text.split()
-
-    def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        return 3 if isinstance(tokens, str) else [3] * len(tokens)
-
-    def __len__(self) -> int:
-        return 100
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return {} if name.startswith("added_tokens") else mock.MagicMock()
-
-
-def _config() -> Any:
-    """That of the small T5 which most tests of the library load."""
-    import transformers
-
-    return transformers.T5Config(
-        vocab_size=1000, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, relative_attention_num_buckets=8
-    )
-
-
-def _small(cls: type, *args: Any, **kwargs: Any) -> Any:
-    """A small random model in the place of one that would be downloaded."""
-    torch.manual_seed(0)
-    if "T5" in cls.__name__:
-        return cls(_config()).eval()
-    from .small_configs import small
-
-    return cls(small(cls.config_class)).eval()
-
-
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    import transformers
-    from transformers.modeling_utils import PreTrainedModel
-    from transformers.processing_utils import ProcessorMixin
-    from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
-    words = classmethod(lambda cls, *args, **kwargs: Words())
-    patches = [mock.patch.object(c, "from_pretrained", words) for c in (PreTrainedTokenizerBase, ProcessorMixin)]
-    patches += [
-        mock.patch.object(getattr(transformers, n), "from_pretrained", words)
-        for n in ("AutoTokenizer", "AutoProcessor")
-    ]
-    config = classmethod(lambda cls, *args, **kwargs: _config())
-    patches.append(mock.patch.object(transformers.AutoConfig, "from_pretrained", config))
-    patches.append(mock.patch.object(PreTrainedModel, "from_pretrained", classmethod(_small)))
-    for missing in ("parameterized", "requests_mock", "cv2", "safetensors.flax"):
-        with contextlib.suppress(ImportError):
-            importlib.import_module(missing)
-            continue
-        module = types.ModuleType(missing)
-        module.parameterized = mock.MagicMock(expand=lambda *a, **k: lambda f: f)
-        patches.append(mock.patch.dict(sys.modules, {missing: module}))
-    with contextlib.ExitStack() as stack:
-        for patch in patches:
-            stack.enter_context(patch)
-        yield
-
-
-class Built:
-    """One pipeline, built once, and the arguments of its calls, made afresh for each."""
-
-    def __init__(self, cls: Any):
-        self.case = object.__new__(cls)
-        torch.manual_seed(0)
-        self.pipe = cls.pipeline_class(**self.case.get_dummy_components())
-        self.pipe.set_progress_bar_config(disable=True)
-        for part in self.pipe.components.values():
-            if isinstance(part, nn.Module):
-                part.eval()
-        for name in DENOISERS:
-            if isinstance(getattr(self.pipe, name, None), nn.Module):
-                randomize_(getattr(self.pipe, name), 0)
-        self.inputs()
-
-    def inputs(self) -> dict[str, Any]:
-        """The arguments of one call, of two steps where they can be told."""
-        make = self.case.get_dummy_inputs
-        given = make("cpu") if "device" in inspect.signature(make).parameters else make()
-        if "num_inference_steps" in given:
-            given["num_inference_steps"] = 2
-        return given
-
-
-def built(name: str) -> tuple[Built | None, str]:
-    """The pipeline of that name, and what kept the last try from it."""
-    reason = "no test of the library builds it small"
-    if os.environ["DIFFUSERS_CHECKOUT"] not in sys.path:
-        sys.path.insert(0, os.environ["DIFFUSERS_CHECKOUT"])
-    for module, test in _tests().get(name, []):
-        try:
-            cls = getattr(importlib.import_module(module), test)
-            if hasattr(cls, "get_dummy_components"):
-                return Built(cls), ""
-        except Exception as error:  # of the library's, or of what is not here
-            reason = _brief(error)
-    return None, reason
+def prepare(name: str) -> None:
+    """Import what builds `name`."""
+    with offline(), contextlib.suppress(Exception):
+        for module, _ in tests().get(SIBLINGS[name].of if name in SIBLINGS else name, []):
+            cases(module)
 
 
 def measure(name: str) -> Row:
     """Build `name` small, and measure it."""
-    row = Row(name, name)
-    with _offline(), warnings.catch_warnings(), torch.no_grad():
+
+    def loop() -> Loop | str:
+        found, reason = built(name)
+        return reason if found is None else Loop(found)
+
+    return measured(Row(name, name), loop)
+
+
+def measured(row: Row, make: Callable[[], Loop | str]) -> Row:
+    """The row with what was found. `make`: builds what is compared, or says why it cannot; runs offline."""
+    with offline(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        found, row.reason = built(name)
-        if found is None:
-            return row
         try:
-            loop = Loop(found)
+            loop = make()
         except Exception as error:  # of the library's: nothing of ours is attached
-            row.reason = _brief(error)
+            row.reason = brief(error)
+            return row
+        if isinstance(loop, str):
+            row.reason = loop
             return row
         if loop.reason:
             row.verdict, row.reason = loop.verdict, loop.reason
@@ -255,9 +84,9 @@ def measure(name: str) -> Row:
             try:
                 outcomes[what] = loop.compare(what)
             except AttnSteerError as error:
-                outcomes[what] = f"refused: {_brief(error)}"
+                outcomes[what] = f"refused: {brief(error)}"
             except Exception as error:  # a fault of ours, whatever it is
-                outcomes[what] = f"wrong: {_brief(error)}"
+                outcomes[what] = f"wrong: {brief(error)}"
     row.measured = {"rows": loop.described(), **outcomes}
     bad = [f"{k}: {v}" for k, v in outcomes.items() if v.startswith("wrong")]
     refused = [f"{k}: {v.removeprefix('refused: ')}" for k, v in outcomes.items() if v.startswith("refused")]
@@ -267,291 +96,8 @@ def measure(name: str) -> Row:
         row.verdict, row.reason = "refused", refused[0][:240]
     elif refused:
         row.verdict, row.reason = "exact but", "; ".join(refused)[:240]
+    elif "PAG" in row.name:
+        row.verdict, row.reason = "exact but", "measured with pag_scale=0; beside its own perturbed rows it is refused"
     else:
         row.verdict, row.reason = "exact", ""
     return row
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error) or 'without a message'}"[:240]
-
-
-class _Mix(TorchFunctionMode):
-    """(1 - u) A V + u V wherever it is on."""
-
-    on, share = False, 1.0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if self.on and func is torch.nn.functional.scaled_dot_product_attention:
-            v = args[2] if len(args) > 2 else kwargs["value"]
-            if v.shape[2] == out.shape[2]:
-                v = v.repeat_interleave(out.shape[1] // v.shape[1], 1)
-                return torch.lerp(out, v, self.share)
-        return out
-
-
-@contextlib.contextmanager
-def _mixed_at(module: nn.Module, share: float) -> Iterator[None]:
-    mode = _Mix()
-    mode.share = share
-    with inside(module, mode):
-        yield
-
-
-class Loop:
-    """Runs of one pipeline: plain, steered, and by hand.
-
-    Attributes:
-        verdict, reason: why there is nothing to compare; "" where there is.
-        calls: for each denoiser call of a step, which of its rows are conditional.
-    """
-
-    def __init__(self, found: Built):
-        self.pipe, self.inputs = found.pipe, found.inputs
-        self.verdict, self.reason = "not built", ""
-        first, second = self._record(None), self._record("changed")
-        pipe = self.pipe
-        self.name = first["name"]
-        if self.name is None:
-            self.verdict, self.reason = "no softmax attention", "it calls no denoiser with attention sites"
-            return
-        if not first["steps"]:
-            self.reason = "it makes no step of its scheduler"
-            return
-        self.plain = first["steps"][-1]
-        self.calls = [self._changed(a, b) for a, b in zip(first["first"], second["first"], strict=True)]
-        found = [s for s in sites(pipe) if s.component == self.name]
-        self.sites = found
-        ran = first["ran"]
-        usable = [
-            s for s in found if not s.linear and s.kind in ("self", "joint") and s.modality == "image" and s.name in ran
-        ]
-        if not usable:
-            self.verdict, self.reason = "no softmax attention", "no softmax self-attention of its denoiser ran"
-            return
-        self.site: Site = usable[len(usable) // 2]
-        if not any(any(rows) for rows in self.calls):
-            self.reason = "no row of its denoiser changes with the prompt"
-
-    def described(self) -> str:
-        """The rows of a step's calls: c conditional, u not."""
-        return " ".join("".join("c" if r else "u" for r in rows) for rows in self.calls)
-
-    @staticmethod
-    def _changed(a: list[Tensor], b: list[Tensor]) -> list[bool]:
-        batch, rows = len(a[0]) if isinstance(a[0], (Tensor, list)) else 1, None
-        rows = [False] * batch
-        for x, y in zip(a[1:], b[1:], strict=False):
-            if isinstance(x, list):
-                rows = [r or not _alike(x[i], y[i]) for i, r in enumerate(rows)]
-                continue
-            if x.shape != y.shape:
-                rows = [True] * batch if batch == 1 else rows
-                continue
-            if x.shape[0] % batch == 0 and x.ndim > 1:
-                each = (x != y).reshape(batch, -1).any(dim=1)
-                rows = [r or bool(e) for r, e in zip(rows, each, strict=True)]
-            elif batch == 1 and bool((x != y).any()):
-                rows = [True]
-        return rows
-
-    def _record(self, change: str | None) -> dict[str, Any]:
-        """One plain run: float arguments of the first step's calls, and what the scheduler's steps gave."""
-        pipe, given = self.pipe, self.inputs()
-        for key in ("prompt", "prompts", "text"):
-            if change and isinstance(given.get(key), str):
-                given[key] = _others(given[key])
-            elif change and isinstance(given.get(key), list) and given[key] and isinstance(given[key][0], str):
-                given[key] = [_others(t) for t in given[key]]
-        for key in ("prompt_embeds", "image_embeds", "audio_embeds"):
-            if change and isinstance(given.get(key), Tensor):
-                given[key] = given[key] + 0.5
-        if change and isinstance(given.get("class_labels"), list):
-            given["class_labels"] = [c + 1 for c in given["class_labels"]]
-        found: dict[str, Any] = {"name": None, "first": [], "steps": [], "ran": set()}
-
-        def around(name: str, inner: Any, values: dict[str, Any]) -> Any:
-            found["name"] = found["name"] or name
-            if name == found["name"] and not found["steps"]:
-                found["first"].append(_floats(values))
-            if found["ran"]:
-                return inner()
-            with watching(getattr(pipe, name)) as watch:
-                out = inner()
-            found["ran"] |= {seen.owner for seen in watch.seen}
-            return out
-
-        self._run(pipe, given, around, lambda out, values: found["steps"].append(out) or out)
-        return found
-
-    def _run(self, pipe: Any, given: Any, around: Any, stepped: Any, before: Any = None) -> None:
-        undo = []
-        for name in DENOISERS:
-            model = getattr(pipe, name, None)
-            if not isinstance(model, nn.Module) or not any(
-                callable(getattr(m, "processor", None)) for m in model.modules()
-            ):
-                continue
-            inner, names_ = model.forward, list(inspect.signature(type(model).forward).parameters)[1:]
-
-            @functools.wraps(inner)
-            def forward(*args: Any, _inner: Any = inner, _names: Any = names_, _name: str = name, **kwargs: Any) -> Any:
-                values = dict(zip(_names, args, strict=False)) | kwargs
-                return around(_name, lambda: _inner(*args, **kwargs), values)
-
-            vars(model)["forward"] = forward
-            undo.append(model)
-        scheduler = pipe.scheduler
-        step = scheduler.step
-
-        @functools.wraps(step)
-        def observed(output: Any, *args: Any, **kwargs: Any) -> Any:
-            output = output if before is None else before(output)
-            result = step(output, *args, **kwargs)
-            stepped(result[0] if isinstance(result, tuple) else result.prev_sample, output)
-            return result
-
-        vars(scheduler)["step"] = observed
-        torch.manual_seed(0)
-        try:
-            pipe(**given)
-        finally:
-            del vars(scheduler)["step"]
-            for model in undo:
-                vars(model).pop("forward", None)
-
-    def compare(self, what: str) -> str:
-        """ "" where the steered run is the one made by hand, else what is wrong."""
-        ours, expected = self._steered(what), self._by_hand(what)
-        if ours.shape != expected.shape or not float((ours - expected).abs().max()) <= LIMIT * float(
-            expected.abs().max()
-        ):
-            gap = float((ours - expected).abs().max() / expected.abs().max()) if ours.shape == expected.shape else -1.0
-            return f"wrong: {gap:.1e} from the loop made by hand"
-        if torch.equal(ours, self.plain):
-            return "wrong: nothing changed"
-        return "exact"
-
-    def _method(self, what: str) -> Any:
-        site = self.site
-        where = {"modules": re.escape(site.path), "kinds": site.kind}
-        if what == "HeadGate":
-            return HeadGate({(site.layer, 0): 0.0}, where=Where(branches="cond", **where))
-        if what == "PAG":
-            return PAG(2.0, joint="joint_identity", where=Where(**where))
-        return SoftPAG(2.0, 0.5, joint="joint_identity", where=Where(**where))
-
-    def _steered(self, what: str) -> Tensor:
-        pipe, given = self.pipe, self.inputs()
-        steps: list[Tensor] = []
-        step = pipe.scheduler.step
-
-        @functools.wraps(step)
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            steps.append(result[0] if isinstance(result, tuple) else result.prev_sample)
-            return result
-
-        scheduler = pipe.scheduler
-        vars(scheduler)["step"] = observed
-        torch.manual_seed(0)
-        try:
-            with steer(pipe, self._method(what), control=True):
-                pipe(**given)
-        finally:
-            del vars(scheduler)["step"]
-        return steps[-1]
-
-    def _by_hand(self, what: str) -> Tensor:
-        pipe, given = self.pipe, self.inputs()
-        state: dict[str, Any] = {"call": 0, "term": None, "rows": []}
-        steps: list[Tensor] = []
-
-        def around(name: str, inner: Any, values: dict[str, Any]) -> Any:
-            if name != self.name:
-                return inner()
-            cond = torch.tensor(self.calls[state["call"] % len(self.calls)])
-            state["call"] += 1
-            seed = torch.get_rng_state()
-            strong = inner()
-            module = getattr(pipe, name).get_submodule(self.site.name)
-            after = torch.get_rng_state()
-            torch.set_rng_state(seed)
-            if what == "HeadGate":
-                with watching(getattr(pipe, name), {self.site.name: (self.site.heads, 0)}):
-                    weak = inner()
-            else:
-                with _mixed_at(module, 1.0 if what == "PAG" else 0.5):
-                    weak = inner()
-            torch.set_rng_state(after)
-            s, w = _predicted(strong), _predicted(weak)
-            pick = cond.view(-1, *[1] * (s.ndim - 1)) if len(cond) == len(s) else cond.any()
-            if what == "HeadGate":
-                return _with(strong, torch.where(pick, w, s))
-            if bool(cond.any()):
-                part = cond if len(cond) == len(s) else torch.ones(len(s), dtype=torch.bool)
-                state["term"] = 2.0 * (s - w)[part]
-            state["rows"].append(s)
-            return strong
-
-        def before(output: Tensor) -> Tensor:
-            term, rows = state["term"], state["rows"]
-            state["rows"] = []
-            state["call"] = 0
-            if what == "HeadGate" or term is None:
-                return output
-            cut = tuple(slice(0, n) for n in output.shape)
-            if term.ndim != output.ndim:
-                return output
-            return output + self._sign(rows, output) * term[cut]
-
-        self._run(pipe, given, around, lambda out, values: steps.append(out), before)
-        return steps[-1]
-
-    @staticmethod
-    def _sign(rows: list[Tensor], output: Tensor) -> float:
-        """Whether the pipeline negates its predictions: by the weights with which the first sample's rows make the combination."""
-        size, y = max(1, len(output)), output[0].flatten().double()
-        cut = tuple(slice(0, n) for n in output.shape[1:])
-        found = [r[i][cut] for r in rows if r.ndim == output.ndim for i in range(0, len(r), size)]
-        found = [r.flatten().double() for r in found if r.shape == output.shape[1:]]
-        if not found:
-            return 1.0
-        return 1.0 if float((torch.linalg.pinv(torch.stack(found, 1)) @ y).sum()) >= 0 else -1.0
-
-
-def _others(text: str) -> str:
-    """As many other words."""
-    return " ".join(f"{word}a" for word in text.split())
-
-
-def _alike(a: Any, b: Any) -> bool:
-    pairs = [(x, y) for x, y in zip(tree_leaves(a), tree_leaves(b), strict=False) if isinstance(x, Tensor)]
-    return all(x.shape == y.shape and torch.equal(x, y) for x, y in pairs)
-
-
-def _floats(values: dict[str, Any]) -> list[Any]:
-    """The latent first, then the arguments that have an entry for each row, and the tensors of all others."""
-    latent = next((values[n] for n in ("sample", "hidden_states", "x") if values.get(n) is not None), None)
-    rest = {k: v for k, v in values.items() if v is not latent}
-    batch = len(latent) if isinstance(latent, (list, Tensor)) else 1
-    lists = [v for v in rest.values() if isinstance(v, list) and len(v) == batch and isinstance(latent, list)]
-    leaves = tree_leaves({k: v for k, v in rest.items() if not any(v is other for other in lists)})
-    tensors = [t.clone() for t in leaves if isinstance(t, Tensor) and t.ndim and t.dtype != torch.bool]
-    return [latent, *lists, *tensors]
-
-
-def _predicted(out: Any) -> Tensor:
-    first = out
-    while not isinstance(first, Tensor):
-        first = first[0] if isinstance(first, (tuple, list)) else getattr(first, "sample", None)
-        if first is None:
-            raise TypeError("a prediction in an unknown form")
-    return first
-
-
-def _with(out: Any, sample: Tensor) -> Any:
-    if isinstance(out, Tensor):
-        return sample
-    return (sample, *out[1:]) if isinstance(out, tuple) else type(out)(sample=sample)

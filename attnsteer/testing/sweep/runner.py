@@ -14,12 +14,25 @@ from dataclasses import asdict
 from .rows import Row
 
 
-def rows(measure: Callable[[str], Row], names: Iterable[str], timeout: int = 120, gigabytes: int = 12) -> Iterator[Row]:
-    """The row of each name, one after the other. What takes too long or dies is a row that says so."""
+def rows(
+    measure: Callable[[str], Row],
+    names: Iterable[str],
+    timeout: int = 120,
+    gigabytes: int = 12,
+    prepare: Callable[[str], None] | None = None,
+) -> Iterator[Row]:
+    """The row of each name, one after the other. What takes too long or dies is a row that says so.
+
+    Args:
+        prepare: called here before each, for imports that the next ones share.
+    """
     # What is there now is shared with the children; collecting it would copy it.
     gc.collect()
     gc.freeze()
     for name in names:
+        if prepare is not None:
+            prepare(name)
+            gc.freeze()
         yield _in_a_process(measure, name, timeout, gigabytes)
 
 

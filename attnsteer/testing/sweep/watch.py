@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -57,11 +58,13 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward":
+            # One function for a mode, until a copy of it asks no mode by itself.
+            with self:
+                return _seen_into(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
             return self._output(out, "sdpa")
-        if name == "multi_head_attention_forward":
-            return self._output(out, "nn.MultiheadAttention")
         if name == "flex_attention":
             return self._output(out, "flex")
         if name in ("softmax", "_softmax") or name == "softmax_":
@@ -98,6 +101,13 @@ class Watch(TorchFunctionMode):
         while owner not in self.edits and owner:
             owner = owner.rpartition(".")[0]
         return self.edits.get(owner)
+
+
+def _seen_into(func: Any) -> Any:
+    code = func.__code__
+    copied = FunctionType(code, {**func.__globals__, "has_torch_function": lambda _: False}, func.__name__)
+    copied.__defaults__, copied.__kwdefaults__ = func.__defaults__, func.__kwdefaults__
+    return copied
 
 
 def without_head(out: Tensor, heads: int, head: int) -> Tensor:

@@ -52,6 +52,7 @@ def comfy() -> types.ModuleType:
 
         comfy.options.enable_args_parsing()
         import comfy.ldm.flux.model
+        import comfy.ldm.modules.diffusionmodules.mmdit
         import comfy.ldm.modules.diffusionmodules.openaimodel
         import comfy.model_base
         import comfy.model_patcher
@@ -89,17 +90,8 @@ def unet(model: Any, dtype: torch.dtype = torch.float32) -> Any:
     return c.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
 
 
-def flux(model: Any) -> Any:
-    """A `ModelPatcher` with the weights of a diffusers Flux of two double and two single blocks."""
-    c = comfy()
-    config = dict(
-        in_channels=4, out_channels=4, vec_in_dim=12, context_in_dim=24, hidden_size=32, mlp_ratio=4.0, num_heads=2, depth=2,
-        depth_single_blocks=2, axes_dim=[4, 6, 6], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=False,
-    )  # fmt: skip
-    made = c.ldm.flux.model.Flux(
-        image_model="flux", dtype=torch.float32, device="cpu", operations=c.ops.disable_weight_init, **config
-    ).eval()
-    names = c.utils.flux_to_diffusers(config, output_prefix="")
+def renamed(model: Any, made: Any, names: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights of a diffusers model by the program's own table of names: name, or (name, slice, function)."""
     out = {k: torch.zeros_like(v) for k, v in made.state_dict().items()}
     for key, value in model.state_dict().items():
         target = names[key]
@@ -111,7 +103,40 @@ def flux(model: Any) -> Any:
             out[target[0]] = value
         else:
             out[target[0]].narrow(*target[1]).copy_(value)
-    made.load_state_dict(out)
+    return out
+
+
+def sd3(model: Any) -> Any:
+    """A `ModelPatcher` with the weights of a diffusers SD3 of two blocks of two heads of 64, the first with a second attention."""
+    c = comfy()
+    config = dict(
+        in_channels=4, out_channels=4, depth=2, patch_size=2, adm_in_channels=12, pos_embed_max_size=16, num_patches=256,
+        pos_embed_scaling_factor=None, qk_norm="rms", x_block_self_attn_layers=[0],
+        context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 24, "out_features": 128}},
+    )  # fmt: skip
+    made = c.ldm.modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper(
+        input_size=None, dtype=torch.float32, device="cpu", operations=c.ops.disable_weight_init, **config
+    ).eval()
+    made.load_state_dict(renamed(model, made, c.utils.mmdit_to_diffusers(config)))
+    held = c.supported_models.SD3({**config, "disable_unet_model_creation": True})
+    held.unet_config = {**config, "disable_unet_model_creation": True, "dtype": torch.float32}
+    base = c.model_base.SD3(held, device="cpu")
+    base.diffusion_model = made
+    return c.model_patcher.ModelPatcher(base, torch.device("cpu"), torch.device("cpu"))
+
+
+def flux(model: Any) -> Any:
+    """A `ModelPatcher` with the weights of a diffusers Flux of two double and two single blocks."""
+    c = comfy()
+    config = dict(
+        in_channels=4, out_channels=4, vec_in_dim=12, context_in_dim=24, hidden_size=32, mlp_ratio=4.0, num_heads=2, depth=2,
+        depth_single_blocks=2, axes_dim=[4, 6, 6], theta=10000, patch_size=2, qkv_bias=True, guidance_embed=False,
+    )  # fmt: skip
+    made = c.ldm.flux.model.Flux(
+        image_model="flux", dtype=torch.float32, device="cpu", operations=c.ops.disable_weight_init, **config
+    ).eval()
+    names = c.utils.flux_to_diffusers(config, output_prefix="")
+    made.load_state_dict(renamed(model, made, names))
     held = c.supported_models.Flux({**config, "image_model": "flux", "disable_unet_model_creation": True})
     held.unet_config = {**config, "image_model": "flux", "disable_unet_model_creation": True, "dtype": torch.float32}
     base = c.model_base.Flux(held, device="cpu")

@@ -288,6 +288,86 @@ class Flux(nn.Module):
         return out.view(B, h, w, C, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
+# SD3.
+
+
+class JointProcessor:
+    """SD3's attention in that program's terms: the text stands first; without a text it is the second one, of the image alone."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, options: Any = None
+    ) -> Any:  # fmt: skip
+        split = lambda t: t.unflatten(-1, (attn.heads, -1))  # noqa: E731
+        normed = lambda norm, t: t if norm is None else norm(t)  # noqa: E731
+        q, k = (
+            normed(attn.norm_q, split(attn.to_q(hidden_states))),
+            normed(attn.norm_k, split(attn.to_k(hidden_states))),
+        )
+        v, text = split(attn.to_v(hidden_states)), encoder_hidden_states
+        if text is not None:
+            q = torch.cat([normed(attn.norm_added_q, split(attn.add_q_proj(text))), q], dim=1)
+            k = torch.cat([normed(attn.norm_added_k, split(attn.add_k_proj(text))), k], dim=1)
+            v = torch.cat([split(attn.add_v_proj(text)), v], dim=1)
+        q, k, v = (t.flatten(2) for t in (q, k, v))
+        out = optimized_attention(q, k, v, heads=attn.heads, transformer_options=options)
+        if text is None:
+            return attn.to_out[1](attn.to_out[0](out))
+        n = text.shape[1]
+        return attn.to_out[1](attn.to_out[0](out[:, n:])), None if attn.context_pre_only else attn.to_add_out(
+            out[:, :n]
+        )
+
+
+class JointBlock(nn.Module):
+    def __init__(self, inner: Any):
+        super().__init__()
+        self.inner, self.context_block = inner, inner.norm1_context
+        inner.attn.processor = JointProcessor()
+        if inner.use_dual_attention:
+            inner.attn2.processor = JointProcessor()
+        self.x_block = types.SimpleNamespace(x_block_self_attn=inner.use_dual_attention)
+
+    def forward(self, context: Tensor, x: Tensor, c: Tensor, transformer_options: Any) -> Any:
+        return self.inner(x, context, c, joint_attention_kwargs={"options": transformer_options})
+
+
+class MMDiT(nn.Module):
+    """The layers of an `SD3Transformer2DModel`, in that program's blocks."""
+
+    patch_size = 2
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.inner = copy.deepcopy(model)
+        self.joint_blocks = nn.ModuleList(JointBlock(b) for b in self.inner.transformer_blocks)
+        self.num_heads = model.config.num_attention_heads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.inner.proj_out.weight.dtype
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Any = None, y: Any = None, control: Any = None,
+        transformer_options: Any = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        m, (h, w) = self.inner, (x.shape[2] // 2, x.shape[3] // 2)
+        img, txt = m.pos_embed(x), m.context_embedder(context)
+        temb = m.time_text_embed(timesteps, y)
+        replace = transformer_options.get("patches_replace", {}).get("dit", {})
+        for i, block in enumerate(self.joint_blocks):
+
+            def run(a: Any, block: Any = block) -> dict[str, Any]:
+                out = block(a["txt"], a["img"], c=a["vec"], transformer_options=a["transformer_options"])
+                return {"txt": out[0], "img": out[1]}
+
+            args = {"img": img, "txt": txt, "vec": temb, "transformer_options": transformer_options}
+            key = ("double_block", i)
+            out = replace[key](args, {"original_block": run}) if key in replace else run(args)
+            img, txt = out["img"], out["txt"]
+        out = m.proj_out(m.norm_out(img, temb)).view(len(x), h, w, 2, 2, -1)
+        return torch.einsum("nhwpqc->nchpwq", out).reshape(len(x), -1, 2 * h, 2 * w)
+
+
 # Sampling.
 
 
@@ -354,6 +434,27 @@ class FluxModel(BaseModel):
 
 
 FluxModel.__name__ = "Flux"
+
+
+class Thousandths(Flow):
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma * 1000
+
+
+class SD3Model(BaseModel):
+    """This one is called through wrappers of `apply_model`, which the newer models have too."""
+
+    def apply_model(self, x: Tensor, t: Tensor, context: Tensor, options: dict[str, Any], **more: Any) -> Tensor:
+        wrappers = [f for fs in options.get("wrappers", {}).get("apply_model", {}).values() for f in fs]
+        return Executor(self._apply_model, wrappers, self)(x, t, None, context, None, options, **more)
+
+    def _apply_model(
+        self, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None, control: Any = None,
+        transformer_options: Any = None, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        time = self.model_sampling.timestep(t).float()
+        out = self.diffusion_model(x, time, context=c_crossattn, transformer_options=transformer_options, **kwargs)
+        return self.model_sampling.calculate_denoised(t, out.float(), x)
 
 
 def calc_cond_batch(model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: Any) -> list[Tensor]:
@@ -531,6 +632,10 @@ def unet(model: Any, dtype: torch.dtype = torch.float32) -> ModelPatcher:
 
 def flux(model: Any) -> ModelPatcher:
     return ModelPatcher(FluxModel(Flux(model), Flow()))
+
+
+def sd3(model: Any) -> ModelPatcher:
+    return ModelPatcher(SD3Model(MMDiT(model), Thousandths()))
 
 
 def conds(context: Tensor, extra: Any = None, **more: Any) -> list[list[Any]]:

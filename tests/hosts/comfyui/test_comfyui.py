@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
 import attnsteer
 import attnsteer.comfyui as nodes_of
@@ -51,6 +51,16 @@ def flux() -> Any:
     return FluxTransformer2DModel(
         patch_size=1, in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, pooled_projection_dim=12, guidance_embeds=False, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+
+
+@functools.cache
+def sd3() -> Any:
+    torch.manual_seed(0)
+    return SD3Transformer2DModel(
+        sample_size=32, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=64, num_attention_heads=2,
+        joint_attention_dim=24, caption_projection_dim=128, pooled_projection_dim=12, pos_embed_max_size=16,
+        dual_attention_layers=(0,), qk_norm="rms_norm",
     ).eval()  # fmt: skip
 
 
@@ -137,7 +147,7 @@ def test_a_unet_is_steered_as_in_diffusers(world: Any, name: str) -> None:
 
 
 def test_sites_have_the_names_and_numbers_of_diffusers(world: Any) -> None:
-    for made, model in ((world.unet, unet()), (world.flux, flux())):
+    for made, model in ((world.unet, unet()), (world.flux, flux()), (world.sd3, sd3())):
         mine = layout_of(made(model).model.diffusion_model).sites
         assert [(s.name, s.layer, s.kind, s.heads) for s in mine] == [
             (s.name, s.layer, s.kind, s.heads) for s in attnsteer.sites(model)
@@ -251,6 +261,53 @@ def test_flux_needs_layers_and_nag_all_of_them(alone: Any) -> None:
     longer, _ = install(patcher, NAG({"context": drawn(1, 6, 24), "y": OTHER_POOLED}))
     with pytest.raises(UnsupportedHost, match="agree in tokens"):
         flux_sampled(alone, longer)
+
+
+# SD3, whose first block attends a second time, to the image alone.
+
+
+def sd3_by_diffusers(world: Any, patcher: Any, *methods: Intervention, cfg: float = 3.0) -> torch.Tensor:
+    model = sd3()
+    text, pooled = torch.cat([OTHER, OTHER, TEXT, TEXT]), torch.cat([OTHER_POOLED, OTHER_POOLED, POOLED, POOLED])
+
+    def predict(x: torch.Tensor, t: torch.Tensor) -> Any:
+        return model(torch.cat([x, x]), text, pooled, torch.cat([t, t])).sample.chunk(2)
+
+    with torch.no_grad():
+        if not methods:
+            return euler(world, patcher, predict, IMAGE, cfg)
+        with attnsteer.steer(model, *methods) as run, run.branches("uncond", "cond"):
+            return euler(world, patcher, predict, IMAGE, cfg)
+
+
+SD3 = {
+    "softpag": (SoftPAG(2.0, 0.6, heads=HeadSet({0: [0], 1: [1]}), where=Where(layers=[0, 1], kinds="joint")),) * 2,
+    "pag": (PAG(2.0, where=Where(layers=[0])),) * 2,
+    "seg": (SEG(2.0, sigma=1.0, where=Where(layers=[0, 1])),) * 2,
+    "nag": (
+        NAG({"context": OTHER, "y": OTHER_POOLED}, scale=3.0),
+        NAG({"encoder_hidden_states": OTHER, "pooled_projections": OTHER_POOLED}, scale=3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [n if n == "nag" else pytest.param(n, marks=pytest.mark.long) for n in SD3])
+def test_sd3_is_steered_as_in_diffusers(world: Any, name: str) -> None:
+    patcher = world.sd3(sd3())
+    ours, theirs = SD3[name]
+    base = flux_sampled(world, patcher)
+    close(base, sd3_by_diffusers(world, patcher))
+    clone, report = install(patcher, ours)
+    steered = flux_sampled(world, clone)
+    close(steered, sd3_by_diffusers(world, patcher, theirs))
+    assert float((steered - base).norm() / base.norm()) > 1e-4 and "did nothing" not in report.text
+    assert torch.equal(flux_sampled(world, patcher), base)
+
+
+def test_boxes_are_refused_in_sd3(alone: Any) -> None:
+    clone, _ = install(alone.sd3(sd3()), BOXES.new(where=Where(layers=[0])))
+    with pytest.raises(UnsupportedHost, match="blocks of SD3 compute theirs anew"):
+        flux_sampled(alone, clone)
 
 
 # Nothing changed, nothing left behind.
@@ -425,7 +482,7 @@ def test_fp16(world: Any) -> None:
 
 
 def test_other_models_are_refused_by_name() -> None:
-    model = types.SimpleNamespace(joint_blocks=[])
+    model = types.SimpleNamespace(blocks=[])
     with pytest.raises(UnsupportedHost, match="SimpleNamespace sits"):
         layout_of(model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -15,6 +16,50 @@ from attnsteer.errors import NeverFired, SelectionError, UnsupportedHost
 from attnsteer.testing import tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
 from tests.hosts.diffusers.common import at, denoiser, paths, relative
 from tests.hosts.families import forward, randn
+
+# ------------------------------------------------------------------------------------------------ threads
+
+
+@pytest.mark.parametrize(
+    "method",
+    [SoftPAG(3.0, 0.5), HeadGate({(0, 0): 0.3}, where=Where(branches="cond")), HeadGate({(0, 0): 0.3})],
+    ids=str,
+)
+def test_a_call_in_another_thread_is_right_or_refused(method: Any) -> None:
+    """While a pass runs, which edits act and whose rows these are is said for its thread alone."""
+    model = tiny_denoiser("sd")
+    calls = [tiny_denoiser_inputs("sd", model, 2, seed=seed) for seed in (0, 1)]
+    found: list[Any] = []
+
+    def other() -> None:
+        with torch.no_grad(), run.branches("uncond", "cond"):
+            try:
+                found.append(model(**calls[1])[0])
+            except UnsupportedHost as error:
+                found.append(str(error))
+
+    def meanwhile(*_: Any) -> None:
+        hook.remove()
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+
+    with torch.no_grad(), steer(model, method) as run, run.branches("uncond", "cond"):
+        alone = [model(**call)[0] for call in calls]
+        for module in (model.down_blocks[0], model.mid_block, model.up_blocks[-1]):
+            hook = module.register_forward_hook(meanwhile)
+            assert torch.equal(model(**calls[0])[0], alone[0])
+        for out in found:
+            if isinstance(out, str):
+                assert "two threads call a steered UNet2DConditionModel at once" in out
+            else:
+                assert torch.equal(out, alone[1])
+        assert len(found) == 3
+        # Behind each other they may.
+        found.clear()
+        other()
+        assert torch.equal(found[0], alone[1])
+
 
 # ------------------------------------------------------------------------------------------------ accelerate
 

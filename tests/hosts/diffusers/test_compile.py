@@ -136,6 +136,7 @@ def test_guidance_compiled_after_it_was_attached(how: str) -> None:
     assert relative(pipe(**call)[0], plain) < BOUND
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "method",
     [

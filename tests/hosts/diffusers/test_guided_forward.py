@@ -65,6 +65,16 @@ WRONG: dict[str, tuple[Edit, str]] = {
     "forward of a tensor": (lambda forward, inputs, p: forward(p.sample), "called forward with a Tensor"),
     "in place": (sample(torch.Tensor.zero_), "changed a strong prediction in place"),
     "in place and nothing": (lambda f, i, p: (p, p.sample.mul_(2.0))[0], "in place"),
+    "in place below": (lambda f, i, p: (p, p.sample.data.mul_(2.0))[0], "in place"),
+    "inputs in place": (
+        lambda f, i, p: (p, i.values["sample"].mul_(2.0))[0],
+        "changed inputs.values of sample in place",
+    ),
+    "inputs below, before a pass": (
+        lambda f, i, p: (i.values["sample"].data.mul_(2.0), f(i))[1],
+        "changed inputs.values of sample in place",
+    ),
+    "the pass of a part": (lambda f, i, p: f(i.only("cond")), "a pass over 1 of 2 rows"),
 }
 
 
@@ -88,6 +98,24 @@ def test_a_wrong_prediction(pipe: Any, name: str, mode: Any) -> None:
         steer(pipe, Around(edit)),
     ):
         pipe(**call(steps=1))
+
+
+@pytest.mark.parametrize(
+    ("around", "words"),
+    [
+        (
+            lambda self, f, inputs, run: f(inputs.only("no")),
+            r"inputs has no part 'no'; this call has 'uncond', 'cond'\.$",
+        ),
+        (lambda self, f, inputs, run: f(inputs.only("Cond")), "Did you mean 'cond'"),
+        (lambda self, f, inputs, run: run.inside(self.new()).__enter__(), r"run\.inside\(Wrong\(.*run\.inside\(self\)"),
+    ],
+)
+def test_a_wrong_question(pipe: Any, around: Edit, words: str) -> None:
+    method = dataclass(frozen=True)(type("Wrong", (Intervention,), {"around": around}))()
+    with pytest.raises(ContractError, match=words) as caught, steer(pipe, method):
+        pipe(**call(steps=1))
+    assert caught.value.__notes__ == ["attnsteer: raised in Wrong.around of UNet2DConditionModel."]
 
 
 def test_a_prediction_without_a_pass(pipe: Any) -> None:

@@ -6,7 +6,9 @@ import copy
 import gc
 import io
 import pickle
-from dataclasses import replace
+import sys
+import threading
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -317,6 +319,81 @@ def test_a_cache_that_another_hand_wrote_to_is_refused(llama: nn.Module) -> None
             llama(input_ids=tokens(1, 2), past_key_values=cache)
 
 
+@each_method
+@pytest.mark.parametrize("count", [1, 3, 4], ids=["fewer", "as many", "more"])
+def test_a_call_that_is_broken_off_behind_a_cut_leaves_no_whole_cache(
+    llama: nn.Module, method: Any, count: int
+) -> None:
+    """However many tokens it leaves, also where they are as many as were cut off: they are others."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    prompt, first, second = tokens(1, 6), tokens(1, 3, seed=1), tokens(1, 4, seed=2)
+    with controlled(llama, method):
+        cache = llama(input_ids=prompt, use_cache=True).past_key_values
+        expected = llama(input_ids=second, past_key_values=copy.deepcopy(cache)).logits
+        llama(input_ids=first, past_key_values=cache)
+        cache.crop(-3)
+        hook = llama.model.norm.register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            llama(input_ids=second[:, :count], past_key_values=cache)
+        hook.remove()
+        with pytest.raises(UnsupportedHost, match=f"holds {6 + count} tokens, of which 6"):
+            llama(input_ids=tokens(1, 1), past_key_values=cache)
+        cache.crop(-count)
+        assert far(llama(input_ids=second, past_key_values=cache).logits, expected) <= 1e-5
+
+
+@each_method
+def test_a_step_without_a_mask_over_padding_is_refused(llama: nn.Module, method: Any) -> None:
+    prompt, step = tokens(1, 7), tokens(1, 1, seed=1)
+    mask, kept = torch.ones_like(prompt), torch.ones(1, 8, dtype=torch.long)
+    with controlled(llama, method):
+        for hidden in (0, 2):
+            mask[:, :hidden], kept[:, :hidden] = 0, 0
+            cache = llama(input_ids=prompt, attention_mask=mask, use_cache=True).past_key_values
+            expected = llama(input_ids=step, attention_mask=kept, past_key_values=copy.deepcopy(cache)).logits
+            if hidden:
+                with pytest.raises(UnsupportedHost, match=r"cache of 7 tokens holds padding.*\[B, 8\]"):
+                    llama(input_ids=step, past_key_values=cache)
+            else:
+                assert far(llama(input_ids=step, past_key_values=cache).logits, expected) <= 1e-5
+
+
+def test_threads_attach_and_detach_what_is_theirs() -> None:
+    """Each its own layer of one model, or a model of its own; of two that want the same layer one is refused."""
+    shared, own = tiny_transformers("llama"), [tiny_transformers("llama", num_hidden_layers=1) for _ in range(3)]
+    before = fingerprint(shared)
+    wrong: list[Any] = []
+
+    def work(number: int) -> None:
+        for turn in range(30):
+            try:
+                layer = number if turn % 2 else 2
+                handle = steer(shared, HeadGate({(layer, 0): 0.5}), control=True)
+                mine = steer(own[number], HeadGate({(0, 0): 0.5}), control=True)
+                mine.remove()
+                handle.remove()
+            except CompositionError:
+                continue
+            except BaseException as error:
+                wrong.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    assert fingerprint(shared) == before
+
+
 def test_a_copy_of_a_cache_says_nothing_to_a_later_steering(llama: nn.Module) -> None:
     """Also where the later steering happens to lie at the address of the one before."""
     with controlled(llama, METHODS["act"]):
@@ -327,7 +404,90 @@ def test_a_copy_of_a_cache_says_nothing_to_a_later_steering(llama: nn.Module) ->
             llama(input_ids=tokens(1, 1), past_key_values=copy.deepcopy(kept))
 
 
+# Gradients.
+
+
+@pytest.mark.parametrize(
+    "reentrant", [None, False, True], ids=["without checkpoints", "checkpoints", "re-entrant ones"]
+)
+def test_a_backward_pass_behind_the_steering_is_that_of_its_forward_or_refused(reentrant: bool | None) -> None:
+    model = tiny_transformers("llama").train()
+    if reentrant is not None:
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    found = []
+    for inside in (True, False):
+        model.zero_grad()
+        with torch.enable_grad():
+            with steer(model, ZeroTuning(HEADS, 4.0)):
+                loss = model(input_ids=tokens(1, 6), use_cache=False).logits.square().mean()
+                if inside:
+                    loss.backward()
+            if not inside and reentrant is not None:
+                with pytest.raises(UnsupportedHost, match="removed between a forward and its backward"):
+                    loss.backward()
+                return
+            if not inside:
+                loss.backward()
+        found.append(model.model.layers[0].self_attn.q_proj.weight.grad.clone())
+    assert torch.equal(*found)
+
+
 # Generation.
+
+
+@each_method
+def test_a_prompt_that_begins_like_another_is_one_of_its_own(llama: nn.Module, method: Any) -> None:
+    """A generation inside that goes on behind the outer one's prompt is no assistant of it."""
+    x = tokens(1, 9)
+    longer, found = torch.cat([x, tokens(1, 4, seed=1)], dim=1), []
+    inner = {"input_ids": longer, "attention_mask": torch.ones_like(longer), "max_new_tokens": 4, **OPTIONS}
+
+    class Beside(StoppingCriteria):
+        def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            found.append(llama.generate(**inner))
+            return torch.zeros(1, dtype=torch.bool)
+
+    with controlled(llama, method):
+        llama.generate(input_ids=x, attention_mask=torch.ones_like(x), max_new_tokens=1, stopping_criteria=[Beside()])
+        alone = llama.generate(**inner)
+    assert max(far(a, b) for a, b in zip(found[0].logits, alone.logits, strict=True)) <= 1e-5
+
+
+@each_method
+def test_an_assistant_with_a_steering_of_its_own(llama: nn.Module, method: Any) -> None:
+    """Its prompt is that of the first round, whatever was taken since; statistics of a prompt are refused before it starts."""
+    draft, x = tiny_transformers("llama", num_hidden_layers=2), tokens(1, 9)
+    phases: list[tuple[int, str]] = []
+
+    class Said(type(method)):
+        def weights(self, call: Any) -> Any:
+            phases.append((call.past + call.rows.size, call.phase))
+            return super().weights(call)
+
+    said = Said(**{f.name: getattr(method, f.name) for f in fields(method)})
+    options = {"input_ids": x, "attention_mask": torch.ones_like(x), "max_new_tokens": 8, **OPTIONS}
+    with controlled(llama, method):
+        expected = llama.generate(**options)
+        with controlled(draft, said):
+            if method.looks_ahead:
+                with pytest.raises(UnsupportedHost, match="attached to an assistant"):
+                    llama.generate(**options, assistant_model=draft)
+                return
+            assisted = llama.generate(**options, assistant_model=draft)
+    assert max(far(a, b) for a, b in zip(expected.logits, assisted.logits, strict=True)) <= 1e-5
+    assert {phase for length, phase in phases if length > 10} == {"decode"}
+
+
+@each_method
+def test_a_bool_mask_that_eager_attention_adds_is_refused_also_behind_other_masks(method: Any) -> None:
+    model = tiny_transformers("llama", attn_implementation="eager")
+    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    with controlled(model, method):
+        expected = model(input_ids=tokens(1, 6), use_cache=False).logits
+        with pytest.raises(UnsupportedHost, match="attention_mask is bool"):
+            model(input_ids=tokens(1, 6), attention_mask=mask, use_cache=False)
+        least = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        assert far(model(input_ids=tokens(1, 6), attention_mask=least, use_cache=False).logits, expected) <= 1e-5
 
 
 def test_a_generation_inside_another_has_its_own_prompt(llama: nn.Module) -> None:

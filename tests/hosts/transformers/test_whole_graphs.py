@@ -82,6 +82,7 @@ def test_one_graph_for_the_prompt_and_one_for_all_steps(kind: str, name: str) ->
     assert (plain - expected).abs().max() > 1e-2
 
 
+@pytest.mark.long
 def test_compiled_before_it_is_steered_and_used_after() -> None:
     model, inputs = build("llama")
     counter = CompileCounterWithBackend("eager")

@@ -183,8 +183,39 @@ def engine(path: Path, steered: Any = True, **options: Any) -> Any:
     return LLM(str(path), **{**own, **options})
 
 
-def answers(llm: Any, prompts: list[list[int]], chosen: list[Any], tokens: int = TOKENS, **sampling: Any) -> list[Any]:
-    """[(token ids, their log-probabilities, tokens that came from the prefix cache)]."""
+def adapted(path: Path, folder: Path) -> tuple[Path, Path]:
+    """(a random adapter of a model's queries and values, in the form of peft; the model with it merged)."""
+    import json
+
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    adapter, merged, weights = folder / "adapter", folder / "merged", {}
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    torch.manual_seed(1)
+    rank, alpha = 8, 16
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "v_proj")):
+            a, b = 0.1 * torch.randn(rank, module.in_features), 0.1 * torch.randn(module.out_features, rank)
+            weights |= {f"base_model.model.{name}.lora_{x}.weight": w for x, w in (("A", a), ("B", b))}
+            module.weight.data += alpha / rank * b @ a
+    adapter.mkdir()
+    save_file(weights, adapter / "adapter_model.safetensors")
+    config = dict(peft_type="LORA", r=rank, lora_alpha=alpha, target_modules=["q_proj", "v_proj"], bias="none")
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM", "lora_dropout": 0.0}))
+    model.save_pretrained(merged)
+    return adapter, merged
+
+
+def answers(
+    llm: Any, prompts: list[list[int]], chosen: list[Any], tokens: int = TOKENS, fresh: bool = False, lora: Any = None,
+    **sampling: Any,
+) -> list[Any]:  # fmt: skip
+    """[(token ids, their log-probabilities, tokens that came from the prefix cache)].
+
+    Args:
+        fresh: read nothing from the cache. lora: an adapter, or None, for each.
+    """
     from vllm import SamplingParams
 
     params = [
@@ -194,7 +225,11 @@ def answers(llm: Any, prompts: list[list[int]], chosen: list[Any], tokens: int =
         )
         for s in chosen
     ]  # fmt: skip
-    outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    if fresh:
+        for own in params:
+            own.skip_reading_prefix_cache = True
+    more = {} if lora is None else {"lora_request": lora}
+    outs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False, **more)
     found = []
     for out in outs:
         own = out.outputs[0]

@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from vllm.exceptions import VLLMValidationError
 
-from attnsteer import ACT, ZeroTuning
+from attnsteer import ACT, SpotLight, Where, ZeroTuning
 from attnsteer.hosts.vllm import admission
 from tests.hosts.vllm import engines as E
 
@@ -205,6 +205,33 @@ def test_other_models_and_engines(models: Any, family: str, attn: str, options: 
         E.close(llm)
 
 
+def test_adapters(models: Any) -> None:
+    """LoRA beside the model itself in one batch, both steered: vLLM's own key keeps their blocks apart."""
+    from vllm.lora.request import LoRARequest
+
+    path = E.saved("llama", models)
+    adapter, merged = E.adapted(path, models)
+    prompts, chosen = E.requests(8, seed=6)
+    wanted = [o for pair in zip(*(E.oracle(p, prompts, chosen) for p in (path, merged)), strict=True) for o in pair]
+    assert all(E.worst([a], [b]) > 10 * CLOSE for a, b in zip(wanted[::2], wanted[1::2], strict=True))
+    # vLLM's operators of CPU take the last place of adapters for requests without one: it has to be an empty one.
+    llm = E.engine(path, block_size=32, enable_lora=True, max_lora_rank=8, max_loras=2)
+    try:
+        both = [None, LoRARequest("adapter", 1, str(adapter))] * len(prompts)
+        twice = lambda own: [o for o in own for _ in range(2)]  # noqa: E731
+        for _ in range(2):
+            found = E.answers(llm, twice(prompts), twice(chosen), lora=both)
+            assert E.worst(found, wanted) < CLOSE
+        assert sum(f[2] > 0 for f in found) >= 8
+    finally:
+        E.close(llm)
+
+
+def test_a_quantised_cache_is_refused(models: Any) -> None:
+    with pytest.raises(Exception, match="kv_cache_dtype"):
+        E.engine(E.saved("llama", models), kv_cache_dtype="fp8")
+
+
 def test_an_engine_whose_worker_is_not_armed_does_not_start(models: Any, monkeypatch: Any) -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
@@ -213,66 +240,112 @@ def test_an_engine_whose_worker_is_not_armed_does_not_start(models: Any, monkeyp
         E.engine(E.saved("llama", models))
 
 
-def streams(count: int, seed: int) -> tuple[list[list[int]], list[Any]]:
-    """Requests that share prefixes in every way: few beginnings, few steerings, all lengths."""
-    draw = random.Random(seed)
-    trunk = [1] + [draw.randrange(3, E.VOCAB) for _ in range(95)]
-    ends = [[draw.randrange(3, E.VOCAB) for _ in range(40)] for _ in range(3)]
-    own = [
-        None,
-        ZeroTuning(gamma=0.2),
-        ZeroTuning(gamma=4.0),
-        E.steerings(24)[3],
-        E.steerings(24)[4],
-        E.steerings(24)[6],
-    ]
-    prompts, chosen = [], []
-    for _ in range(count):
-        cut, more = draw.choice([32, 64, 80, 96]), draw.randrange(1, 40)
-        prompts.append(trunk[:cut] + draw.choice(ends)[:more])
-        chosen.append(draw.choice(own))
-    return prompts, chosen
-
-
 class TestPrefixCache:
-    """1,000 requests that share prefixes under different steerings, in batches of random size, over one cache."""
+    """1,000 sequences of requests that share prefixes under different steerings, in batches of random size, over one cache.
 
-    COUNT = 1000
+    A sequence is a conversation: each turn's prompt is the one before, what was answered to it, and some tokens more, and may be
+    steered otherwise. Few beginnings and few ends, so that most blocks are there already, of a request steered alike or not.
+    """
 
-    @pytest.fixture(scope="class")
-    def work(self, models: Any) -> Any:
-        path = E.saved("llama", models)
-        prompts, chosen = streams(self.COUNT, 0)
-        llm = E.engine(path, block_size=32, enable_prefix_caching=False)
-        wanted = E.answers(llm, prompts, chosen, 2)
-        E.close(llm)
-        assert not any(w[2] for w in wanted)
-        return path, prompts, chosen, wanted
+    COUNT, TOKENS = 1000, 8
 
     @staticmethod
-    def wrong(llm: Any, prompts: Any, chosen: Any, wanted: Any) -> tuple[int, int]:
-        """(requests whose answer is another one, those that found blocks of others)."""
-        draw, at, wrong, hits = random.Random(1), 0, 0, 0
-        while at < len(prompts):
-            n = draw.randrange(1, 48)
-            found = E.answers(llm, prompts[at : at + n], chosen[at : at + n], 2)
-            wrong += sum(E.worst([f], [w]) > CLOSE for f, w in zip(found, wanted[at : at + n], strict=True))
-            hits += sum(f[2] > 0 for f in found)
-            at += n
-        return wrong, hits
+    def beginnings(count: int, seed: int) -> list[list[int]]:
+        draw = random.Random(seed)
+        trunk = [1] + [draw.randrange(3, E.VOCAB) for _ in range(95)]
+        ends = [[draw.randrange(3, E.VOCAB) for _ in range(40)] for _ in range(3)]
+        return [
+            trunk[: draw.choice([24, 32, 56, 64, 80])] + draw.choice(ends)[: draw.randrange(1, 40)]
+            for _ in range(count)
+        ]
 
-    def test_a_block_is_reused_where_the_steering_is_the_same_only(self, work: Any, monkeypatch: Any) -> None:
-        path, prompts, chosen, wanted = work
-        llm = E.engine(path, block_size=32)
+    @staticmethod
+    def choice(draw: random.Random) -> Any:
+        decode = Where(phases="decode")
+        own = [
+            None, ZeroTuning(gamma=0.2), ZeroTuning(gamma=4.0), E.steerings(24)[3], E.steerings(24)[4], E.steerings(24)[6],
+            ZeroTuning(gamma=0.05, where=decode), SpotLight(spans=[[(2, 9)]], target=0.5, where=Where(phases="prefill")),
+        ]  # fmt: skip
+        return draw.choice(own)
+
+    @classmethod
+    def turns(cls, count: int) -> list[list[tuple[Any, list[int]]]]:
+        """(steering, tokens that are added) of each turn of each sequence: one to three."""
+        draw = random.Random(7)
+        more = lambda: [draw.randrange(3, 9) for _ in range(draw.choice([1, 3, 30]))]  # noqa: E731
+        found = []
+        for _ in range(count):
+            first = cls.choice(draw)
+            own = [first] + [
+                first if draw.random() < 0.6 else cls.choice(draw) for _ in range(draw.choice([0, 0, 1, 2]))
+            ]
+            found.append([(s, more()) for s in own])
+        return found
+
+    @classmethod
+    def asked(cls, llm: Any, count: int) -> Iterator[tuple[list[int], list[list[int]], list[Any], list[Any]]]:
+        """(sequences, prompts, steerings, answers) of batches of random size; what is answered here goes on in the next turn."""
+        prompts, turns, draw = cls.beginnings(count, 0), cls.turns(count), random.Random(1)
+        waiting = list(range(count))
+        at = dict.fromkeys(waiting, 0)
+        while waiting:
+            own = [
+                waiting.pop(draw.randrange(min(60, len(waiting))))
+                for _ in range(min(len(waiting), draw.randrange(1, 48)))
+            ]
+            chosen = [turns[i][at[i]][0] for i in own]
+            found = E.answers(llm, [prompts[i] for i in own], chosen, cls.TOKENS)
+            yield own, [prompts[i] for i in own], chosen, found
+            for i, answer in zip(own, found, strict=True):
+                prompts[i] = prompts[i] + answer[0] + turns[i][at[i]][1]
+                at[i] += 1
+                if at[i] < len(turns[i]):
+                    waiting.insert(0, i)
+
+    @classmethod
+    def wrong(cls, llm: Any, oracle: Any, count: int) -> tuple[int, int, int]:
+        """(requests, those whose answer is another one than without a cache, those that found blocks)."""
+        total = wrong = hits = 0
+        for _, prompts, chosen, found in cls.asked(llm, count):
+            for answer, wanted in zip(found, oracle(prompts, chosen), strict=True):
+                wrong += E.worst([answer], [wanted]) > CLOSE
+                hits += answer[2] > 0
+                total += 1
+        return total, wrong, hits
+
+    def test_a_block_is_reused_where_the_steering_is_the_same_only(self, models: Any, monkeypatch: Any) -> None:
+        llm = E.engine(E.saved("llama", models), block_size=32)
+        known: dict[Any, Any] = {}
+
+        def oracle(prompts: list[list[int]], chosen: list[Any]) -> list[Any]:
+            """The same requests by the same engine, which reads no block for them."""
+            keys = [(tuple(p), str(s)) for p, s in zip(prompts, chosen, strict=True)]
+            new = {k: i for i, k in enumerate(keys) if k not in known}
+            if new:
+                found = E.answers(
+                    llm, [prompts[i] for i in new.values()], [chosen[i] for i in new.values()], self.TOKENS, fresh=True
+                )
+                assert not any(f[2] for f in found)
+                known.update(zip(new, found, strict=True))
+            return [known[k] for k in keys]
+
         try:
-            wrong, hits = self.wrong(llm, prompts, chosen, wanted)
-            assert wrong == 0 and hits > 0.8 * self.COUNT
-            # The same with the key switched off, so that the test can fail.
+            total, wrong, hits = self.wrong(llm, oracle, self.COUNT)
+            print(f"{self.COUNT} sequences, {total} requests, {hits} with blocks of others, {wrong} wrong")
+            assert wrong == 0 and hits > 0.8 * total
+            # The same with the keys switched off, so that the test can fail: of the steering, and of what was generated.
+            llm.llm_engine.reset_prefix_cache()
+            with monkeypatch.context() as patch:
+                patch.setattr(admission, "own_key", lambda request, stop: None)
+                total, wrong, hits = self.wrong(llm, oracle, self.COUNT // 4)
+                print(f"without keys of what was generated: {total} requests, {hits} with blocks, {wrong} wrong")
+                assert wrong > 3 and hits
             llm.llm_engine.reset_prefix_cache()
             monkeypatch.setattr(admission, "salt", lambda choice, id, own: admission.MARK)
             monkeypatch.setattr(admission, "enter", lambda request, menu: _unsalted(request))
-            wrong, hits = self.wrong(llm, prompts[:200], chosen[:200], wanted[:200])
-            assert wrong > 20 and hits
+            total, wrong, hits = self.wrong(llm, oracle, self.COUNT // 4)
+            print(f"without keys of the steering: {total} requests, {hits} with blocks, {wrong} wrong")
+            assert wrong > 50 and hits
         finally:
             E.close(llm)
 

@@ -336,7 +336,7 @@ def test_edits_over_the_cache_are_those_of_the_map(interpreted: None) -> None:
 
 def test_edits_of_many_batches_are_done_in_one_pass(interpreted: None) -> None:
     H, kv, d, size, lengths = 4, 2, 8, 4, [11, 3, 8]
-    cache, table, _ = cached(lengths, kv, d, size)
+    cache, table, pairs = cached(lengths, kv, d, size)
     layout, query = paged.Layout(True, paged.ACROSS), torch.randn(5, H, d)
     together = paged.Together(query, cache, layout, 0.3, 0)
     wanted = {}
@@ -348,19 +348,33 @@ def test_edits_of_many_batches_are_done_in_one_pass(interpreted: None) -> None:
         keys = torch.zeros(1, 1, int(max(length)), dtype=torch.bool)
         keys[..., -2:] = True
         single = paged.PagedForms(rows, lambda base=base: base)
-        joint = paged.TogetherForms(together, rows, torch.tensor(packed), lambda base=base: base)
+        requests = [Space(changed=False) for _ in own]
+        joint = paged.TogetherForms(together, rows, torch.tensor(packed), lambda base=base: base, requests, 3)
         told = []
         for forms in (single, joint):
             told.append(forms.share((1, 2), Share(keys, lambda s: 0.4 * s)))
             told.append(forms.add_bias(None, (0,), Reweight(((keys, 0.2),), 1.5), None))
-        assert joint.out() is base and not told[3][0]
-        wanted[tuple(packed)] = single.out()[:, :, 0], told
+        # One group of heads more gave none that could be taken.
+        assert joint.out() is base and not joint.whole and not told[3][0]
+        # A head that no edit has.
+        plain = [
+            Attention(query[None, r, 3:4, None], *(t[None, 1:] for t in pairs[i]), 0.3)
+            for r, i in zip(packed, own, strict=True)
+        ]
+        last = torch.stack([AttentionMap(a).out[0, 0, 0] for a in plain])
+        wanted[tuple(packed)] = single.out()[:, :, 0], told, requests, last
     found = {heads: (rows.tolist(), new) for rows, heads, new in together.run()}
     assert set(found) == {(1, 2), (0,)}
-    for packed, (out, told) in wanted.items():
+    for packed, (out, told, requests, last) in wanted.items():
+        assert all(r.changed for r in requests)
         for heads, (rows, new) in found.items():
             for i, row in enumerate(packed):
                 assert torch.allclose(new[rows.index(row)], out[i, list(heads)], atol=1e-6)
+        ((rows, heads, new),) = together.run(whole=True)
+        assert rows.tolist() == [0, 2, 4] and heads == (0, 1, 2, 3)
+        at = [rows.tolist().index(row) for row in packed]
+        assert torch.allclose(new[at][:, :3], out[:, :3], atol=1e-6)
+        assert torch.allclose(new[at][:, 3], last, atol=1e-5)
         assert torch.allclose(told[0][1], told[2][1]) and torch.equal(told[1][1], told[3][1]) and bool(told[3][0])
 
 
@@ -422,13 +436,107 @@ def test_a_layer_edits_the_rows_of_steered_requests_and_no_others(interpreted: N
     layer.layout = paged.Layout(True, paged.ACROSS)
     impl = Space(num_heads=H, num_kv_heads=kv, scale=0.3, sliding_window=-1, logits_soft_cap=0, sinks=None)
     with torch.inference_mode():
-        layer.edit(impl, None, query, cache, Space(block_table=table), output, ledger.plan(steps))
+        meta, ran = Space(block_table=table, num_actual_tokens=sum(new)), []
+        layer.edit(impl, None, query, cache, meta, output, ledger.plan(steps), lambda: ran.append(1))
+    assert ran == [1]
     assert torch.allclose(output, torch.cat(wanted), atol=1e-5)
     assert torch.equal(output[1], before[1]) and not torch.equal(output[0], before[0])
     assert [bool(ledger.requests[str(i)].changed) for i in (0, 2, 3, 4, 5)] == [True] * 5
     assert {ledger.requests[str(i)].edits for i in (0, 2, 3, 4, 5)} == {1}
     changes = [r.changed for r in ledger.run.audit.records.values()]
     assert changes and all(changes)
+    # Where all rows are edited whole, the layer's own kernel does not run, and heads that are not edited come out all the same.
+    alone = torch.full((2, H, d), torch.nan)
+    with torch.inference_mode():
+        plan = ledger.plan([(*steps[i][:2], j, *steps[i][3:]) for j, i in enumerate((2, 0))])
+        meta = Space(block_table=table, num_actual_tokens=2)
+        layer.edit(impl, None, query[[2, 0]], cache, meta, alone, plan, lambda: pytest.fail("the kernel ran"))
+    assert torch.allclose(alone, torch.cat([wanted[2], wanted[0]]), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ZeroTuning", "SpotLight", "ACT"])
+def test_a_long_prompt_that_is_alone_takes_one_kernel(method: str) -> None:
+    H, kv, d, size, n = 4, 2, 8, 16, 80
+    heads = {"1": [0, 3]}
+    values = {
+        "ZeroTuning": {"gamma": 0.2, "heads": heads},
+        "SpotLight": {"spans": [[1, 9]], "target": 0.6, "where": {"heads": heads}},
+        "ACT": {"beta": 0.4, "threshold": 0.005, "heads": heads},
+    }
+    ids = list(range(n))
+    asked = admission.admit(request({"method": method, **values[method]}, ids), menu()).sampling_params.extra_args
+    query, (cache, table, ((k, v),)) = torch.randn(n, H, d) * 3, cached([n], kv, d, size)
+    impl = Space(num_heads=H, num_kv_heads=kv, scale=0.3, sliding_window=-1, logits_soft_cap=0, sinks=None)
+    whole = (
+        AttentionMap(Attention(query.transpose(0, 1)[None], k[None], v[None], 0.3, causal=True)).out[0].transpose(0, 1)
+    )
+    found = []
+    for tokens in (n + 1, n):
+        # Beside another row that nobody steers the kernel runs, alone it does not.
+        ledger = Ledger(Armed(menu()), torch.device("cpu"))
+        ledger.enter("a", Space(extra_args=asked), n, lambda: ids)
+        layer = seam.Layer("layers.1", 1, ledger)
+        layer.layout, layer.exact = paged.Layout(True, paged.ACROSS), True
+        output, ran = torch.full((n, H, d), torch.nan), []
+        meta = Space(block_table=table, num_actual_tokens=tokens)
+
+        def run(output: Any = output, ran: Any = ran) -> None:
+            ran.append(1)
+            output.copy_(whole)
+
+        with torch.inference_mode():
+            layer.edit(impl, None, query, cache, meta, output, ledger.plan([("a", 0, 0, n, 0)]), run)
+        assert len(ran) == tokens - n and ledger.requests["a"].changed is not False
+        found.append(output)
+    assert torch.allclose(*found, atol=1e-5) and not torch.allclose(found[0], whole, atol=1e-3)
+    assert torch.allclose(found[1][:, 1:3], whole[:, 1:3], atol=1e-5)
+
+
+def test_a_block_behind_the_prompt_is_a_request_of_its_own() -> None:
+    z = {"method": "ZeroTuning", "gamma": 0.5}
+    made = [admission.admit(request(v), menu()) for v in (z, {**z, "prompt": 8}, None)]
+    for own in made:
+        own.num_prompt_tokens = 40
+    whole, scored, plain = made
+    # Blocks of 16: the third would end behind the prompt, which has 40 tokens, or in its last one where it has 8.
+    assert [admission.own_key(whole, stop) is None for stop in (16, 32, 40, 48)] == [True, True, False, False]
+    assert [admission.own_key(scored, stop) is None for stop in (4, 8, 16)] == [True, False, False]
+    assert admission.own_key(plain, 48) is None
+    keys = [admission.own_key(own, 48) for own in (whole, whole, scored)]
+    assert keys[0] == keys[1] != keys[2]
+    ledger = Ledger(Armed(menu()), torch.device("cpu"))
+    entered = ledger.enter("a", scored.sampling_params, 40, lambda: PROMPT)
+    assert entered.prompt == 8
+    batches = ledger.plan([("a", 0, 0, 40, 0)]).batches
+    assert sorted((b.phase, b.new) for b in batches) == [("decode", 32), ("prefill", 8)]
+    for wrong in (0, 41, True, "8", None):
+        with pytest.raises(SelectionError, match="1 to 40"):
+            admission.admit(request({**z, "prompt": wrong}), menu())
+
+
+def test_requests_whose_statistics_are_frozen_share_batches() -> None:
+    act = {"method": "ACT", "beta": 0.4, "heads": {"1": [0]}}
+    ledger, sent = armed(act, {**act, "beta": 0.2}, {**act, "decode": "running"}, {**act, "decode": "running"})
+    for name, extra in zip("abcd", sent, strict=True):
+        ledger.enter(name, Space(extra_args=extra), 40, lambda: PROMPT)
+    steps = [(name, i, 40 * i, 40, 0) for i, name in enumerate("abcd")]
+    assert [b.batch for b in ledger.plan(steps).batches] == [1] * 4
+    decode = [(name, i, i, 1, 40 + i) for i, name in enumerate("abcd")]
+    first, *others = ledger.plan(decode).batches
+    assert first.batch == 2 and [b.batch for b in others] == [1, 1]
+    index = ledger.requests["a"].choice.parts[0].bound.index
+    place = (index, "model.layers.1.self_attn", (0,))
+    sets = torch.zeros(2, 1, 1, 40, dtype=torch.bool)
+    sets[0, ..., 3], sets[1, ..., 5] = True, True
+    for name, own in zip("ab", sets, strict=True):
+        ledger.requests[name].states[place] = {"sinks": own, "sum": torch.zeros(1, 1, 40)}
+    stacked = first.states[place]["sinks"]
+    # The first has a token less, so one slot of padding before it.
+    assert stacked.shape[:2] == (2, 1) and stacked[:, 0].nonzero().tolist() == [[0, 4], [1, 5]]
+    again = ledger.plan([(n, i, r, k, past + 1) for n, i, r, k, past in decode]).batches[0]
+    assert again.states is first.states
+    ledger.requests["b"].begin()
+    assert not ledger.plan(decode).batches[0].states
 
 
 def engine(**other: Any) -> Space:

@@ -187,6 +187,41 @@ def test_wrong_requests_are_told_what_exists_and_change_nothing(client: Client, 
     assert client.call("/health")[0] == 200
 
 
+def test_a_recipe_asks_the_server(client: Client, path: Any, tmp_path: Any) -> None:
+    """The records of a run through the server are those of the same run in this process, with choices of several tokens."""
+    from attnsteer.run import run
+    from attnsteer.run.folder import read_run
+    from tests.run.running import MARKED, ROWS, recipe
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    own = {"data": {"file": "rows.jsonl", "format": "choices"}, "interventions": [MARKED], "batch_size": 3}
+    found = []
+    for name, model in (("here", {"path": str(path)}), ("there", {"vllm": f"{client.url}/v1"})):
+        asked = recipe(tmp_path, **own, controls={"zero": True}, model={**model, "kind": "lm", "architecture": "llama"})
+        found.append(read_run(run(asked, tmp_path / name, progress=False)))
+    here, there = (f.records for f in found)
+    assert set(here) == set(there) == {"baseline", "zero", "method"}
+    pairs = [(here[arm][k]["scores"], there[arm][k]["scores"]) for arm in here for k in here[arm]]
+    assert len(pairs) == 3 * len(ROWS) and max(abs(a - b) for own in pairs for a, b in zip(*own, strict=True)) < 5e-4
+    moved = [abs(there["method"][k]["scores"][0] - there["baseline"][k]["scores"][0]) for k in there["method"]]
+    assert max(moved) > 1e-2
+
+
+def test_each_steered_request_has_a_line_in_the_log(client: Client, oracle: Any) -> None:
+    text = next(t for t, _ in oracle)
+    asked = {**body(text, METHODS[3]), "request_id": "asked-for-a-line"}
+    assert client.call("/v1/completions", asked)[0] == 200
+    client.call("/v1/completions", body(text, None))
+    end = time.monotonic() + 20
+    found = ""
+    while time.monotonic() < end and not found:
+        found = next(
+            (l for l in client.log.read_text().splitlines() if "asked-for-a-line" in l and "SpotLight" in l), ""
+        )
+        time.sleep(0.2)
+    assert "edited" in found and "changed nothing" not in found
+
+
 def test_a_client_that_leaves_leaves_nothing_behind(client: Client, oracle: Any) -> None:
     text = next(t for t, _ in oracle)
     for _ in range(4):

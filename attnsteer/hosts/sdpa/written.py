@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,14 +20,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...bound import Bound
+from ...call import AttnCall
 from ...engine import SiteRuntime
 from ...errors import AttnSteerError, UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
-from ..sdpa.host import check_copyable
-from .attention_function import check_exact, reads_map
-from .direct import account_of, acting, call_of
-from .forward import Forward
+from ..exact import reads_map
+from .host import check_copyable, problem
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "attention_heads", "heads", "nhead")
 _PRODUCTS = {"matmul", "bmm", "__matmul__", "einsum"}
@@ -37,8 +38,21 @@ _CARRY = {
 
 
 def writes_attention(module: nn.Module) -> bool:
-    """Whether the module's own code, or a function beside it that this calls, takes a softmax, and it has heads."""
-    return heads_of(module) is not None and _takes_softmax(type(module))
+    """Whether the module's own code, or a function beside it that this calls, takes a softmax, and it has heads.
+
+    `nn.MultiheadAttention` does, in a function of torch.
+    """
+    return heads_of(module) is not None and (isinstance(module, nn.MultiheadAttention) or _takes_softmax(type(module)))
+
+
+@functools.cache
+def opened() -> Callable[..., Any]:
+    """`F.multi_head_attention_forward` as a mode sees into it: as it is, it is one function for a mode."""
+    own = torch.nn.functional.multi_head_attention_forward
+    known = {**own.__globals__, "has_torch_function": lambda tensors: False}
+    copied = types.FunctionType(own.__code__, known, own.__name__, own.__defaults__, own.__closure__)
+    copied.__kwdefaults__ = own.__kwdefaults__
+    return copied
 
 
 def heads_of(module: nn.Module) -> int | None:
@@ -60,7 +74,7 @@ def _takes_softmax(cls: type) -> bool:
         if code is None or code in seen:
             continue
         seen.add(code)
-        if {"softmax", "Softmax"} & set(code.co_names):
+        if {"softmax", "Softmax", "multi_head_attention_forward"} & set(code.co_names):
             return True
         for name in code.co_names:
             found = function.__globals__.get(name)
@@ -80,7 +94,21 @@ def check_written(site: Site, bound: Bound) -> None:
         )
 
 
-def attach_written(runtime: SiteRuntime, journal: Any) -> None:
+@dataclass(frozen=True)
+class Account:
+    """What a host knows of the running call of such a module.
+
+    Attributes:
+        acting: which interventions act now. call: what a method sees, from batch, rows, keys and device. check: compares what is
+            computed here (`Attention`) with what the model computed (from rows to outputs), where a map is read.
+    """
+
+    acting: Callable[[], tuple[int, ...]]
+    call: Callable[[int, int, int, torch.device], AttnCall]
+    check: Callable[[Attention, Callable[[Tensor], Tensor]], None]
+
+
+def attach_written(runtime: SiteRuntime, account: Account, journal: Any) -> None:
     """Follow the softmax of the site's module in its forwards, until undone."""
     module = runtime.site.module
     names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -88,7 +116,7 @@ def attach_written(runtime: SiteRuntime, journal: Any) -> None:
     # Traced code would not enter the mode again.
     @torch.compiler.disable
     def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        active = acting(runtime)
+        active = account.acting()
         if not active:
             return inner(*args, **kwargs)
         asked = {**dict(zip(names, args, strict=False)), **kwargs}.get("output_attentions")
@@ -97,14 +125,15 @@ def attach_written(runtime: SiteRuntime, journal: Any) -> None:
                 f"{runtime.site.path} hands its attention map out before it is edited. Call the model without "
                 "output_attentions, or leave this site out of Where."
             )
-        mode = _Following(runtime, active)
+        mode = _Following(runtime, account, active)
         try:
             with mode:
                 out = inner(*args, **kwargs)
         finally:
             if mode.error is not None:
                 raise mode.error
-        if mode.products and mode.cut:
+        # That one takes a mean of its map for who asks for it, behind the product.
+        if mode.products and mode.cut and not isinstance(module, nn.MultiheadAttention):
             raise UnsupportedHost(
                 f"{runtime.site.path}: {type(module).__name__} takes its map apart ({mode.cut}), so that a part of it could "
                 "meet values unseen. Leave this site out of Where."
@@ -122,17 +151,20 @@ def attach_written(runtime: SiteRuntime, journal: Any) -> None:
 class _Following(TorchFunctionMode):
     """One forward of one module: from each softmax to the product with its values, which comes out edited."""
 
-    def __init__(self, runtime: SiteRuntime, active: tuple[int, ...]):
+    def __init__(self, runtime: SiteRuntime, account: Account, active: tuple[int, ...]):
         super().__init__()
-        self.runtime, self.active, self.products = runtime, active, 0
+        self.runtime, self.account, self.active, self.products = runtime, account, active, 0
         self.cut = ""
         # Kept until the forward ends: an operator takes a TypeError for "not implemented", and ours are such.
         self.error: AttnSteerError | None = None
         # id of a map -> (the map, which keeps the id its own; its scores).
         self._maps: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.nn.functional.multi_head_attention_forward:
+            with self:
+                return opened()(*args, **kwargs)
         out = func(*args, **kwargs)
         if self.error is not None:
             return out
@@ -144,6 +176,8 @@ class _Following(TorchFunctionMode):
 
     def _follow(self, name: str, args: Any, kwargs: Any, out: Any) -> Any:
         """What comes out of a function of torch, edited where that is a product with values."""
+        if name == "scaled_dot_product_attention":
+            return self._fused(out, *args, **kwargs)
         if name == "softmax":
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             scores = args[0] if args else kwargs["input"]
@@ -167,6 +201,28 @@ class _Following(TorchFunctionMode):
                 # A part of a map (its global columns, a window): what becomes of it is not followed.
                 self.cut = self.cut or name
         return out
+
+    def _fused(
+        self,
+        out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """What SDPA gave, edited."""
+        site = self.runtime.site
+        self.products += 1
+        if dropout_p:
+            raise UnsupportedHost(f"{site.path} runs with dropout {dropout_p}; call eval() on the model first.")
+        if query.ndim != 4:
+            raise UnsupportedHost(f"{site.path} attends on {query.ndim}-D tensors; [B, H, N, d] is needed.")
+        att = problem(query, key, value, attn_mask, is_causal, scale)
+        call = self.account.call(query.shape[0], query.shape[2], key.shape[2], query.device)
+        return self.runtime(att, lambda: out, call, self.active)
 
     def _refuse_dropout(self, args: Any, kwargs: Any) -> None:
         rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
@@ -195,15 +251,9 @@ class _Following(TorchFunctionMode):
         zeros = v.new_zeros(())
         q, k = zeros.expand(B, H, n, v.shape[-1]), zeros.expand(B, H, m, v.shape[-1])
         att = Attention(q.contiguous(), k.contiguous(), v, 1.0, mask=z)
-        account = account_of(runtime)
-        if (
-            isinstance(account, Forward)
-            and id(site.module) not in account.stack.exact
-            and reads_map(runtime, self.active)
-        ):
-            check_exact(site, att, lambda index: form.output(out).index_select(2, index))
-            account.stack.exact.add(id(site.module))
-        call = call_of(runtime, B, n, m, z.device)
+        if reads_map(runtime, self.active):
+            self.account.check(att, lambda index: form.output(out).index_select(2, index))
+        call = self.account.call(B, n, m, z.device)
         edited = runtime(att, lambda: form.output(out), call, self.active)
         return form.back(edited).to(out.dtype).reshape(out.shape)
 

@@ -1,0 +1,291 @@
+"""Pipelines that no test of the library builds: they take the components of a sibling whose test does, and these changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Changes = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """How to build one pipeline from the parts of another.
+
+    Attributes:
+        of: the pipeline whose test has the parts. parts: components that differ, from those. inputs: arguments of a call that
+            differ, from those; what the pipeline does not take is left out.
+    """
+
+    of: str
+    parts: Changes = lambda parts: {}
+    inputs: Changes = lambda given: {}
+
+
+def _like(model: nn.Module, **changes: Any) -> nn.Module:
+    """Another of its class, of a config that differs."""
+    torch.manual_seed(0)
+    return type(model).from_config({**model.config, **changes}).eval()
+
+
+def _wider(name: str = "transformer", by: int = 2, to: int | None = None) -> Changes:
+    """A denoiser with more input channels: for a control, a video or a mask beside the latent."""
+    return lambda parts: {name: _like(parts[name], in_channels=to or parts[name].config.in_channels * by)}
+
+
+def _picture(size: int, channels: int = 3) -> Tensor:
+    """[1, channels, size, size], from 0 to 1."""
+    return torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _mask(size: int) -> Tensor:
+    """[1, 1, size, size]; the left half is one."""
+    return (torch.arange(size) < size // 2).float().expand(1, 1, size, size).clone()
+
+
+def _pil(size: int, mode: str = "RGB") -> Any:
+    from PIL import Image
+
+    return Image.new(mode, (size, size))
+
+
+def _union(parts: dict[str, Any]) -> dict[str, Any]:
+    from diffusers import ControlNetUnionModel
+
+    known = ControlNetUnionModel.from_config(
+        dict(parts["controlnet"].config), num_trans_channel=32, num_trans_head=2, num_proj_channel=32
+    )
+    return {"controlnet": known.eval()}
+
+
+def _union_inputs(given: dict[str, Any]) -> dict[str, Any]:
+    return {"control_image": given.get("control_image", given["image"]), "control_mode": 0}
+
+
+def _z_control(extra: int) -> Changes:
+    def parts(parts: dict[str, Any]) -> dict[str, Any]:
+        from diffusers import ZImageControlNetModel
+
+        torch.manual_seed(0)
+        model = ZImageControlNetModel(
+            control_layers_places=[0],
+            control_refiner_layers_places=[0],
+            control_in_dim=16 + extra,
+            add_control_noise_refiner="control_noise_refiner",
+            dim=32,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+        )
+        return {"controlnet": model.eval()}
+
+    return parts
+
+
+def _siglip(parts: dict[str, Any]) -> dict[str, Any]:
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    return {
+        "image_encoder": SiglipVisionModel(config).eval(),
+        "feature_extractor": SiglipImageProcessor(size={"height": 16, "width": 16}),
+        "transformer": _like(parts["transformer"], task_type="i2v"),
+    }
+
+
+def _upscaling(parts: dict[str, Any]) -> dict[str, Any]:
+    from diffusers import DDPMScheduler
+
+    return {
+        "unet": _like(parts["unet"], in_channels=7, num_class_embeds=1000),
+        "low_res_scheduler": DDPMScheduler(),
+    }
+
+
+def _small_unet(parts: dict[str, Any]) -> nn.Module:
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(
+        block_out_channels=(32, 64),
+        layers_per_block=2,
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+
+
+def _pixels(scheduler: str) -> Changes:
+    def parts(parts: dict[str, Any]) -> dict[str, Any]:
+        import diffusers
+
+        return {"unet": _small_unet(parts), "scheduler": getattr(diffusers, scheduler)()}
+
+    return parts
+
+
+def _latents(channels: int) -> Changes:
+    def parts(parts: dict[str, Any]) -> dict[str, Any]:
+        from diffusers import DDIMScheduler, VQModel
+
+        torch.manual_seed(0)
+        vae = VQModel(
+            block_out_channels=[32, 64],
+            down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D"],
+            up_block_types=["UpDecoderBlock2D", "UpDecoderBlock2D"],
+            latent_channels=3,
+        )
+        unet = _like(_small_unet(parts), in_channels=channels)
+        return {"vqvae": vae.eval(), "unet": unet, "scheduler": DDIMScheduler()}
+
+    return parts
+
+
+def _ernie(parts: dict[str, Any]) -> dict[str, Any]:
+    from .diffusers import build
+
+    return {"transformer": build("ErnieImageTransformer2DModel")[0], "pe": None, "pe_tokenizer": None}
+
+
+def _ernie_inputs(given: dict[str, Any]) -> dict[str, Any]:
+    seed = torch.Generator().manual_seed(0)
+    return {
+        "prompt": None,
+        "prompt_embeds": [torch.randn(6, 16, generator=seed)],
+        "negative_prompt_embeds": [torch.randn(6, 16, generator=seed)],
+        "use_pe": False,
+        "guidance_scale": 4.0,
+        "height": 128,
+        "width": 128,
+        "output_type": "latent",
+    }
+
+
+def _longcat(parts: dict[str, Any]) -> dict[str, Any]:
+    from diffusers import AutoencoderKL, LongCatImageTransformer2DModel
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=[32, 64],
+        down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D", "UpDecoderBlock2D"],
+        latent_channels=16,
+    )
+    transformer = LongCatImageTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=32,
+        axes_dims_rope=[4, 4, 8],
+    )
+    return {"vae": vae.eval(), "transformer": transformer.eval(), "text_processor": parts["processor"]}
+
+
+SIBLINGS: dict[str, Sibling] = {
+    "AltDiffusionImg2ImgPipeline": Sibling("AltDiffusionPipeline", inputs=lambda given: {"image": _picture(32)}),
+    "ChromaInpaintPipeline": Sibling(
+        "ChromaImg2ImgPipeline", inputs=lambda given: {"image": _picture(8), "mask_image": _mask(8)}
+    ),
+    "CogView4ControlPipeline": Sibling(
+        "CogView4Pipeline", parts=_wider(), inputs=lambda given: {"control_image": _picture(16)}
+    ),
+    "ConsistencyModelPipeline": Sibling("DDIMPipeline", parts=_pixels("CMStochasticIterativeScheduler")),
+    "DDPMPipeline": Sibling("DDIMPipeline", parts=_pixels("DDPMScheduler")),
+    "EasyAnimateControlPipeline": Sibling("EasyAnimatePipeline", parts=_wider(by=3)),
+    "EasyAnimateInpaintPipeline": Sibling(
+        "EasyAnimatePipeline",
+        parts=_wider(to=9),
+        inputs=lambda given: {"video": torch.rand(1, 3, 5, 16, 16), "mask_video": torch.ones(1, 1, 5, 16, 16) * 255},
+    ),
+    "ErnieImagePipeline": Sibling("Flux2KleinPipeline", parts=_ernie, inputs=_ernie_inputs),
+    "HeliosPyramidPipeline": Sibling(
+        "HeliosPipeline", inputs=lambda given: {"pyramid_num_inference_steps_list": [2], "guidance_scale": 5.0}
+    ),
+    "HunyuanVideo15ImageToVideoPipeline": Sibling(
+        "HunyuanVideo15Pipeline", parts=_siglip, inputs=lambda given: {"image": _pil(16)}
+    ),
+    "LDMPipeline": Sibling("DDIMPipeline", parts=_latents(3)),
+    "LDMSuperResolutionPipeline": Sibling(
+        "DDIMPipeline", parts=_latents(6), inputs=lambda given: {"image": _picture(32)}
+    ),
+    "LTXI2VLongMultiPromptPipeline": Sibling("LTXPipeline", inputs=lambda given: {"cond_image": _picture(32)}),
+    "LongCatImagePipeline": Sibling(
+        "QwenImageEditPipeline",
+        parts=_longcat,
+        inputs=lambda given: {"enable_prompt_rewrite": False, "guidance_scale": 4.5, "output_type": "latent"},
+    ),
+    "LongCatImageEditPipeline": Sibling(
+        "QwenImageEditPipeline", parts=_longcat, inputs=lambda given: {"guidance_scale": 4.5, "output_type": "latent"}
+    ),
+    "LucyEditPipeline": Sibling("WanVideoToVideoPipeline", parts=_wider()),
+    "PNDMPipeline": Sibling("DDIMPipeline", parts=_pixels("PNDMScheduler")),
+    "QwenImageControlNetInpaintPipeline": Sibling(
+        "QwenImageControlNetPipeline",
+        parts=lambda parts: {"controlnet": _like(parts["controlnet"], extra_condition_channels=4)},
+        inputs=lambda given: {"control_mask": _mask(32), "true_cfg_scale": 3.0},
+    ),
+    "QwenImageEditInpaintPipeline": Sibling(
+        "QwenImageEditPipeline", inputs=lambda given: {"mask_image": _pil(32, "L"), "strength": 1.0}
+    ),
+    "QwenImageLayeredPipeline": Sibling(
+        "QwenImageEditPipeline",
+        parts=lambda parts: {
+            "transformer": _like(parts["transformer"], use_additional_t_cond=True, use_layer3d_rope=True)
+        },
+        inputs=lambda given: {"image": _pil(32, "RGBA"), "layers": 2, "resolution": 640},
+    ),
+    "ScoreSdeVePipeline": Sibling("DDIMPipeline", parts=_pixels("ScoreSdeVeScheduler")),
+    "SemanticStableDiffusionPipeline": Sibling("StableDiffusionPipeline"),
+    "StableAudio3AudioToAudioPipeline": Sibling(
+        "StableAudio3Pipeline", inputs=lambda given: {"audio": torch.rand(1, 2, 64) - 0.5}
+    ),
+    "StableAudio3InpaintPipeline": Sibling(
+        "StableAudio3Pipeline",
+        inputs=lambda given: {
+            "audio": torch.rand(1, 2, 64) - 0.5,
+            "mask_start_seconds": 0.25,
+            "mask_end_seconds": 0.75,
+        },
+    ),
+    "StableDiffusionInpaintPipelineLegacy": Sibling(
+        "StableDiffusionPipeline", inputs=lambda given: {"image": _picture(64), "mask_image": _mask(64)}
+    ),
+    "StableDiffusionPipelineSafe": Sibling("StableDiffusionPipeline"),
+    "StableDiffusionUpscalePipeline": Sibling(
+        "StableDiffusionPipeline", parts=_upscaling, inputs=lambda given: {"image": _picture(32)}
+    ),
+    "StableDiffusionXLControlNetUnionPipeline": Sibling(
+        "StableDiffusionXLControlNetPipeline", parts=_union, inputs=_union_inputs
+    ),
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": Sibling(
+        "StableDiffusionXLControlNetImg2ImgPipeline", parts=_union, inputs=_union_inputs
+    ),
+    "StableDiffusionXLControlNetUnionInpaintPipeline": Sibling(
+        "StableDiffusionXLControlNetPipeline",
+        parts=_union,
+        inputs=lambda given: {"image": _picture(64), "mask_image": _mask(64), **_union_inputs(given)},
+    ),
+    "TextToVideoZeroPipeline": Sibling(
+        "StableDiffusionPipeline", inputs=lambda given: {"video_length": 2, "t0": 1, "t1": 2, "num_inference_steps": 3}
+    ),
+    "ZImageControlNetPipeline": Sibling(
+        "ZImagePipeline", parts=_z_control(0), inputs=lambda given: {"control_image": _picture(32)}
+    ),
+    "ZImageControlNetInpaintPipeline": Sibling(
+        "ZImagePipeline",
+        parts=_z_control(17),
+        inputs=lambda given: {"control_image": _picture(32), "image": _picture(32), "mask_image": _mask(32)},
+    ),
+}
