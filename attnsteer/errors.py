@@ -104,9 +104,11 @@ def clipped(text: str, limit: int = 500) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A " Did you mean 'x'?" suffix, or an empty string when nothing is close."""
+    if not isinstance(name, str):
+        return ""
     # A wrong case is the likeliest slip, so it counts for nothing.
     spelled = {str(k).lower(): str(k) for k in known}
-    close = difflib.get_close_matches(str(name).lower(), list(spelled), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), list(spelled), n=1, cutoff=0.5)
     return f" Did you mean {spelled[close[0]]!r}?" if close else ""
 
 

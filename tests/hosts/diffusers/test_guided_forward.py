@@ -104,8 +104,8 @@ def test_a_wrong_prediction(pipe: Any, name: str, mode: Any) -> None:
     ("around", "words"),
     [
         (
-            lambda self, f, inputs, run: f(inputs.only("no")),
-            r"inputs has no part 'no'; this call has 'uncond', 'cond'\.$",
+            lambda self, f, inputs, run: f(inputs.only("text")),
+            r"inputs has no part 'text'; this call has 'uncond', 'cond'\.$",
         ),
         (lambda self, f, inputs, run: f(inputs.only("Cond")), "Did you mean 'cond'"),
         (lambda self, f, inputs, run: run.inside(self.new()).__enter__(), r"run\.inside\(Wrong\(.*run\.inside\(self\)"),
