@@ -100,6 +100,9 @@ class Loop:
             self.reason = "it makes no step of its scheduler"
             return
         self.plain = first["steps"][-1]
+        if not bool(self.plain.isfinite().all()):
+            self.reason = "its small random parts give numbers that are not finite"
+            return
         self.calls = [self._changed(a, b) for a, b in zip(first["first"], second["first"], strict=True)]
         found = [s for s in sites(pipe) if s.component == self.name]
         self.sites = found
