@@ -33,7 +33,7 @@ def parts() -> dict[str, Any]:
     tower = CLIPVisionModel(vision_config()).eval()
     projector = llava.LlavaMultiModalProjector(llava.config(text.config, tower.config))
     register = torch.randn(WIDTH)
-    reader = training.Reader(copy.deepcopy(text), tokenizer, copy.deepcopy(tower), projector, register)
+    reader = training.Reader(own(text), tokenizer, own(tower), projector, register)
     with torch.no_grad():
         for p in (p for n, p in reader.named_parameters() if n.endswith(".b")):
             p.normal_(std=0.1)
@@ -43,8 +43,15 @@ def parts() -> dict[str, Any]:
     return {"text": text, "tower": tower, "reader": reader, "tensors": reader.tensors(), "tokenizer": tokenizer}
 
 
+def own(model: Any) -> Any:
+    """A copy; that of a config forgets which attention it was told to take."""
+    found = copy.deepcopy(model)
+    found.set_attn_implementation("sdpa")
+    return found
+
+
 def assembled(parts: dict[str, Any], registers: bool = True) -> Any:
-    return llava.assemble(copy.deepcopy(parts["text"]), copy.deepcopy(parts["tower"]), parts["tensors"], registers)
+    return llava.assemble(own(parts["text"]), own(parts["tower"]), parts["tensors"], registers)
 
 
 def inputs(parts: dict[str, Any], text: str = "question", seed: int = 0) -> dict[str, Tensor]:
@@ -86,8 +93,8 @@ def test_what_is_assembled_is_what_was_trained(parts: dict[str, Any]) -> None:
     )
     packed = out.last_hidden_state[b, at] @ table.T
     row = 0
-    for i, own in enumerate([texts, texts[:1]]):
-        for text, answer, share in own:
+    for i, asked in enumerate([texts, texts[:1]]):
+        for text, answer, share in asked:
             said = ask(answer)
             alone = model(**inputs(parts, text + answer)).logits[0, -len(said) - 1 : -1]
             for k, token in enumerate(said):
