@@ -396,6 +396,7 @@ def knockout(name: str, width: int, count: int) -> dict[str, Any]:
     return found
 
 
+@torch.no_grad()
 def _whole(model: Any, processor: Any, data: Sequence[Item], make: Make) -> list[list[Any]]:
     """`existence` of shapes-lvlm, a whole prompt for each question."""
     from attnsteer.zoo.measure.text import inputs
@@ -474,14 +475,18 @@ def report(out: Path) -> str:
     rows = {p.stem.removeprefix("existence "): json.loads(p.read_text()) for p in sorted(out.glob("existence *.json"))}
     told = lambda i, f, d: f"{f * i.value:+.{d}f} [{f * i.low:.{d}f}, {f * i.high:.{d}f}]"  # noqa: E731
     lines = [
-        "| arm | accuracy | difference in points | log p | says yes | "
+        "| arm | questions | accuracy | difference in points | log p | says yes | "
         + " | ".join(NEGATIVES) + " | changed answers |",
-        "| --- " * (6 + len(NEGATIVES)) + "|",
+        "| --- " * (7 + len(NEGATIVES)) + "|",
     ]  # fmt: skip
     for name, own in rows.items():
-        base = rows["base, no registers" if name.endswith("no registers") else "base"]
+        base = rows.get("base, no registers" if name.endswith("no registers") else "base", [])
+        asked = {(r[0], r[1]) for r in own}
+        base = [r for r in base if (r[0], r[1]) in asked]
+        if len(base) < len(own):
+            continue
         kinds = [difference(*([r for r in x if k in r[3]] for x in (base, own)), right) for k in NEGATIVES]
-        if own is base:
+        if name.startswith("base"):
             cells = ["-", f"{log_p(own):.3f}", f"{100 * sum(map(said_yes, own)) / len(own):.1f} %"]
             cells += [f"{100 * accuracy([r for r in own if k in r[3]]):.1f} %" for k in NEGATIVES] + ["-"]
         else:
@@ -491,7 +496,7 @@ def report(out: Path) -> str:
             ]
             cells += [told(k, 100, 1) for k in kinds]
             cells += [str(sum(before[r[0], r[1]] != (r[4] > 0) for r in own))]
-        lines.append(f"| {name} | {100 * accuracy(own):.1f} % | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {len(own)} | {100 * accuracy(own):.1f} % | " + " | ".join(cells) + " |")
     lines.append(f"\n{len(rows['base'])} questions about {len({r[0] for r in rows['base']})} scenes.\n")
     texts = {p.stem.removeprefix("captions "): json.loads(p.read_text()) for p in sorted(out.glob("captions *.json"))}
     if "base" in texts:

@@ -112,7 +112,8 @@ SIGNATURES = {
     "SoftPAG": "scale=3.0, strength=1.0, joint='joint_identity', *, where, adaptive=0.0, heads=None, target='identity'",
     "SpotLight": "spans, target=0.2, pooled=False, *, where, tokenizer=None",
     "StoryAdapter": "scale=0.3, *, where, frames=None",
-    "VAR": "sink_dims=None, tau=20.0, rho=0.5, min_image_mass=0.2, move_fraction=0.6, *, where, released=False",
+    "VAR": "sink_dims=None, tau=20.0, rho=0.5, min_image_mass=0.2, move_fraction=0.6, *, where, released=False, "
+    "sinks='all', seed=0",
     "BlockMask": "block_size=512, top_k=None, threshold=0.25, select='query_head', *, where, released=False",
     "Scatterbrain": "nb_features=None, n_hashes=2, cluster_size=64, seed=0, *, where",
     "TokenMerge": "ratio=0.5, stride=(2, 2), use_rand=True, size_bias=True, *, where, match='grid', grid=None, frames=1, "

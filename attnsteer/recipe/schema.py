@@ -465,6 +465,7 @@ class Recipe(Spec):
         if found["prefix"] == "off":
             del found["prefix"]
         found["controls"] = {k: v for k, v in found["controls"].items() if k != "random_spans" or v}
+        found["model"] = {k: v for k, v in found["model"].items() if k != "vllm" or v is not None}
         return digest(found)
 
 

@@ -17,6 +17,7 @@ from ..manifest import MANIFEST, file_hash, problems_of, read_manifest
 from ..recipe.loading import load_recipe
 from ..recipe.schema import Recipe, digest
 from ..run import store
+from ..run.data.sample import Data
 from ..run.folder import RunFolder, read_run
 from ..run.merging import EQUAL, files_of, read_timings
 from ..run.score import Scores
@@ -223,7 +224,7 @@ def _again(run: RunFolder, recipe: Recipe, samples: int) -> list[Check]:
         if (run.path / "calibration").is_dir():
             shutil.copytree(run.path / "calibration", folder / "calibration")
         try:
-            job = prepare(recipe, folder, tiny=run.tiny)
+            job = prepare(recipe, folder, tiny=run.tiny, given=_kept(run, recipe))
             loaded = load(job.recipe.model, tiny=job.data if run.tiny else None, folder=job.source.folder)
         except AttnSteerError as error:
             return [Check(n, "not done", f"the run cannot be set up here: {error}") for n in names]
@@ -235,6 +236,15 @@ def _again(run: RunFolder, recipe: Recipe, samples: int) -> list[Check]:
                 *(Check(n, "not done", "the run is of other weights, samples or files") for n in names[1:]),
             ]
         return [*checks, *_answers(run, job, loaded, samples)]
+
+
+def _kept(run: RunFolder, recipe: Recipe) -> Data | None:
+    """The samples of the folder, where the recipe's file of them is not on this machine; they have no pictures then."""
+    file = recipe.data.file
+    if file is None or run.tiny or (recipe.folder / file).exists():
+        return None
+    samples = list(run.samples.values())
+    return None if any("image" in s for s in samples) else Data(samples, lambda s: None)
 
 
 def _weights(run: RunFolder, job: Any, loaded: Any) -> Check:
@@ -249,6 +259,10 @@ def _weights(run: RunFolder, job: Any, loaded: Any) -> Check:
     if {f.path.name: f.sha256 for f in job.method_files()} != run.identity.get("imports", {}):
         problems.append("the imported files are other ones")
     text = f"the hashes of {len(loaded.files)} files of the model are those of the run"
+    if _kept(run, job.recipe) is not None:
+        text += (
+            f"; {job.recipe.data.file} is not here: the samples are those of {store.SAMPLES}, which have the run's hash"
+        )
     return Check("weights", "fail" if problems else "pass", "; ".join(problems) or text)
 
 

@@ -54,8 +54,13 @@ class Job:
         return data
 
 
-def prepare(recipe: Recipe, folder: Path, tiny: bool = False, limit: int | None = None) -> Job:
+def prepare(
+    recipe: Recipe, folder: Path, tiny: bool = False, limit: int | None = None, given: Data | None = None
+) -> Job:
     """Everything that can be checked without the model.
+
+    Args:
+        given: the samples, where the recipe's own file of them is not here.
 
     Raises:
         RecipeError, MissingExtra: see `run`.
@@ -65,13 +70,13 @@ def prepare(recipe: Recipe, folder: Path, tiny: bool = False, limit: int | None 
     missing = [] if tiny else [m for m in recipe.requires if find_spec(m.partition(".")[0]) is None]
     if missing:
         raise MissingExtra(f"the recipe {recipe.name} needs {', '.join(missing)}, which is not installed.")
-    problems = check(recipe, files=not tiny)
+    problems = check(recipe, files=not tiny and given is None)
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise RecipeError(f"{recipe.name}: {' '.join(problems[:5])}{more}")
     resolved = resolve(recipe, tiny)
     job = Job(resolved, recipe, folder, Data([], lambda s: None), tiny)
-    data = job.load(resolved.data)
+    data = job.load(resolved.data) if given is None else given
     if tiny:
         from .tiny import tiny_metrics
 

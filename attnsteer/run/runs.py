@@ -192,8 +192,13 @@ def identity_of(job: Job, loaded: Loaded) -> dict[str, Any]:
 def begin(job: Job, identity: dict[str, Any]) -> None:
     """Write what a run is; first of all identity.json, so that a folder with anything else in it is known."""
     store.write_json(job.folder / store.IDENTITY, identity)
-    store.write_atomic(job.folder / store.RECIPE, self_contained(job.recipe).canonical().encode())
+    if not (job.folder / store.RECIPE).is_file():
+        _write_recipe(job)
     store.write_lines(job.folder / store.SAMPLES, job.data.samples)
+
+
+def _write_recipe(job: Job) -> None:
+    store.write_atomic(job.folder / store.RECIPE, self_contained(job.recipe).canonical().encode())
 
 
 def settle(job: Job, loaded: Loaded, arms: Plan, status: Status, world: int) -> None:
@@ -203,6 +208,8 @@ def settle(job: Job, loaded: Loaded, arms: Plan, status: Status, world: int) -> 
         RunError: the arms differ.
     """
     refuse_other_arms(job.folder, arms, status)
+    # Texts and claims of a recipe may have changed, and its heads have not.
+    _write_recipe(job)
     if status.done < status.total:
         here = environment(loaded.device, world)
         if loaded.revision is not None:

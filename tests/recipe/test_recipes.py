@@ -27,7 +27,7 @@ NAMES = shipped.names()
 NOT_PUBLISHED = {"HeadGate"}
 # Tools (maps and heads of another run, knock-outs), and methods whose evaluation is not written yet.
 TOOLS = {"FreezeMaps", "InjectMap", "PatchHeads", "VisualKnockout"}
-NOT_EVALUATED = {"BlockMask", "Scatterbrain"}
+NOT_EVALUATED = {"BlockMask", "Scatterbrain", "StoryAdapter"}
 FOLDER = shipped.folder()
 
 

@@ -238,7 +238,7 @@ def test_as_many_arms_share_as_make_it_faster(
     samples = [{"prompt": "word " * 120}, *[{"prompt": "word"}] * (batch - 1)]
     arms: list[Any] = [SimpleNamespace(id=i, decoding={}) for i in range(5)]
     found = sharing.of_batch(
-        [arms], samples, SimpleNamespace(tokenizer=tokenizer), {"max_new_tokens": new} if new else {}
+        [arms], samples, SimpleNamespace(tokenizer=tokenizer, stream=False), {"max_new_tokens": new} if new else {}
     )
     assert [len(g) for g in found] == wanted and [arm for g in found for arm in g] == arms
 

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from attnsteer import cli
+from attnsteer import HeadSet, cli
 from attnsteer.errors import RunError
 from attnsteer.manifest import MANIFEST, manifest_of, read_manifest
+from attnsteer.recipe import load_recipe
 from attnsteer.results.verification import VERIFIED, Verification, verified, verify
 from attnsteer.run import models, store
+from attnsteer.run import run as start
 from attnsteer.run.merging import files_of, read_timings
 from attnsteer.run.score import Scores
-from tests.run.running import load, records
+from tests.run.running import READING, load, records
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,33 @@ def test_figures_that_do_not_follow_are_found(run: Path) -> None:
     reseal(run)
     found = verify(run, samples=0)
     assert failed(found) == ["metrics"] and "arms.method.choice.accuracy.value" in found.checks[3].text
+
+
+def test_a_run_over_a_file_is_answered_again_from_its_own_samples(
+    tmp_path: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a stranger's machine: neither the data nor the file of heads are there."""
+    monkeypatch.setattr(models, "load", lambda *_, **__: model)
+    made = tmp_path / "here"
+    made.mkdir()
+    rows = [
+        {
+            "question": f"a red star . a blue circle . what colour is the {s} ? answer",
+            "choices": ["red", "blue"],
+            "answer": n,
+        }
+        for n, s in enumerate(("star", "circle"))
+    ]
+    (made / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    HeadSet({1: [0, 2]}).save(made / "heads.safetensors")
+    given = {**READING, "data": {"file": "data.jsonl", "format": "choices"}}
+    given["interventions"] = [{"method": "ACT", "params": {"beta": 0.4}, "heads": "heads.safetensors"}]
+    (made / "r.yaml").write_text(json.dumps(given))
+    out = start(load_recipe(made / "r.yaml"), tmp_path / "run", progress=False)
+    shutil.rmtree(made)
+    found = verify(out)
+    assert found.ok and "data.jsonl is not here" in found.checks[4].text, found.checks
+    assert "8 answers to 2 samples given again" in found.checks[-1].text
 
 
 def test_what_cannot_be_verified_says_what_to_do(run: Path, tmp_path: Path) -> None:

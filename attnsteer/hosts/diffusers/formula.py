@@ -117,6 +117,9 @@ class Formula:
         stride = max(1, output.numel() // NUMBERS)
         y = output.detach().flatten()[::stride].double()
         A = torch.stack([r.flatten()[::stride].double() for r in rows], dim=1)
+        if not bool(A.isfinite().all() & y.isfinite().all()):
+            # The model overflows by itself; there is no formula to be seen.
+            return 1.0
         # Equal rows (equal prompts) leave their weights open, not their sum.
         weights = torch.linalg.pinv(A) @ y
         total, rest = float(weights.sum()), float((A @ weights - y).norm() / y.norm().clamp_min(1e-30))

@@ -82,11 +82,20 @@ def _tokens(text: str) -> list[int]:
     return [3 + sum((i + 1) * ord(c) for i, c in enumerate(part)) % 4 for part in parts] + [2]
 
 
-class _Asked(dict):
-    def __missing__(self, key: str) -> Any:
-        if key != "position_ids":
-            raise KeyError(key)
-        return torch.arange(self["input_ids"].shape[1]).expand_as(self["input_ids"])
+@functools.cache
+def _encoding() -> Any:
+    from transformers import BatchEncoding
+
+    class Encoding(BatchEncoding):
+        """With positions for those who ask for them, as Kolors does; most models take none."""
+
+        def __getitem__(self, item: Any) -> Any:
+            if item == "position_ids" and item not in self.data:
+                ids = self.data["input_ids"]
+                return torch.arange(ids.shape[1]).expand_as(ids)
+            return super().__getitem__(item)
+
+    return Encoding
 
 
 class Words:
@@ -106,8 +115,6 @@ class Words:
         return self
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        from transformers import BatchEncoding
-
         texts = [text] if isinstance(text, str) or text is None else list(text)
         texts = [t if isinstance(t, str) else str(t) for t in texts]
         limit = kwargs.get("max_length") or 10_000
@@ -126,10 +133,7 @@ class Words:
             given = {k: v.tolist() for k, v in given.items()}
             if isinstance(text, str):
                 given = {k: v[0] for k, v in given.items()}
-        encoded = BatchEncoding(given)
-        # Told to those who ask for them, as Kolors does; most models take none.
-        vars(encoded)["data"] = _Asked(encoded.data)
-        return encoded
+        return _encoding()(given)
 
     def apply_chat_template(self, messages: Any, *args: Any, **kwargs: Any) -> Any:
         text = " ".join(re.findall(r"\w+", str(messages)))

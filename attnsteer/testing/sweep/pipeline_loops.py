@@ -66,6 +66,16 @@ def _preferred(found: list[Site]) -> list[Site]:
     return next((group for group in groups if group), [])
 
 
+class UnseenError(Exception):
+    """The steps of a run could not be seen, so that there is nothing to compare."""
+
+
+def _last(steps: list[Tensor]) -> Tensor:
+    if not steps:
+        raise UnseenError("it exchanges what its scheduler holds, so its steps are not seen")
+    return steps[-1]
+
+
 class Loop:
     """Runs of one pipeline: plain, steered, and by hand.
 
@@ -90,6 +100,9 @@ class Loop:
             self.reason = "it makes no step of its scheduler"
             return
         self.plain = first["steps"][-1]
+        if not bool(self.plain.isfinite().all()):
+            self.reason = "its small random parts give numbers that are not finite"
+            return
         self.calls = [self._changed(a, b) for a, b in zip(first["first"], second["first"], strict=True)]
         found = [s for s in sites(pipe) if s.component == self.name]
         self.sites = found
@@ -201,7 +214,7 @@ class Loop:
             pipe(**given)
         finally:
             if step is not None:
-                del vars(scheduler)["step"]
+                vars(scheduler).pop("step", None)
             for model in undo:
                 vars(model).pop("forward", None)
 
@@ -245,8 +258,8 @@ class Loop:
             with steer(pipe, self._method(what), control=True):
                 pipe(**given)
         finally:
-            del vars(scheduler)["step"]
-        return steps[-1]
+            vars(scheduler).pop("step", None)
+        return _last(steps)
 
     def _by_hand(self, what: str, rows: bool = False) -> Tensor:
         """The run with a loop's own weak pass. `rows`: the term goes on every row, instead of on their combination."""
@@ -274,7 +287,7 @@ class Loop:
             torch.set_rng_state(after)
             if what == "HeadGate":
                 return _picked(strong, weak, cond)
-            s, w = _predicted(strong), _predicted(weak)
+            s, w = _predicted(strong, len(cond)), _predicted(weak, len(cond))
             if bool(cond.any()):
                 part = cond if len(cond) == len(s) else torch.ones(len(s), dtype=torch.bool)
                 state["term"] = 2.0 * (s - w)[part]
@@ -290,12 +303,15 @@ class Loop:
             if what == "HeadGate" or term is None or rows:
                 return output
             cut = tuple(slice(0, n) for n in output.shape)
+            if term.numel() == output.numel():
+                # Frames of which there is one may be left out.
+                term, seen = term.reshape(output.shape), [r.reshape(-1, *output.shape[1:]) for r in seen]
             if term.ndim != output.ndim:
                 return output
             return output + self._sign(seen, output) * term[cut]
 
         self._run(pipe, given, around, lambda out, values: steps.append(out), before)
-        return steps[-1]
+        return _last(steps)
 
     @staticmethod
     def _sign(rows: list[Tensor], output: Tensor) -> float:
@@ -364,9 +380,11 @@ def _floats(values: dict[str, Any]) -> list[Any]:
     return [latent, *lists, *tensors]
 
 
-def _predicted(out: Any) -> Tensor:
-    """The first prediction of a call: that of its first row, where it gives one tensor for each."""
-    return next(t for t in tree_leaves(out) if isinstance(t, Tensor))
+def _predicted(out: Any, rows: int) -> Tensor:
+    """The first prediction of a call; stacked, where it gives one tensor for each row."""
+    tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+    apart = len(tensors) == rows > 1 and all(len(t) != rows for t in tensors)
+    return torch.stack(tensors) if apart else tensors[0]
 
 
 def _picked(strong: Any, weak: Any, cond: Tensor) -> Any:

@@ -15,7 +15,7 @@ import torch
 
 from ...errors import AttnSteerError
 from .pipeline_builds import brief, built, cases, classes_in, offline, tests
-from .pipeline_loops import Loop
+from .pipeline_loops import Loop, UnseenError
 from .pipeline_siblings import SIBLINGS
 from .rows import Row
 
@@ -83,6 +83,9 @@ def measured(row: Row, make: Callable[[], Loop | str]) -> Row:
         for what in METHODS:
             try:
                 outcomes[what] = loop.compare(what)
+            except UnseenError as error:
+                row.reason = str(error)
+                return row
             except AttnSteerError as error:
                 outcomes[what] = f"refused: {brief(error)}"
             except Exception as error:  # a fault of ours, whatever it is

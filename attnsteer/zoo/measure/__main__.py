@@ -39,7 +39,7 @@ def run(name: str, count: int | None = None) -> Path:
         metrics = (text.measure_lm if name == "shapes-lm" else text.measure_lvlm)(*loaded, **options)
         picture = None
     else:
-        from . import images
+        from . import image_quality as images
         from .picture import map_picture
 
         metrics = images.measure(loaded, **options)

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from attnsteer import HeadGate, Where, ZeroTuning, sites, steer
+from attnsteer import HeadGate, Intervention, Where, sites, steer
+from attnsteer.call import AttnCall, Reweight
 from attnsteer.testing.sweep.watch import watching
+
+
+@dataclass(frozen=True)
+class First(Intervention):
+    """Three times the weight of the first key, renormalised."""
+
+    kinds = ("self", "cross")
+
+    def weights(self, call: AttnCall) -> Reweight:
+        first = torch.zeros(1, 1, call.k.shape[2], dtype=torch.bool)
+        first[..., 0] = True
+        return Reweight(((first, 3.0),))
 
 
 def model():
@@ -56,6 +71,6 @@ def test_its_map_can_be_reweighted() -> None:
     pool.register_forward_pre_hook(lambda module, args: (query, keys, keys))
     pool.register_forward_hook(lambda module, args, out: seen.update(out=out[0]))
     where = Where(modules=".*head[.]attention", kinds="cross", layers=[2])
-    with steer(siglip, ZeroTuning(gamma=3.0, where=where)):
+    with steer(siglip, First(where=where)):
         siglip(pixel_values=pixels)
     assert torch.allclose(seen["out"], expected, atol=1e-5)
