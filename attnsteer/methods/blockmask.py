@@ -118,6 +118,11 @@ class BlockMask(Intervention):
         if isinstance(self.block_size, tuple) or call.site.kind == "joint":
             return self._image_blocks(call, n, m)
         size = self.block_size
+        if m < call.past + n:
+            raise UnsupportedHost(
+                f"{call.site.path}: its cache holds {m} of {call.past + n} tokens (a sliding window), and the mean key of a block "
+                'that has left it in part is not known. Leave this layer out, or the steps: Where(phases="prefill").'
+            )
         own, block = ((t.index - t.start) // size for t in (rows, keys))
         count = -(-m // size)
         if call.packed:

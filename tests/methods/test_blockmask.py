@@ -11,7 +11,7 @@ from attnsteer import BlockMask, HeadGate, Where, steer
 from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.kernels import Attention, KeyBlocks, attend, attend_blocks, hide_blocks
 from attnsteer.methods import blockmask
-from attnsteer.testing import HOSTS
+from attnsteer.testing import HOSTS, tiny_transformers, tiny_transformers_inputs
 from tests.reference import efficiency as slow
 
 
@@ -294,3 +294,15 @@ def test_attention_with_everything_kept_is_exact() -> None:
     att = Attention(q, k, v, 0.25)
     blocks = KeyBlocks((torch.arange(128) // 32)[None], torch.ones(1, 1, 128, 4, dtype=torch.bool))
     torch.testing.assert_close(attend_blocks(att, blocks)[0], attend(att), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_window_cache_that_has_dropped_keys_is_refused() -> None:
+    model = tiny_transformers("mistral")
+    inputs = tiny_transformers_inputs("mistral", model, batch=2, length=12)
+    with steer(model, BlockMask(2, top_k=2), control=True):
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(UnsupportedHost, match=r"its cache holds 5 of 13 tokens \(a sliding window\)"):
+            model(input_ids=inputs["input_ids"][:, :1], past_key_values=cache)
+    with steer(model, BlockMask(2, top_k=2, where=Where(phases="prefill"))):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
