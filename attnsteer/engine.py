@@ -134,6 +134,10 @@ class SiteRuntime:
             and (not bound.timed or bound.where.active(None if mixed else phase, step, steps))
         )
 
+    def reads_map(self, active: tuple[int, ...]) -> bool:
+        """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
+        return not all(self.entries[i][0].method.linear for i in active)
+
     def __call__(
         self,
         att: Attention,

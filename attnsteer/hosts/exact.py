@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import kernels
-from ..engine import SiteRuntime
 from ..errors import UnsupportedHost
 from ..kernels import Attention
 from ..site import Site
@@ -50,8 +49,3 @@ def check_exact(site: Site, att: Attention, base_rows: Callable[[Tensor], Tensor
             f"(relative difference {float(error / size):.2g}); "
             + (why or "it does something else inside, so an edit could not be exact. Please report the model type.")
         )
-
-
-def reads_map(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
-    """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
-    return not all(runtime.entries[i][0].method.linear for i in active)

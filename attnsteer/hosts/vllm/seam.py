@@ -118,7 +118,7 @@ class Layer:
             heads(step.query), impl.num_kv_heads, batch.length, lambda: read(self.layout, cache, metadata, batch, window),
             impl.scale, mask, causal, softcap, sinks,
         )  # fmt: skip
-        reads = reads_map(runtime, active)
+        reads = runtime.reads_map(active)
         if not self.exact and reads:
             step.own()
             check_exact(runtime.site, att, lambda index: heads(output).index_select(2, index))
@@ -232,11 +232,6 @@ def window_of(impl: Any) -> int:
 def flash(att: Any) -> bool:
     """Whether torch's flash kernel of CPU gives output and log-sum-exp of a call."""
     return att.softcap is None and att.sinks is None and kernels.lse_source(att) == "cpu-flash"
-
-
-def reads_map(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:
-    """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
-    return not all(runtime.entries[i][0].method.linear for i in active)
 
 
 def apart(runtime: SiteRuntime, active: tuple[int, ...]) -> bool:

@@ -84,12 +84,12 @@ def test_refused_by_name_or_exchanged(name: str) -> None:
     if name in EXCHANGED:
         assert type(usable(processor)).__name__ == EXCHANGED[name]
         return
-    module = nn.Linear(2, 2)
+    module = type("AnAttention", (nn.Linear,), {})(2, 2)
     module.processor = processor
     site = Site("attn", 0, "self", 2, 2, module=module)
     host = DiffusersHost(tiny_denoiser("sd"))
     with pytest.raises(UnsupportedHost, match=name):
-        host.check(site, None)  # type: ignore[arg-type]
+        host.check(site, SimpleNamespace(method=HeadGate({(0, 0): 0.5})))  # type: ignore[arg-type]
 
 
 def set_plain(pipe: Any, how: str) -> None:
