@@ -61,9 +61,13 @@ SAMPLED = {
     "kernels/test_blocks.py::test_every_answer": 2,
     "kernels/test_masks.py": 2,
     "methods/test_act_exact.py::test_peaked_maps": 4,
+    "methods/test_latent.py": 2,
     "methods/test_latent_pipelines.py": 2,
+    "methods/test_refocusing.py": 2,
+    "methods/test_attention_regulation.py": 2,
     "methods/test_conform.py::test_equal_to_the_authors_loop": 2,
     "hosts/sdpa/test_host.py::test_compiled": 2,
+    "hosts/transformers/test_host.py::test_flex_attention_equals_sdpa": 2,
     "hosts/transformers/test_requests.py::test_steps_under_autocast": 4,
     "hosts/transformers/test_continuous.py::test_a_prompt_stays_whole_where_it_must": 3,
     "hosts/transformers/test_continuous.py::test_other_caches_and_kernels": 2,
@@ -77,7 +81,7 @@ SAMPLED = {
     "search/test_calibration.py": 3,
     "evals/test_lm_eval.py": 2,
     "evals/test_continuations.py": 3,
-    "run/test_run_recipes.py::test_a_shipped_recipe_runs_tiny": 2,
+    "run/test_run_recipes.py::test_a_shipped_recipe_runs_tiny": 3,
     "recipe/test_recipes.py::test_a_shipped_recipe_resolves_and_round_trips": 2,
 }
 # Whole runs, trainings, programs and browsers: the modules that they put together have quick tests of their own.

@@ -300,6 +300,7 @@ def test_a_share_that_raises_says_where(model: nn.Module) -> None:
     assert caught.value.__notes__ == [f"attnsteer: raised in the share of Wrong.weights at {SITE}."]
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_what_needs_no_values_is_looked_at_in_compiled_code_too() -> None:
     """Of these, the first were taken in silence; a compiler's own error would name no method."""

@@ -97,6 +97,7 @@ def test_the_printed_method_on_scores_keeps_every_law(host: str, monkeypatch: py
     assert {"cache", "generate", "padding", "packed", "beams"} <= {r.law for r in results if r.outcome == "pass"}
 
 
+@pytest.mark.long
 def test_a_compiled_model() -> None:
     case = MethodCase(Recency, acting=lambda setting: Recency(5.0))
     assert [r.outcome for r in check_laws(case, "llama", "compile")] == ["pass"]
