@@ -422,7 +422,8 @@ FULL, QUICK = LlamaShape(), LlamaShape(hidden=512, heads=8, kv_heads=2, mlp=2048
 # Decoding is about reading weights: with too few of them the time is that of Python alone.
 QUICK_DECODE = LlamaShape(hidden=1024, heads=16, kv_heads=4, mlp=4096, vocab=256)
 SMOKE = LlamaShape(hidden=128, heads=4, kv_heads=2, head_dim=32, mlp=256, vocab=64)
-ONE_LAYER = LlamaShape(layers=1)
+# Attention alone, nearly: what a method takes would be lost in the noise of the rest.
+ONE_LAYER = LlamaShape(layers=1, mlp=64, vocab=64)
 # LLaVA-1.5's proportions at half of its width, where attention weighs twice as much; and the same, smaller.
 LLAVA = LlamaShape(hidden=2048, heads=16, kv_heads=16, head_dim=128, mlp=5504)
 SMALL_LLAVA = LlamaShape(hidden=512, heads=8, kv_heads=8, mlp=1376, vocab=256)
