@@ -466,7 +466,17 @@ def main() -> int:
     config |= {"docs_dir": "pages", "site_dir": "site"}
     (out / "mkdocs.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     done = subprocess.run(
-        [given.zensical, "build", "--strict", "--clean", "-f", str(out / "mkdocs.yml")], check=False, cwd=out
+        # The build has another working folder.
+        [
+            str(Path(given.zensical).absolute()) if os.sep in given.zensical else given.zensical,
+            "build",
+            "--strict",
+            "--clean",
+            "-f",
+            str(out / "mkdocs.yml"),
+        ],
+        check=False,
+        cwd=out,
     )
     if done.returncode:
         return done.returncode
