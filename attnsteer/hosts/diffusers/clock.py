@@ -124,6 +124,10 @@ class DenoiserClock:
                 "is not known: no guidance, steps or branches here. Edits without them act as they do elsewhere."
             )
         sample = values[latent]
+        if self.declared.latent and isinstance(sample, Tensor) and not sample.is_floating_point():
+            raise UnsupportedHost(
+                f"{type(self.model).__name__} samples numbers of tokens, which have no gradient: no method that moves the latent acts here."
+            )
         self.batch = len(sample)
         self.image_tokens = _image_tokens(sample, self._patch)
         self.size = _grid_size(sample, values)
@@ -290,7 +294,8 @@ def _image_tokens(sample: Any, patch: Any) -> int | None:
     if not isinstance(sample, Tensor) or sample.ndim not in (3, 4):
         return None
     if sample.ndim == 3:
-        return int(sample.shape[1])
+        # Numbers of tokens lie on their grid.
+        return int(sample.shape[1]) if sample.is_floating_point() else int(sample.shape[1] * sample.shape[2])
     return (sample.shape[2] // patch) * (sample.shape[3] // patch) if isinstance(patch, int) else None
 
 
@@ -303,7 +308,7 @@ def _grid_size(sample: Any, values: dict[str, Any]) -> tuple[int, int] | None:
     shapes = values.get("img_shapes")
     if shapes and len(shapes[0]) == 1 and shapes[0][0][0] == 1:
         return int(shapes[0][0][1]), int(shapes[0][0][2])
-    if not isinstance(sample, Tensor) or sample.ndim != 4:
+    if not isinstance(sample, Tensor) or sample.ndim != (4 if sample.is_floating_point() else 3):
         return None
     return int(sample.shape[-2]), int(sample.shape[-1])
 

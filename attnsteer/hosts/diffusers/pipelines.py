@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -19,7 +20,7 @@ DOUBLED = re.compile(
     r"StableDiffusion(?!.*(Pix2Pix|SAG|DiffEdit|TextImage|Paradigms|Panorama|LEdits|AttendAndExcite))|"
     r"AltDiffusion|Kolors|Sana(?!WM)|PixArt|HunyuanDiT|AuraFlow|CogVideoX|CogView3|ConsisID|Mochi|LTX(?!2|I2VLong|Latent)|"
     r"AnimateDiff|PIA|I2VGenXL|Allegro|Latte|LatentConsistency|TextToVideoSD|VideoToVideoSD|Kandinsky3|EasyAnimate|"
-    r"StableAudioPipeline|Bria(Fibo(?!2)|Pipeline|ControlNet)"
+    r"StableAudioPipeline|DreamLite|Bria(Fibo(?!2)|Pipeline|ControlNet)"
 )
 # One call on a tripled batch: text and image, image, neither.
 TRIPLED = re.compile(r"StableDiffusion(XL)?InstructPix2PixPipeline")
@@ -72,14 +73,20 @@ def caller(pipe: DiffusionPipeline | None) -> str:
     return owner.__name__ if owner.__module__.startswith("diffusers.pipelines.") else ""
 
 
-def one_branch(pipe: DiffusionPipeline | None) -> bool:
+def one_branch(pipe: DiffusionPipeline | None, values: Mapping[str, Any]) -> bool:
     """Whether a pipeline of diffusers has nothing to guide with, neither a scale nor a negative prompt: all its rows are alike.
 
-    A modular one guides by its guider; a scale among its arguments is one that its model takes.
+    A scale that the model itself is given is none of the pipeline's, and so is one of a modular pipeline, which guides by its guider.
+
+    Args:
+        values: arguments of a denoiser call by name.
     """
     if hasattr(pipe, "blocks") and hasattr(pipe.blocks, "inputs"):
         names = [p.name or "" for p in pipe.blocks.inputs if p.name != "guidance_scale"]
         return getattr(pipe, "guider", None) is None and not any(GUIDES.search(name) for name in names)
     if not caller(pipe):
         return False
-    return not any(GUIDES.search(name) for name in inspect.signature(type(pipe).__call__).parameters)
+    names = set(inspect.signature(type(pipe).__call__).parameters)
+    if values.get("guidance") is not None:
+        names.discard("guidance_scale")
+    return not any(GUIDES.search(name) for name in names)

@@ -19,7 +19,7 @@ from ...kernels import Attention
 from ...site import Site
 from ..exact import check_exact
 from ..sdpa.host import counting, patch_forward, same_kernel, sdpa_primitive
-from ..sdpa.rebind import DISPATCH, SDPA, names_called, primitive_count, rebind
+from ..sdpa.rebind import DISPATCH, SDPA, helpers, names_called, primitive_count, rebind
 from ..sdpa.written import Account, attach_written
 from .clock import DenoiserClock, ProcessorCall
 from .contrast import Collected, NegativeText
@@ -76,6 +76,8 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
     dispatch = original.__globals__.get(DISPATCH)
     if dispatch is not None:
         primitives[DISPATCH] = steered(dispatch, rows_first=True)
+    for name, helper in helpers(original).items():
+        primitives[name] = rebind(helper, dict(primitives))
     copied = rebind(original, primitives)
     names = list(inspect.signature(original).parameters)[2:]
     # Another form is there for edits only: without one, the model's own code runs.

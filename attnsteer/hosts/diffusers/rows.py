@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # How the pipelines name what is negative, and what can be the prompt at all.
-NEGATIVE = re.compile(r"^(negative_|neg_|uncond|null_|empty_)|_negative|_neg$")
+NEGATIVE = re.compile(r"^(negative_|neg_|uncond|null_|empty_|safety_|edit_concepts)|_negative|_(neg|null)$")
 PROMPTS = re.compile(r"embed|prompt|text|cap|encod")
 OTHERS = re.compile(r"latent|noise|ids|timestep|sigma|input|kwargs|rotary")
 # Names of methods whose inner values are looked at: some pipelines join both sides before they return.
@@ -33,6 +33,8 @@ class Conditions:
         self.pipeline = pipeline
         self._encoded: list[dict[str, Any]] = []
         self._used = False
+        # Whether the rows that were labelled last are conditional because nothing is negative.
+        self.unguided = False
 
     def encoding(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Around a method that encodes prompts or images: its local values at its end are remembered."""
@@ -61,21 +63,45 @@ class Conditions:
         Args:
             values: arguments of the denoiser by name. batch: its rows. latent: the argument that holds the latent.
         """
-        self._used = True
+        self._used, self.unguided = True, False
         groups = [*self._encoded, *_frames()]
+        numbered = _numbered(values.get("class_labels"), groups, batch)
+        if numbered is not None:
+            return numbered
         positive, negative = self._pools(groups)
-        if not negative or not positive:
+        if not positive:
             return None
         given = [(name, *leaf) for name, v in values.items() if name != latent for leaf in _leaves(v, name)]
-        found = []
-        for row in range(batch):
-            label = self._label(given, values, row, batch, positive, negative)
-            if label is None:
-                return None
-            found.append(label)
+        if not negative:
+            self.unguided = self._all_positive(given, values, batch, positive, groups)
+            return ["cond"] * batch if self.unguided else None
+        best = [self._best(given, values, row, batch, positive, negative) for row in range(batch)]
+        # Arguments some row of which is negative.
+        sided = {name for scores in best for (side, name), (score, _) in scores.items() if side == "uncond" and score >= 0.5}
+        found = [self._label(scores, sided, negative) for scores in best]
+        if None in found:
+            return None
         if set(found) == {"uncond"} and _same_sides(groups):
             return None
         return found
+
+    @staticmethod
+    def _all_positive(
+        given: list[tuple[str, str, Tensor]],
+        values: dict[str, Any],
+        batch: int,
+        positive: Pool,
+        groups: list[dict[str, Any]],
+    ) -> bool:
+        """Whether a call has a row for each latent of the loop, and each row's prompt is one of those that the pipeline holds."""
+        held = next((g["latents"] for g in groups if isinstance(g.get("latents"), Tensor)), None)
+        if held is None or len(held) != batch:
+            return False
+        for row in range(batch):
+            own = [_row_of(values[name], path, t, row, batch, []) for name, path, t in given]
+            if not any(o is not None and o.numel() > 1 and _share(o, t) >= 0.5 for o in own for _, t in positive):
+                return False
+        return True
 
     @staticmethod
     def _pools(groups: list[dict[str, Any]]) -> tuple[Pool, Pool]:
@@ -89,15 +115,15 @@ class Conditions:
         return positive, negative
 
     @staticmethod
-    def _label(
+    def _best(
         given: list[tuple[str, str, Tensor]],
         values: dict[str, Any],
         row: int,
         batch: int,
         positive: Pool,
         negative: Pool,
-    ) -> str | None:
-        # Side and argument -> (the best score, the names that have it).
+    ) -> dict[tuple[str, str], tuple[float, set[str]]]:
+        """Side and argument -> (the best score of one row, the names that have it)."""
         best: dict[tuple[str, str], tuple[float, set[str]]] = {}
         for name, path, tensor in given:
             own = _row_of(values[name], path, tensor, row, batch, negative)
@@ -110,12 +136,18 @@ class Conditions:
                         best[side, name] = score, {known}
                     elif score and score == before[0]:
                         before[1].add(known)
+        return best
+
+    @staticmethod
+    def _label(
+        best: dict[tuple[str, str], tuple[float, set[str]]], sided: set[str], negative: Pool
+    ) -> str | None:
         twins, votes = {n for n, _ in negative}, set()
         for name in {n for _, n in best}:
             a, known = best.get(("cond", name), (0.0, set()))
             b = best.get(("uncond", name), (0.0, set()))[0]
             # Values that all branches share, as those of a reference image, have no negative twin and no vote.
-            shared = ("uncond", name) not in best and not twins & {f"negative_{n}" for n in known}
+            shared = name not in sided and ("uncond", name) not in best and not twins & {f"negative_{n}" for n in known}
             if not shared and max(a, b) >= 0.5:
                 # Names without "negative" often hold both sides: only the absence from the negative ones tells.
                 votes.add("uncond" if b >= a else "cond")
@@ -123,6 +155,15 @@ class Conditions:
             return None
         # Being among the negatives may be chance (masks of ones, padding); not being there is none.
         return "cond" if "cond" in votes else "uncond"
+
+
+def _numbered(given: Any, groups: list[dict[str, Any]], batch: int) -> list[str] | None:
+    """The labels of rows whose condition is the number of a class: those of the class that stands for none are unconditional."""
+    if not isinstance(given, Tensor) or given.is_floating_point() or given.shape != (batch,):
+        return None
+    none = [t for group in groups for n, t in group.items() if n.startswith("class") and NEGATIVE.search(n)]
+    none = [t for t in none if isinstance(t, Tensor) and t.numel()]
+    return ["uncond" if any(bool((t == n).any()) for t in none) else "cond" for n in given] if none else None
 
 
 def layout_of(labels: list[str], latent_rows: int | None) -> tuple[str, ...] | None:

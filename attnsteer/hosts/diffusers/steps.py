@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,9 @@ class Sampling:
         self._times: list[float] = []
         self._plan: list[float] = []
         self._watched = False
+        # Steps that the scheduler made in this run, where that is seen, and whether no call of the denoiser has come since it began.
+        self._made: int | None = None
+        self._fresh = True
         self._running = threading.RLock()
 
     @contextlib.contextmanager
@@ -90,12 +94,11 @@ class Sampling:
         """Read the timestep of one denoiser call."""
         if self.guard is not None:
             self.guard()
-        if timestep is None:
-            raise UnsupportedHost(
-                f"a denoiser call without a timestep argument ({', '.join(TIMES)}) has no known step."
-            )
         if self.told is not None:
             self._begin_told(*self.told)
+            return
+        if timestep is None:
+            self._begin_counted()
             return
         # Frames or tokens that are given have timestep zero: the largest is that of the step.
         t = float(timestep.max()) if isinstance(timestep, Tensor) else float(timestep)
@@ -125,6 +128,24 @@ class Sampling:
             self.turn = 0
             self.asked.clear()
         self.step, self.steps, self.timestep = step, steps, timestep
+
+    def _begin_counted(self) -> None:
+        """As `begin`, where the model is given no timestep and the scheduler's steps are counted."""
+        if self._made is None:
+            raise UnsupportedHost(
+                f"a denoiser call without a timestep argument ({', '.join(TIMES)}) has no known step. Steer the pipeline rather "
+                "than its model: its scheduler's steps are counted."
+            )
+        if self._fresh:
+            self.memory.clear()
+            self.formula.restart()
+            self._plan = self._planned(math.nan)
+            self.steps = len(self._plan) or None
+        if self._fresh or self._made != self.step:
+            self.turn = 0
+            self.asked.clear()
+        self._fresh, self.step = False, self._made
+        self.timestep = self._plan[self.step] if self.step < len(self._plan) else None
 
     def _planned(self, start: float) -> list[float]:
         """Distinct timesteps of the run that begins with the denoiser call at `start`.
@@ -159,10 +180,13 @@ class Sampling:
         if found is None and self.pipeline is not None:
             found = self._measured(rows, values, latent)
         if found is None:
-            found = self._listed(rows)
+            found = self._listed(rows, values)
         if found is None or (self.latent_rows is not None and rows != len(found) * self.latent_rows):
             return None
         if found.count("cond") > 1 or self._other_guidance(found):
+            return None
+        if self.conditions.unguided and "cond" in [name for parts in self.asked for name in parts]:
+            # A second call in one step, though nothing was seen that is negative: not what it seemed.
             return None
         self.asked.append(found)
         return found
@@ -180,10 +204,12 @@ class Sampling:
         if key not in known:
             labels = self.conditions.labels(values, rows, latent)
             # The tensors are kept, so that no other one can take the place of theirs.
-            known[key] = (None if labels is None else layout_of(labels, self.latent_rows), kept)
-        return known[key][0]
+            layout = None if labels is None else layout_of(labels, self.latent_rows)
+            known[key] = (layout, kept, self.conditions.unguided)
+        found, _, self.conditions.unguided = known[key]
+        return found
 
-    def _listed(self, rows: int) -> tuple[str, ...] | None:
+    def _listed(self, rows: int, values: dict[str, Any]) -> tuple[str, ...] | None:
         calls = self.convention.calls
         if calls == "turns":
             return (UNCOND_COND[1 - self.turn],) if self.turn < 2 else None
@@ -193,7 +219,7 @@ class Sampling:
             return self.convention.parts if guided else ("cond",)
         if calls != "contexts" and self.latent_rows == rows and not self.asked and self._unguided():
             return ("cond",)
-        return ("cond",) if calls is None and one_branch(self.pipeline) else None
+        return ("cond",) if calls is None and one_branch(self.pipeline, values) else None
 
     def _unguided(self) -> bool:
         """Whether the running pipeline says itself that it does not guide."""
@@ -255,14 +281,17 @@ class Sampling:
 
     def _set_timesteps(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # A new run, also where the last one was broken off.
-        self._times = []
+        self._times, self._made, self._fresh = [], 0, True
         return inner(*args, **kwargs)
 
     def _step(self, inner: Callable[..., Any], model_output: Any, *args: Any, **kwargs: Any) -> Any:
         self.turn = 0
         self.asked.clear()
         output = self.formula.step(model_output) if self.rescale.held is None else self.rescale.apply(model_output)
-        return inner(output, *args, **kwargs)
+        result = inner(output, *args, **kwargs)
+        if self._made is not None:
+            self._made += 1
+        return result
 
     @contextlib.contextmanager
     def _enter_context(self, inner: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:

@@ -39,9 +39,25 @@ def _closed_over(function: types.FunctionType) -> list[Any]:
 
 
 def primitive_count(function: Callable[..., Any]) -> int:
-    """How many times the function's code names a primitive."""
+    """How many times the function's code, and that of its helpers, names a primitive."""
     code = inspect.unwrap(function).__code__
-    return sum(1 for i in dis.get_instructions(code) if i.argval in (SDPA, DISPATCH) and "STORE" not in i.opname)
+    own = sum(1 for i in dis.get_instructions(code) if i.argval in (SDPA, DISPATCH) and "STORE" not in i.opname)
+    return own + sum(primitive_count(helper) for helper in helpers(function).values())
+
+
+def helpers(function: Callable[..., Any]) -> dict[str, types.FunctionType]:
+    """Functions of the same module that the function's code calls, and that name a primitive themselves."""
+    plain = inspect.unwrap(function)
+    found = {name: plain.__globals__.get(name) for name in plain.__code__.co_names}
+    return {
+        name: held
+        for name, held in found.items()
+        if isinstance(held, types.FunctionType)
+        and held.__module__ == plain.__module__
+        and held is not plain
+        and name not in (SDPA, DISPATCH)
+        and names_called(held)
+    }
 
 
 def rebind(function: Callable[..., Any], primitives: dict[str, Callable[..., Any]]) -> Callable[..., Any]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import subprocess
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 
 # The commits that took tests of pipelines away which are still there.
@@ -26,17 +28,40 @@ def main() -> None:
         _lay_out(given.clone, f"{commit}^", given.folder, f"tests_{commit}")
 
 
+def moved(text: str, kept: frozenset[str]) -> str:
+    """A test with the imports of today.
+
+    Args:
+        kept: packages of pipelines that the library has put away as deprecated.
+    """
+    text = re.sub(r"\bsrc\.diffusers\b", "diffusers", text)
+    text = re.sub(r"\bdiffusers\.models\.unet_2d_blocks\b", "diffusers.models.unets.unet_2d_blocks", text)
+    return re.sub(
+        r"\bdiffusers\.pipelines\.(\w+)",
+        lambda m: f"diffusers.pipelines.deprecated.{m[1]}" if m[1] in kept else m[0],
+        text,
+    )
+
+
+def deprecated() -> frozenset[str]:
+    """The packages of pipelines that the installed diffusers has put away."""
+    folder = Path(find_spec("diffusers").origin).parent / "pipelines" / "deprecated"
+    return frozenset(path.parent.name for path in folder.glob("*/__init__.py"))
+
+
 def _lay_out(clone: Path, commit: str, folder: Path, name: str) -> None:
     git = clone / ".git" if (clone / ".git").is_dir() else clone
     packed = subprocess.run(
         ["git", f"--git-dir={git}", "archive", "--format=tar", commit, "tests"], check=True, capture_output=True
     ).stdout
+    kept = deprecated()
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         for member in archive.getmembers():
             if member.isfile() and member.name.endswith(".py"):
                 path = folder / name / Path(*Path(member.name).parts[1:])
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(archive.extractfile(member).read())
+                text = archive.extractfile(member).read().decode()
+                path.write_text(text if name == "tests" else moved(text, kept), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }
 NO_TEST = "no test of the library builds it small"
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "prior_prior", "super_res_first")
 
 
 def classes_in(path: Path) -> list[tuple[str, str, str]]:
@@ -314,6 +314,7 @@ def cases(module: str) -> Any:
     for name, other in RENAMED.items():
         if not hasattr(transformers, name):
             setattr(transformers, name, getattr(transformers, other))
+    _restore(transformers)
     # Marks that tests of older versions have on their functions.
     vars(tools).setdefault("__getattr__", _mark)
     found = importlib.import_module(module)
@@ -323,6 +324,31 @@ def cases(module: str) -> Any:
 
             setattr(found, name, getattr(diffusers, other))
     return found
+
+
+def _restore(transformers: Any) -> None:
+    """What pipelines that diffusers still ships use of transformers, and what newer versions of it have taken away."""
+    from diffusers import ModelMixin
+
+    def clap(cls: Any, text_config: Any, audio_config: Any, **kwargs: Any) -> Any:
+        return cls(text_config=text_config.to_dict(), audio_config=audio_config.to_dict(), **kwargs)
+
+    def inverted(self: Any, mask: torch.Tensor, *_: Any) -> torch.Tensor:
+        mask = mask[:, None, None] if mask.ndim == 2 else mask[:, None]
+        return (1.0 - mask.float()) * torch.finfo(torch.float32).min
+
+    if not hasattr(transformers.ClapConfig, "from_text_audio_configs"):
+        transformers.ClapConfig.from_text_audio_configs = classmethod(clap)
+    for owner in (ModelMixin, transformers.PreTrainedModel):
+        for name in ("invert_attention_mask", "get_extended_attention_mask"):
+            if name not in dir(owner):
+                setattr(owner, name, inverted)
+        if "get_head_mask" not in dir(owner):
+            owner.get_head_mask = lambda self, mask, layers, *_: [None] * layers
+    for owner in (transformers.CLIPTextModel, transformers.CLIPVisionModel):
+        if not any(hasattr(c, n) for c in (owner,) for n in ("text_model", "vision_model")):
+            # Set on an instance, a part of that name is found there first.
+            owner.text_model = owner.vision_model = property(lambda self: self)
 
 
 def _mark(name: str) -> Any:

@@ -25,7 +25,7 @@ LIMIT = 5e-4
 # Arguments that say what to make.
 ASKED = {"prompt", "prompts", "text", "content_prompt", "prompt_embeds", "image_embeds", "audio_embeds", "class_labels"}
 # Models whose image keys stand before the text's, by their code.
-OWN_FIRST = re.compile("Nucleus|StableCascade")
+OWN_FIRST = re.compile("Nucleus|StableCascade|Wuerstchen")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NEXT = str.maketrans(LETTERS, LETTERS[1:] + LETTERS[0])
 PICTURES = ("image", "example_image")
@@ -55,8 +55,19 @@ class _Mix(TorchFunctionMode):
 def _mixed_at(module: nn.Module, off: bool, first: bool) -> Iterator[None]:
     mode = _Mix()
     mode.off, mode.first = off, first
-    with inside(module, mode):
-        yield
+    before = getattr(module, "processor", None)
+    # Tests of the library put the eager processor of DeepFloyd's models on; its twin calls the primitive.
+    eager = type(before).__name__ == "AttnAddedKVProcessor"
+    try:
+        if eager:
+            from diffusers.models.attention_processor import AttnAddedKVProcessor2_0
+
+            module.processor = AttnAddedKVProcessor2_0()
+        with inside(module, mode):
+            yield
+    finally:
+        if eager:
+            module.processor = before
 
 
 def _preferred(found: list[Site]) -> list[Site]:
@@ -64,6 +75,17 @@ def _preferred(found: list[Site]) -> list[Site]:
     own = [s for s in found if s.kind in ("self", "joint")]
     groups = ([s for s in own if s.modality == "image"], [s for s in own if s.modality != "text"], found)
     return next((group for group in groups if group), [])
+
+
+def _schedulers(pipe: Any) -> dict[str, Any]:
+    """Name -> scheduler, each once."""
+    found: dict[str, Any] = {}
+    for name in ("scheduler", *pipe.components):
+        part = getattr(pipe, name, None)
+        if callable(getattr(part, "step", None)) and not isinstance(part, nn.Module):
+            if all(part is not other for other in found.values()):
+                found[name] = part
+    return found
 
 
 class UnseenError(Exception):
@@ -93,13 +115,16 @@ class Loop:
         if self.name is None:
             self.verdict, self.reason = "no softmax attention", "it calls no denoiser with attention sites"
             return
-        if not callable(getattr(getattr(pipe, "scheduler", None), "step", None)):
+        self.scheduler = first["scheduler"]
+        if not _schedulers(pipe):
             self.reason = "it has no scheduler whose steps could be compared"
             return
         if not first["steps"]:
             self.reason = "it makes no step of its scheduler"
             return
         self.plain = first["steps"][-1]
+        # Numbers of tokens change only where the most likely one does.
+        self.scale = 2.0 if self.plain.is_floating_point() else 100.0
         if not bool(self.plain.isfinite().all()):
             self.reason = "its small random parts give numbers that are not finite"
             return
@@ -159,7 +184,7 @@ class Loop:
         for key in PICTURES:
             if change and key in given and not ASKED & set(given):
                 given[key] = _negative(given[key])
-        found: dict[str, Any] = {"name": None, "first": [], "steps": [], "ran": set()}
+        found: dict[str, Any] = {"name": None, "first": [], "steps": [], "ran": set(), "scheduler": None}
 
         def around(name: str, inner: Any, values: dict[str, Any]) -> Any:
             found["name"] = found["name"] or name
@@ -172,7 +197,15 @@ class Loop:
             found["ran"] |= {seen.owner for seen in watch.seen}
             return out
 
-        self._run(pipe, given, around, lambda out, values: found["steps"].append(out) or out)
+        def stepped(out: Any, scheduler: str) -> None:
+            if found["name"] is None:
+                return
+            # That of the first denoiser: pipelines that are made of several have one for each.
+            found["scheduler"] = found["scheduler"] or scheduler
+            if scheduler == found["scheduler"]:
+                found["steps"].append(out)
+
+        self._run(pipe, given, around, stepped)
         return found
 
     def _run(self, pipe: Any, given: Any, around: Any, stepped: Any, before: Any = None) -> None:
@@ -192,28 +225,29 @@ class Loop:
 
             vars(model)["forward"] = forward
             undo.append(model)
-        scheduler = getattr(pipe, "scheduler", None)
-        step = getattr(scheduler, "step", None)
+        def watched(name: str, step: Any) -> Any:
+            @functools.wraps(step)
+            def observed(*args: Any, **kwargs: Any) -> Any:
+                output = args[0] if args else kwargs["model_output"]
+                output = output if before is None or name != self.scheduler else before(output)
+                if args:
+                    args = (output, *args[1:])
+                else:
+                    kwargs["model_output"] = output
+                result = step(*args, **kwargs)
+                stepped(result[0] if isinstance(result, tuple) else result.prev_sample, name)
+                return result
 
-        @functools.wraps(step)
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            output = args[0] if args else kwargs["model_output"]
-            output = output if before is None else before(output)
-            if args:
-                args = (output, *args[1:])
-            else:
-                kwargs["model_output"] = output
-            result = step(*args, **kwargs)
-            stepped(result[0] if isinstance(result, tuple) else result.prev_sample, output)
-            return result
+            return observed
 
-        if step is not None:
-            vars(scheduler)["step"] = observed
+        schedulers = _schedulers(pipe)
+        for name, scheduler in schedulers.items():
+            vars(scheduler)["step"] = watched(name, scheduler.step)
         torch.manual_seed(0)
         try:
             pipe(**given)
         finally:
-            if step is not None:
+            for scheduler in schedulers.values():
                 vars(scheduler).pop("step", None)
             for model in undo:
                 vars(model).pop("forward", None)
@@ -237,13 +271,14 @@ class Loop:
             return HeadGate({(site.layer, 0): 0.0}, where=Where(branches="cond", **where))
         if site.kind == "cross":
             # Rows have no keys of their own there.
-            return SoftPAG(2.0, 0.5, target="zero", where=Where(**where))
-        return SoftPAG(2.0, 0.5, joint="joint_identity", where=Where(**where))
+            return SoftPAG(self.scale, 0.5, target="zero", where=Where(**where))
+        return SoftPAG(self.scale, 0.5, joint="joint_identity", where=Where(**where))
 
     def _steered(self, what: str) -> Tensor:
         pipe, given = self.pipe, self.inputs()
         steps: list[Tensor] = []
-        step = pipe.scheduler.step
+        scheduler = _schedulers(pipe)[self.scheduler]
+        step = scheduler.step
 
         @functools.wraps(step)
         def observed(*args: Any, **kwargs: Any) -> Any:
@@ -251,7 +286,6 @@ class Loop:
             steps.append(result[0] if isinstance(result, tuple) else result.prev_sample)
             return result
 
-        scheduler = pipe.scheduler
         vars(scheduler)["step"] = observed
         torch.manual_seed(0)
         try:
@@ -290,7 +324,7 @@ class Loop:
             s, w = _predicted(strong, len(cond)), _predicted(weak, len(cond))
             if bool(cond.any()):
                 part = cond if len(cond) == len(s) else torch.ones(len(s), dtype=torch.bool)
-                state["term"] = 2.0 * (s - w)[part]
+                state["term"] = self.scale * (s - w)[part]
             if rows and state["term"] is not None:
                 return _shifted(strong, state["term"])
             state["rows"].append(s)
@@ -310,7 +344,7 @@ class Loop:
                 return output
             return output + self._sign(seen, output) * term[cut]
 
-        self._run(pipe, given, around, lambda out, values: steps.append(out), before)
+        self._run(pipe, given, around, lambda out, name: steps.append(out) if name == self.scheduler else None, before)
         return _last(steps)
 
     @staticmethod
@@ -371,7 +405,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _floats(values: dict[str, Any]) -> list[Any]:
     """The latent first, then the arguments that have an entry for each row, and the tensors of all others."""
-    latent = next((values[n] for n in ("sample", "hidden_states", "x") if values.get(n) is not None), None)
+    latent = next((values[n] for n in ("sample", "hidden_states", "x", "input_ids") if values.get(n) is not None), None)
     rest = {k: v for k, v in values.items() if v is not latent}
     batch = len(latent) if isinstance(latent, (list, Tensor)) else 1
     lists = [v for v in rest.values() if isinstance(v, list) and len(v) == batch and isinstance(latent, list)]
