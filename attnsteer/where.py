@@ -169,12 +169,28 @@ class Where(Named):
                 f"the HeadSet names layers {missing}; the selected sites have layers {sorted(layers)}. "
                 "Was it found on another model?"
             )
+        self._check_towers(pool, shapes)
         if self.heads.shape is not None:
             found = sorted({shapes[_stack(s)] for s in pool})
             if self.heads.shape not in found:
                 raise SelectionError(
                     f"the HeadSet was found on a model of shape {self.heads.shape} (layers, heads per layer); "
                     f"this one has {listing(found)}. Use a HeadSet of this model."
+                )
+
+    def _check_towers(self, pool: list[Site], shapes: Mapping[Stack, tuple[int, int]]) -> None:
+        """Refuse numbers that mean other layers in each of several towers: a text model's and its vision tower's, a prior's and a
+        denoiser's. Towers built alike, as two experts of one pipeline, share them."""
+        found: dict[int, dict[tuple[str, str], tuple[int, int]]] = {}
+        for s in pool:
+            if s.layer in self.heads.layers and not s.refused:
+                found.setdefault(s.layer, {})[s.component, s.modality] = shapes[_stack(s)]
+        for layer, towers in sorted(found.items()):
+            if len(towers) > 1 and (len({m for _, m in towers}) > 1 or len(set(towers.values())) > 1):
+                raise SelectionError(
+                    f"the HeadSet names layer {layer}, of which there is one in each of "
+                    f"{listing(' '.join(filter(None, tower)) for tower in towers)}. Give each its own HeadSet and method: "
+                    "steer(target, first, second), each with Where(modalities=...) or Where(modules=...)."
                 )
 
     def active(self, phase: str | None, step: int | None, steps: int | None) -> bool:

@@ -126,7 +126,8 @@ class DenoiserClock:
         sample = values[latent]
         if self.declared.latent and isinstance(sample, Tensor) and not sample.is_floating_point():
             raise UnsupportedHost(
-                f"{type(self.model).__name__} samples numbers of tokens, which have no gradient: no method that moves the latent acts here."
+                f"{type(self.model).__name__} samples numbers of tokens, which have no gradient: no method that moves the latent "
+                "acts here."
             )
         self.batch = len(sample)
         self.image_tokens = _image_tokens(sample, self._patch)

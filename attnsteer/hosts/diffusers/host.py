@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from ...undo import Journal
 
 # Pipeline components that predict noise or velocity; encoders, VAEs and ControlNets are not steered.
-DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")
+DENOISERS = (
+    "unet", "transformer", "transformer_2", "unconditional_transformer", "prior", "prior_prior", "decoder", "super_res_first",
+    "image_unet",
+)  # fmt: skip
 
 # What attention modules call their numbers of heads.
 HEADS = ("heads", "num_heads", "n_heads", "num_attention_heads", "n_head")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 # What the denoisers call their input.
-INPUTS = ("sample", "hidden_states", "x", "input_ids")
+INPUTS = ("sample", "hidden_states", "x", "input_ids", "decoder_input_tokens")
 # Arguments that another model computed from the latent before it could be moved.
 STALE = (
     "down_block_additional_residuals", "mid_block_additional_residual", "block_controlnet_hidden_states",

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 # One call on a doubled batch, unconditional rows first; a single batch while guidance is off.
 DOUBLED = re.compile(
     r"StableDiffusion(?!.*(Pix2Pix|SAG|DiffEdit|TextImage|Paradigms|Panorama|LEdits|AttendAndExcite))|"
-    r"AltDiffusion|Kolors|Sana(?!WM)|PixArt|HunyuanDiT|AuraFlow|CogVideoX|CogView3|ConsisID|Mochi|LTX(?!2|I2VLong|Latent)|"
+    r"AltDiffusion|Kolors|Sana(?!WM)|PixArt|HunyuanDiT|AuraFlow|CogVideoX|CogView3|ConsisID|Mochi|LTX(?!I2VLong|2?Latent)|"
     r"AnimateDiff|PIA|I2VGenXL|Allegro|Latte|LatentConsistency|TextToVideoSD|VideoToVideoSD|Kandinsky3|EasyAnimate|"
-    r"StableAudioPipeline|DreamLite|Bria(Fibo(?!2)|Pipeline|ControlNet)"
+    r"StableAudioPipeline|DreamLite|UnCLIPImage|Bria(Fibo(?!2)|Pipeline|ControlNet)"
 )
 # One call on a tripled batch: text and image, image, neither.
 TRIPLED = re.compile(r"StableDiffusion(XL)?InstructPix2PixPipeline")
@@ -76,7 +76,7 @@ def caller(pipe: DiffusionPipeline | None) -> str:
 def one_branch(pipe: DiffusionPipeline | None, values: Mapping[str, Any]) -> bool:
     """Whether a pipeline of diffusers has nothing to guide with, neither a scale nor a negative prompt: all its rows are alike.
 
-    A scale that the model itself is given is none of the pipeline's, and so is one of a modular pipeline, which guides by its guider.
+    A scale that the model itself is given is none of the pipeline's, nor is one of a modular pipeline, which has a guider.
 
     Args:
         values: arguments of a denoiser call by name.

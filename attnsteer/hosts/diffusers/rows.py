@@ -77,7 +77,9 @@ class Conditions:
             return ["cond"] * batch if self.unguided else None
         best = [self._best(given, values, row, batch, positive, negative) for row in range(batch)]
         # Arguments some row of which is negative.
-        sided = {name for scores in best for (side, name), (score, _) in scores.items() if side == "uncond" and score >= 0.5}
+        sided = {
+            name for scores in best for (side, name), (score, _) in scores.items() if side == "uncond" and score >= 0.5
+        }
         found = [self._label(scores, sided, negative) for scores in best]
         if None in found:
             return None
@@ -129,6 +131,8 @@ class Conditions:
             own = _row_of(values[name], path, tensor, row, batch, negative)
             if own is None or own.numel() < 2:
                 continue
+            # Each part of an argument for itself: the prompt beside an image that all branches share.
+            name = name if _each_row(values[name], path, tensor, batch) else path
             for side, pool in (("cond", positive), ("uncond", negative)):
                 for known, held in pool:
                     score, before = _share(own, held), best.get((side, name), (0.0, set()))
@@ -139,9 +143,7 @@ class Conditions:
         return best
 
     @staticmethod
-    def _label(
-        best: dict[tuple[str, str], tuple[float, set[str]]], sided: set[str], negative: Pool
-    ) -> str | None:
+    def _label(best: dict[tuple[str, str], tuple[float, set[str]]], sided: set[str], negative: Pool) -> str | None:
         twins, votes = {n for n, _ in negative}, set()
         for name in {n for _, n in best}:
             a, known = best.get(("cond", name), (0.0, set()))
@@ -230,11 +232,8 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 
 def _row_of(value: Any, path: str, tensor: Tensor, row: int, batch: int, negative: Pool) -> Tensor | None:
     """What a leaf of an argument holds for one row."""
-    place = re.search(r"\[(\d+)\]$", path)
-    # A list with an entry for each row; not one of layers, whose entries have all rows.
-    layers = tensor.ndim > 2 and tensor.shape[0] == batch
-    if place and isinstance(value, (list, tuple)) and len(value) == batch and not layers:
-        return tensor if int(place[1]) == row else None
+    if _each_row(value, path, tensor, batch):
+        return tensor if int(re.search(r"\[(\d+)\]$", path)[1]) == row else None
     if tensor.shape[0] % batch:
         return None
     for _, twin in negative:
@@ -247,6 +246,14 @@ def _row_of(value: Any, path: str, tensor: Tensor, row: int, batch: int, negativ
         if not axes:
             break
     return tensor[row * (tensor.shape[0] // batch)]
+
+
+def _each_row(value: Any, path: str, tensor: Tensor, batch: int) -> bool:
+    """Whether an argument is a list with an entry for each row; not one of layers, whose entries have all rows."""
+    layers = tensor.ndim > 2 and tensor.shape[0] == batch
+    return (
+        bool(re.search(r"\[\d+\]$", path)) and isinstance(value, (list, tuple)) and len(value) == batch and not layers
+    )
 
 
 def _share(row: Tensor, held: Tensor) -> float:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ...undo import Journal
 
 # What the denoisers call their timestep.
-TIMES = ("timestep", "timesteps", "t", "timestep_ratio")
+TIMES = ("timestep", "timesteps", "t", "timestep_ratio", "decoder_noise_time")
 
 
 class Sampling:
@@ -68,7 +68,7 @@ class Sampling:
         self._times: list[float] = []
         self._plan: list[float] = []
         self._watched = False
-        # Steps that the scheduler made in this run, where that is seen, and whether no call of the denoiser has come since it began.
+        # Steps that the scheduler made in this run, where that is seen; whether no denoiser call has come since it began.
         self._made: int | None = None
         self._fresh = True
         self._running = threading.RLock()

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ... import HeadGate, SoftPAG, Where, sites, steer
+from ...hosts.diffusers.latents import INPUTS
 from ...site import Site
 from .pipeline_builds import DENOISERS, Built
 from .watch import inside, watching
@@ -23,7 +25,8 @@ from .watch import inside, watching
 # Final latents, relative to the largest: two ways to compute the same, through several steps in float32.
 LIMIT = 5e-4
 # Arguments that say what to make.
-ASKED = {"prompt", "prompts", "text", "content_prompt", "prompt_embeds", "image_embeds", "audio_embeds", "class_labels"}
+TEXTS = ("prompt", "prompts", "text", "content_prompt", "transcription")
+ASKED = {*TEXTS, "prompt_embeds", "image_embeds", "audio_embeds", "class_labels"}
 # Models whose image keys stand before the text's, by their code.
 OWN_FIRST = re.compile("Nucleus|StableCascade|Wuerstchen")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -82,10 +85,35 @@ def _schedulers(pipe: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("scheduler", *pipe.components):
         part = getattr(pipe, name, None)
-        if callable(getattr(part, "step", None)) and not isinstance(part, nn.Module):
+        if callable(getattr(type(part), "step", None)) and not isinstance(part, nn.Module):
             if all(part is not other for other in found.values()):
                 found[name] = part
     return found
+
+
+def _sample(result: Any) -> Tensor:
+    return result[0] if isinstance(result, tuple) else result.prev_sample
+
+
+@contextlib.contextmanager
+def _stepping(schedulers: dict[str, Any], seen: Any) -> Iterator[None]:
+    """In this block `seen(name, copied, step, scheduler, ...)` takes the place of each step, of copies of the schedulers too."""
+
+    def watched(kind: type) -> Any:
+        step = kind.step
+        first = next(name for name, s in schedulers.items() if type(s) is kind)
+
+        @functools.wraps(step)
+        def observed(own: Any, *args: Any, **kwargs: Any) -> Any:
+            name = next((name for name, s in schedulers.items() if s is own), None)
+            return seen(name or first, name is None, step, own, *args, **kwargs)
+
+        return observed
+
+    with contextlib.ExitStack() as stack:
+        for kind in dict.fromkeys(map(type, schedulers.values())):
+            stack.enter_context(mock.patch.object(kind, "step", watched(kind)))
+        yield
 
 
 class UnseenError(Exception):
@@ -122,7 +150,7 @@ class Loop:
         if not first["steps"]:
             self.reason = "it makes no step of its scheduler"
             return
-        self.plain = first["steps"][-1]
+        self.plain = _last(first["steps"])
         # Numbers of tokens change only where the most likely one does.
         self.scale = 2.0 if self.plain.is_floating_point() else 100.0
         if not bool(self.plain.isfinite().all()):
@@ -169,7 +197,7 @@ class Loop:
     def _record(self, change: str | None) -> dict[str, Any]:
         """One plain run: float arguments of the first step's calls, and what the scheduler's steps gave."""
         pipe, given = self.pipe, self.inputs()
-        for key in ("prompt", "prompts", "text", "content_prompt"):
+        for key in TEXTS:
             if change and isinstance(given.get(key), str):
                 given[key] = _others(given[key])
             elif change and isinstance(given.get(key), list) and given[key] and isinstance(given[key][0], str):
@@ -197,15 +225,19 @@ class Loop:
             found["ran"] |= {seen.owner for seen in watch.seen}
             return out
 
-        def stepped(out: Any, scheduler: str) -> None:
+        def stepped(out: Any, scheduler: str, copied: bool) -> None:
             if found["name"] is None:
                 return
             # That of the first denoiser: pipelines that are made of several have one for each.
             found["scheduler"] = found["scheduler"] or scheduler
             if scheduler == found["scheduler"]:
-                found["steps"].append(out)
+                (copies if copied else found["steps"]).append(out)
 
+        copies: list[Tensor] = []
         self._run(pipe, given, around, stepped)
+        # A pipeline may step by copies of its scheduler, one for each frame; or by one of them for what goes beside, as its sound.
+        self.copied = not found["steps"]
+        found["steps"] = found["steps"] or copies
         return found
 
     def _run(self, pipe: Any, given: Any, around: Any, stepped: Any, before: Any = None) -> None:
@@ -225,30 +257,25 @@ class Loop:
 
             vars(model)["forward"] = forward
             undo.append(model)
-        def watched(name: str, step: Any) -> Any:
-            @functools.wraps(step)
-            def observed(*args: Any, **kwargs: Any) -> Any:
-                output = args[0] if args else kwargs["model_output"]
-                output = output if before is None or name != self.scheduler else before(output)
-                if args:
-                    args = (output, *args[1:])
-                else:
-                    kwargs["model_output"] = output
-                result = step(*args, **kwargs)
-                stepped(result[0] if isinstance(result, tuple) else result.prev_sample, name)
-                return result
-
-            return observed
-
         schedulers = _schedulers(pipe)
-        for name, scheduler in schedulers.items():
-            vars(scheduler)["step"] = watched(name, scheduler.step)
+
+        def seen(name: str, copied: bool, step: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+            output = args[0] if args else kwargs["model_output"]
+            if before is not None and name == self.scheduler and not copied:
+                output = before(output)
+            if args:
+                args = (output, *args[1:])
+            else:
+                kwargs["model_output"] = output
+            result = step(own, *args, **kwargs)
+            stepped(_sample(result), name, copied)
+            return result
+
         torch.manual_seed(0)
         try:
-            pipe(**given)
+            with _stepping(schedulers, seen):
+                pipe(**given)
         finally:
-            for scheduler in schedulers.values():
-                vars(scheduler).pop("step", None)
             for model in undo:
                 vars(model).pop("forward", None)
 
@@ -277,22 +304,16 @@ class Loop:
     def _steered(self, what: str) -> Tensor:
         pipe, given = self.pipe, self.inputs()
         steps: list[Tensor] = []
-        scheduler = _schedulers(pipe)[self.scheduler]
-        step = scheduler.step
 
-        @functools.wraps(step)
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            steps.append(result[0] if isinstance(result, tuple) else result.prev_sample)
+        def seen(name: str, copied: bool, step: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+            result = step(own, *args, **kwargs)
+            if name == self.scheduler and copied == self.copied:
+                steps.append(_sample(result))
             return result
 
-        vars(scheduler)["step"] = observed
         torch.manual_seed(0)
-        try:
-            with steer(pipe, self._method(what), control=True):
-                pipe(**given)
-        finally:
-            vars(scheduler).pop("step", None)
+        with _stepping(_schedulers(pipe), seen), steer(pipe, self._method(what), control=True):
+            pipe(**given)
         return _last(steps)
 
     def _by_hand(self, what: str, rows: bool = False) -> Tensor:
@@ -323,10 +344,12 @@ class Loop:
                 return _picked(strong, weak, cond)
             s, w = _predicted(strong, len(cond)), _predicted(weak, len(cond))
             if bool(cond.any()):
-                part = cond if len(cond) == len(s) else torch.ones(len(s), dtype=torch.bool)
-                state["term"] = self.scale * (s - w)[part]
+                terms = [self.scale * (a - b) for a, b in zip(s, w, strict=True)]
+                state["terms"] = [t[cond] if len(cond) == len(t) else t for t in terms]
+                state["term"] = state["terms"][0]
             if rows and state["term"] is not None:
-                return _shifted(strong, state["term"])
+                return _shifted(strong, state["terms"])
+            s = s[0]
             state["rows"].append(s)
             return strong
 
@@ -344,7 +367,11 @@ class Loop:
                 return output
             return output + self._sign(seen, output) * term[cut]
 
-        self._run(pipe, given, around, lambda out, name: steps.append(out) if name == self.scheduler else None, before)
+        def stepped(out: Any, scheduler: str, copied: bool) -> None:
+            if scheduler == self.scheduler and copied == self.copied:
+                steps.append(out)
+
+        self._run(pipe, given, around, stepped, before)
         return _last(steps)
 
     @staticmethod
@@ -374,11 +401,12 @@ def _others(text: str) -> str:
     return text.translate(NEXT)
 
 
-def _shifted(out: Any, term: Tensor) -> Any:
+def _shifted(out: Any, terms: list[Tensor]) -> Any:
     """A prediction with a term of one branch on each part of its rows."""
     leaves, form = tree_flatten(out)
-    i = next(i for i, t in enumerate(leaves) if isinstance(t, Tensor))
-    leaves[i] = leaves[i] + term.repeat(len(leaves[i]) // len(term), *[1] * (term.ndim - 1))
+    places = [i for i, t in enumerate(leaves) if isinstance(t, Tensor)]
+    for i, term in zip(places, terms, strict=False):
+        leaves[i] = leaves[i] + term.repeat(len(leaves[i]) // len(term), *[1] * (term.ndim - 1))
     return tree_unflatten(leaves, form)
 
 
@@ -405,7 +433,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _floats(values: dict[str, Any]) -> list[Any]:
     """The latent first, then the arguments that have an entry for each row, and the tensors of all others."""
-    latent = next((values[n] for n in ("sample", "hidden_states", "x", "input_ids") if values.get(n) is not None), None)
+    latent = next((values[n] for n in INPUTS if values.get(n) is not None), None)
     rest = {k: v for k, v in values.items() if v is not latent}
     batch = len(latent) if isinstance(latent, (list, Tensor)) else 1
     lists = [v for v in rest.values() if isinstance(v, list) and len(v) == batch and isinstance(latent, list)]
@@ -414,11 +442,11 @@ def _floats(values: dict[str, Any]) -> list[Any]:
     return [latent, *lists, *tensors]
 
 
-def _predicted(out: Any, rows: int) -> Tensor:
-    """The first prediction of a call; stacked, where it gives one tensor for each row."""
+def _predicted(out: Any, rows: int) -> list[Tensor]:
+    """The predictions of a call, one of each modality; stacked, where it gives one tensor for each row."""
     tensors = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
     apart = len(tensors) == rows > 1 and all(len(t) != rows for t in tensors)
-    return torch.stack(tensors) if apart else tensors[0]
+    return [torch.stack(tensors)] if apart else tensors
 
 
 def _picked(strong: Any, weak: Any, cond: Tensor) -> Any:
