@@ -83,6 +83,8 @@ class DenoiserClock:
         self.capture: Capture | None = None
         self.cut = False
         self.calls: dict[str, ProcessorCall] = {}
+        # By path of a site: its module, and the processor that we put there.
+        self.processors: dict[str, tuple[nn.Module, Any]] = {}
 
     def forget_calls(self) -> None:
         """A pass begins: no site has computed its attention."""
@@ -123,6 +125,13 @@ class DenoiserClock:
                 f"{type(self.model).__name__} has no latent among its arguments ({', '.join(INPUTS)}), so what its calls are about "
                 "is not known: no guidance, steps or branches here. Edits without them act as they do elsewhere."
             )
+        if not torch.compiler.is_compiling():
+            gone = next((path for path, (module, own) in self.processors.items() if module.processor is not own), None)
+            if gone is not None:
+                raise UnsupportedHost(
+                    f"the attention processor of {gone} was exchanged while it is steered, so the edit would vanish. Detach first, "
+                    "change the processors, then steer again; or leave this site out of Where."
+                )
         sample = values[latent]
         if self.declared.latent and isinstance(sample, Tensor) and not sample.is_floating_point():
             raise UnsupportedHost(

@@ -63,19 +63,19 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
     running = clock.calls[site.path] = ProcessorCall()
     streams = _Streams.of(type(processor).__name__, original, runtime)
     unscaled = Unscaled(site.path, processor) if streams.pictured else None
-    steered = functools.partial(_primitive, runtime, clock, running, streams)
+    primitive = functools.partial(_primitive, runtime, clock, running, streams)
     primitives: dict[str, Any] = {}
     if is_eager(processor):
-        eager = _Eager(module, getattr(own, "slice_size", None), steered)
+        eager = _Eager(module, getattr(own, "slice_size", None), primitive)
         primitives["torch"] = eager.torch
         seen = lambda attn: _Scoring(attn)  # noqa: E731
     else:
         scale = float(module.scale) if type(processor) is not type(own) else None
-        primitives[SDPA] = steered(torch.nn.functional.scaled_dot_product_attention, scale=scale)
+        primitives[SDPA] = primitive(torch.nn.functional.scaled_dot_product_attention, scale=scale)
         seen = lambda attn: attn  # noqa: E731
     dispatch = original.__globals__.get(DISPATCH)
     if dispatch is not None:
-        primitives[DISPATCH] = steered(dispatch, rows_first=True)
+        primitives[DISPATCH] = primitive(dispatch, rows_first=True)
     for name, helper in helpers(original).items():
         primitives[name] = rebind(helper, dict(primitives))
     copied = rebind(original, primitives)
@@ -110,7 +110,9 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
         clock.end_if_captured()
         return out
 
-    _exchange(module, _steered_processor(processor, __call__, own), journal)
+    steered = _steered_processor(processor, __call__, own)
+    clock.processors[site.path] = (module, steered)
+    _exchange(module, steered, journal)
 
 
 def _primitive(
@@ -357,13 +359,20 @@ def _exchange(module: nn.Module, processor: Any, journal: Journal) -> None:
 
     journal.add(undo)
     if hasattr(module, "set_processor"):
-        journal.wrap(module, "set_processor", _refuse_processor)
+        journal.wrap(module, "set_processor", functools.partial(_only, processor))
 
 
-def _refuse_processor(*_: Any, **__: Any) -> None:
-    raise UnsupportedHost(
-        "the attention processors of a steered model cannot be exchanged: the edit would vanish. Detach first "
-        "(leave the `with` block or call remove()), change the processors, then steer again."
+def _only(own: Any, inner: Callable[..., Any], processor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around `set_processor` of a steered module: its own may be put back, as pipelines do that exchange others."""
+    if processor is not own:
+        raise exchanged("the attention processors of a steered model cannot be exchanged: the edit would vanish")
+    return inner(processor, *args, **kwargs)
+
+
+def exchanged(what: str) -> UnsupportedHost:
+    """The error for an attention processor that took the place of a steered one."""
+    return UnsupportedHost(
+        f"{what}. Detach first (leave the `with` block or call remove()), change the processors, then steer again."
     )
 
 

@@ -36,6 +36,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "clip": {"hidden_size": 32},
     "gemma3": {"text_config": {"hidden_size": 32}, "vision_config": {"hidden_size": 32}},
     "llama": {"hidden_size": 16, "head_dim": 4},
+    "siglip_vision_model": {"hidden_size": 32},
     "qwen3_vl": {"text_config": {"hidden_size": 16}, "vision_config": {"out_hidden_size": 16}},
     "qwen2_vl": {
         "text_config": {
@@ -117,7 +118,7 @@ class Words:
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
         if text is None and kwargs.get("images") is not None:
-            return {"pixel_values": torch.full((1, 3, 32, 32), 0.5)}
+            return _encoding()({"pixel_values": torch.full((1, 3, 32, 32), 0.5)})
         texts = [text] if isinstance(text, str) or text is None else list(text)
         texts = [t if isinstance(t, str) else str(t) for t in texts]
         limit = kwargs.get("max_length") or 10_000

@@ -59,13 +59,13 @@ def _mixed_at(module: nn.Module, off: bool, first: bool) -> Iterator[None]:
     mode = _Mix()
     mode.off, mode.first = off, first
     before = getattr(module, "processor", None)
-    # Tests of the library put the eager processor of DeepFloyd's models on; its twin calls the primitive.
-    eager = type(before).__name__ == "AttnAddedKVProcessor"
+    # Tests of the library put eager processors on; their twins call the primitive.
+    eager = type(before).__name__ in ("AttnAddedKVProcessor", "AttnProcessor")
     try:
         if eager:
-            from diffusers.models.attention_processor import AttnAddedKVProcessor2_0
+            from diffusers.models import attention_processor
 
-            module.processor = AttnAddedKVProcessor2_0()
+            module.processor = getattr(attention_processor, f"{type(before).__name__}2_0")()
         with inside(module, mode):
             yield
     finally:
@@ -120,12 +120,6 @@ class UnseenError(Exception):
     """The steps of a run could not be seen, so that there is nothing to compare."""
 
 
-def _last(steps: list[Tensor]) -> Tensor:
-    if not steps:
-        raise UnseenError("it exchanges what its scheduler holds, so its steps are not seen")
-    return steps[-1]
-
-
 class Loop:
     """Runs of one pipeline: plain, steered, and by hand.
 
@@ -150,7 +144,7 @@ class Loop:
         if not first["steps"]:
             self.reason = "it makes no step of its scheduler"
             return
-        self.plain = _last(first["steps"])
+        self.plain = first["steps"][-1]
         # Numbers of tokens change only where the most likely one does.
         self.scale = 2.0 if self.plain.is_floating_point() else 100.0
         if not bool(self.plain.isfinite().all()):
@@ -228,9 +222,9 @@ class Loop:
         def stepped(out: Any, scheduler: str, copied: bool) -> None:
             if found["name"] is None:
                 return
-            # That of the first denoiser: pipelines that are made of several have one for each.
+            # That of the first denoiser: pipelines that are made of several have one for each, or one for all.
             found["scheduler"] = found["scheduler"] or scheduler
-            if scheduler == found["scheduler"]:
+            if scheduler == found["scheduler"] and self.running == found["name"]:
                 (copies if copied else found["steps"]).append(out)
 
         copies: list[Tensor] = []
@@ -238,6 +232,7 @@ class Loop:
         # A pipeline may step by copies of its scheduler, one for each frame; or by one of them for what goes beside, as its sound.
         self.copied = not found["steps"]
         found["steps"] = found["steps"] or copies
+        self.count = len(found["steps"])
         return found
 
     def _run(self, pipe: Any, given: Any, around: Any, stepped: Any, before: Any = None) -> None:
@@ -253,6 +248,7 @@ class Loop:
             @functools.wraps(inner)
             def forward(*args: Any, _inner: Any = inner, _names: Any = names_, _name: str = name, **kwargs: Any) -> Any:
                 values = dict(zip(_names, args, strict=False)) | kwargs
+                self.running = _name
                 return around(_name, lambda: _inner(*_fresh(args), **_fresh(kwargs)), values)
 
             vars(model)["forward"] = forward
@@ -261,7 +257,7 @@ class Loop:
 
         def seen(name: str, copied: bool, step: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
             output = args[0] if args else kwargs["model_output"]
-            if before is not None and name == self.scheduler and not copied:
+            if before is not None and name == self.scheduler and self.running == self.name and not copied:
                 output = before(output)
             if args:
                 args = (output, *args[1:])
@@ -314,7 +310,13 @@ class Loop:
         torch.manual_seed(0)
         with _stepping(_schedulers(pipe), seen), steer(pipe, self._method(what), control=True):
             pipe(**given)
-        return _last(steps)
+        return self._last(steps)
+
+    def _last(self, steps: list[Tensor]) -> Tensor:
+        """What the last step of the denoiser gave; those of a denoiser after it may follow."""
+        if len(steps) < self.count:
+            raise UnseenError("it exchanges what its scheduler holds, so its steps are not seen")
+        return steps[self.count - 1]
 
     def _by_hand(self, what: str, rows: bool = False) -> Tensor:
         """The run with a loop's own weak pass. `rows`: the term goes on every row, instead of on their combination."""
@@ -372,7 +374,7 @@ class Loop:
                 steps.append(out)
 
         self._run(pipe, given, around, stepped, before)
-        return _last(steps)
+        return self._last(steps)
 
     @staticmethod
     def _sign(rows: list[Tensor], output: Tensor) -> float:

@@ -32,10 +32,23 @@ def _set(**values: Any) -> Callable[[Any], None]:
     return lambda pipe: vars(pipe).update(values)
 
 
+def _features(pipe: Any) -> None:
+    """Text features as older versions of transformers gave them: the tensor alone."""
+    inner = pipe.text_encoder.get_text_features
+
+    def features(*args: Any, **kwargs: Any) -> Tensor:
+        out = inner(*args, **kwargs)
+        return out if isinstance(out, Tensor) else out.pooler_output
+
+    vars(pipe.text_encoder)["get_text_features"] = features
+
+
 def _like(model: nn.Module, **changes: Any) -> nn.Module:
     """Another of its class, of a config that differs."""
     torch.manual_seed(0)
-    return type(model).from_config({**model.config, **changes}).eval()
+    # Without the note of what was left to the defaults, which would be left to them again.
+    config = {k: v for k, v in {**model.config, **changes}.items() if k != "_use_default_values"}
+    return type(model).from_config(config).eval()
 
 
 def _wider(name: str = "transformer", by: int = 2, to: int | None = None) -> Changes:
@@ -199,7 +212,80 @@ def _longcat(parts: dict[str, Any]) -> dict[str, Any]:
     return {"vae": vae.eval(), "transformer": transformer.eval(), "text_processor": parts["processor"]}
 
 
+def _recorded(name: str, **others: Any) -> Changes:
+    """A denoiser in its recorded small config, and other parts."""
+
+    def parts(parts: dict[str, Any]) -> dict[str, Any]:
+        from .diffusers import build
+
+        return {"transformer": build(name)[0], **others}
+
+    return parts
+
+
+def _embedded(shape: tuple[int, ...], **others: Any) -> Changes:
+    """Embeddings in the place of a prompt, of which the text encoder would make them."""
+
+    def inputs(given: dict[str, Any]) -> dict[str, Any]:
+        seed = torch.Generator().manual_seed(0)
+        return {
+            "prompt": None,
+            "negative_prompt": None,
+            "prompt_embeds": torch.randn(shape, generator=seed),
+            "negative_prompt_embeds": torch.randn(shape, generator=seed),
+            "output_type": "latent",
+            **others,
+        }
+
+    return inputs
+
+
+def _refiner(parts: dict[str, Any]) -> dict[str, Any]:
+    model = parts["transformer"]
+    config = dict(in_channels=8, patch_size=(1, 1, 1), rope_axes_dim=(2, 2, 4), guidance_embeds=True)
+    return {"transformer": _like(model, **config), "guider": None}
+
+
 SIBLINGS: dict[str, Sibling] = {
+    "BriaFibo2Pipeline": Sibling(
+        "Flux2KleinPipeline",
+        parts=_recorded("BriaFibo2Transformer2DModel", processor=None, text_encoder=None),
+        inputs=_embedded((1, 2, 6, 16), guidance_scale=4.0, height=128, width=128),
+    ),
+    "HunyuanImageRefinerPipeline": Sibling(
+        "HunyuanImagePipeline",
+        parts=_refiner,
+        inputs=_embedded(
+            (1, 6, 32),
+            prompt_embeds_mask=torch.ones(1, 6, dtype=torch.long),
+            image=torch.rand(1, 4, 1, 4, 4),
+            height=32,
+            width=32,
+        ),
+    ),
+    "Kandinsky6TI2VAPipeline": Sibling(
+        "HunyuanVideoPipeline",
+        parts=_recorded("Kandinsky6Transformer3DModel"),
+        inputs=_embedded(
+            (1, 6, 16),
+            pooled_prompt_embeds=torch.rand(1, 8),
+            negative_pooled_prompt_embeds=torch.rand(1, 8),
+            sample_audio=False,
+            height=128,
+            width=128,
+            num_frames=5,
+            guidance_scale=4.0,
+        ),
+    ),
+    "LTX2DFRPipeline": Sibling(
+        "LTX2Pipeline", inputs=lambda given: {"sigmas": [1.0, 0.5], "generate_slots": False, "output_type": "latent"}
+    ),
+    "QwenImage21Pipeline": Sibling(
+        "QwenImagePipeline",
+        parts=_recorded("QwenImage21Transformer2DModel", processor=None, text_encoder=None),
+        inputs=_embedded((1, 6, 16), true_cfg_scale=3.0, height=64, width=64),
+    ),
+    "ZImageOmniPipeline": Sibling("ZImagePipeline", parts=lambda parts: {"siglip": None, "siglip_processor": None}),
     "AceStepPipeline": Sibling("AceStepPipeline", inputs=lambda given: {"max_text_length": 256}),
     "AudioLDM2Pipeline": Sibling("AudioLDM2Pipeline", inputs=lambda given: {"transcription": given["prompt"]}),
     "HunyuanVideo15Pipeline": Sibling("HunyuanVideo15Pipeline", after=_set(prompt_template_encode_start_idx=60)),
@@ -242,6 +328,15 @@ SIBLINGS: dict[str, Sibling] = {
     "LDMSuperResolutionPipeline": Sibling(
         "DDIMPipeline", parts=_latents(6), inputs=lambda given: {"image": _picture(32)}
     ),
+    "LTX2InContextPipeline": Sibling(
+        # Its other guidances run the model again.
+        "LTX2InContextPipeline",
+        inputs=lambda given: (
+            dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
+            | dict.fromkeys(("modality_scale", "audio_modality_scale"), 1.0)
+        ),
+    ),
+    "MusicLDMPipeline": Sibling("MusicLDMPipeline", after=_features),
     "LTXI2VLongMultiPromptPipeline": Sibling("LTXPipeline", inputs=lambda given: {"cond_image": _picture(32)}),
     "LongCatImagePipeline": Sibling(
         "QwenImageEditPipeline",
@@ -277,6 +372,7 @@ SIBLINGS: dict[str, Sibling] = {
     ),
     "StableAudio3InpaintPipeline": Sibling(
         "StableAudio3Pipeline",
+        parts=lambda parts: {"transformer": _like(parts["transformer"], local_add_cond_dim=9)},
         inputs=lambda given: {
             "audio": torch.rand(1, 2, 64) - 0.5,
             "mask_start_seconds": 0.25,
