@@ -94,6 +94,13 @@ class Sampling:
         """Read the timestep of one denoiser call."""
         if self.guard is not None:
             self.guard()
+        step = vars(self.scheduler).get("step") if self.scheduler is not None else None
+        if getattr(step, "__self__", self.scheduler) is not self.scheduler:
+            # What we put around the step went into a copy with the rest, and would make steps of that copy.
+            raise UnsupportedHost(
+                f"{type(self.pipeline).__name__} exchanges what its scheduler holds for copies, so its steps cannot be followed: "
+                "no guidance, steps or branches here. Steer its denoiser, without them."
+            )
         if self.told is not None:
             self._begin_told(*self.told)
             return

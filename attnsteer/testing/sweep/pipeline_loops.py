@@ -172,21 +172,21 @@ class Loop:
 
     @staticmethod
     def _changed(a: list[Tensor], b: list[Tensor]) -> list[bool]:
-        batch, rows = len(a[0]) if isinstance(a[0], (Tensor, list)) else 1, None
-        rows = [False] * batch
+        batch = len(a[0]) if isinstance(a[0], (Tensor, list)) else 1
+        found: list[list[bool]] = []
         for x, y in zip(a[1:], b[1:], strict=False):
             if isinstance(x, list):
-                rows = [r or not _alike(x[i], y[i]) for i, r in enumerate(rows)]
-                continue
-            if x.shape != y.shape:
-                rows = [True] * batch if batch == 1 else rows
-                continue
-            if x.shape[0] % batch == 0:
-                each = (x != y).reshape(batch, -1).any(dim=1)
-                rows = [r or bool(e) for r, e in zip(rows, each, strict=True)]
-            elif batch == 1 and bool((x != y).any()):
-                rows = [True]
-        return rows
+                found.append([not _alike(x[i], y[i]) for i in range(batch)])
+            elif x.shape != y.shape:
+                found.append([batch == 1] * batch)
+            elif x.shape[0] % batch == 0:
+                found.append((x != y).reshape(batch, -1).any(dim=1).tolist())
+            elif batch == 1:
+                found.append([bool((x != y).any())])
+        found = [rows for rows in found if any(rows)] or [[False] * batch]
+        # Where the first axis is one of layers, all rows seem to change: those that no argument denies have.
+        both = [all(row) for row in zip(*found, strict=True)]
+        return both if any(both) else [any(row) for row in zip(*found, strict=True)]
 
     def _record(self, change: str | None) -> dict[str, Any]:
         """One plain run: float arguments of the first step's calls, and what the scheduler's steps gave."""

@@ -19,12 +19,14 @@ class Sibling:
     Attributes:
         of: the pipeline whose test has the parts. parts: components that differ, from those. inputs: arguments of a call that
             differ, from those; what the pipeline does not take is left out. after: what is set on the pipeline itself.
+        note: what is left out of the measurement.
     """
 
     of: str
     parts: Changes = lambda parts: {}
     inputs: Changes = lambda given: {}
     after: Callable[[Any], None] = lambda pipe: None
+    note: str = ""
 
 
 def _set(**values: Any) -> Callable[[Any], None]:
@@ -295,6 +297,7 @@ SIBLINGS: dict[str, Sibling] = {
         # Its own guidance runs the model again on a blurred latent, which is a call of no known side.
         "StableDiffusionSAGPipeline",
         inputs=lambda given: {"guidance_scale": 3.0, "sag_scale": 0.0},
+        note="measured with sag_scale=0; beside its own guidance it is refused",
     ),
     "AltDiffusionImg2ImgPipeline": Sibling("AltDiffusionPipeline", inputs=lambda given: {"image": _picture(32)}),
     "ChromaInpaintPipeline": Sibling(
@@ -329,12 +332,12 @@ SIBLINGS: dict[str, Sibling] = {
         "DDIMPipeline", parts=_latents(6), inputs=lambda given: {"image": _picture(32)}
     ),
     "LTX2InContextPipeline": Sibling(
-        # Its other guidances run the model again.
         "LTX2InContextPipeline",
-        inputs=lambda given: (
-            dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
-            | dict.fromkeys(("modality_scale", "audio_modality_scale"), 1.0)
-        ),
+        inputs=lambda given: {
+            **dict.fromkeys(("stg_scale", "audio_stg_scale", "guidance_rescale", "audio_guidance_rescale"), 0.0),
+            **dict.fromkeys(("modality_scale", "audio_modality_scale"), 1.0),
+        },
+        note="measured without its STG, modality guidance and rescale; beside them it is refused",
     ),
     "MusicLDMPipeline": Sibling("MusicLDMPipeline", after=_features),
     "LTXI2VLongMultiPromptPipeline": Sibling("LTXPipeline", inputs=lambda given: {"cond_image": _picture(32)}),

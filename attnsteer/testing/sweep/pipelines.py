@@ -101,6 +101,8 @@ def measured(row: Row, make: Callable[[], Loop | str]) -> Row:
         row.verdict, row.reason = "exact but", "; ".join(refused)[:240]
     elif "PAG" in row.name:
         row.verdict, row.reason = "exact but", "measured with pag_scale=0; beside its own perturbed rows it is refused"
+    elif row.name in SIBLINGS and SIBLINGS[row.name].note:
+        row.verdict, row.reason = "exact but", SIBLINGS[row.name].note
     else:
         row.verdict, row.reason = "exact", ""
     return row
