@@ -18,7 +18,7 @@ from ...errors import AttnSteerError, SelectionError, UnsupportedHost
 from ...maps.words_to_image import Capture, MapsComplete
 from ...site import Site
 from .declarations import Declarations
-from .latents import INPUTS, unet_scale
+from .latents import INPUTS, latent_name, unet_scale
 from .probe import probe
 from .steps import TIMES, Sampling
 from .streams import RAGGED, order_of, own_place
@@ -119,7 +119,7 @@ class DenoiserClock:
 
     def begin(self, values: dict[str, Any]) -> None:
         """Read the arguments of one forward of the denoiser."""
-        latent = next((n for n in INPUTS if values.get(n) is not None), None)
+        latent = latent_name(values)
         if latent is None:
             raise UnsupportedHost(
                 f"{type(self.model).__name__} has no latent among its arguments ({', '.join(INPUTS)}), so what its calls are about "

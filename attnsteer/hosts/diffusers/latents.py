@@ -7,7 +7,7 @@ into the denoiser, and into `scheduler.step`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,16 @@ STALE = (
     "down_block_additional_residuals", "mid_block_additional_residual", "block_controlnet_hidden_states",
     "controlnet_block_samples", "controlnet_single_block_samples",
 )  # fmt: skip
+
+
+def latent_name(values: Mapping[str, Any]) -> str | None:
+    """The argument of a denoiser call that is its latent; numbers of tokens are one where they lie on a grid [B, h, w]."""
+
+    def fits(name: str) -> bool:
+        value = values.get(name)
+        return value is not None and (name != "input_ids" or (isinstance(value, Tensor) and value.ndim == 3))
+
+    return next(filter(fits, INPUTS), None)
 
 
 class Latents:
@@ -160,7 +170,7 @@ class Latents:
 
 
 def _input(inputs: BranchInputs) -> str:
-    return next(n for n in INPUTS if inputs.values.get(n) is not None)
+    return latent_name(inputs.values)
 
 
 def unet_scale(model: nn.Module, name: str) -> int | None:

@@ -251,9 +251,8 @@ def _row_of(value: Any, path: str, tensor: Tensor, row: int, batch: int, negativ
 def _each_row(value: Any, path: str, tensor: Tensor, batch: int) -> bool:
     """Whether an argument is a list with an entry for each row; not one of layers, whose entries have all rows."""
     layers = tensor.ndim > 2 and tensor.shape[0] == batch
-    return (
-        bool(re.search(r"\[\d+\]$", path)) and isinstance(value, (list, tuple)) and len(value) == batch and not layers
-    )
+    listed = isinstance(value, (list, tuple)) and len(value) == batch
+    return listed and not layers and "[" in path
 
 
 def _share(row: Tensor, held: Tensor) -> float:

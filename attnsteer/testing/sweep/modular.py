@@ -6,6 +6,7 @@ As `pipelines.py`, and in need of the same checkout of the library's tests.
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,15 +24,108 @@ FAMILIES = {
     "flux": ("FluxAutoBlocks", "FluxPipeline"),
     "flux2": ("Flux2AutoBlocks", "Flux2Pipeline"),
     "helios": ("HeliosAutoBlocks", "HeliosPipeline"),
-    "hunyuan_video1_5": ("HunyuanVideo15AutoBlocks", "HunyuanVideo15Pipeline"),
-    "krea2": ("Krea2AutoBlocks", "Krea2Pipeline"),
     "ltx": ("LTXAutoBlocks", "LTXPipeline"),
-    "ltx2": ("LTX2AutoBlocks", "LTX2Pipeline"),
     "qwenimage": ("QwenImageAutoBlocks", "QwenImagePipeline"),
     "stable_diffusion_3": ("StableDiffusion3AutoBlocks", "StableDiffusion3Pipeline"),
     "stable_diffusion_xl": ("StableDiffusionXLAutoBlocks", "StableDiffusionXLPipeline"),
     "wan": ("WanBlocks", "WanPipeline"),
     "z_image": ("ZImageAutoBlocks", "ZImagePipeline"),
+}
+# Family -> (its blocks, the denoisers in their recorded small configs, the arguments of a call behind the text encoder, those of
+# its guider). Where no classic pipeline has parts that fit, the blocks from the prompt's embeddings to the latents are measured.
+BARE: dict[str, tuple[str, dict[str, str], Callable[[], dict[str, Any]]]] = {
+    "ernie_image": (
+        "ErnieImageAutoBlocks",
+        {"transformer": "ErnieImageTransformer2DModel"},
+        lambda: {
+            "prompt_embeds": [_random(6, 16)],
+            "negative_prompt_embeds": [_random(6, 16, seed=1)],
+            "height": 128,
+            "width": 128,
+        },
+    ),
+    "flux3": (
+        "Flux3AutoBlocks",
+        {"transformer": "Flux3Transformer2DModel"},
+        lambda: {
+            "prompt_embeds": _random(1, 6, 32),
+            "negative_prompt_embeds": _random(1, 6, 32, seed=1),
+            "height": 128,
+            "width": 128,
+        },
+    ),
+    "hunyuan_video1_5": (
+        "HunyuanVideo15AutoBlocks",
+        {"transformer": "HunyuanVideo15Transformer3DModel"},
+        lambda: {
+            "prompt_embeds": _random(1, 6, 16),
+            "negative_prompt_embeds": _random(1, 6, 16, seed=1),
+            "prompt_embeds_2": _random(1, 4, 8),
+            "negative_prompt_embeds_2": _random(1, 4, 8, seed=1),
+            "batch_size": 1,
+            "height": 64,
+            "width": 64,
+            "num_frames": 5,
+            **{f"{side}prompt_embeds_mask": torch.ones(1, 6) for side in ("", "negative_")},
+            **{f"{side}prompt_embeds_mask_2": torch.ones(1, 4) for side in ("", "negative_")},
+        },
+    ),
+    "ideogram4": (
+        "Ideogram4AutoBlocks",
+        {"transformer": "Ideogram4Transformer2DModel", "unconditional_transformer": "Ideogram4Transformer2DModel"},
+        lambda: {
+            "text_features": _random(1, 6, 24),
+            "text_lengths": torch.tensor([6]),
+            "height": 256,
+            "width": 256,
+            "guidance_schedule": [3.0, 3.0],
+        },
+    ),
+    "krea2": (
+        "Krea2AutoBlocks",
+        {"transformer": "Krea2Transformer2DModel"},
+        lambda: {
+            "prompt_embeds": _random(1, 4, 3, 16),
+            "negative_prompt_embeds": _random(1, 4, 3, 16, seed=1),
+            "height": 128,
+            "width": 128,
+            **{f"{side}prompt_embeds_mask": torch.ones(1, 4, dtype=torch.bool) for side in ("", "negative_")},
+        },
+    ),
+    "ltx2": (
+        "LTX2AutoBlocks",
+        {"transformer": "LTX2VideoTransformer3DModel"},
+        lambda: {
+            **{
+                f"{side}connector_{kind}prompt_embeds": _random(1, 16, 16, seed=seed)
+                for seed, side in enumerate(("", "negative_"))
+                for kind in ("", "audio_")
+            },
+            **{f"{side}connector_attention_mask": torch.ones(1, 16) for side in ("", "negative_")},
+            "height": 64,
+            "width": 64,
+            "num_frames": 9,
+            "batch_size": 1,
+            "dtype": torch.float32,
+        },
+    ),
+    "minimax_music3": (
+        "MiniMaxMusic3Blocks",
+        {"transformer": "MiniMaxMusic3Transformer1DModel"},
+        lambda: {"frame_hiddens": _random(1, 12, 16)},
+    ),
+    "qwenimage21": (
+        "QwenImage21AutoBlocks",
+        {"transformer": "QwenImage21Transformer2DModel"},
+        lambda: {
+            "prompt_embeds": _random(1, 6, 16),
+            "negative_prompt_embeds": _random(1, 6, 16, seed=1),
+            "height": 64,
+            "width": 64,
+            **{f"{side}prompt_embeds_mask": torch.ones(1, 6, dtype=torch.bool) for side in ("", "negative_")},
+            **{f"{side}image_pad_mask": torch.zeros(1, 6, dtype=torch.bool) for side in ("", "negative_")},
+        },
+    ),
 }
 # Arguments that a modular pipeline has in its guider, or not at all.
 LEFT_OUT = ("output_type", "return_dict", "guidance_scale", "true_cfg_scale", "cfg_normalization", "cfg_truncation")
@@ -82,8 +176,52 @@ class Modular:
         return given
 
 
+def _random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Bare:
+    """A modular pipeline from the prompt's embeddings to the latents: its denoising blocks with a small denoiser."""
+
+    def __init__(self, family: str):
+        import importlib
+
+        from diffusers.guiders import ClassifierFreeGuidance
+
+        from .diffusers import build
+
+        name, models, self.inputs_of = BARE[family]
+        blocks = getattr(importlib.import_module(f"diffusers.modular_pipelines.{family}"), name)()
+        for part in [part for part in blocks.sub_blocks if part != "denoise"]:
+            blocks.sub_blocks.pop(part)
+        self.pipe = blocks.init_pipeline()
+        parts = {part: build(record)[0] for part, record in models.items()}
+        for part, spec in self.pipe._component_specs.items():
+            kind = spec.type_hint
+            if part in parts or kind is None:
+                continue
+            if "guider" in part:
+                parts[part] = (kind or ClassifierFreeGuidance)(guidance_scale=3.0)
+            elif hasattr(kind, "step") and hasattr(kind, "set_timesteps"):
+                parts[part] = kind()
+        self.pipe.update_components(**parts)
+        self.pipe.set_progress_bar_config(disable=True)
+        randomized(self.pipe)
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of one call."""
+        return {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0), **self.inputs_of()}
+
+
 def measure(name: str) -> Row:
     """Build one of the family small, and measure it."""
+    if name in BARE:
+
+        def bare() -> Loop:
+            torch.manual_seed(0)
+            return Loop(Bare(name))
+
+        return pipelines.measured(Row(name, BARE[name][0]), bare)
     if name not in FAMILIES:
         return Row(name, name, reason="no small pipeline of the family is recorded")
     row = Row(name, FAMILIES[name][0])

@@ -109,6 +109,8 @@ class Words:
     pad_token = bos_token = eos_token = "<p>"
     padding_side = "right"
     is_fast = False
+    # Whether it pads in front.
+    left = False
     chat_template = None
     image_token = "<image>"
 
@@ -128,8 +130,9 @@ class Words:
         length = min(length, limit)
         # What is asked stands behind the template.
         rows = [r[-length:] for r in rows]
+        rows = [[0] * (length - len(r)) * self.left + r for r in rows]
         ids = torch.tensor([r + [0] * (length - len(r)) for r in rows])
-        mask = torch.tensor([[1] * len(r) + [0] * (length - len(r)) for r in rows])
+        mask = (ids != 0).long()
         given = {"input_ids": ids, "attention_mask": mask}
         if kwargs.get("return_length"):
             given["length"] = torch.tensor([length] * len(rows))
@@ -177,6 +180,13 @@ class Words:
         return {} if name.startswith("added_tokens") else mock.MagicMock()
 
 
+def _words(name: str) -> Words:
+    """In the place of a tokenizer of that class."""
+    made = Words()
+    made.left = name == "ChatGLMTokenizer"
+    return made
+
+
 def _config() -> Any:
     """That of the small T5 which most tests of the library load."""
     import transformers
@@ -214,7 +224,7 @@ def offline() -> Iterator[None]:
     from transformers.processing_utils import ProcessorMixin
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-    words = classmethod(lambda cls, *args, **kwargs: Words())
+    words = classmethod(lambda cls, *args, **kwargs: _words(cls.__name__))
     patches = [mock.patch.object(c, "from_pretrained", words) for c in (PreTrainedTokenizerBase, ProcessorMixin)]
     patches += [
         mock.patch.object(getattr(transformers, n), "from_pretrained", words)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ... import HeadGate, SoftPAG, Where, sites, steer
-from ...hosts.diffusers.latents import INPUTS
+from ...hosts.diffusers.latents import latent_name
 from ...site import Site
 from .pipeline_builds import DENOISERS, Built
 from .watch import inside, watching
@@ -26,7 +26,8 @@ from .watch import inside, watching
 LIMIT = 5e-4
 # Arguments that say what to make.
 TEXTS = ("prompt", "prompts", "text", "content_prompt", "transcription")
-ASKED = {*TEXTS, "prompt_embeds", "image_embeds", "audio_embeds", "class_labels"}
+EMBEDS = ("prompt_embeds", "connector_prompt_embeds", "text_features", "frame_hiddens", "image_embeds", "audio_embeds")
+ASKED = {*TEXTS, *EMBEDS, "class_labels"}
 # Models whose image keys stand before the text's, by their code.
 OWN_FIRST = re.compile("Nucleus|StableCascade|Wuerstchen")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -196,7 +197,7 @@ class Loop:
                 given[key] = _others(given[key])
             elif change and isinstance(given.get(key), list) and given[key] and isinstance(given[key][0], str):
                 given[key] = [_others(t) for t in given[key]]
-        for key in ("prompt_embeds", "image_embeds", "audio_embeds"):
+        for key in EMBEDS:
             if change and isinstance(given.get(key), Tensor):
                 given[key] = given[key] + 0.5
             elif change and isinstance(given.get(key), list) and isinstance(given[key][0], Tensor):
@@ -435,7 +436,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 def _floats(values: dict[str, Any]) -> list[Any]:
     """The latent first, then the arguments that have an entry for each row, and the tensors of all others."""
-    latent = next((values[n] for n in INPUTS if values.get(n) is not None), None)
+    latent = values.get(latent_name(values) or "")
     rest = {k: v for k, v in values.items() if v is not latent}
     batch = len(latent) if isinstance(latent, (list, Tensor)) else 1
     lists = [v for v in rest.values() if isinstance(v, list) and len(v) == batch and isinstance(latent, list)]

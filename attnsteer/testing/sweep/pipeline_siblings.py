@@ -252,13 +252,14 @@ SIBLINGS: dict[str, Sibling] = {
     "BriaFibo2Pipeline": Sibling(
         "Flux2KleinPipeline",
         parts=_recorded("BriaFibo2Transformer2DModel", processor=None, text_encoder=None),
-        inputs=_embedded((1, 2, 6, 16), guidance_scale=4.0, height=128, width=128),
+        inputs=_embedded((1, 2, 6, 16), guidance_scale=4.0, height=64, width=64),
     ),
     "HunyuanImageRefinerPipeline": Sibling(
         "HunyuanImagePipeline",
         parts=_refiner,
         inputs=_embedded(
             (1, 6, 32),
+            negative_prompt_embeds=None,
             prompt_embeds_mask=torch.ones(1, 6, dtype=torch.long),
             image=torch.rand(1, 4, 1, 4, 4),
             height=32,
@@ -284,7 +285,10 @@ SIBLINGS: dict[str, Sibling] = {
     ),
     "QwenImage21Pipeline": Sibling(
         "QwenImagePipeline",
-        parts=_recorded("QwenImage21Transformer2DModel", processor=None, text_encoder=None),
+        parts=lambda parts: {
+            **_recorded("QwenImage21Transformer2DModel")(parts),
+            "processor": parts["tokenizer"],
+        },
         inputs=_embedded((1, 6, 16), true_cfg_scale=3.0, height=64, width=64),
     ),
     "ZImageOmniPipeline": Sibling("ZImagePipeline", parts=lambda parts: {"siglip": None, "siglip_processor": None}),
