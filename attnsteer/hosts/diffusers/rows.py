@@ -233,7 +233,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
 def _row_of(value: Any, path: str, tensor: Tensor, row: int, batch: int, negative: Pool) -> Tensor | None:
     """What a leaf of an argument holds for one row."""
     if _each_row(value, path, tensor, batch):
-        return tensor if int(re.search(r"\[(\d+)\]$", path)[1]) == row else None
+        return tensor if int(re.search(r"\[(\d+)\]", path)[1]) == row else None
     if tensor.shape[0] % batch:
         return None
     for _, twin in negative:

@@ -14,6 +14,7 @@ import torch
 from . import pipelines
 from .pipeline_builds import Built, built, randomized
 from .pipeline_loops import Loop
+from .pipeline_siblings import _like
 from .rows import Row
 
 versions = pipelines.versions
@@ -33,7 +34,7 @@ FAMILIES = {
 }
 # Family -> (its blocks, the denoisers in their recorded small configs, the arguments of a call behind the text encoder, those of
 # its guider). Where no classic pipeline has parts that fit, the blocks from the prompt's embeddings to the latents are measured.
-BARE: dict[str, tuple[str, dict[str, str], Callable[[], dict[str, Any]]]] = {
+BARE: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
     "ernie_image": (
         "ErnieImageAutoBlocks",
         {"transformer": "ErnieImageTransformer2DModel"},
@@ -56,7 +57,7 @@ BARE: dict[str, tuple[str, dict[str, str], Callable[[], dict[str, Any]]]] = {
     ),
     "hunyuan_video1_5": (
         "HunyuanVideo15AutoBlocks",
-        {"transformer": "HunyuanVideo15Transformer3DModel"},
+        {"transformer": "HunyuanVideo15Transformer3DModel", "in_channels": 65, "out_channels": 32},
         lambda: {
             "prompt_embeds": _random(1, 6, 16),
             "negative_prompt_embeds": _random(1, 6, 16, seed=1),
@@ -97,7 +98,7 @@ BARE: dict[str, tuple[str, dict[str, str], Callable[[], dict[str, Any]]]] = {
         {"transformer": "LTX2VideoTransformer3DModel"},
         lambda: {
             **{
-                f"{side}connector_{kind}prompt_embeds": _random(1, 16, 16, seed=seed)
+                f"{side}connector_{kind}prompt_embeds": _random(1, 16, 32, seed=seed)
                 for seed, side in enumerate(("", "negative_"))
                 for kind in ("", "audio_")
             },
@@ -141,8 +142,8 @@ def names() -> list[str]:
 
 def prepare(name: str) -> None:
     """Import what builds `name`."""
-    if name in FAMILIES:
-        pipelines.prepare(FAMILIES[name][1])
+    if name in FAMILIES or name == "ltx2":
+        pipelines.prepare(FAMILIES[name][1] if name in FAMILIES else "LTX2Pipeline")
 
 
 class Modular:
@@ -180,6 +181,36 @@ def _random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _frames() -> dict[str, Any]:
+    """In the place of the encoder of frames: two of its own for each, of the denoiser's width."""
+    from diffusers import ConfigMixin, ModelMixin
+
+    class Frames(ModelMixin, ConfigMixin):
+        config_name = "config.json"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, frames: torch.Tensor) -> torch.Tensor:
+            return frames.repeat_interleave(2, dim=1) * self.scale
+
+    return {"condition_encoder": Frames()}
+
+
+def _vaes() -> dict[str, Any]:
+    classic, reason = built("LTX2Pipeline")
+    if classic is None:
+        raise RuntimeError(reason)
+    return {part: classic.pipe.components[part] for part in ("vae", "audio_vae", "transformer")}
+
+
+HELPERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "ltx2": _vaes,
+    "minimax_music3": _frames,
+}
+
+
 class Bare:
     """A modular pipeline from the prompt's embeddings to the latents: its denoising blocks with a small denoiser."""
 
@@ -195,7 +226,13 @@ class Bare:
         for part in [part for part in blocks.sub_blocks if part != "denoise"]:
             blocks.sub_blocks.pop(part)
         self.pipe = blocks.init_pipeline()
-        parts = {part: build(record)[0] for part, record in models.items()}
+        parts = {part: build(record)[0] for part, record in models.items() if isinstance(record, str)}
+        changes = {key: value for key, value in models.items() if not isinstance(value, str)}
+        if changes:
+            # Channels that the blocks count on where they have no VAE to ask.
+            parts["transformer"] = _like(parts["transformer"], **changes)
+        if family in HELPERS:
+            parts |= HELPERS[family]()
         for part, spec in self.pipe._component_specs.items():
             kind = spec.type_hint
             if part in parts or kind is None:

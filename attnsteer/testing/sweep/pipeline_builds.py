@@ -120,7 +120,7 @@ class Words:
 
     def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
         if text is None and kwargs.get("images") is not None:
-            return _encoding()({"pixel_values": torch.full((1, 3, 32, 32), 0.5)})
+            return _encoding()({"pixel_values": torch.full((1, 3, 224, 224), 0.5)})
         texts = [text] if isinstance(text, str) or text is None else list(text)
         texts = [t if isinstance(t, str) else str(t) for t in texts]
         limit = kwargs.get("max_length") or 10_000
@@ -205,7 +205,11 @@ def _small(cls: type, *args: Any, **kwargs: Any) -> Any:
         )
         config.original_rope = True
         # Its own start is whatever the memory holds.
-        return randomize_(cls(config).eval(), 0)
+        model = randomize_(cls(config).eval(), 0)
+        for module in model.modules():
+            if "Norm" in type(module).__name__:
+                module.weight.data.fill_(1.0)
+        return model
     if "T5" in cls.__name__:
         return cls(_config()).eval()
     from .hints import CONFIGS

@@ -240,16 +240,24 @@ class Loop:
         undo = []
         for name in DENOISERS:
             model = getattr(pipe, name, None)
-            if not isinstance(model, nn.Module) or not any(
-                callable(getattr(m, "processor", None)) for m in model.modules()
-            ):
+            if not isinstance(model, nn.Module):
                 continue
+            attends = any(callable(getattr(m, "processor", None)) for m in model.modules())
             inner, names_ = model.forward, list(inspect.signature(type(model).forward).parameters)[1:]
 
             @functools.wraps(inner)
-            def forward(*args: Any, _inner: Any = inner, _names: Any = names_, _name: str = name, **kwargs: Any) -> Any:
+            def forward(
+                *args: Any,
+                _inner: Any = inner,
+                _names: Any = names_,
+                _name: str = name,
+                _attends: bool = attends,
+                **kwargs: Any,
+            ) -> Any:
                 values = dict(zip(_names, args, strict=False)) | kwargs
                 self.running = _name
+                if not _attends:
+                    return _inner(*args, **kwargs)
                 return around(_name, lambda: _inner(*_fresh(args), **_fresh(kwargs)), values)
 
             vars(model)["forward"] = forward
