@@ -149,6 +149,25 @@ def test_no_selection_is_the_main_modality() -> None:
     assert {s.modality for s, _ in Where(modalities=["vision", "text"]).resolve(sites, ("text",))} == {"text", "vision"}
 
 
+def test_a_head_set_does_not_mean_layers_of_several_towers_at_once() -> None:
+    sites, both = [*DECODER, *VISION], ("text", "vision")
+    with pytest.raises(SelectionError, match=r"layer 1, of which there is one in each of text and vision.*modalities"):
+        Where(heads=HeadSet({1: [0]}), modalities=both).resolve(sites, ("text",))
+    # A layer that one tower alone has, and a set for each.
+    assert [s.name for s, _ in Where(heads=HeadSet({7: [0]}), modalities=both).resolve(sites, ("text",))] == [
+        DECODER[7].name
+    ]
+    assert [s.name for s, _ in Where(heads=HeadSet({1: [0]}), modalities="vision").resolve(sites, ())] == [
+        VISION[1].name
+    ]
+    # Two experts of one pipeline are built alike, a prior and a denoiser are not.
+    unets = [replace(s, component="unet_2") for s in UNET]
+    found = Where(heads=HeadSet({1: [0]}), kinds="self").resolve([*UNET, *unets], ("image",))
+    assert [s.component for s, _ in found] == ["unet", "unet_2"]
+    with pytest.raises(SelectionError, match="layer 1, of which"):
+        Where(heads=HeadSet({1: [0]}), kinds="self").resolve([*UNET, *unets[:4]], ("image",))
+
+
 def test_negative_layers_count_from_the_end_of_each_stack() -> None:
     assert list(chosen(Where(layers=-1))) == [11]
     both = Where(layers=-1, modalities=("text", "vision")).resolve([*DECODER, *VISION], ("text",))

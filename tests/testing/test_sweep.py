@@ -11,6 +11,7 @@ from torch import nn
 from attnsteer import HeadGate, sites, steer
 from attnsteer.testing.sweep import PARTS, Row, Table, report, runner
 from attnsteer.testing.sweep import transformers as part
+from attnsteer.testing.sweep.checkout import moved
 from attnsteer.testing.sweep.watch import watching
 
 TABLES = {name: table for name in PARTS if (table := Table.load(name)).rows}
@@ -77,6 +78,15 @@ def test_a_wrong_edit_is_a_wrong_row(monkeypatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_tests_of_older_versions_import_from_where_things_are_today() -> None:
+    text = "from diffusers.pipelines.unclip.text_proj import A\nfrom src.diffusers.utils import B\nimport diffusers.pipelines.wan"
+    assert moved(text, frozenset({"unclip"})).split("\n") == [
+        "from diffusers.pipelines.deprecated.unclip.text_proj import A",
+        "from diffusers.utils import B",
+        "import diffusers.pipelines.wan",
+    ]
+
+
 def test_what_dies_or_takes_too_long_is_a_row_that_says_so() -> None:
     def measure(name: str) -> Row:
         if name == "endless":

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def caller(pipe: DiffusionPipeline | None) -> str:
     return owner.__name__ if owner.__module__.startswith("diffusers.pipelines.") else ""
 
 
-def one_branch(pipe: DiffusionPipeline | None, values: Mapping[str, Any]) -> bool:
+def one_branch(pipe: DiffusionPipeline | None, values: Mapping[str, Any] = MappingProxyType({})) -> bool:
     """Whether a pipeline of diffusers has nothing to guide with, neither a scale nor a negative prompt: all its rows are alike.
 
     A scale that the model itself is given is none of the pipeline's, nor is one of a modular pipeline, which has a guider.

@@ -75,17 +75,24 @@ class Conditions:
         if not negative:
             self.unguided = self._all_positive(given, values, batch, positive, groups)
             return ["cond"] * batch if self.unguided else None
-        best = [self._best(given, values, row, batch, positive, negative) for row in range(batch)]
-        # Arguments some row of which is negative.
-        sided = {
-            name for scores in best for (side, name), (score, _) in scores.items() if side == "uncond" and score >= 0.5
-        }
-        found = [self._label(scores, sided, negative) for scores in best]
+        found = self._told(given, values, batch, positive, negative)
         if None in found:
             return None
         if set(found) == {"uncond"} and _same_sides(groups):
             return None
         return found
+
+    @classmethod
+    def _told(
+        cls, given: list[tuple[str, str, Tensor]], values: dict[str, Any], batch: int, positive: Pool, negative: Pool
+    ) -> list[str | None]:
+        """The label of each row; None where it is neither."""
+        best = [cls._best(given, values, row, batch, positive, negative) for row in range(batch)]
+        # Arguments some row of which is negative.
+        sided = {
+            name for scores in best for (side, name), (score, _) in scores.items() if side == "uncond" and score >= 0.5
+        }
+        return [cls._label(scores, sided, negative) for scores in best]
 
     @staticmethod
     def _all_positive(

@@ -146,6 +146,8 @@ class Words:
         text = " ".join(re.findall(r"\w+", str(messages)))
         if not kwargs.get("tokenize", True):
             return text
+        if kwargs.get("return_dict") is False:
+            return self([text])["input_ids"]
         one = kwargs.get("return_tensors") is None and not (messages and isinstance(messages[0], list))
         return self(text if one else [text], **kwargs)
 

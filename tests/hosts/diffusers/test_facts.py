@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -15,9 +16,10 @@ from attnsteer.errors import UnsupportedHost
 from attnsteer.hosts.diffusers.formula import Formula
 from attnsteer.hosts.diffusers.guiders import _normalises
 from attnsteer.hosts.diffusers.pipelines import one_branch
-from attnsteer.hosts.diffusers.rows import Conditions, _row_of
+from attnsteer.hosts.diffusers.rows import Conditions, _numbered, _row_of
 from attnsteer.hosts.diffusers.steps import Sampling
 from attnsteer.hosts.diffusers.streams import own_place
+from attnsteer.hosts.sdpa.rebind import helpers, primitive_count
 from attnsteer.testing.sweep.diffusers import build, forward
 from attnsteer.testing.sweep.watch import inside, watching
 from tests.hosts.diffusers.common import _Values, at, relative
@@ -120,12 +122,58 @@ def test_any_name_that_a_value_has_may_have_a_negative_twin() -> None:
     both = torch.cat([u, c])
     positive, negative = [("text_output", c), ("prompt_embeds", both)], [("negative_prompt_embeds", u)]
     given = [("proj_embedding", "proj_embedding", both)]
-    labels = [
-        Conditions._label(given, {"proj_embedding": both}, row, 2, order, negative)
-        for order in (positive, positive[::-1])
-        for row in (0, 1)
-    ]
-    assert labels == ["uncond", "cond"] * 2
+    for order in (positive, positive[::-1]):
+        assert Conditions._told(given, {"proj_embedding": both}, 2, order, negative) == ["uncond", "cond"]
+    # Without the twin's name too: a row of it is negative, so the other one, which is not, is conditional.
+    assert Conditions._told(given, {"proj_embedding": both}, 2, [("joined", both)], negative) == ["uncond", "cond"]
+
+
+def test_the_parts_of_an_argument_tell_each_for_itself() -> None:
+    """Cosmos gives its denoiser (prompt, image), and the image is that of both branches."""
+    u, c, image = torch.randn(1, 4, 8), torch.randn(1, 4, 8), torch.randn(1, 2, 8)
+    positive, negative = [("hidden", c), ("hidden", image)], [("neg_hidden", u), ("neg_hidden", image)]
+    for text, label in ((c, "cond"), (u, "uncond")):
+        given = [("hidden", "hidden[0]", text), ("hidden", "hidden[1]", image)]
+        assert Conditions._told(given, {"hidden": (text, image)}, 1, positive, negative) == [label]
+
+
+def test_lists_of_lists_have_an_entry_for_each_row() -> None:
+    c, u = torch.randn(3, 4), torch.randn(3, 4)
+    given = [("caps", "caps[0][0]", c), ("caps", "caps[1][0]", u)]
+    labels = Conditions._told(given, {"caps": [[c], [u]]}, 2, [("prompt_embeds", c)], [("negative_prompt_embeds", u)])
+    assert labels == ["cond", "uncond"]
+
+
+def test_the_class_that_stands_for_none_is_unconditional() -> None:
+    given, groups = (
+        torch.tensor([3, 5, 1000, 1000]),
+        [{"class_labels": [3, 5], "class_null": torch.tensor([1000, 1000])}],
+    )
+    assert _numbered(given, groups, 4) == ["cond", "cond", "uncond", "uncond"]
+    assert _numbered(given, [{"class_labels": [3, 5]}], 4) is None and _numbered(given.float(), groups, 4) is None
+
+
+def test_what_calls_its_attention_by_a_helper_is_reached() -> None:
+    from diffusers.models.transformers.transformer_flux2 import Flux2AttnProcessor, Flux2KVAttnProcessor
+
+    assert list(helpers(Flux2KVAttnProcessor.__call__)) == ["_flux2_kv_causal_attention"]
+    assert primitive_count(Flux2KVAttnProcessor.__call__) > 2 and not helpers(Flux2AttnProcessor.__call__)
+
+
+def test_an_exchanged_scheduler_or_processor_is_refused_and_its_own_may_be_put_back() -> None:
+    from attnsteer.testing import tiny_call, tiny_pipeline
+
+    pipe = tiny_pipeline("sd")
+    with steer(pipe, SoftPAG(2.0, 1.0), control=True):
+        pipe.unet.set_attn_processor(pipe.unet.attn_processors)
+        plain = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1
+        own, plain.processor = plain.processor, type(plain.processor).__mro__[1]()
+        with pytest.raises(UnsupportedHost, match="exchanged while it is steered"):
+            pipe(**tiny_call("sd", steps=1))
+        plain.processor = own
+        pipe.scheduler.__dict__.update(copy.deepcopy(pipe.scheduler.__dict__))
+        with pytest.raises(UnsupportedHost, match="exchanges what its scheduler holds"):
+            pipe(**tiny_call("sd", steps=1))
 
 
 def test_a_list_of_layers_is_not_one_of_rows() -> None:
