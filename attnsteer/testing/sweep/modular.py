@@ -35,6 +35,24 @@ FAMILIES = {
 # Family -> (its blocks, the denoisers in their recorded small configs, the arguments of a call behind the text encoder, those of
 # its guider). Where no classic pipeline has parts that fit, the blocks from the prompt's embeddings to the latents are measured.
 BARE: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
+    "anima": (
+        "AnimaAutoBlocks",
+        {"transformer": "CosmosTransformer3DModel", "extra_pos_embed_type": None},
+        lambda: {
+            "height": 64,
+            "width": 64,
+            **{
+                f"{side}{key}": value
+                for seed, side in enumerate(("", "negative_"))
+                for key, value in {
+                    "qwen_prompt_embeds": _random(1, 4, 16, seed=seed),
+                    "qwen_attention_mask": torch.ones(1, 4, dtype=torch.long),
+                    "t5_input_ids": torch.arange(5)[None],
+                    "t5_attention_mask": torch.ones(1, 5, dtype=torch.long),
+                }.items()
+            },
+        },
+    ),
     "ernie_image": (
         "ErnieImageAutoBlocks",
         {"transformer": "ErnieImageTransformer2DModel"},
@@ -108,6 +126,17 @@ BARE: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
             "num_frames": 9,
             "batch_size": 1,
             "dtype": torch.float32,
+        },
+    ),
+    "minimax_h3": (
+        "MiniMaxH3Blocks",
+        {"transformer": "MiniMaxH3Transformer3DModel", "in_channels": 24, "audio_in_channels": 32},
+        lambda: {
+            "prompt_embeds": _random(1, 4, 8),
+            "text_token_tags": torch.ones(4, dtype=torch.long),
+            "height": 64,
+            "width": 64,
+            "num_frames": 124,
         },
     ),
     "minimax_music3": (
@@ -205,7 +234,15 @@ def _vaes() -> dict[str, Any]:
     return {part: classic.pipe.components[part] for part in ("vae", "audio_vae", "transformer")}
 
 
+def _conditioner() -> dict[str, Any]:
+    from diffusers import AnimaTextConditioner
+
+    sizes = dict(source_dim=16, target_dim=16, model_dim=16, num_layers=1, num_attention_heads=2, target_vocab_size=32)
+    return {"text_conditioner": AnimaTextConditioner(**sizes).eval()}
+
+
 HELPERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "anima": _conditioner,
     "ltx2": _vaes,
     "minimax_music3": _frames,
 }

@@ -26,7 +26,15 @@ from .watch import inside, watching
 LIMIT = 5e-4
 # Arguments that say what to make.
 TEXTS = ("prompt", "prompts", "text", "content_prompt", "transcription")
-EMBEDS = ("prompt_embeds", "connector_prompt_embeds", "text_features", "frame_hiddens", "image_embeds", "audio_embeds")
+EMBEDS = (
+    "prompt_embeds",
+    "qwen_prompt_embeds",
+    "connector_prompt_embeds",
+    "text_features",
+    "frame_hiddens",
+    "image_embeds",
+    "audio_embeds",
+)
 ASKED = {*TEXTS, *EMBEDS, "class_labels"}
 # Models whose image keys stand before the text's, by their code.
 OWN_FIRST = re.compile("Nucleus|StableCascade|Wuerstchen")

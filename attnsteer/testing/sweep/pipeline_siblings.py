@@ -295,6 +295,7 @@ SIBLINGS: dict[str, Sibling] = {
     "AceStepPipeline": Sibling("AceStepPipeline", inputs=lambda given: {"max_text_length": 256}),
     "AudioLDM2Pipeline": Sibling("AudioLDM2Pipeline", inputs=lambda given: {"transcription": given["prompt"]}),
     "HunyuanVideo15Pipeline": Sibling("HunyuanVideo15Pipeline", after=_set(prompt_template_encode_start_idx=60)),
+    "Kandinsky5I2IPipeline": Sibling("Kandinsky5I2IPipeline", after=_set(resolutions=[(64, 64)])),
     "KarrasVePipeline": Sibling("DDIMPipeline", parts=_pixels("KarrasVeScheduler")),
     "OvisImagePipeline": Sibling("OvisImagePipeline", after=_set(user_prompt_begin_id=10)),
     "StableDiffusionSAGPipeline": Sibling(
