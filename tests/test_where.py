@@ -151,7 +151,7 @@ def test_no_selection_is_the_main_modality() -> None:
 
 def test_a_head_set_does_not_mean_layers_of_several_towers_at_once() -> None:
     sites, both = [*DECODER, *VISION], ("text", "vision")
-    with pytest.raises(SelectionError, match=r"layer 1, of which there is one in each of text and vision.*modalities"):
+    with pytest.raises(SelectionError, match=r"layer 1, of which there is one in each of text, vision.*modalities"):
         Where(heads=HeadSet({1: [0]}), modalities=both).resolve(sites, ("text",))
     # A layer that one tower alone has, and a set for each.
     assert [s.name for s, _ in Where(heads=HeadSet({7: [0]}), modalities=both).resolve(sites, ("text",))] == [

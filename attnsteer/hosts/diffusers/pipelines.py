@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # One call on a doubled batch, unconditional rows first; a single batch while guidance is off.
 DOUBLED = re.compile(
     r"StableDiffusion(?!.*(Pix2Pix|SAG|DiffEdit|TextImage|Paradigms|Panorama|LEdits|AttendAndExcite))|"
-    r"AltDiffusion|Kolors|Sana(?!WM)|PixArt|HunyuanDiT|AuraFlow|CogVideoX|CogView3|ConsisID|Mochi|LTX(?!I2VLong|2?Latent)|"
+    r"AltDiffusion|Kolors|Sana(?!WM)|PixArt|HunyuanDiT|AuraFlow|CogVideoX|CogView3|ConsisID|Mochi|LTX(?!I2VLong|2?Latent|2DFR|2Video)|"
     r"AnimateDiff|PIA|I2VGenXL|Allegro|Latte|LatentConsistency|TextToVideoSD|VideoToVideoSD|Kandinsky3|EasyAnimate|"
     r"StableAudioPipeline|DreamLite|UnCLIPImage|Bria(Fibo(?!2)|Pipeline|ControlNet)"
 )

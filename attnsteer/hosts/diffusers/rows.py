@@ -156,7 +156,11 @@ class Conditions:
             a, known = best.get(("cond", name), (0.0, set()))
             b = best.get(("uncond", name), (0.0, set()))[0]
             # Values that all branches share, as those of a reference image, have no negative twin and no vote.
-            shared = name not in sided and ("uncond", name) not in best and not twins & {f"negative_{n}" for n in known}
+            shared = (
+                name not in sided
+                and ("uncond", name) not in best
+                and not twins & {f"{side}_{n}" for n in known for side in ("negative", "neg", "uncond")}
+            )
             if not shared and max(a, b) >= 0.5:
                 # Names without "negative" often hold both sides: only the absence from the negative ones tells.
                 votes.add("uncond" if b >= a else "cond")

@@ -61,8 +61,8 @@ def fault_of_doubled(name: str) -> str:
     if "prepare_latents" not in source or "scheduler.step" not in source:
         return "no latents or no steps"
     halves = re.findall(r"(\w*uncond\w*), (\w+) = [\w.]+\.chunk\(2\)", flat)
-    joined = re.findall(r"cat\( ?\[ ?(\w*neg\w*|\w*uncond\w*), (\w+)", flat)
-    single = "LatentConsistency" in name or "Sprint" in name
+    joined = re.findall(r"(?:cat\(|prompts=) ?\[ ?(\w*neg\w*|\w*uncond\w*), (\w+)", flat)
+    single = "LatentConsistency" in name or "Sprint" in name or "Mobile" in name
     if not single and not (halves and joined):
         return "no doubled batch"
     if re.search(r"cat\( ?\[ ?prompt_embeds, negative_prompt_embeds", flat):
