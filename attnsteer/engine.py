@@ -423,7 +423,7 @@ class _HeadGroup:
                 return False
             self.mark(bound, "bias", self.of_bias(bound, moves))
             return True
-        pair = self.forms.share(self.local, edit) if chosen is None else None
+        pair = self.forms.share(self.local, edit, chosen)
         if pair is None:
             return False
         self.mark(bound, "shares", pair)
@@ -567,7 +567,7 @@ class _HeadGroup:
         masks = [] if self.runtime.rows is None else [self.runtime.rows[id(bound)].mask]
         if bound.method.restricting:
             samples = Samples.plain(q.shape[0]) if call.samples is None else call.samples
-            masks = [
+            masks += [
                 v.acts(samples, q.shape[0], q.device, call.site.layer, self.heads) for v in bound.method.restricting
             ]
         if where.rows is not None:
