@@ -437,7 +437,8 @@ class _HeadGroup:
         """What tells apart where a method acts in the calls of one forward."""
         if torch.compiler.is_compiling():
             return None
-        return id(bound), self.heads, self.base.site.layer if bound.method.restricting else None
+        by_layer = any(values.of_heads for values in bound.method.restricting)
+        return id(bound), self.heads, self.base.site.layer if by_layer else None
 
     def ask(self, bound: Bound, door: str, *args: Tensor, gather: bool = True) -> Any:
         """What the method returns at a door, checked where it is its first answer there."""

@@ -104,10 +104,9 @@ class PerSample:
             layer, heads: of the attention call; None: whether a row has a value at all is asked.
         """
         if heads is None or not self.of_heads:
-            found = self.tensor(samples, batch, torch.bool, device, lambda v: v is not None, "given")
-            return found[:, None, None]
+            return self.tensor(samples, batch, torch.bool, device, lambda v: v is not None, "given", axes=2)
         inside = lambda v: [v is not None and (layer, head) in v for head in heads]  # noqa: E731
-        return self.tensor(samples, batch, torch.bool, device, inside, (layer, heads))[:, :, None]
+        return self.tensor(samples, batch, torch.bool, device, inside, (layer, heads), axes=1)
 
     def listed(self, samples: Samples, batch: int | None = None) -> list[Any]:
         """The value of each row of a batch (see `Samples.rows`).
