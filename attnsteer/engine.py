@@ -276,6 +276,14 @@ class SiteRuntime:
                     f"{bound.name} at {self.site.path}: this process has {local} of {heads} heads (tensor parallelism), and its "
                     "statistics over a part of the heads are others. Load the model unsharded."
                 )
+            learned = [name for name, value in bound.method.sample_values.items() if value.learned]
+            if learned and torch.is_grad_enabled():
+                # A process without a selected head has no part in the backward pass, so that none can wait for a sum.
+                raise UnsupportedHost(
+                    f"{bound.name} at {self.site.path}: {', '.join(learned)} needs a gradient, and this process has {local} of "
+                    f"{heads} heads (tensor parallelism), so that its gradient would be of these alone. Train with the model "
+                    "unsharded, or under FSDP2 or DistributedDataParallel."
+                )
         return self.shards.place * local
 
     def pool(self, heads: Heads | None, local: int) -> Pool:
