@@ -76,6 +76,17 @@ def test_a_decode_step_dispatches_few_operators_more(model: Any, name: str) -> N
     assert steered.reads <= plain.reads
 
 
+@torch.no_grad()
+def test_a_share_of_a_long_prompt_takes_one_pass_of_the_kernel_in_each_layer(model: Any) -> None:
+    """The output and the log-sum-exp that the share needs come from the same one."""
+    ids = torch.randint(3, 100, (1, 800), generator=torch.Generator().manual_seed(1))
+    with steer(model, SpotLight(SPANS, 0.5)):
+        model(input_ids=ids)
+        with Counted() as counted:
+            model(input_ids=ids)
+    assert counted.names["aten._scaled_dot_product_flash_attention_for_cpu.default"] == LAYERS
+
+
 EACH = {
     "ACT": (lambda beta: ACT({layer: [0, 3] for layer in range(LAYERS)}, beta, 0.001), 0.4, [0.4, 0.2, 0.6]),
     "ZeroTuning": (lambda gamma: ZeroTuning(gamma=gamma), 3.0, [3.0, 0.5, 2.0]),
