@@ -431,7 +431,12 @@ class _HeadGroup:
                 return False
             self.mark(bound, "bias", self.of_bias(bound, moves))
             return True
-        pair = self.forms.share(self.local, edit, chosen)
+        if chosen is not None:
+            # Where it acts on the same rows of all heads: a form may ask it of others than these. A host's own forms know no masks.
+            if not isinstance(edit, Share) or chosen.shape[1] > 1 or not isinstance(self.forms, WholeForms):
+                return False
+            edit = _masked(edit, chosen, self.whole.att.stat_dtype)
+        pair = self.forms.share(self.local, edit)
         if pair is None:
             return False
         self.mark(bound, "shares", pair)
@@ -729,7 +734,6 @@ class _HeadGroup:
                 self.mark(bound, "bias", self.of_bias(bound, found[1]))
                 return
         if mask is not None:
-            edit = self.map.weights_of_share(edit) if isinstance(edit, Share) else edit
             edit = _masked(edit, mask, self.map.att.stat_dtype)
         self.map = self.map.reweighted(edit)
         if self.runtime.run.measure:
@@ -822,8 +826,10 @@ def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:
     return tuple(h - offset for h in heads if offset <= h < offset + size)
 
 
-def _masked(edit: Reweight, mask: Tensor, dtype: torch.dtype) -> Reweight:
-    """Weight one outside the selected rows."""
+def _masked(edit: Reweight | Share, mask: Tensor, dtype: torch.dtype) -> Reweight | Share:
+    """Weight one, or the same share, outside the selected rows."""
+    if isinstance(edit, Share):
+        return Share(edit.keys, lambda share: torch.where(mask, edit.of(share), share), edit.scale_sinks)
     keep = lambda w: torch.where(mask, torch.as_tensor(w, dtype=dtype, device=mask.device), 1.0)  # noqa: E731
     return Reweight(tuple((keys, keep(w)) for keys, w in edit.groups), keep(edit.rest), edit.normalise, edit.positive)
 

@@ -125,18 +125,10 @@ class WholeForms:
         by_row = moves.flatten(1).any(dim=1)
         return by_row.any(), by_row
 
-    def share(
-        self, heads: tuple[int, ...] | None, edit: Any, chosen: Tensor | None = None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Take a `Share` of few rows; the shares before and after, [B, H, n]. None: not taken.
-
-        Args:
-            chosen: where the edit acts, [B or 1, 1, n or 1]; other shares than one for all heads are not taken. None: all.
-        """
+    def share(self, heads: tuple[int, ...] | None, edit: Any) -> tuple[Tensor, Tensor] | None:
+        """Take a `Share` of few rows; the shares before and after, [B, H, n]. None: not taken."""
         att = self.att
         n, m = att.shape[2:]
-        if chosen is not None and chosen.shape[1] > 1:
-            return None
         if not isinstance(edit, Share) or self.biased or self.shared is not None:
             return None
         compiling = torch.compiler.is_compiling()
@@ -153,7 +145,7 @@ class WholeForms:
             # NaN where a row sees no key at all.
             before = before.masked_fill(torch.isneginf(lse_in), 0.0)
             stays = (before <= 0) | (before >= 1)
-        after = torch.where(stays if chosen is None else stays | ~chosen, before, edit.of(before))
+        after = torch.where(stays, before, edit.of(before))
         if out.dtype != after.dtype:
             out, out_in = out.to(after.dtype), out_in.to(after.dtype)
         self.shared = torch.lerp(out, out_in, after[..., None]).to(att.v.dtype)
