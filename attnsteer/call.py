@@ -201,7 +201,7 @@ class AttnCall:
         """
         if not isinstance(value, PerSample):
             return value
-        return self.each_row(value, like)[:, None, None]
+        return self.each_row(value, like, axes=2)
 
     def each_row(self, value: PerSample, like: Tensor | None = None, **how: Any) -> Tensor:
         """One value per sample by batch row, [B, ...] (see `PerSample.tensor`)."""

@@ -284,6 +284,14 @@ class SiteRuntime:
                     f"{bound.name} at {self.site.path}: this process has {local} of {heads} heads (tensor parallelism), and its "
                     "statistics over a part of the heads are others. Load the model unsharded."
                 )
+            learned = [name for name, value in bound.method.sample_values.items() if value.learned]
+            if learned and torch.is_grad_enabled():
+                # A process without a selected head has no part in the backward pass, so that none can wait for a sum.
+                raise UnsupportedHost(
+                    f"{bound.name} at {self.site.path}: {', '.join(learned)} needs a gradient, and this process has {local} of "
+                    f"{heads} heads (tensor parallelism), so that its gradient would be of these alone. Train with the model "
+                    "unsharded, or under FSDP2 or DistributedDataParallel."
+                )
         return self.shards.place * local
 
     def pool(self, heads: Heads | None, local: int) -> Pool:
@@ -442,7 +450,12 @@ class _HeadGroup:
                 return False
             self.mark(bound, "bias", self.of_bias(bound, moves))
             return True
-        pair = self.forms.share(self.local, edit) if chosen is None else None
+        if chosen is not None:
+            # Where it acts on the same rows of all heads: a form may ask it of others than these. A host's own forms know no masks.
+            if not isinstance(edit, Share) or chosen.shape[1] > 1 or not isinstance(self.forms, WholeForms):
+                return False
+            edit = _masked(edit, chosen, self.whole.att.stat_dtype)
+        pair = self.forms.share(self.local, edit)
         if pair is None:
             return False
         self.mark(bound, "shares", pair)
@@ -456,7 +469,8 @@ class _HeadGroup:
         """What tells apart where a method acts in the calls of one forward."""
         if torch.compiler.is_compiling():
             return None
-        return id(bound), self.heads, self.base.site.layer if bound.method.restricting else None
+        by_layer = any(values.of_heads for values in bound.method.restricting)
+        return id(bound), self.heads, self.base.site.layer if by_layer else None
 
     def ask(self, bound: Bound, door: str, *args: Tensor, gather: bool = True) -> Any:
         """What the method returns at a door, checked where it is its first answer there."""
@@ -591,7 +605,7 @@ class _HeadGroup:
         masks = [] if self.runtime.rows is None else [self.runtime.rows[id(bound)].mask]
         if bound.method.restricting:
             samples = Samples.plain(q.shape[0]) if call.samples is None else call.samples
-            masks = [
+            masks += [
                 v.acts(samples, q.shape[0], q.device, call.site.layer, self.heads) for v in bound.method.restricting
             ]
         if where.rows is not None:
@@ -744,7 +758,6 @@ class _HeadGroup:
                 self.mark(bound, "bias", self.of_bias(bound, found[1]))
                 return
         if mask is not None:
-            edit = self.map.weights_of_share(edit) if isinstance(edit, Share) else edit
             edit = _masked(edit, mask, self.map.att.stat_dtype)
         self.map = self.map.reweighted(edit)
         if self.runtime.run.measure:
@@ -837,8 +850,10 @@ def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:
     return tuple(h - offset for h in heads if offset <= h < offset + size)
 
 
-def _masked(edit: Reweight, mask: Tensor, dtype: torch.dtype) -> Reweight:
-    """Weight one outside the selected rows."""
+def _masked(edit: Reweight | Share, mask: Tensor, dtype: torch.dtype) -> Reweight | Share:
+    """Weight one, or the same share, outside the selected rows."""
+    if isinstance(edit, Share):
+        return Share(edit.keys, lambda share: torch.where(mask, edit.of(share), share), edit.scale_sinks)
     keep = lambda w: torch.where(mask, torch.as_tensor(w, dtype=dtype, device=mask.device), 1.0)  # noqa: E731
     return Reweight(tuple((keys, keep(w)) for keys, w in edit.groups), keep(edit.rest), edit.normalise, edit.positive)
 
