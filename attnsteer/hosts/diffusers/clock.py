@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from ...steering import Steering
 
 
+# Marks the classes of processors that are put in the place of a model's own.
+STEERED = "__attnsteer__"
+
+
 class ProcessorCall:
     """The running call of one attention processor.
 
@@ -83,8 +87,8 @@ class DenoiserClock:
         self.capture: Capture | None = None
         self.cut = False
         self.calls: dict[str, ProcessorCall] = {}
-        # By path of a site: its module, and the processor that we put there.
-        self.processors: dict[str, tuple[nn.Module, Any]] = {}
+        # By path of a site: its module, where its processor is one of ours.
+        self.steered: dict[str, nn.Module] = {}
 
     def forget_calls(self) -> None:
         """A pass begins: no site has computed its attention."""
@@ -126,7 +130,7 @@ class DenoiserClock:
                 "is not known: no guidance, steps or branches here. Edits without them act as they do elsewhere."
             )
         if not torch.compiler.is_compiling():
-            gone = next((path for path, (module, own) in self.processors.items() if module.processor is not own), None)
+            gone = next((p for p, module in self.steered.items() if not hasattr(type(module.processor), STEERED)), None)
             if gone is not None:
                 raise UnsupportedHost(
                     f"the attention processor of {gone} was exchanged while it is steered, so the edit would vanish. Detach first, "

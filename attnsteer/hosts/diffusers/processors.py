@@ -21,7 +21,7 @@ from ..exact import check_exact
 from ..sdpa.host import counting, patch_forward, same_kernel, sdpa_primitive
 from ..sdpa.rebind import DISPATCH, SDPA, helpers, names_called, primitive_count, rebind
 from ..sdpa.written import Account, attach_written
-from .clock import DenoiserClock, ProcessorCall
+from .clock import STEERED, DenoiserClock, ProcessorCall
 from .contrast import Collected, NegativeText
 from .image_prompt import Unscaled, check_order
 
@@ -111,7 +111,7 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
         return out
 
     steered = _steered_processor(processor, __call__, own)
-    clock.processors[site.path] = (module, steered)
+    clock.steered[site.path] = module
     _exchange(module, steered, journal)
 
 
@@ -341,7 +341,9 @@ def _steered_processor(processor: Any, call: Callable[..., Any], original: Any) 
         # A pickle must not name a class that exists while something is steered.
         return copy.copy, (original,)
 
-    cls = type(type(processor).__name__, (type(processor),), {"__call__": call, "__reduce_ex__": reduce_ex})
+    cls = type(
+        type(processor).__name__, (type(processor),), {"__call__": call, "__reduce_ex__": reduce_ex, STEERED: True}
+    )
     steered = object.__new__(cls)
     # The same dictionary, so that weights, scales and backends set on the original hold here too.
     object.__setattr__(steered, "__dict__", vars(processor))
