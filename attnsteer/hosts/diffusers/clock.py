@@ -18,8 +18,9 @@ from ...errors import AttnSteerError, SelectionError, UnsupportedHost
 from ...maps.words_to_image import Capture, MapsComplete
 from ...site import Site
 from .declarations import Declarations
-from .latents import INPUTS, latent_name, unet_scale
+from .latents import unet_scale
 from .probe import probe
+from .rows import INPUTS, latent_name
 from .steps import TIMES, Sampling
 from .streams import RAGGED, order_of, own_place
 

@@ -7,7 +7,7 @@ into the denoiser, and into `scheduler.step`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,27 +16,16 @@ from torch import Tensor, nn
 
 from ...branches import BranchInputs
 from ...errors import UnsupportedHost
+from .rows import latent_name
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-# What the denoisers call their input.
-INPUTS = ("sample", "hidden_states", "x", "input_ids", "decoder_input_tokens")
 # Arguments that another model computed from the latent before it could be moved.
 STALE = (
     "down_block_additional_residuals", "mid_block_additional_residual", "block_controlnet_hidden_states",
     "controlnet_block_samples", "controlnet_single_block_samples",
 )  # fmt: skip
-
-
-def latent_name(values: Mapping[str, Any]) -> str | None:
-    """The argument of a denoiser call that is its latent; numbers of tokens are one where they lie on a grid [B, h, w]."""
-
-    def fits(name: str) -> bool:
-        value = values.get(name)
-        return value is not None and (name != "input_ids" or (isinstance(value, Tensor) and value.ndim == 3))
-
-    return next(filter(fits, INPUTS), None)
 
 
 class Latents:

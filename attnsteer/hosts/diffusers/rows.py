@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 NEGATIVE = re.compile(r"^(negative_|neg_|uncond|null_|empty_|safety_|edit_concepts)|_negative|_(neg|null)$")
 PROMPTS = re.compile(r"embed|prompt|text|cap|encod")
 OTHERS = re.compile(r"latent|noise|ids|timestep|sigma|input|kwargs|rotary")
+# What the denoisers call their input.
+INPUTS = ("sample", "hidden_states", "x", "input_ids", "decoder_input_tokens")
 # Names of methods whose inner values are looked at: some pipelines join both sides before they return.
 ENCODES = re.compile(r"_?encode_\w*(prompt|image)\w*")
 
@@ -177,6 +179,16 @@ def _numbered(given: Any, groups: list[dict[str, Any]], batch: int) -> list[str]
     none = [t for group in groups for n, t in group.items() if n.startswith("class") and NEGATIVE.search(n)]
     none = [t for t in none if isinstance(t, Tensor) and t.numel()]
     return ["uncond" if any(bool((t == n).any()) for t in none) else "cond" for n in given] if none else None
+
+
+def latent_name(values: Mapping[str, Any]) -> str | None:
+    """The argument of a denoiser call that is its latent; numbers of tokens are one where they lie on a grid [B, h, w]."""
+
+    def fits(name: str) -> bool:
+        value = values.get(name)
+        return value is not None and (name != "input_ids" or (isinstance(value, Tensor) and value.ndim == 3))
+
+    return next(filter(fits, INPUTS), None)
 
 
 def layout_of(labels: list[str], latent_rows: int | None) -> tuple[str, ...] | None:

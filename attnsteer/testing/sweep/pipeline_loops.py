@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ... import HeadGate, SoftPAG, Where, sites, steer
-from ...hosts.diffusers.latents import latent_name
+from ...hosts.diffusers.rows import latent_name
 from ...site import Site
 from .pipeline_builds import DENOISERS, Built
 from .watch import inside, watching
