@@ -463,6 +463,18 @@ def test_layers_that_are_computed_again_find_the_state_that_they_found(reentrant
 
 
 @each_method
+def test_a_frozen_continuation_is_that_decoded_token_by_token(llama: nn.Module, method: Any) -> None:
+    more = tokens(1, 3, seed=1)
+    with steer(llama, method) as run:
+        cache = llama(input_ids=tokens(1, 9), use_cache=True).past_key_values
+        copied = copy.deepcopy(cache)
+        steps = [llama(input_ids=more[:, [i]], past_key_values=cache).logits for i in range(3)]
+        with run.freeze():
+            whole = llama(input_ids=more, past_key_values=copied).logits
+    assert far(whole, torch.cat(steps, dim=1)) <= 1e-5
+
+
+@each_method
 def test_a_prompt_that_begins_like_another_is_one_of_its_own(llama: nn.Module, method: Any) -> None:
     """A generation inside that goes on behind the outer one's prompt is no assistant of it."""
     x = tokens(1, 9)
