@@ -2,7 +2,8 @@
 
 lmms-eval knows models by name only, and tasks choose prompts by that name. So a steered class takes the place of one of its
 classes, under the name that it has there. Any class will do whose `model` is a transformers model with `generate`. It runs in
-lmms-eval's own environment, into which this package is installed too. Written for 0.7.2 (EvolvingLMMs-Lab/lmms-eval at 75571cf), run with 0.7.3.
+lmms-eval's own environment, into which this package is installed too. Written for 0.7.2
+(EvolvingLMMs-Lab/lmms-eval at 75571cf), run with 0.7.3.
 
 An answer that is scored comes in one call with its prompt there, with labels that tell the two apart. Here the prompt is
 prefilled, the statistics are frozen, and the answer is scored over the cache, as everywhere in this package.
