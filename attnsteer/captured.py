@@ -253,6 +253,7 @@ class Captured:
     Attributes:
         what: the names of what was taken. takes: one for each attention call of each site. folder: where they are, or None: in
             memory. ids: the token ids of each batch row without padding, where the host gives them; those of the longest call.
+            open: whether calls are still being taken.
     """
 
     def __init__(self, what: Sequence[str], folder: Path | None = None):
@@ -260,6 +261,7 @@ class Captured:
         self.takes: list[Take] = []
         self.folder = folder
         self.ids: list[list[int]] | None = None
+        self.open = False
         self._lock = threading.Lock()
 
     @property

@@ -94,9 +94,11 @@ def capture(
     recorder = Recorder.make(target, where, rows, what, keys, to, gradients, limit, tokenizer)
     with steer(target, *interventions, recorder) as run:
         recorder.store.sites = len(recorder.sites_of(run))
+        recorder.store.found.open = True
         try:
             yield recorder.store.found
         finally:
+            recorder.store.found.open = False
             recorder.store.close()
         if not recorder.store.found.takes and recorder.store.longest:
             raise SelectionError(

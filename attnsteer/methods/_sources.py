@@ -76,10 +76,10 @@ def by_token(rows: Tensor, keys: Tensor) -> Tensor:
 
 
 class Tables:
-    """The tables of a source by site, made at the first call of each; shared by all calls."""
+    """The tables of a source by site, made at the first call of each; shared by all calls until the source has grown."""
 
     def __init__(self) -> None:
-        self._made: dict[Any, Table] = {}
+        self._made: dict[Any, tuple[int, Table]] = {}
 
     def of(self, call: AttnCall, source: Any, what: str, head_map: Mapping[Head, Head] | None = None) -> Table:
         """That of a call's site, with an entry for each of the call's heads.
@@ -89,14 +89,15 @@ class Tables:
             head_map: (layer, head) -> (layer, head) of the source; others are those of the same number.
         """
         key = (call.site.path, call.heads, call.step, call.branch, what, call.map.device)
-        found = self._made.get(key)
-        if found is None:
+        size = len(source.takes) if isinstance(source, Captured) else 0
+        before, found = self._made.get(key, (size, None))
+        if found is None or before != size:
             with torch.inference_mode(False), torch.no_grad():
                 if isinstance(source, Captured):
                     found = _of_capture(call, source, what, head_map or {})
                 else:
                     found = _of_tensors(call, source)
-            self._made[key] = found
+            self._made[key] = (size, found)
         return found
 
 
@@ -109,7 +110,7 @@ def checked_source(source: Any) -> Any:
     if isinstance(source, (str, Path)):
         return Captured.load(source)
     if isinstance(source, Captured):
-        if not source.takes:
+        if not source.takes and not source.open:
             raise SelectionError("the source is a capture in which nothing was taken.")
         return source
     tensors = source if isinstance(source, Mapping) else {None: source}
