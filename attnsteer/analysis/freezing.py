@@ -27,7 +27,14 @@ from ..where import Where
 
 # An intervention, or what edits a model it is given inside a block, such as a hook on its residual.
 Edit = Intervention | Callable[[nn.Module], AbstractContextManager[Any]]
-SPANS = ("num_beams", "num_beam_groups", "assistant_model", "prompt_lookup_num_tokens", "custom_generate")
+REFUSED = (
+    "num_beams",
+    "num_beam_groups",
+    "assistant_model",
+    "prompt_lookup_num_tokens",
+    "custom_generate",
+    "guidance_scale",
+)
 
 
 @dataclass(frozen=True)
@@ -114,11 +121,17 @@ def generate_frozen(
     Raises:
         UnsupportedHost: beams, an assistant or no cache, which the unedited run cannot follow.
     """
-    wrong = [n for n in SPANS if options.get(n) not in (None, 1, False)]
+    wrong = [n for n in REFUSED if options.get(n) not in (None, 1, False)]
     if wrong or options.get("use_cache") is False:
         raise UnsupportedHost(
             f"generate_frozen({wrong[0] if wrong else 'use_cache'}=...): the unedited run follows token by token, over a cache, "
             "one sequence a sample."
+        )
+    if not isinstance(inputs, Mapping):
+        raise SelectionError(f"generate_frozen(inputs={brief(inputs)}): give the keyword arguments of generate.")
+    if not hasattr(model, "generate"):
+        raise UnsupportedHost(
+            f"generate_frozen: a {type(model).__name__} does not generate; give a model with a language head."
         )
     where = Where(kinds="self") if where is None else where
     live = _twin(model)
@@ -150,6 +163,9 @@ def shifted(module: nn.Module, vector: Tensor, rows: slice | None = None) -> Ite
         rows: of each call; None: all.
     """
 
+    if not isinstance(module, nn.Module) or not isinstance(vector, Tensor):
+        raise SelectionError(f"shifted({brief(module)}, {brief(vector)}): give a module and a vector.")
+
     def add(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         if vector.shape != hidden.shape[-1:]:
@@ -176,7 +192,12 @@ def _applied(model: nn.Module, edit: Edit, *freeze: FreezeMaps) -> Iterator[None
         raise SelectionError(
             f"edit={brief(edit)}: give an intervention, or a function of a model that gives a context manager."
         )
-    with edit(model), contextlib.ExitStack() as stack:
+    block = edit(model)
+    if not isinstance(block, AbstractContextManager):
+        raise SelectionError(
+            f"edit(model) gave {brief(block)}; give a context manager, which edits the model inside its block."
+        )
+    with block, contextlib.ExitStack() as stack:
         if freeze:
             stack.enter_context(steer(model, *freeze, control=True))
         yield

@@ -18,11 +18,12 @@ from ..capturing import capture
 from ..errors import SelectionError, UnsupportedHost, brief
 from ..methods.patchheads import PatchHeads
 from ..parameters import whole
+from ..search.gradients import as_list
 from ..search.state import model_digest
 from ..steering import steer
 from ..versions import library_versions
 from ..where import Where
-from .projections import HeadWeights, Norm, Readout, evaluating, head_weights
+from .projections import HeadWeights, Norm, Readout, evaluating, head_weights, module_of
 from .table import Column, HeadTable
 
 Pair = tuple[int, int]
@@ -49,7 +50,8 @@ class Swap:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "donor", "foils"):
-            ids = tuple(whole(i) for i in getattr(self, name))
+            given = getattr(self, name)
+            ids = tuple(whole(i) for i in given) if isinstance(given, Iterable) else ()
             if not ids or any(i is None or i < 0 for i in ids):
                 raise SelectionError(f"Swap({name}={brief(getattr(self, name))}): give token ids, at least one.")
             object.__setattr__(self, name, ids)
@@ -90,9 +92,9 @@ def patch_effects(
         UnsupportedHost: output projections or the read-out cannot be found, or logits are no linear reading of the final norm
             (soft-capped or scaled), or branches are scaled before they join the residual.
     """
-    swaps = list(swaps)
+    swaps = as_list(swaps)
     wrong = [s for s in swaps if not isinstance(s, Swap)]
-    if wrong or not swaps or batch < 1:
+    if wrong or not swaps or whole(batch) is None or batch < 1:
         raise SelectionError(
             f"patch_effects: {brief(wrong[0]) if wrong else len(swaps)} samples; give Swap(...), one or more."
         )
@@ -103,7 +105,12 @@ def patch_effects(
     where = Where(kinds="self") if where is None else where
     if rows is None and any(len(s.prompt) != len(s.donor) for s in swaps):
         raise SelectionError("patch_effects(rows=None) patches all tokens: give donors as long as their prompts.")
+    model = module_of(model)
     weights, readout = head_weights(model, where=where)
+    known = 0 if readout is None else len(readout.embedding)
+    far = [i for s in swaps for i in (*s.prompt, *s.donor, *s.foils, s.target) if known and i >= known]
+    if far:
+        raise SelectionError(f"patch_effects: token {far[0]} is none of the {known} of {type(model).__name__}.")
     if readout is None:
         raise UnsupportedHost(f"{type(model).__name__} has no unembedding; give the model with its language head.")
     multiplier = getattr(model.config.get_text_config(), "residual_multiplier", 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def checked_pattern(name: str) -> tuple[str, int]:
         SelectionError: there is no such pattern.
     """
     kind, _, number = name.partition(":")
-    if kind in NUMBERED and number.lstrip("-").isdecimal() and (kind == "offset" or int(number) > 0):
+    # Beyond ten digits no tensor of token numbers has it.
+    if kind in NUMBERED and re.fullmatch(r"-?\d{1,10}", number) and (kind == "offset" or int(number) > 0):
         return kind, int(number)
     if kind in NAMES and not number:
         return kind, 0

@@ -129,6 +129,8 @@ def checked_source(source: Any) -> Any:
 
 def _of_capture(call: AttnCall, source: Captured, what: str, head_map: Mapping[Head, Head]) -> Table:
     layer = call.site.layer
+    if not head_map:
+        _check_own(call, source, what)
     wanted = [head_map.get((layer, h), (layer, h)) for h in call.heads]
     tables = {n: _of_layer(call, source, what, n) for n in dict.fromkeys(n for n, _ in wanted)}
     picked = []
@@ -147,6 +149,21 @@ def _of_capture(call: AttnCall, source: Captured, what: str, head_map: Mapping[H
     if len({t.place.shape for t, _ in tables.values()}) > 1 or len({p.shape for p in picked}) > 1:
         raise SelectionError(f"{call.site.path}: the layers of the source were captured at different rows.")
     return replace(first, rows=torch.stack(picked, dim=1), heads=call.heads)
+
+
+def _check_own(call: AttnCall, source: Captured, what: str) -> None:
+    """Raise where the source has more heads at this site than this model, so that it is another one."""
+    take, site = next((t for t in source.takes if t.site == call.site.path), None), call.site
+    if take is None:
+        return
+    heads = 1 + max((take.kv_heads if what in ("k", "v") else take.heads), default=0)
+    own = site.kv_heads if what in ("k", "v") else site.heads
+    if heads > own or (what in ("k", "v") and take.groups != site.heads // site.kv_heads):
+        raise SelectionError(
+            f"{site.path}: the source has {heads} heads or more in groups of {take.groups} there, this model {own} in groups of "
+            f"{site.heads // site.kv_heads}: it is another model. Say which of its heads stands for each: "
+            "head_map={(layer, head): (layer, head of the source)}."
+        )
 
 
 def _of_layer(call: AttnCall, source: Captured, what: str, layer: int) -> tuple[Table, int]:

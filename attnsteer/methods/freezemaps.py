@@ -114,6 +114,11 @@ class FreezeMaps(Intervention):
             return None
         clean, present = found
         att = call.map.att
+        if clean.q.shape[3] != att.q.shape[3] or clean.k.shape[3] != att.k.shape[3]:
+            raise SelectionError(
+                f"FreezeMaps at {call.site.path}: q and k of the clean run have widths {clean.q.shape[3]} and {clean.k.shape[3]}, "
+                f"this model's {att.q.shape[3]} and {att.k.shape[3]}. Capture a run of this model; `InjectMap` takes another's."
+            )
         H, held = att.q.shape[1], att.k.shape[1]
         # One key head for each query head, of which those that share one are alike.
         k = clean.k if held == H else clean.k[:, :: H // held]
