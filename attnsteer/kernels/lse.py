@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Attention, assemble, exponential, visible
+from .problem import Attention, assemble, exponential, sees_any, visible
 from .sources import find_source, source_named
 
 HALF = (torch.float16, torch.bfloat16)
@@ -32,7 +32,7 @@ def lse_source(att: Attention) -> str:
 def _own_source(att: Attention) -> str:
     d = att.q.shape[-1]
     device, dtype = att.q.device.type, att.q.dtype
-    if device == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+    if device == "cpu" and hasattr(torch, "_scaled_dot_product_flash_attention_for_cpu"):
         return "cpu-flash"
     if device == "cuda" and d % 8 == 0 and dtype in (torch.float32, *HALF):
         plain = att.mask is None and att.key_bias is None
@@ -85,7 +85,7 @@ def _try_both() -> bool:
         want = torch.softmax((q @ k.mT * 0.5 + bias).masked_fill(~seen, -torch.inf), dim=-1) @ v
         try:
             own = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=True, scale=0.5)
-            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            fused = torch._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, True, attn_mask=bias.expand(1, 1, 4, 4), scale=0.5
             )[0]
         except (RuntimeError, AttributeError):
@@ -173,9 +173,7 @@ def _cpu_flash(att: Attention, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         mask, causal = _fold_causal(att, mask), False
     if mask is not None and mask.shape[2:] != att.shape[2:]:
         mask = mask.expand(-1, -1, att.shape[2], att.shape[3])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=att.scale
-    )
+    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=att.scale)
     width = att.v.shape[-1]
     return out if out.shape[-1] == width else out[..., :width], lse.to(att.stat_dtype)
 
@@ -216,16 +214,14 @@ def _blind_rows(att: Attention, out: Tensor, lse: Tensor) -> tuple[Tensor, Tenso
     """Zero output and minus infinity for rows without a visible key: kernels report 0, NaN or infinity there."""
     blind, mask = None, att.mask4()
     if mask is not None:
-        seen = visible(mask)
-        if att.causal and mask.shape[2] == 1 and att.shape[2] == att.shape[3]:
+        if not att.causal:
+            blind = ~sees_any(mask)
+        elif mask.shape[2] == 1 and att.shape[2] == att.shape[3]:
             # Row i sees the keys up to i.
-            blind = seen[:, :, 0].long().cumsum(dim=-1) == 0
-        elif att.causal:
-            _, _, n, m = att.shape
-            seen = seen & torch.ones(n, m, dtype=torch.bool, device=mask.device).tril()
-            blind = ~seen.any(dim=-1)
+            blind = visible(mask)[:, :, 0].long().cumsum(dim=-1) == 0
         else:
-            blind = ~seen.any(dim=-1)
+            _, _, n, m = att.shape
+            blind = ~sees_any(visible(mask) & torch.ones(n, m, dtype=torch.bool, device=mask.device).tril())
     if att.key_bias is not None:
         removed = lse < FLOOR / 2
         blind = removed if blind is None else blind | removed
