@@ -421,6 +421,7 @@ def _whole(name: str, method: Intervention, budget: Any, target: Any, call: Call
 def plot(points: list[dict[str, Any]], stem: str) -> list[Path]:
     """Two pictures: time by length with the error at each point, and error by budget on embedded models."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     names = ("BlockMask", "TokenMerge", "VisualTokenMerge", "Scatterbrain")
     budgets = ("share of blocks kept", "share merged", "share of the image kept", "features, cluster")
@@ -437,6 +438,10 @@ def plot(points: list[dict[str, Any]], stem: str) -> list[Path]:
                     axes.annotate(f"{e:.2g}", (t, r), textcoords="offset points", xytext=(4, 4), fontsize=7)
         axes.axhline(1.0, color="0.6", lw=0.8)
         axes.set(title=name, xscale="log", yscale="log", xlabel="tokens", ylabel="time over exact attention")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_formatter(plain)
+        axes.tick_params(axis="y", which="minor", labelsize=7)
         axes.set_xticks([1024, 4096, 16384, 32768], ["1k", "4k", "16k", "32k"])
         axes.legend(title=budget, fontsize=8, title_fontsize=8)
     figure.suptitle("Time over length; beside the points the error of the outputs, |O' - O| / |O|")
