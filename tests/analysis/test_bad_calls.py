@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from attnsteer import FreezeMaps, HeadGate, InjectMap, capture, steer
+from attnsteer import FreezeMaps, HeadGate, InjectMap, Scatterbrain, capture, steer
 from attnsteer.analysis import Swap, freeze_report, generate_frozen, head_profile, patch_effects, shifted
 from attnsteer.errors import AttnSteerError
 from attnsteer.methods.patchheads import subspace
 from attnsteer.reading import sentence
-from attnsteer.search import michel, screen_heads
+from attnsteer.search import michel, rotary_bases, screen_heads
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from attnsteer.viz import view
 from tests.search.common import random_choices
@@ -59,6 +59,8 @@ def other(**options: Any) -> Any:
         (lambda _: seen().get(0, sample="a"), "sample 'a'"),
         (lambda _: michel(model_of(), random_choices(2), batch="a"), "in batches of 'a'"),
         (lambda _: michel(model_of(), 3), "samples=3: give a list"),
+        (lambda _: rotary_bases("six"), "give whole numbers"),
+        (lambda _: Scatterbrain(7), "give an even number"),
         (lambda _: screen_heads(model_of(), None, random_choices(2)), "give a method, or methods by name"),
         (lambda _: head_profile(model_of(), 3), "give a list of batches"),
         (lambda _: head_profile(model_of(), [inputs_of()], theta=-1), "0 to 1, or None"),
