@@ -28,6 +28,14 @@ def image_of(tokens: int) -> tuple[int, int]:
     return start, start + round(tokens * IMAGE / PROMPT)
 
 
+def reader(shape: LlamaShape, tokens: int) -> nn.Module:
+    """The language model, whose config says that it is given images; `run.images` tells where they are."""
+    model = llama(shape, tokens)
+    # A token that no prompt has.
+    model.config.image_token_id = shape.vocab
+    return model
+
+
 def picture(shape: LlamaShape, tokens: int) -> Tensor:
     """Token ids [1, tokens]."""
     ids = prompt(shape, tokens, 0)
@@ -88,7 +96,7 @@ class DenseVAR:
 @functools.lru_cache
 def gate_var(shape: LlamaShape, tokens: int) -> Gate:
     """All logits of a shorter prompt: steered against our dense path and against the eager dense reference."""
-    model, ids = llama(shape, tokens), picture(shape, tokens)
+    model, ids = reader(shape, tokens), picture(shape, tokens)
     plain = model(ids).logits
     with steer(model, var(shape)) as run:
         fast = _prefill(model, ids, run).logits
@@ -105,7 +113,7 @@ def gate_var(shape: LlamaShape, tokens: int) -> Gate:
 
 def measure_var(size: Size, threads: int) -> Outcome:
     """One prefill with VAR on every layer and head, beside the unsteered model."""
-    plain, ids = llama(size.shape, size.tokens), picture(size.shape, size.tokens)
+    plain, ids = reader(size.shape, size.tokens), picture(size.shape, size.tokens)
     with steer(twin(plain), var(size.shape)) as run:
         arms = {
             "unsteered": lambda: _prefill(plain, ids, logits_to_keep=1),
@@ -177,7 +185,7 @@ class Step(Decoder):
 @functools.lru_cache
 def gate_vhr(shape: LlamaShape, tokens: int) -> Gate:
     """The logits of eight decoded tokens: steered against the model with its output projections fed by hand."""
-    model, ids = llama(shape, tokens), picture(shape, tokens)
+    model, ids = reader(shape, tokens), picture(shape, tokens)
     steps = lambda step: torch.cat([step() for _ in range(8)])  # noqa: E731
     plain = steps(Step(model, ids))
     with steer(model, vhr(shape)) as run:
@@ -189,7 +197,7 @@ def gate_vhr(shape: LlamaShape, tokens: int) -> Gate:
 
 def measure_vhr(size: Size, threads: int) -> Outcome:
     """One step over the cache with VHR on every layer, beside the unsteered model; the prefill as a further figure."""
-    plain, ids = llama(size.shape, size.tokens), picture(size.shape, size.tokens)
+    plain, ids = reader(size.shape, size.tokens), picture(size.shape, size.tokens)
     with steer(twin(plain), vhr(size.shape)) as run:
         arms = {"unsteered": Step(plain, ids), "steered": Step(run.target, ids, run)}
         times = interleaved(arms, size.repeats, warmup=2, calls=10, patience=size.patience)
