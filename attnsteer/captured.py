@@ -253,6 +253,7 @@ class Captured:
     Attributes:
         what: the names of what was taken. takes: one for each attention call of each site. folder: where they are, or None: in
             memory. ids: the token ids of each batch row without padding, where the host gives them; those of the longest call.
+            open: whether calls are still being taken.
     """
 
     def __init__(self, what: Sequence[str], folder: Path | None = None):
@@ -260,6 +261,7 @@ class Captured:
         self.takes: list[Take] = []
         self.folder = folder
         self.ids: list[list[int]] | None = None
+        self.open = False
         self._lock = threading.Lock()
 
     @property
@@ -359,8 +361,8 @@ class Captured:
 
     @staticmethod
     def _of_sample(takes: Sequence[Take], what: str, sample: int) -> Tensor:
-        if not 0 <= sample < len(takes[0].rows):
-            raise SelectionError(f"sample {sample}: this capture has {len(takes[0].rows)}, counted from 0.")
+        if whole(sample) is None or not 0 <= sample < len(takes[0].rows):
+            raise SelectionError(f"sample {brief(sample)}: this capture has {len(takes[0].rows)}, counted from 0.")
         if takes[0].kind == "cross" and what in ("k", "v"):
             keys = takes[-1].keys[-1 if len(takes[-1].keys) == 1 else sample]
             return takes[-1].tensor(what)[sample][:, (keys >= 0).to(takes[-1].tensor(what).device)]
@@ -371,9 +373,9 @@ class Captured:
             own = [(number, at) for number, (which, at) in order.items() if which is take]
             if not own:
                 continue
-            whole = take.tensor(what)[sample]
-            index = torch.tensor([at for _, at in own], device=whole.device)
-            found = whole.index_select(1, index)
+            rows = take.tensor(what)[sample]
+            index = torch.tensor([at for _, at in own], device=rows.device)
+            found = rows.index_select(1, index)
             if what == "map":
                 keys = take.keys[0 if len(take.keys) == 1 else sample].to(found.device)
                 by_token = found.new_zeros(*found.shape[:2], width)

@@ -94,9 +94,11 @@ def capture(
     recorder = Recorder.make(target, where, rows, what, keys, to, gradients, limit, tokenizer)
     with steer(target, *interventions, recorder) as run:
         recorder.store.sites = len(recorder.sites_of(run))
+        recorder.store.found.open = True
         try:
             yield recorder.store.found
         finally:
+            recorder.store.found.open = False
             recorder.store.close()
         if not recorder.store.found.takes and recorder.store.longest:
             raise SelectionError(
@@ -239,6 +241,10 @@ class Recorder(Intervention):
             raise SelectionError(f"capture(where={brief(where)}): give a Where, e.g. Where(layers=[0]).")
         if where.rows is not None:
             raise SelectionError(f"{where}: give the rows to capture itself, rows={where.rows!r}.")
+        if not isinstance(what, (str, list, tuple)):
+            raise SelectionError(f"capture(what={brief(what)}): one or several of {WHAT}.")
+        if to is not None and not isinstance(to, (str, Path)):
+            raise SelectionError(f"capture(to={brief(to)}): give a device such as 'cpu', a new folder, or None.")
         names = (what,) if isinstance(what, str) else tuple(what)
         wrong = [name for name in names if name not in WHAT]
         if wrong or not names:

@@ -1,6 +1,7 @@
 """The cases of methods that approximate attention: what they save, behind a gate that compares them with their definition.
 
-    python -m benchmarks.efficiency [--tokens 1024,4096,16384] [--out FILE]      # curves of error and time, as JSON lines
+    python -m benchmarks.efficiency [--tokens 1024,4096,16384,32768] [--embedded] [--out FILE]   # curves, as JSON lines
+    python -m benchmarks.efficiency --plot docs/images/efficiency FILE                            # pictures of them
 
 Times are of one thread's processor, in turns within one run, so that other processes do not count.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -48,21 +50,23 @@ class SelfAttention(nn.Module):
 class Plain(nn.Module):
     """Attention of given queries, keys and values."""
 
-    num_heads = HEADS
+    def __init__(self, heads: int = HEADS):
+        super().__init__()
+        self.num_heads = heads
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, H, n, d] each."""
         return F.scaled_dot_product_attention(q, k, v)
 
 
-def clustered(n: int, block: int, sharp: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def clustered(n: int, block: int, sharp: float = 1.0, heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
     """Keys around a centre for each block, queries near one of the centres: where choosing blocks has something to choose."""
     g = torch.Generator().manual_seed(0)
-    centres = torch.randn(1, HEADS, n // block, DIM, generator=g)
-    k = 0.8 * centres.repeat_interleave(block, dim=2) + 0.6 * torch.randn(1, HEADS, n, DIM, generator=g)
-    at = torch.randint(0, n // block, (1, HEADS, n, 1), generator=g)
-    q = sharp * centres.gather(2, at.expand(-1, -1, -1, DIM)) + 0.5 * torch.randn(1, HEADS, n, DIM, generator=g)
-    return q, k, torch.randn(1, HEADS, n, DIM, generator=g)
+    centres = torch.randn(1, heads, n // block, DIM, generator=g)
+    k = 0.8 * centres.repeat_interleave(block, dim=2) + 0.6 * torch.randn(1, heads, n, DIM, generator=g)
+    at = torch.randint(0, n // block, (1, heads, n, 1), generator=g)
+    q = sharp * centres.gather(2, at.expand(-1, -1, -1, DIM)) + 0.5 * torch.randn(1, heads, n, DIM, generator=g)
+    return q, k, torch.randn(1, heads, n, DIM, generator=g)
 
 
 def smooth(side: int, channels: int = 320) -> Tensor:
@@ -177,14 +181,14 @@ def measure_merge(size: Size, threads: int) -> Outcome:
 
 
 @functools.lru_cache
-def llava(shape: LlamaShape, patches: int) -> nn.Module:
-    """A LLaVA of these proportions, with a small image tower."""
+def llava(shape: LlamaShape, patches: int, tower: tuple[int, int] = (2, 4)) -> nn.Module:
+    """A LLaVA of these proportions, with a small image tower of so many layers and heads of 16."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            hidden_size=16 * tower[1], intermediate_size=128, num_hidden_layers=tower[0], num_attention_heads=tower[1],
             image_size=14 * patches, patch_size=14,
         ),
         text_config=LlamaConfig(
@@ -288,81 +292,209 @@ def scores_alone(size: Size) -> float:
 # Curves.
 
 
-def median_ratio(plain: Callable[[], Any], other: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """(seconds of `plain`, `other` over it): medians of processor time, in turns."""
-    taken: list[tuple[float, float]] = []
-    for number in range(rounds + 1):
-        pair = []
-        for call in (plain, other):
-            begin = time.process_time()
-            call()
-            pair.append(time.process_time() - begin)
-        if number:
-            taken.append((pair[0], pair[1]))
-    first, second = (statistics.median(side) for side in zip(*taken, strict=True))
-    return first, second / first
+def seconds(call: Callable[[], Any], rounds: int) -> float:
+    """Median of processor time, after a first call."""
+    taken: list[float] = []
+    for _ in range(rounds + 1):
+        begin = time.process_time()
+        call()
+        taken.append(time.process_time() - begin)
+    return statistics.median(taken[1:])
 
 
 def curves(lengths: list[int]) -> Iterator[dict[str, Any]]:
-    """Error and time of each method by budget and length, on tokens with structure: clustered keys, smooth images."""
+    """Error and time of each method by budget and length, on tokens with structure: clustered keys, smooth images.
+
+    Beyond 4,096 tokens of few heads, which changes no ratio of an attention that takes nearly all of the time.
+    """
     for n in lengths:
-        rounds = 3 if n <= 4096 else 2
-        block = 512 if n >= 4096 else 128
-        q, k, v = clustered(n, block)
-        model = Plain()
+        many = n > 4096
+        rounds = 1 if n > 16384 else 2 if many else 3
+        block, heads = 512 if n >= 4096 else 128, 1 if many else HEADS
+        q, k, v = clustered(n, block, heads=heads)
+        model = Plain(heads)
         plain = functools.partial(F.scaled_dot_product_attention, q, k, v)
-        exact = plain()
+        exact, took = plain(), seconds(plain, rounds)
         for share in (1 / 16, 1 / 8, 1 / 4, 1 / 2):
             keep = round(n // block * share)
             if keep >= 1:
-                yield _point(
-                    "BlockMask", n, share, model, BlockMask(block, top_k=keep), plain, (q, k, v), exact, rounds
-                )
+                method = BlockMask(block, top_k=keep)
+                yield {"tokens": n} | _point(method, share, model, (q, k, v), exact, took, rounds)
         for features, size in ((64, 32), (256, 32), (256, 128)):
             method = Scatterbrain(features, 2, size)
-            yield _point("Scatterbrain", n, [features, size], model, method, plain, (q, k, v), exact, rounds)
+            yield {"tokens": n} | _point(method, [features, size], model, (q, k, v), exact, took, rounds)
         side = round(n**0.5)
-        if side * side == n:
-            module, x = SelfAttention().eval(), smooth(side)
-            exact = module(x)
-            for ratio in (0.25, 0.5, 0.75):
-                method = TokenMerge(ratio, grid=(side, side))
-                yield _point("TokenMerge", n, ratio, twin(module), method, lambda: module(x), (x,), exact, rounds)  # noqa: B023
+        module, x = SelfAttention(2 if many else 8).eval(), smooth(side, 80 if many else 320)
+        exact, took = module(x), seconds(lambda: module(x), rounds)  # noqa: B023
+        for ratio in (0.25, 0.5, 0.75):
+            method = TokenMerge(ratio, grid=(side, side))
+            yield {"tokens": side * side} | _point(method, ratio, twin(module), (x,), exact, took, rounds)
+        if n <= 16384:
+            yield from _pruned(n, rounds)
 
 
 def _point(
-    name: str,
-    n: int,
-    budget: Any,
-    model: nn.Module,
-    method: Intervention,
-    plain: Any,
-    inputs: Any,
-    exact: Tensor,
-    rounds: int,
+    method: Intervention, budget: Any, model: Any, inputs: Any, exact: Tensor, took: float, rounds: int
 ) -> dict[str, Any]:
+    """Error and time of a method in calls of a module."""
     with steer(model, method):
         out = model(*inputs)
-        seconds, ratio = median_ratio(plain, lambda: model(*inputs), rounds)
+        ratio = seconds(lambda: model(*inputs), rounds) / took
     wrong = float((out - exact).norm() / exact.norm())
-    return {"method": name, "tokens": n, "budget": budget, "error": wrong, "ratio": ratio, "plain_s": seconds}
+    return {"method": type(method).__name__, "budget": budget, "error": wrong, "ratio": ratio, "plain_s": took}
+
+
+PRUNED = LlamaShape(hidden=128, heads=2, kv_heads=2, head_dim=64, mlp=256, layers=4, vocab=256)
+
+
+def _pruned(n: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Three quarters of a prompt are an image; some of its tokens are left out from layer 2 on. No error: weights are random."""
+    patches = round((0.75 * n) ** 0.5)
+    model = llava(PRUNED, patches, (1, 1))
+    inputs = picture(model, n)
+    call = lambda: model(**inputs, use_cache=True, logits_to_keep=1)  # noqa: E731
+    took = seconds(call, rounds)
+    for share in (0.25, 0.5, 0.75):
+        with steer(model, VisualTokenMerge(ratio=share, method="attention", layer=2)):
+            ratio = seconds(call, rounds) / took
+        yield {"method": "VisualTokenMerge", "tokens": n, "budget": share, "ratio": ratio, "plain_s": took}
+
+
+def embedded() -> Iterator[dict[str, Any]]:
+    """The same on embedded models: error of what the model gives, |x' - x| / |x|, and time of a forward."""
+    from attnsteer import zoo
+    from attnsteer.run.data.zoo import image
+    from attnsteer.zoo.shapes.reading import reading
+
+    model, tokenizer = zoo.load("shapes-lm")
+    passages = [
+        tokenizer(reading("calibration", i, "one-shot").prompt, return_tensors="pt")["input_ids"] for i in range(6)
+    ]
+    passages = [p for p in passages if p.shape[1] >= 65]
+    said = lambda: torch.cat([model(p, use_cache=False).logits[0] for p in passages])  # noqa: E731
+    for keep in (1, 2, 4, 6):
+        yield _whole("shapes-lm", BlockMask(16, top_k=keep), keep / 8, model, said)
+    pipe = zoo.load("shapes-sd")
+    g = torch.Generator().manual_seed(0)
+    latent = pipe(
+        "a large red circle and a small blue star", num_inference_steps=10, generator=g, output_type="latent"
+    ).images
+    text = pipe.encode_prompt("a large red circle and a small blue star", "cpu", 1, False)[0]
+    at = torch.tensor([400])
+    noised = pipe.scheduler.add_noise(latent, torch.randn(latent.shape, generator=g), at)
+    drawn = lambda: pipe.unet(noised, at, text).sample  # noqa: E731
+    top = Where(layers=[0, 1, 5, 6], kinds="self")
+    for ratio in (0.1, 0.25, 0.5, 0.75):
+        yield _whole("shapes-sd", TokenMerge(ratio, where=top), ratio, pipe, drawn)
+    for features, size in ((64, 16), (256, 16), (256, 64), (256, 128)):
+        yield _whole("shapes-sd", Scatterbrain(features, 2, size, where=top), [features, size], pipe, drawn)
+    model, processor = zoo.load("shapes-lvlm")
+    asked = [
+        processor(images=image({"split": "calibration", "image": i}), text="<image> question is there a red circle ? answer",
+                  return_tensors="pt")
+        for i in range(8)
+    ]  # fmt: skip
+    heard = lambda: torch.cat([model(**a, logits_to_keep=1).logits[:, -1].softmax(-1) for a in asked])  # noqa: E731
+    for how in ("cluster", "attention", "random"):
+        for share in (0.0625, 0.125, 0.25, 0.5):
+            options = {"layer": 1} if how == "attention" else {}
+            method = VisualTokenMerge(ratio=share, method=how, **options)
+            yield _whole("shapes-lvlm", method, share, model, heard) | {"how": how}
+
+
+def _whole(name: str, method: Intervention, budget: Any, target: Any, call: Callable[[], Tensor]) -> dict[str, Any]:
+    """Error and time of a method in calls of a whole model."""
+    plain, took = call(), seconds(call, 3)
+    with steer(target, method):
+        out, ratio = call(), seconds(call, 3) / took
+    wrong = float((out - plain).norm() / plain.norm())
+    return {
+        "model": name,
+        "method": type(method).__name__,
+        "budget": budget,
+        "error": wrong,
+        "ratio": ratio,
+        "plain_s": took,
+    }
+
+
+def plot(points: list[dict[str, Any]], stem: str) -> list[Path]:
+    """Two pictures: time by length with the error at each point, and error by budget on embedded models."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    names = ("BlockMask", "TokenMerge", "VisualTokenMerge", "Scatterbrain")
+    budgets = ("share of blocks kept", "share merged", "share of the image kept", "features, cluster")
+    made = []
+    long, small = [p for p in points if "tokens" in p], [p for p in points if "model" in p]
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    for axes, name, budget in zip(figure.subplots(2, 2).flat, names, budgets, strict=True):
+        own = [p for p in long if p["method"] == name]
+        for value in sorted({json.dumps(p["budget"]) for p in own}):
+            line = sorted((p["tokens"], p["ratio"], p.get("error")) for p in own if json.dumps(p["budget"]) == value)
+            axes.plot([t for t, _, _ in line], [r for _, r, _ in line], "o-", label=_said(value))
+            for t, r, e in line:
+                if e is not None:
+                    axes.annotate(f"{e:.2g}", (t, r), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        axes.axhline(1.0, color="0.6", lw=0.8)
+        axes.set(title=name, xscale="log", yscale="log", xlabel="tokens", ylabel="time over exact attention")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_major_formatter(plain)
+        axes.yaxis.set_minor_formatter(plain)
+        axes.tick_params(axis="y", which="minor", labelsize=7)
+        axes.set_xticks([1024, 4096, 16384, 32768], ["1k", "4k", "16k", "32k"])
+        axes.legend(title=budget, fontsize=8, title_fontsize=8)
+    figure.suptitle("Time over length; beside the points the error of the outputs, |O' - O| / |O|")
+    made.append((figure, Path(f"{stem}-length.webp")))
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    for axes, name, budget in zip(figure.subplots(2, 2).flat, names, budgets, strict=True):
+        own = [p for p in small if p["method"] == name]
+        for how in dict.fromkeys(p.get("how", "") for p in own):
+            line = [p for p in own if p.get("how", "") == how]
+            at = [_said(json.dumps(p["budget"])) for p in line]
+            axes.plot(at, [p["error"] for p in line], "o-", label=how or "error")
+            for x, p in zip(at, line, strict=True):
+                axes.annotate(
+                    f"{p['ratio']:.2f}x", (x, p["error"]), textcoords="offset points", xytext=(4, 4), fontsize=7
+                )
+        axes.set(title=f"{name}, {own[0]['model']}", xlabel=budget, ylabel="error of what the model gives")
+        axes.set_ylim(bottom=0)
+        if len({p.get("how") for p in own}) > 1:
+            axes.legend(fontsize=8)
+    figure.suptitle("Embedded models: error by budget; beside the points the time of a forward over the plain one")
+    made.append((figure, Path(f"{stem}-embedded.webp")))
+    for figure, path in made:
+        figure.savefig(path, dpi=90)
+    return [path for _, path in made]
+
+
+def _said(budget: str) -> str:
+    value = json.loads(budget)
+    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value:g}"
 
 
 def main() -> None:
     """Print the curves."""
     parser = argparse.ArgumentParser(description="Error and time of approximating methods, by budget and length.")
-    parser.add_argument("--tokens", default="1024,4096,16384", help="lengths, with commas")
+    parser.add_argument("--tokens", default="1024,4096,16384,32768", help="lengths, with commas; empty: none")
+    parser.add_argument("--embedded", action="store_true", help="embedded models too")
     parser.add_argument("--out", type=Path, help="file for the JSON lines")
+    parser.add_argument("--plot", nargs=2, metavar=("STEM", "FILE"), help="draw the curves of a file")
     options = parser.parse_args()
+    if options.plot:
+        points = [json.loads(line) for line in Path(options.plot[1]).read_text(encoding="utf-8").splitlines()]
+        print(*plot(points, options.plot[0]))
+        return
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     lines = []
-    for point in curves([int(n) for n in options.tokens.split(",")]):
+    some = curves([int(n) for n in options.tokens.split(",") if n])
+    for point in itertools.chain(embedded() if options.embedded else (), some):
         lines.append(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in point.items()}))
         print(lines[-1], flush=True)
-    if options.out:
-        options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if options.out:
+            options.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 __all__ = ["Times", "UNetShape", "curves", "gate_blocks", "gate_merge", "gate_visual"]

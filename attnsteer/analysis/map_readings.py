@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..call import AttnCall
-from ..errors import SelectionError
+from ..errors import SelectionError, brief
 from ..intervention import Intervention
 
 Pattern = Callable[["Block"], Tensor]
@@ -172,7 +172,13 @@ class Profiled(Intervention):
                 count[:, :1],
             )
         for name, pattern in self.patterns.items():
-            P = (pattern(block) & block.seen).float()
+            found = pattern(block)
+            if not isinstance(found, Tensor) or found.dtype != torch.bool or found.shape[1:] != block.seen.shape[1:]:
+                raise SelectionError(
+                    f"the pattern {name!r} gave {brief(found)}; give bool [B or 1, {', '.join(map(str, block.seen.shape[1:]))}], "
+                    "which keys each row of the block looks at."
+                )
+            P = (found & block.seen).float()
             rows = w if self.rows == "all" else w * (P.sum(dim=-1) > 0)
             hit = (A * P[:, None]).sum(dim=-1)
             sums.add(name, torch.einsum("bhr,br->bh", hit, rows), torch.einsum("bhr,br->bh", total, rows))

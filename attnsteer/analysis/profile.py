@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SelectionError, UnsupportedHost
+from ..errors import SelectionError, UnsupportedHost, brief
 from ..hosts.base import imported
 from ..search.screen import sites_of
 from ..search.state import model_digest
@@ -86,6 +86,12 @@ def head_profile(
     """
     if rows not in ("applicable", "all") or norm not in ("own", "none"):
         raise SelectionError(f'rows={rows!r} is "applicable" or "all", norm={norm!r} "own" or "none".')
+    if not isinstance(inputs, Iterable) or isinstance(inputs, (str, Mapping)):
+        raise SelectionError(
+            f"head_profile(inputs={brief(inputs)}): give a list of batches, each keyword arguments of the model."
+        )
+    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta <= 1):
+        raise SelectionError(f"theta={brief(theta)} is a share of a row's attention, 0 to 1, or None.")
     where = Where(kinds="self") if where is None else where
     text = grid is None and _has_tokens(model)
     chosen = {n: p for n, p in PATTERNS.items() if text} | dict(patterns or {})
@@ -311,6 +317,8 @@ def _direct(
         raise SelectionError(f"target has {len(target)} pairs (token, foil) for {count} inputs; give one for each.")
     U = readout.unembedding.cpu()
     t, f = torch.tensor(target).T
+    if bool(((t < 0) | (t >= U.shape[1]) | (f < 0) | (f >= U.shape[1])).any()):
+        raise SelectionError(f"target={brief(target)}: token ids of this model run from 0 to {U.shape[1] - 1}.")
     direction = (U[:, t] - U[:, f]).T
     n = readout.norm
     if n is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -25,12 +26,21 @@ def checked_pattern(name: str) -> tuple[str, int]:
         SelectionError: there is no such pattern.
     """
     kind, _, number = name.partition(":")
-    if kind in NUMBERED and number.lstrip("-").isdecimal() and (kind == "offset" or int(number) > 0):
+    # Beyond ten digits no tensor of token numbers has it.
+    if kind in NUMBERED and re.fullmatch(r"-?\d{1,10}", number) and (kind == "offset" or int(number) > 0):
         return kind, int(number)
     if kind in NAMES and not number:
         return kind, 0
     known = [*NAMES, *(f"{k}:N" for k in NUMBERED)]
     raise SelectionError(f"pattern {name!r}: one of {known}.{did_you_mean(name, known)}")
+
+
+def target_token(kind: str, number: int, index: Tensor) -> Tensor | None:
+    """The number of the one token that each row of the numbers `index` looks at; None: the pattern has several for a row."""
+    if kind == "first":
+        return torch.zeros_like(index)
+    back = {"previous": 1, "next": -1, "self": 0, "offset": number}.get(kind)
+    return None if back is None else index - back
 
 
 def pattern_rows(
@@ -44,11 +54,9 @@ def pattern_rows(
     B = len(at)
     i = call.rows.index.expand(B, -1).gather(1, at)[..., None]
     j = torch.where(call.keys.valid, call.keys.index, -(2**40))[:, None]
-    back = {"previous": 1, "next": -1, "self": 0, "offset": number}.get(kind)
-    if back is not None:
-        return j == i - back
-    if kind == "first":
-        return (j == 0).expand(B, at.shape[1], -1)
+    target = target_token(kind, number, i)
+    if target is not None:
+        return (j == target) & (j >= 0)
     if kind == "block":
         return torch.div(i, number, rounding_mode="floor") == torch.div(j, number, rounding_mode="floor")
     if kind == "span":

@@ -76,10 +76,10 @@ def by_token(rows: Tensor, keys: Tensor) -> Tensor:
 
 
 class Tables:
-    """The tables of a source by site, made at the first call of each; shared by all calls."""
+    """The tables of a source by site, made at the first call of each; shared by all calls until the source has grown."""
 
     def __init__(self) -> None:
-        self._made: dict[Any, Table] = {}
+        self._made: dict[Any, tuple[int, Table]] = {}
 
     def of(self, call: AttnCall, source: Any, what: str, head_map: Mapping[Head, Head] | None = None) -> Table:
         """That of a call's site, with an entry for each of the call's heads.
@@ -89,14 +89,15 @@ class Tables:
             head_map: (layer, head) -> (layer, head) of the source; others are those of the same number.
         """
         key = (call.site.path, call.heads, call.step, call.branch, what, call.map.device)
-        found = self._made.get(key)
-        if found is None:
+        size = len(source.takes) if isinstance(source, Captured) else 0
+        before, found = self._made.get(key, (size, None))
+        if found is None or before != size:
             with torch.inference_mode(False), torch.no_grad():
                 if isinstance(source, Captured):
                     found = _of_capture(call, source, what, head_map or {})
                 else:
                     found = _of_tensors(call, source)
-            self._made[key] = found
+            self._made[key] = (size, found)
         return found
 
 
@@ -109,7 +110,7 @@ def checked_source(source: Any) -> Any:
     if isinstance(source, (str, Path)):
         return Captured.load(source)
     if isinstance(source, Captured):
-        if not source.takes:
+        if not source.takes and not source.open:
             raise SelectionError("the source is a capture in which nothing was taken.")
         return source
     tensors = source if isinstance(source, Mapping) else {None: source}
@@ -128,6 +129,8 @@ def checked_source(source: Any) -> Any:
 
 def _of_capture(call: AttnCall, source: Captured, what: str, head_map: Mapping[Head, Head]) -> Table:
     layer = call.site.layer
+    if not head_map:
+        _check_own(call, source, what)
     wanted = [head_map.get((layer, h), (layer, h)) for h in call.heads]
     tables = {n: _of_layer(call, source, what, n) for n in dict.fromkeys(n for n, _ in wanted)}
     picked = []
@@ -146,6 +149,21 @@ def _of_capture(call: AttnCall, source: Captured, what: str, head_map: Mapping[H
     if len({t.place.shape for t, _ in tables.values()}) > 1 or len({p.shape for p in picked}) > 1:
         raise SelectionError(f"{call.site.path}: the layers of the source were captured at different rows.")
     return replace(first, rows=torch.stack(picked, dim=1), heads=call.heads)
+
+
+def _check_own(call: AttnCall, source: Captured, what: str) -> None:
+    """Raise where the source has more heads at this site than this model, so that it is another one."""
+    take, site = next((t for t in source.takes if t.site == call.site.path), None), call.site
+    if take is None:
+        return
+    heads = 1 + max((take.kv_heads if what in ("k", "v") else take.heads), default=0)
+    own = site.kv_heads if what in ("k", "v") else site.heads
+    if heads > own or (what in ("k", "v") and take.groups != site.heads // site.kv_heads):
+        raise SelectionError(
+            f"{site.path}: the source has {heads} heads or more in groups of {take.groups} there, this model {own} in groups of "
+            f"{site.heads // site.kv_heads}: it is another model. Say which of its heads stands for each: "
+            "head_map={(layer, head): (layer, head of the source)}."
+        )
 
 
 def _of_layer(call: AttnCall, source: Captured, what: str, layer: int) -> tuple[Table, int]:

@@ -48,9 +48,8 @@ class FreezeMaps(Intervention):
         source: the clean run: a `Captured` with "q" and "k" of all tokens of the prompt, or its folder.
         heads: the heads to freeze; None: all that `where` selects.
         new_tokens: what the rows behind those of the clean run are: "live", their own queries and the live keys, as in
-            circuit-tracer.
-            (A clean run that is computed beside, over the tokens of the edited one, is captured with them: then they are frozen
-            too.)
+            circuit-tracer; "paired": there are none, since the clean run has every token of the edited one, and a row that it
+            lacks is refused. Such a run is captured over the whole text, or goes beside (`analysis.generate_frozen`).
         same_tokens: refuse a call of other tokens than the clean run's.
 
     With the model itself unedited, what is frozen is what is live, and the outputs are the model's own bit for bit. Methods that
@@ -59,7 +58,7 @@ class FreezeMaps(Intervention):
 
     source: Any = parsed(_run, "a Captured with q and k, or its folder")
     heads: HeadSet | None = head_set()
-    new_tokens: str = choice("live", ("live",))
+    new_tokens: str = choice("live", ("live", "paired"))
     same_tokens: bool = flag(True, kw_only=True)
     _tables: Tables = field(default_factory=Tables, init=False, repr=False, compare=False, metadata={"save": False})
 
@@ -74,7 +73,7 @@ class FreezeMaps(Intervention):
                 f"FreezeMaps at {call.site.path} puts the q and k of the clean run in place, and a method before it edited "
                 "them; its edit would be lost. Leave one of them out, or give them different heads."
             )
-        if call.mixed or (call.phase == "decode" and not self._goes_on(call)):
+        if call.mixed or (call.phase == "decode" and self.new_tokens == "live" and not self._goes_on(call)):
             return None
         found = self._frozen(call)
         if found is None:
@@ -109,16 +108,33 @@ class FreezeMaps(Intervention):
         if self.same_tokens:
             self._check_tokens(call)
         found = kernel_of(call, self._tables, self.source)
+        if self.new_tokens == "paired":
+            self._check_all(call, found)
         if found is None:
             return None
         clean, present = found
         att = call.map.att
+        if clean.q.shape[3] != att.q.shape[3] or clean.k.shape[3] != att.k.shape[3]:
+            raise SelectionError(
+                f"FreezeMaps at {call.site.path}: q and k of the clean run have widths {clean.q.shape[3]} and {clean.k.shape[3]}, "
+                f"this model's {att.q.shape[3]} and {att.k.shape[3]}. Capture a run of this model; `InjectMap` takes another's."
+            )
         H, held = att.q.shape[1], att.k.shape[1]
         # One key head for each query head, of which those that share one are alike.
         k = clean.k if held == H else clean.k[:, :: H // held]
         number = torch.where(call.keys.valid, call.keys.index, -1)
         _, known = self._tables.of(call, self.source, "k").at(call, number)
         return att, present, clean.q, torch.where(known[:, None, :, None], k, att.k)
+
+    @staticmethod
+    def _check_all(call: AttnCall, found: tuple[kernels.Attention, Tensor] | None) -> None:
+        missing = call.rows.valid if found is None else call.rows.valid & ~found[1]
+        if bool(missing.any()):
+            number = int(call.rows.index.expand_as(missing)[missing].min())
+            raise SelectionError(
+                f"FreezeMaps(new_tokens='paired') at {call.site.path}: the clean run has no row of token {number}. Capture a run "
+                "over all tokens of this one, or generate with attnsteer.analysis.generate_frozen."
+            )
 
     def _check_tokens(self, call: AttnCall) -> None:
         ids, clean = call.facts.get("tokens"), self.source.ids

@@ -23,10 +23,11 @@ from ..captured import Captured, blocks, checked_rows, chosen_rows, map_rows, ne
 from ..errors import CompositionError, SelectionError, brief
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
+from ..kernels.problem import visible
 from ..parameters import choice, is_all, number, parsed, plain, whole
 from ..registry import register_method
 from ..tokens import Tokens
-from ._map_patterns import OF_IDS, checked_pattern, pattern_rows, seen_rows
+from ._map_patterns import OF_IDS, checked_pattern, pattern_rows, seen_rows, target_token
 from ._sources import Tables, by_token, check_length, checked_source
 from ._spans import checked_spans, span_keys
 
@@ -201,6 +202,10 @@ class InjectMap(Intervention):
         chosen = chosen_rows(call, self.rows, self.tokenizer).expand(call.map.shape[0], -1)
         if self._of_qk:
             return self._kernel(call, out, chosen)
+        if isinstance(self.source, str) and self.mode == "replace" and self.keys is None and not call.packed:
+            number = target_token(*checked_pattern(self.source), call.rows.index)
+            if number is not None:
+                return self._of_one_key(call, out, chosen, number)
         at, there = places(chosen)
         if not at.shape[1]:
             return None
@@ -216,6 +221,32 @@ class InjectMap(Intervention):
             target = torch.where(known, own, n)[:, None, :, None].expand_as(edited)
             made = made.scatter(2, target, edited)
         return made[:, :, :n]
+
+    def _of_one_key(self, call: AttnCall, out: Tensor, chosen: Tensor, number: Tensor) -> Tensor:
+        """The outputs of rows that look at the token `number` [B or 1, n] alone: its values, without a map."""
+        att, (B, _, n, m) = call.map.att, call.map.shape
+        number = number.expand(B, -1)
+        index = torch.where(call.keys.valid, call.keys.index, -1).expand(B, -1)
+        size = int(index.max()) + 1
+        place = torch.full((B, size + 1), -1, device=index.device)
+        place.scatter_(1, torch.where(index >= 0, index, size), torch.arange(m, device=index.device).expand(B, -1))
+        at = place.gather(1, torch.where((number >= 0) & (number < size), number, size))
+        sees = ((number >= 0) & (number < size) & (at >= 0) & chosen)[:, None]
+        at = at.clamp_min(0)
+        if att.causal:
+            sees = sees & (at <= torch.arange(n, device=at.device))[:, None]
+        for hides in (att.mask4(), None if att.key_bias is None else att.key_bias[:, :, None]):
+            if hides is not None:
+                wide = hides.expand(B, -1, n, -1)
+                sees = sees & visible(wide.gather(3, at[:, None, :, None].expand(-1, wide.shape[1], -1, 1)))[..., 0]
+        new = picked(att.expanded_values(), at).to(call.map.stat_dtype)
+        # A row that looks there alone by itself keeps its output, bit for bit.
+        sees = sees & (new.to(out.dtype) != out).any(dim=-1)
+        if not is_all(self.strength, 1.0):
+            s = call.each(self.strength)
+            s = s[..., None] if isinstance(s, Tensor) else s
+            new = (1.0 - s) * out + s * new
+        return torch.where(sees[..., None], new.to(out.dtype), out)
 
     def _rows(self, call: AttnCall, at: Tensor) -> tuple[Tensor, Tensor]:
         """(the edited rows [B, H, r, m], which of them are other than the model's, bool [B, H, r])."""

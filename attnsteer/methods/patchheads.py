@@ -19,7 +19,7 @@ from ..captured import Captured, checked_rows, chosen_rows, needs_tokens, places
 from ..errors import SelectionError, brief, listing
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
-from ..parameters import choice, is_all, number, parsed
+from ..parameters import choice, is_all, number, parsed, whole
 from ..registry import register_method
 from ..tokens import Tokens
 from ._sources import Tables, check_length, checked_source
@@ -225,6 +225,8 @@ def subspace(
     Raises:
         SelectionError: too few rows or labels.
     """
+    if not isinstance(captured, Captured) or (rank is not None and whole(rank) is None):
+        raise SelectionError(f"subspace({brief(captured)}, rank={brief(rank)}): give a capture and a whole number.")
     found: Basis = {}
     for path in captured.sites:
         take = captured.of(path)[0]

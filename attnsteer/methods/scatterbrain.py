@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..call import AttnCall
 from ..edits import HeadOutputs
-from ..errors import UnsupportedHost
+from ..errors import SelectionError, UnsupportedHost
 from ..intervention import Intervention
 from ..parameters import integer
 from ..registry import register_method
@@ -49,6 +49,13 @@ class Scatterbrain(Intervention):
 
     kinds = ("self", "joint")
     approximate = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.nb_features is not None and self.nb_features % 2:
+            raise SelectionError(
+                f"Scatterbrain(nb_features={self.nb_features}): features come in pairs; give an even number."
+            )
 
     def inputs(self, call: AttnCall) -> HeadOutputs | None:
         att, (_, _, n, m) = call.map.att, call.map.shape

@@ -147,6 +147,11 @@ class TokenMerge(Intervention):
                     "frames and the special tokens of this model, or another Where."
                 )
             draw = torch.Generator().manual_seed(self.seed + (0 if call.step is None else call.step))
+            if self.stride[0] > h or self.stride[1] > w:
+                raise UnsupportedHost(
+                    f"{call.site.path}: no cell of {self.stride[0]} x {self.stride[1]} fits into {h} x {w} tokens, so none has a "
+                    "destination. Give a smaller stride, or leave this site out of Where."
+                )
             frames = [self._cells(h, w, draw) for _ in range(self.frames)]
             for i, cells in enumerate(frames):
                 start = i * size

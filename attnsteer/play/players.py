@@ -355,7 +355,7 @@ def _folder(model: str) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path.resolve()
-    return snapshot(model)
+    return snapshot(model, None, "lm")
 
 
 def kind_of(folder: Path) -> str:

@@ -49,8 +49,8 @@ class PlayServer:
         self.closed = False
         try:
             self._server = _Server((HOST, port), _Handler)
-        except OverflowError as error:
-            raise SelectionError(f"port {port}: give one of 0 to 65535.") from error
+        except (OverflowError, TypeError) as error:
+            raise SelectionError(f"port {port!r}: give one of 0 to 65535.") from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise SelectionError(

@@ -72,6 +72,7 @@ def sentence(
     Raises:
         SelectionError: lengths that do not fit, or a row that is zero or not finite.
     """
+    row = torch.as_tensor(row, dtype=None if isinstance(row, Tensor) else torch.float32)
     if row.ndim != 1 or len(labels) != len(row) or not float(row.sum()) > 0 or not bool(torch.isfinite(row).all()):
         raise SelectionError(f"a row of the shape {list(row.shape)} and {len(labels)} labels; give one for each key.")
     row = row.detach().double().cpu() / float(row.detach().sum())

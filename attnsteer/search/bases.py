@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError, brief
+from ..parameters import whole
 
 # Extrema of one base that count; tokens that peaks, and troughs, are apart at least; how near a peak fills a trough.
 EXTREMA, PEAKS_APART, TROUGHS_APART, NEAR = 6, 50, 60, 3
@@ -47,6 +48,8 @@ def rotary_bases(
     Raises:
         SelectionError: fewer than two extrema in the offsets, or fewer candidates than bases.
     """
+    if whole(count) is None or any(whole(o) is None for o in offsets):
+        raise SelectionError(f"rotary_bases(count={brief(count)}, offsets={brief(offsets)}): give whole numbers.")
     pool = [float(b) for b in candidates]
     if not 0 < offsets[0] < offsets[1] or count < max(1, len(start)) or any(b <= 1 for b in pool):
         raise SelectionError(

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..call import AttnCall
-from ..errors import SelectionError, UnsupportedHost
+from ..errors import SelectionError, UnsupportedHost, brief
 from ..intervention import Intervention
+from ..parameters import whole
 from ..steering import Steering
 from .alone import EachHeadAlone, Edit, Script
 from .samples import Choice, choices, padded, split_digest
@@ -275,9 +276,9 @@ def batches(samples: Iterable[Any], metric: Metric, size: int) -> tuple[list[tup
     Raises:
         SelectionError: no samples, or a metric that is not theirs.
     """
-    samples = list(samples)
-    if size < 1 or not samples:
-        raise SelectionError(f"{len(samples)} samples in batches of {size}: give at least one of each.")
+    samples = as_list(samples)
+    if whole(size) is None or size < 1 or not samples:
+        raise SelectionError(f"{len(samples)} samples in batches of {brief(size)}: give at least one of each.")
     if any(_is_inputs(s) for s in samples):
         if not all(_is_inputs(s) for s in samples):
             raise SelectionError("give choice samples or model inputs, not both.")
@@ -299,6 +300,17 @@ def batches(samples: Iterable[Any], metric: Metric, size: int) -> tuple[list[tup
     for some in (short[i : i + size] for i in range(0, len(short), size)):
         found.append((_Short([split[i] for i in some], metric), some))
     return found, {"samples": len(split), "split": split_digest(split)}
+
+
+def as_list(samples: Any) -> list[Any]:
+    """The samples of an iterable.
+
+    Raises:
+        SelectionError: it is none, or one sample by itself.
+    """
+    if not isinstance(samples, Iterable) or isinstance(samples, (str, Mapping, Tensor)):
+        raise SelectionError(f"samples={brief(samples)}: give a list, of one sample or batch too.")
+    return list(samples)
 
 
 def keys(samples: Iterable[Any]) -> list[str]:

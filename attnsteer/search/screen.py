@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SelectionError
+from ..errors import SelectionError, brief
 from ..evals.significance import paired_bootstrap
 from ..heads import HeadSet
 from ..intervention import Intervention
@@ -23,7 +23,7 @@ from ..steering import Steering, bind, find_host, steer
 from ..versions import library_versions
 from ..where import Where, stack_shape
 from .alone import Script, only
-from .gradients import Batch, Leaves, Metric, Noted, Tap, batches, described, differentiable, keys, slopes
+from .gradients import Batch, Leaves, Metric, Noted, Tap, as_list, batches, described, differentiable, keys, slopes
 from .scored import ScoredHeads, table
 from .state import model_digest, refuse_overlap
 
@@ -69,9 +69,11 @@ def screen_heads(
         UnsupportedHost: gradients under inference mode, or a metric without a gradient at the heads.
     """
     single = isinstance(methods, Intervention)
+    if not single and not isinstance(methods, Mapping):
+        raise SelectionError(f"screen_heads got {brief(methods)}; give a method, or methods by name.")
     named = {"": methods} if single else dict(methods)
     _check(named, confirm, confirm_on)
-    samples = list(samples)
+    samples = as_list(samples)
     parts, facts = batches(samples, metric, batch)
     if confirm:
         confirm_on = list(confirm_on)

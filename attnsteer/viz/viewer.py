@@ -83,6 +83,8 @@ def view(
         facts=facts,
     )
     path = Path(path)
+    if path.is_dir():
+        raise SelectionError(f"view: {path} is a folder; give the path of a page, such as {path / 'page.html'}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content.html(), encoding="utf-8")
     return path

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from attnsteer import steer
-from attnsteer.errors import SelectionError
+from attnsteer.errors import RecipeError, SelectionError
 from attnsteer.methods import SpotLight
 from attnsteer.play import player
 from attnsteer.play.dials import TEXT
@@ -144,3 +144,14 @@ def test_seeds_of_a_pipeline() -> None:
     assert drawer.answer({**given, "value": 0.0})["after"] == found["before"]
     with pytest.raises(SelectionError, match="steps=0"):
         drawer.answer({**given, "steps": 0})
+
+
+def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(name: str, **_: Any) -> None:
+        raise OSError(f"no {name}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(RecipeError, match="nobody/nothing cannot be had"):
+        player("nobody/nothing")

@@ -259,6 +259,20 @@ def test_from_the_slider_to_the_answer(page: browser.Browser, playing: PlayServe
     assert page.errors == []
 
 
+def test_from_the_slider_to_the_answer_about_a_picture(page: browser.Browser) -> None:
+    with PlayServer(player("shapes-lvlm")) as server:
+        page.open(server.address)
+        until(page, ANSWERS)
+        mark(page, *range(70, 72))
+        took = []
+        for at in (300, 600, 900, 450, 750):
+            before = page.js(ANSWERS)
+            slide(page, at)
+            until(page, f"({ANSWERS}) > {before}")
+            took.append(int(page.js("document.documentElement.dataset.took")))
+    assert min(took) < 300 and page.errors == [], took
+
+
 def test_a_wrong_prompt_and_a_lost_server_are_told(page: browser.Browser, playing: PlayServer) -> None:
     with PlayServer(playing.player) as server:
         page.open(server.address)
