@@ -36,6 +36,13 @@ def picture(shape: LlamaShape, tokens: int) -> Tensor:
     return ids
 
 
+def reader(shape: LlamaShape, tokens: int) -> nn.Module:
+    """The benchmark's model, whose config says that it reads images; where they are, `Steering.images` says."""
+    model = llama(shape, tokens)
+    model.config.image_token_id = shape.vocab
+    return model
+
+
 def var(shape: LlamaShape) -> VAR:
     """VAR on every layer and head; the sinks of the benchmark's model are marked in one dimension of their embedding."""
     return VAR((MARK,), 0.2 * shape.hidden**0.5, RHO, MASS, MOVE, where=Where(layers=range(shape.layers)))
@@ -88,7 +95,7 @@ class DenseVAR:
 @functools.lru_cache
 def gate_var(shape: LlamaShape, tokens: int) -> Gate:
     """All logits of a shorter prompt: steered against our dense path and against the eager dense reference."""
-    model, ids = llama(shape, tokens), picture(shape, tokens)
+    model, ids = reader(shape, tokens), picture(shape, tokens)
     plain = model(ids).logits
     with steer(model, var(shape)) as run:
         fast = _prefill(model, ids, run).logits
@@ -105,7 +112,7 @@ def gate_var(shape: LlamaShape, tokens: int) -> Gate:
 
 def measure_var(size: Size, threads: int) -> Outcome:
     """One prefill with VAR on every layer and head, beside the unsteered model."""
-    plain, ids = llama(size.shape, size.tokens), picture(size.shape, size.tokens)
+    plain, ids = reader(size.shape, size.tokens), picture(size.shape, size.tokens)
     with steer(twin(plain), var(size.shape)) as run:
         arms = {
             "unsteered": lambda: _prefill(plain, ids, logits_to_keep=1),
@@ -177,7 +184,7 @@ class Step(Decoder):
 @functools.lru_cache
 def gate_vhr(shape: LlamaShape, tokens: int) -> Gate:
     """The logits of eight decoded tokens: steered against the model with its output projections fed by hand."""
-    model, ids = llama(shape, tokens), picture(shape, tokens)
+    model, ids = reader(shape, tokens), picture(shape, tokens)
     steps = lambda step: torch.cat([step() for _ in range(8)])  # noqa: E731
     plain = steps(Step(model, ids))
     with steer(model, vhr(shape)) as run:
@@ -189,7 +196,7 @@ def gate_vhr(shape: LlamaShape, tokens: int) -> Gate:
 
 def measure_vhr(size: Size, threads: int) -> Outcome:
     """One step over the cache with VHR on every layer, beside the unsteered model; the prefill as a further figure."""
-    plain, ids = llama(size.shape, size.tokens), picture(size.shape, size.tokens)
+    plain, ids = reader(size.shape, size.tokens), picture(size.shape, size.tokens)
     with steer(twin(plain), vhr(size.shape)) as run:
         arms = {"unsteered": Step(plain, ids), "steered": Step(run.target, ids, run)}
         times = interleaved(arms, size.repeats, warmup=2, calls=10, patience=size.patience)
@@ -216,7 +223,7 @@ def reweighting(shape: LlamaShape, tokens: int) -> dict[str, Intervention]:
 @functools.lru_cache
 def gate_decode(shape: LlamaShape, tokens: int) -> Gate:
     """The logits of eight decoded tokens, each method against our dense path."""
-    model, ids = llama(shape, tokens), picture(shape, tokens)
+    model, ids = reader(shape, tokens), picture(shape, tokens)
     steps = lambda step: torch.cat([step() for _ in range(8)])  # noqa: E731
     plain, worst, least = steps(Step(model, ids)), 0.0, float("inf")
     for method in reweighting(shape, tokens).values():
@@ -230,7 +237,7 @@ def gate_decode(shape: LlamaShape, tokens: int) -> Gate:
 
 def measure_decode(size: Size, threads: int) -> Outcome:
     """One step over the cache with each method, beside the unsteered model; the slowest counts."""
-    plain, ids = llama(size.shape, size.tokens), picture(size.shape, size.tokens)
+    plain, ids = reader(size.shape, size.tokens), picture(size.shape, size.tokens)
     runs = {name: steer(twin(plain), method) for name, method in reweighting(size.shape, size.tokens).items()}
     try:
         arms = {"unsteered": Step(plain, ids)} | {name: Step(run.target, ids, run) for name, run in runs.items()}

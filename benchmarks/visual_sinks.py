@@ -38,7 +38,7 @@ from attnsteer.zoo.shapes.render import render
 from attnsteer.zoo.shapes.world import rng
 
 # Calibration scenes on which settings are compared.
-SWEEP = 30
+SWEEP = 20
 # Layers and heads of the text model.
 SHAPE = (30, 9)
 PARTS = ("preconditions", "heads", "sweep", "choose", "arms", "knockout", "report")
@@ -227,7 +227,7 @@ def preconditions(model: Any, processor: Any, data: Sequence[Item]) -> dict[str,
     }
 
 
-def influence(model: Any, processor: Any, data: Sequence[Item], most: int = 60) -> HeadSet:
+def influence(model: Any, processor: Any, data: Sequence[Item], most: int = 40) -> HeadSet:
     """AD-HH's score of every head to first order: how much less likely a wrong " yes" gets without the head than a right one.
 
     The authors take each head away in turn, which costs a forward for each; here d p / d gate comes from one backward.
