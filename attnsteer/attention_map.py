@@ -473,7 +473,7 @@ class ReweightedMap(AttentionMap):
         if self._moved is None and self._of_share():
             self._from_share()
         if self._moved is None:
-            self._moved = (self.dense() != self.root.dense()).any(dim=-1)
+            self._moved = kernels.any_last(self.dense() != self.root.dense())
         return self._moved
 
     @property

@@ -145,7 +145,9 @@ def complement(
         # With many rows one call for all of them is cheaper: a causal flag stays one.
         whole = 2 * len(index) >= n
         for at in (index,) if whole else index.split(256):
-            out, part = attend_lse(one if whole else one.take(at))
+            # Under causality the last of the rows sees most.
+            seen = one.until(min(m, int(at[-1]) + 1)) if att.causal and not whole else one
+            out, part = attend_lse(one if whole else seen.take(at))
             out, part = (t[0, 0, at] if whole else t[0, 0] for t in (out, part))
             yield b, h, at, out, torch.exp(part - lse[b, h, at])
 

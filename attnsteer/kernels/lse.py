@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Attention, assemble, exponential, visible
+from .problem import Attention, assemble, exponential, sees_any, visible
 from .sources import find_source, source_named
 
 HALF = (torch.float16, torch.bfloat16)
@@ -216,16 +216,14 @@ def _blind_rows(att: Attention, out: Tensor, lse: Tensor) -> tuple[Tensor, Tenso
     """Zero output and minus infinity for rows without a visible key: kernels report 0, NaN or infinity there."""
     blind, mask = None, att.mask4()
     if mask is not None:
-        seen = visible(mask)
-        if att.causal and mask.shape[2] == 1 and att.shape[2] == att.shape[3]:
+        if not att.causal:
+            blind = ~sees_any(mask)
+        elif mask.shape[2] == 1 and att.shape[2] == att.shape[3]:
             # Row i sees the keys up to i.
-            blind = seen[:, :, 0].long().cumsum(dim=-1) == 0
-        elif att.causal:
-            _, _, n, m = att.shape
-            seen = seen & torch.ones(n, m, dtype=torch.bool, device=mask.device).tril()
-            blind = ~seen.any(dim=-1)
+            blind = visible(mask)[:, :, 0].long().cumsum(dim=-1) == 0
         else:
-            blind = ~seen.any(dim=-1)
+            _, _, n, m = att.shape
+            blind = ~sees_any(visible(mask) & torch.ones(n, m, dtype=torch.bool, device=mask.device).tril())
     if att.key_bias is not None:
         removed = lse < FLOOR / 2
         blind = removed if blind is None else blind | removed
