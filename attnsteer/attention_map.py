@@ -437,13 +437,16 @@ class ReweightedMap(AttentionMap):
         return self._edit.scale_sinks and not self.few
 
     def _from_share(self) -> None:
-        keys, m, kept = self._edit.keys, self.shape[3], self.root.out
+        keys, m = self._edit.keys, self.shape[3]
         if keys.shape[-1] < m:
             keys = torch.nn.functional.pad(keys, (0, m - keys.shape[-1]))
         if self.root._blocks is None:
-            out, self._moved = kernels.lift(kept, *self.root.partial(keys), self._edit.of)
+            # Before the output: the log-sum-exp that they need comes with it, from one pass.
+            parts = self.root.partial(keys)
+            out, self._moved = kernels.lift(self.root.out, *parts, self._edit.of)
         else:
             before, after, out = self.root._blocks.share(keys, self._edit.of)
+            kept = self.root.out
             self._moved = before != after
             out = torch.where(self._moved[..., None], out.to(kept.dtype), kept)
         self._out = self._keep(out)

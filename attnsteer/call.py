@@ -64,7 +64,7 @@ class AttnCall:
     Attributes:
         site: the `Site`. heads: global indices of the selected heads.
         rows, keys: what each of the n rows and m keys is: slot, index in its request, request, validity, generated or prompt.
-        map: the lazy attention map (edits of earlier methods included).
+        map: the lazy attention map (edits of earlier methods included). shape: (B, H, n, m), its shape.
         phase: "prefill" where some row belongs to a prompt, else "decode". Where rows of both kinds meet in one call
             (assisted decoding, a step without a cache) `mixed` is true, and `rows.generated` tells them apart.
         step: denoising step or None. branch: None or the running branch ("weak").
@@ -102,7 +102,9 @@ class AttnCall:
     # State of all methods for this sequence, by (number of the intervention, site, heads).
     states: dict[Any, dict[str, Any]] = field(default_factory=dict, repr=False)
     facts: dict[str, Any] = field(default_factory=dict, repr=False)
-    view: AttentionMap | None = field(default=None, repr=False)
+    # The map, or what makes it, and its shape: in a decode step many methods do without.
+    view: AttentionMap | Callable[[], AttentionMap] | None = field(default=None, repr=False)
+    size: tuple[int, int, int, int] | None = None
     # What was made once for all calls of this forward; what tells apart the intervention that this call is shown to.
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
     owner: int = 0
@@ -157,7 +159,12 @@ class AttnCall:
     @property
     def map(self) -> AttentionMap:
         """The lazy attention map of the selected heads."""
-        return self.view
+        return self.view() if callable(self.view) else self.view
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, n, m) of the map."""
+        return self.map.shape if self.size is None else self.size
 
     @property
     def q(self) -> Tensor:
@@ -194,7 +201,7 @@ class AttnCall:
         """
         if not isinstance(value, PerSample):
             return value
-        return self.each_row(value, like)[:, None, None]
+        return self.each_row(value, like, axes=2)
 
     def each_row(self, value: PerSample, like: Tensor | None = None, **how: Any) -> Tensor:
         """One value per sample by batch row, [B, ...] (see `PerSample.tensor`)."""
@@ -244,7 +251,7 @@ class AttnCall:
     @property
     def own_keys(self) -> slice | None:
         """Which keys are the rows' own, in their order; None where rows have none, or it is not known which they are."""
-        rows, keys = self.map.shape[2:]
+        rows, keys = self.shape[2:]
         return slice(0, rows) if rows == keys else self.facts.get("own keys")
 
     def gives(self, name: str) -> bool:

@@ -104,6 +104,9 @@ class SiteRuntime:
         self._partitions: dict[tuple[int, ...], list[tuple[Heads | None, list[Bound]]]] = {}
         self._by_methods: dict[tuple[int, ...], list[int]] = {}
         self._indices: dict[tuple[Heads, torch.device], Tensor] = {}
+        # All of them, where each acts in every call; whether some read the map, by which act.
+        self._always = None if any(b.guides or b.timed for b, _ in entries) else tuple(range(len(entries)))
+        self._reads: dict[tuple[int, ...], bool] = {}
         self.late = _late(entries)
         for head in range(site.heads):
             key = tuple(
@@ -127,6 +130,8 @@ class SiteRuntime:
 
     def active(self, phase: str | None, step: int | None, steps: int | None, mixed: bool = False) -> tuple[int, ...]:
         """Positions in `entries` of the interventions that act in this call; `mixed`: rows of both phases are in it."""
+        if self._always is not None:
+            return self._always
         return tuple(
             i
             for i, (bound, _) in enumerate(self.entries)
@@ -136,7 +141,10 @@ class SiteRuntime:
 
     def reads_map(self, active: tuple[int, ...]) -> bool:
         """Whether some active method is more than an edit of head outputs, which is exact whatever made them."""
-        return not all(self.entries[i][0].method.linear for i in active)
+        found = self._reads.get(active)
+        if found is None:
+            found = self._reads[active] = not all(self.entries[i][0].method.linear for i in active)
+        return found
 
     def __call__(
         self,
@@ -276,6 +284,14 @@ class SiteRuntime:
                     f"{bound.name} at {self.site.path}: this process has {local} of {heads} heads (tensor parallelism), and its "
                     "statistics over a part of the heads are others. Load the model unsharded."
                 )
+            learned = [name for name, value in bound.method.sample_values.items() if value.learned]
+            if learned and torch.is_grad_enabled():
+                # A process without a selected head has no part in the backward pass, so that none can wait for a sum.
+                raise UnsupportedHost(
+                    f"{bound.name} at {self.site.path}: {', '.join(learned)} needs a gradient, and this process has {local} of "
+                    f"{heads} heads (tensor parallelism), so that its gradient would be of these alone. Train with the model "
+                    "unsharded, or under FSDP2 or DistributedDataParallel."
+                )
         return self.shards.place * local
 
     def pool(self, heads: Heads | None, local: int) -> Pool:
@@ -328,29 +344,40 @@ class _HeadGroup:
         own = tuple(range(size)) if local is None else local
         self.heads = own if offset == 0 else tuple(h + offset for h in own)
         self.base = call.replace(heads=self.heads, branch=runtime.run.branch)
-        self.map: AttentionMap
+        self._pick, self._map = pick, None
+        self.size = (whole.att.q.shape[0], len(own), *whole.att.shape[2:])
         if runtime.run.reference and not runtime.site.linear:
-            sub = whole.att.select(local)
-            self.map = DenseMap.of(sub, pick(whole.out()))
-        else:
+            self._map = DenseMap.of(whole.att.select(local), pick(whole.out()))
+
+    @property
+    def map(self) -> AttentionMap:
+        """The map with the edits so far; made when somebody asks."""
+        if self._map is None:
+            whole, local, pick = self.whole, self.local, self._pick
 
             def fused() -> tuple[Tensor, Tensor] | None:
                 pair = whole.pair()
                 return None if pair is None else (pick(pair[0]), pick(pair[1]))
 
             selected = whole.att if local is None else lambda: whole.att.select(local)
-            self.map = AttentionMap(selected, lambda: pick(whole.out()), fused, whole=whole.att, heads=len(own))
+            self._map = AttentionMap(selected, lambda: pick(whole.out()), fused, whole=whole.att, heads=self.size[1])
+        return self._map
+
+    @map.setter
+    def map(self, made: AttentionMap) -> None:
+        self._map = made
 
     def run(self, bounds: list[Bound], maps: list[tuple[Heads | None, Tensor]] | None) -> Tensor | None:
         """The heads' edited output, or None where no method edits, or all heads take the edit together."""
-        plain = self.map
         if self.forms is not None and len(bounds) == 1 and bounds[0].doors == _WEIGHTS:
             edit = self.ask(bounds[0], "weights", gather=False)
             if edit is None or self.together(bounds[0], edit):
                 return None
-            self.map.att  # noqa: B018
+            plain = self.map
+            plain.att  # noqa: B018
             self.reweight(bounds[0], edit)
         else:
+            plain = self.map
             for door in ("inputs", "bias"):
                 for bound in bounds:
                     if door in bound.doors:
@@ -423,7 +450,12 @@ class _HeadGroup:
                 return False
             self.mark(bound, "bias", self.of_bias(bound, moves))
             return True
-        pair = self.forms.share(self.local, edit) if chosen is None else None
+        if chosen is not None:
+            # Where it acts on the same rows of all heads: a form may ask it of others than these. A host's own forms know no masks.
+            if not isinstance(edit, Share) or chosen.shape[1] > 1 or not isinstance(self.forms, WholeForms):
+                return False
+            edit = _masked(edit, chosen, self.whole.att.stat_dtype)
+        pair = self.forms.share(self.local, edit)
         if pair is None:
             return False
         self.mark(bound, "shares", pair)
@@ -437,23 +469,26 @@ class _HeadGroup:
         """What tells apart where a method acts in the calls of one forward."""
         if torch.compiler.is_compiling():
             return None
-        return id(bound), self.heads, self.base.site.layer if bound.method.restricting else None
+        by_layer = any(values.of_heads for values in bound.method.restricting)
+        return id(bound), self.heads, self.base.site.layer if by_layer else None
 
     def ask(self, bound: Bound, door: str, *args: Tensor, gather: bool = True) -> Any:
         """What the method returns at a door, checked where it is its first answer there."""
         site = self.runtime.site.path
         state = self.base.states.setdefault((bound.index, site, self.heads), {})
         pool = self.pool if bound.method.pools_heads else None
-        call = self.base.replace(view=self.map, state=state, method=bound.name, pool=pool, owner=id(bound))
+        made = self._map
+        view, size = (lambda: self.map, self.size) if made is None else (made, None)
+        call = self.base.replace(view=view, size=size, state=state, method=bound.name, pool=pool, owner=id(bound))
         key = self.first_key(bound, door)
         first = key not in self.runtime.checked and not torch.compiler.is_compiling()
         # A method that answers None is not done with, and copies in each of its calls would cost more than the calls.
         copies = first and (key not in self.runtime.copied or self.whole.att.q.is_inference())
         before = self._shown(first, copies, args)
-        self.asked, view = (door, first), self.map
+        self.asked = door, first
         if copies:
             self.runtime.copied.add(key)
-            view.watch(True)
+            self.map.watch(True)
         if torch.compiler.is_compiling():
             # An error ends the compilation, which says where it was. Of the answer all is looked at that needs no values.
             edit = getattr(bound.method, door)(call, *args)
@@ -469,7 +504,7 @@ class _HeadGroup:
                 raise
         altered = self._altered(before, args)
         if copies:
-            view.watch(False)
+            self.map.watch(False)
         if edit is not None and door != "output" and gather:
             # Gathered here in every call, so that a checkpoint that computes one again, unchecked, finds the same order.
             self.map.att  # noqa: B018
@@ -506,7 +541,7 @@ class _HeadGroup:
         # What counts no versions, if a method gathers it itself, could not be told from edits of it. With gradients nothing may be
         # gathered in another order than in the calls that are not looked at.
         early = copies and not torch.is_grad_enabled()
-        if (self.map.gathered or early) and self.map.att is not whole:
+        if ((self._map is not None and self._map.gathered) or early) and self.map.att is not whole:
             found += [(name, getattr(self.map.att, name)) for name in self.map.att.held]
         if first:
             # What all methods and layers of this forward read; made here if it is not there yet.
@@ -527,6 +562,9 @@ class _HeadGroup:
             for name, t, marked in before
             if not (marked is None or (t._version == marked if isinstance(marked, int) else unchanged(t, marked)))
         ]
+        if self._map is None:
+            # No map was made that could have been changed.
+            return list(dict.fromkeys(names))
         gathered = self.map.gathered and self.map.att is not self.whole.att
         if gathered and sum(1 for name, _, _ in before if not name.startswith("call.")) == 3 + len(args):
             # Gathered by the method itself: new tensors, of version zero.
@@ -567,7 +605,7 @@ class _HeadGroup:
         masks = [] if self.runtime.rows is None else [self.runtime.rows[id(bound)].mask]
         if bound.method.restricting:
             samples = Samples.plain(q.shape[0]) if call.samples is None else call.samples
-            masks = [
+            masks += [
                 v.acts(samples, q.shape[0], q.device, call.site.layer, self.heads) for v in bound.method.restricting
             ]
         if where.rows is not None:
@@ -720,7 +758,6 @@ class _HeadGroup:
                 self.mark(bound, "bias", self.of_bias(bound, found[1]))
                 return
         if mask is not None:
-            edit = self.map.weights_of_share(edit) if isinstance(edit, Share) else edit
             edit = _masked(edit, mask, self.map.att.stat_dtype)
         self.map = self.map.reweighted(edit)
         if self.runtime.run.measure:
@@ -813,8 +850,10 @@ def _local(heads: Heads | None, offset: int, size: int) -> Heads | None:
     return tuple(h - offset for h in heads if offset <= h < offset + size)
 
 
-def _masked(edit: Reweight, mask: Tensor, dtype: torch.dtype) -> Reweight:
-    """Weight one outside the selected rows."""
+def _masked(edit: Reweight | Share, mask: Tensor, dtype: torch.dtype) -> Reweight | Share:
+    """Weight one, or the same share, outside the selected rows."""
+    if isinstance(edit, Share):
+        return Share(edit.keys, lambda share: torch.where(mask, edit.of(share), share), edit.scale_sinks)
     keep = lambda w: torch.where(mask, torch.as_tensor(w, dtype=dtype, device=mask.device), 1.0)  # noqa: E731
     return Reweight(tuple((keys, keep(w)) for keys, w in edit.groups), keep(edit.rest), edit.normalise, edit.positive)
 

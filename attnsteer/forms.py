@@ -20,6 +20,8 @@ from .kernels import Attention
 
 # Slots that a split key set is extended by at a time while its cache grows.
 STEP = 64
+# A set of at most one key in so many is picked out of the cache; a larger one is seen under a mask.
+FEW_KEYS = 8
 # A bias that has to be written out for each row takes at most so many numbers.
 LARGEST = 1 << 24
 # Split key sets by the tensor that says which keys; freed with it.
@@ -137,38 +139,38 @@ class WholeForms:
         if compiling and att.causal and not (n == m and kernels.causal_with_mask()):
             return None
         kept = ("split", _id(edit.keys), heads)
-        inside, outside, empty, full, stays = self._once(kept, lambda: self._split(heads, edit.keys), edit.keys)
-        out_in, lse_in = self._attend(inside, empty)
-        out, lse = self._attend(outside, full)
+        split = self._once(kept, lambda: self._split(heads, edit.keys), edit.keys)
+        if split.few is None:
+            out_in, lse_in = self._attend(split.inside, split.empty)
+        else:
+            out_in, lse_in = self._attend(split.inside, False, att.replace(k=att.k[split.few], v=att.v[split.few]))
+        out, lse = self._attend(split.outside, split.full)
         before = torch.sigmoid(lse_in - lse)
-        if stays is None:
+        if split.few is not None:
+            before = before if split.empty is False else before.masked_fill(split.empty, 0.0)
+        elif split.stays is None:
             # NaN where a row sees no key at all.
             before = before.masked_fill(torch.isneginf(lse_in), 0.0)
-            stays = (before <= 0) | (before >= 1)
-        after = torch.where(stays, before, edit.of(before))
+        stays = (before <= 0) | (before >= 1) if split.stays is None else split.stays
+        after = edit.of(before)
+        after = after if stays is False else torch.where(stays, before, after)
         if out.dtype != after.dtype:
             out, out_in = out.to(after.dtype), out_in.to(after.dtype)
         self.shared = torch.lerp(out, out_in, after[..., None]).to(att.v.dtype)
         return before, after
 
-    def _split(self, heads: tuple[int, ...] | None, keys: Tensor) -> tuple[Any, ...]:
-        """(mask of the keys, mask of the others, rows [B, H, 1] that see none of the first, of the second, of either).
-
-        None for the rows: to be seen from the mask. False: none.
-        """
+    def _split(self, heads: tuple[int, ...] | None, keys: Tensor) -> _Parts:
+        """The two parts of the keys as a kernel takes them."""
         m, split = self.att.shape[3], split_keys(keys, heads, self.att)
-        inside, outside = split.masks(m)
         mask = self.att.additive(self.att.stat_dtype)
         if torch.compiler.is_compiling():
             # Rows behind keys that they do not see are many in a prompt; all are found from the masks.
-            wide = (inside, outside) if mask is None else (inside + mask, outside + mask)
-            return *wide, None, None, None
+            inside, outside = split.masks(m)
+            return _Parts(inside, outside) if mask is None else _Parts(inside + mask, outside + mask)
         if mask is not None:
-            return inside + mask, outside + mask, None, None, None
-        if keys.shape[-1] < m:
-            # A row sees its own token, which is in no set that ends before it.
-            return inside, outside, split.empty, False, split.empty
-        return inside, outside, split.empty, split.full, split.empty | split.full
+            inside, outside = split.masks(m)
+            return _Parts(inside + mask, outside + mask)
+        return split.parts(self.att)
 
     def out(self) -> Tensor | None:
         """The output of all heads with the edits taken, [B, H, n, dv]; None where there is none."""
@@ -179,9 +181,11 @@ class WholeForms:
         # One operator; what torch puts around it takes as much time as a small call.
         return self._attend(mask, False)[0]
 
-    def _attend(self, mask: Tensor, blind: Tensor | bool | None) -> tuple[Tensor, Tensor]:
-        """(out, lse) of the model's kernel with an additive mask in place of the model's own."""
-        att = self.att
+    def _attend(
+        self, mask: Tensor | None, blind: Tensor | bool | None, att: Attention | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the model's kernel with an additive mask in place of the model's own; `att`: of other keys."""
+        att = self.att if att is None else att
         q, k, v = att.q, att.k, att.v
         B, H, n, d = q.shape
         packed = self.packs and n == 1 and att.mask is not None and k.shape[1] < H
@@ -193,11 +197,11 @@ class WholeForms:
             and not torch.compiler.is_compiling()
             and d == v.shape[-1]
             and q.numel()
-            and all(t.stride(-1) == 1 for t in (q, k, v))
+            and q.stride(3) == k.stride(3) == v.stride(3) == 1
         )
         if plain and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
             # The kernel itself: what stands around it takes as much time as a small call.
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            out, lse = torch._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, att.causal, attn_mask=mask, scale=att.scale
             )
             lse = lse if blind is False else lse.masked_fill(blind, -torch.inf)
@@ -232,6 +236,24 @@ class WholeForms:
         return found[0]
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What two calls of a kernel need that attend to a key set and to the others.
+
+    Attributes:
+        inside, outside: the mask of each, or None. few: what picks keys and values of the first; None: all, under the mask.
+        empty, full, stays: rows [B, H, 1] that see none of the first, of the second, of either. None: to be seen from the mask.
+            False: none.
+    """
+
+    inside: Tensor | None
+    outside: Tensor
+    empty: Tensor | bool | None = None
+    full: Tensor | bool | None = None
+    stays: Tensor | bool | None = None
+    few: tuple[Any, ...] | None = None
+
+
 class _Split:
     """A key set as two masks, of its keys and of the others, for a cache that grows."""
 
@@ -245,16 +267,55 @@ class _Split:
         self.empty = ~keys.any(dim=-1, keepdim=True)
         self.full = keys.all(dim=-1, keepdim=True)
         self._masks: tuple[Tensor, Tensor] | None = None
+        # By the batch and key heads of a call.
+        self._few: dict[tuple[int, int], tuple[Tensor | None, Tensor | bool, tuple[Any, ...]] | None] = {}
 
     def masks(self, size: int) -> tuple[Tensor, Tensor]:
         """(mask of the keys, mask of the others), [B or 1, H or 1, 1, size] additive; slots behind the set are others."""
+        inside, outside = self._of_room(size)
+        return inside.narrow(-1, 0, size), outside.narrow(-1, 0, size)
+
+    def _of_room(self, size: int) -> tuple[Tensor, Tensor]:
         if self._masks is None or self._masks[0].shape[-1] < size:
             room = -(-size // STEP) * STEP
             keys = torch.nn.functional.pad(self.keys, (0, room - self.keys.shape[-1]))[:, :, None]
             zero = torch.zeros(keys.shape, dtype=self.dtype, device=keys.device)
             self._masks = zero.masked_fill(~keys, -torch.inf), zero.masked_fill(keys, -torch.inf)
-        inside, outside = self._masks
-        return inside.narrow(-1, 0, size), outside.narrow(-1, 0, size)
+        return self._masks
+
+    def parts(self, att: Attention) -> _Parts:
+        """For rows that see all keys."""
+        B, _, _, m = att.shape
+        size = B, att.k.shape[1]
+        if size not in self._few:
+            self._few[size] = self._picked(*size, att.groups)
+        # A row sees its own token, which is in no set that ends before it.
+        full: Tensor | bool = self.full if self.keys.shape[-1] == m else False
+        if self._few[size] is None:
+            inside, outside = self.masks(m)
+            return _Parts(inside, outside, self.empty, full, self.empty if full is False else self.empty | full)
+        inside, empty, few = self._few[size]
+        outside = self._of_room(m)[1].narrow(-1, 0, m)
+        # Few of all keys are not all of them.
+        return _Parts(inside, outside, empty, False, empty, few)
+
+    def _picked(self, B: int, kv: int, groups: int) -> tuple[Tensor | None, Tensor | bool, tuple[Any, ...]] | None:
+        """(mask of what is picked, rows that see none of it or False, the picks); None: there are too many."""
+        index = kernels.index_keys(self.keys)
+        if index.size > self.keys.shape[-1] // FEW_KEYS:
+            return None
+        if index.span is not None or not index.size:
+            return None, False if index.size else self.empty, (..., slice(*(index.span or (0, 1))), slice(None))
+        at, device = index.index, self.keys.device
+        lead = torch.arange(B, device=device)[:, None, None]
+        head = torch.arange(kv if at.shape[1] == 1 else at.shape[1], device=device)[None, :, None]
+        few = lead, head if at.shape[1] == 1 else head // groups, at
+        empty = self.empty if bool(self.empty.any()) else False
+        if index.full:
+            return None, empty, few
+        # A row that sees none gets any of them, so that it has no NaN; its share is set to zero.
+        seen = (index.valid | self.empty)[:, :, None]
+        return torch.zeros(seen.shape, dtype=self.dtype, device=device).masked_fill(~seen, -torch.inf), empty, few
 
 
 def split_keys(keys: Tensor, heads: Sequence[int] | None, att: Attention) -> _Split:

@@ -104,10 +104,9 @@ class PerSample:
             layer, heads: of the attention call; None: whether a row has a value at all is asked.
         """
         if heads is None or not self.of_heads:
-            found = self.tensor(samples, batch, torch.bool, device, lambda v: v is not None, "given")
-            return found[:, None, None]
+            return self.tensor(samples, batch, torch.bool, device, lambda v: v is not None, "given", axes=2)
         inside = lambda v: [v is not None and (layer, head) in v for head in heads]  # noqa: E731
-        return self.tensor(samples, batch, torch.bool, device, inside, (layer, heads))[:, :, None]
+        return self.tensor(samples, batch, torch.bool, device, inside, (layer, heads), axes=1)
 
     def listed(self, samples: Samples, batch: int | None = None) -> list[Any]:
         """The value of each row of a batch (see `Samples.rows`).
@@ -127,21 +126,24 @@ class PerSample:
         device: torch.device,
         each: Callable[[Any], Any] | None = None,
         key: Any = None,
+        axes: int = 0,
     ) -> Tensor:
         """The value of each row of a batch, [B, ...]; [1] where there is one for all. Differentiable in a learned one.
 
         Args:
             each: what stands for each value (a number, or numbers); None: the value itself, and for None the first number
                 that there is, so that what is computed for a sample that is left alone is finite. key: tells `each` apart.
+            axes: so many axes of size one stand behind; made with the tensor, since each would be an operator in each layer.
 
         Raises:
             SelectionError: the batch is not of so many samples.
         """
         if self.learned:
             held = self.given.to(device, dtype)
-            return held[None] if held.ndim == 0 else held[list(samples.rows(self.count, batch))]
+            held = held[None] if held.ndim == 0 else held[list(samples.rows(self.count, batch))]
+            return held.reshape(held.shape + (1,) * axes)
         of_row = samples.rows(self.count, batch)
-        known, compiling = (of_row, dtype, device, key), torch.compiler.is_compiling()
+        known, compiling = (of_row, dtype, device, key, axes), torch.compiler.is_compiling()
         if not compiling and known in self._tensors:
             return self._tensors[known]
         fill = next((v for v in self.given if v is not None), 0.0)
@@ -149,6 +151,7 @@ class PerSample:
         # It may be used in a call with gradients later.
         with torch.inference_mode(False) if not compiling else torch.no_grad():
             made = torch.tensor([values[i] for i in of_row], dtype=dtype, device=device)
+            made = made.reshape(made.shape + (1,) * axes)
         if not compiling:
             self._tensors[known] = made
         return made

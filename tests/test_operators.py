@@ -54,10 +54,10 @@ def model() -> Any:
 
 
 @torch.no_grad()
-def step(model: Any, *methods: Any) -> Counted:
+def step(model: Any, *methods: Any, batch: int = 1) -> Counted:
     """The third step over 600 tokens."""
-    ids = torch.randint(3, 100, (1, 600), generator=torch.Generator().manual_seed(1))
-    token = torch.tensor([[5]])
+    ids = torch.randint(3, 100, (batch, 600), generator=torch.Generator().manual_seed(1))
+    token = torch.full((batch, 1), 5)
     with steer(model, *methods) if methods else contextlib.nullcontext():
         cache = model(input_ids=ids, use_cache=True).past_key_values
         for _ in range(2):
@@ -74,6 +74,54 @@ def test_a_decode_step_dispatches_few_operators_more(model: Any, name: str) -> N
     ratio = sum(steered.names.values()) / sum(plain.names.values())
     assert ratio <= bar, {n: c - plain.names[n] for n, c in steered.names.items() if c > plain.names[n]}
     assert steered.reads <= plain.reads
+
+
+@torch.no_grad()
+def test_a_share_of_a_long_prompt_takes_one_pass_of_the_kernel_in_each_layer(model: Any) -> None:
+    """The output and the log-sum-exp that the share needs come from the same one."""
+    ids = torch.randint(3, 100, (1, 800), generator=torch.Generator().manual_seed(1))
+    with steer(model, SpotLight(SPANS, 0.5)):
+        model(input_ids=ids)
+        with Counted() as counted:
+            model(input_ids=ids)
+    assert counted.names["aten._scaled_dot_product_flash_attention_for_cpu.default"] == LAYERS
+
+
+EACH = {
+    "ACT": (lambda beta: ACT({layer: [0, 3] for layer in range(LAYERS)}, beta, 0.001), 0.4, [0.4, 0.2, 0.6]),
+    "ZeroTuning": (lambda gamma: ZeroTuning(gamma=gamma), 3.0, [3.0, 0.5, 2.0]),
+    "PASTA": (lambda alpha: PASTA(SPANS * 3, alpha=alpha), 0.1, [0.1, 0.3, 0.5]),
+    "SpotLight": (lambda target: SpotLight(SPANS * 3, target), 0.5, [0.5, 0.3, 0.4]),
+    "HeadGate": (lambda gate: HeadGate({(layer, 0): gate for layer in range(LAYERS)}), 0.5, [0.5, 0.3, 2.0]),
+}
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_value_for_each_sample_dispatches_no_operator_more_in_each_layer(model: Any, name: str) -> None:
+    make, one, each = EACH[name]
+    found = [sum(step(model, make(value), batch=3).names.values()) for value in (one, each, [None, *each[1:]])]
+    assert found[1] <= found[0] + 5
+    # Two in each layer keep the sample that is left alone.
+    assert found[2] <= found[0] + 5 + 2 * LAYERS
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["ACT", "SpotLight"])
+def test_a_share_of_some_samples_leaves_the_others(model: Any, name: str) -> None:
+    make, _, each = EACH[name]
+    ids = torch.randint(3, 100, (3, 40), generator=torch.Generator().manual_seed(1))
+    token = torch.tensor([[5], [6], [7]])
+
+    def logits(*methods: Any) -> torch.Tensor:
+        with steer(model, *methods) if methods else contextlib.nullcontext():
+            cache = model(input_ids=ids, use_cache=True).past_key_values
+            return torch.cat([model(input_ids=token, past_key_values=cache).logits for _ in range(2)], dim=1)
+
+    found, whole, plain = logits(make([None, *each[1:]])), logits(make(each)), logits()
+    assert torch.allclose(found[:1], plain[:1], rtol=0, atol=1e-6) and not torch.allclose(
+        whole[:1], plain[:1], atol=1e-4
+    )
+    assert torch.allclose(found[1:], whole[1:], rtol=0, atol=1e-6)
 
 
 PAIRS = pytest.mark.parametrize(

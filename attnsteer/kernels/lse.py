@@ -32,7 +32,7 @@ def lse_source(att: Attention) -> str:
 def _own_source(att: Attention) -> str:
     d = att.q.shape[-1]
     device, dtype = att.q.device.type, att.q.dtype
-    if device == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"):
+    if device == "cpu" and hasattr(torch, "_scaled_dot_product_flash_attention_for_cpu"):
         return "cpu-flash"
     if device == "cuda" and d % 8 == 0 and dtype in (torch.float32, *HALF):
         plain = att.mask is None and att.key_bias is None
@@ -85,7 +85,7 @@ def _try_both() -> bool:
         want = torch.softmax((q @ k.mT * 0.5 + bias).masked_fill(~seen, -torch.inf), dim=-1) @ v
         try:
             own = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=True, scale=0.5)
-            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            fused = torch._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, True, attn_mask=bias.expand(1, 1, 4, 4), scale=0.5
             )[0]
         except (RuntimeError, AttributeError):
@@ -173,9 +173,7 @@ def _cpu_flash(att: Attention, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         mask, causal = _fold_causal(att, mask), False
     if mask is not None and mask.shape[2:] != att.shape[2:]:
         mask = mask.expand(-1, -1, att.shape[2], att.shape[3])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, causal, attn_mask=mask, scale=att.scale
-    )
+    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=att.scale)
     width = att.v.shape[-1]
     return out if out.shape[-1] == width else out[..., :width], lse.to(att.stat_dtype)
 

@@ -124,7 +124,7 @@ class ACT(Intervention):
 
     def _sinks(self, call: AttnCall) -> Tensor:
         """S as a key set [B, H, m] of this call."""
-        state, (_, _, n, m) = call.state, call.map.shape
+        state, (_, _, n, m) = call.state, call.shape
         length = call.past + n
         running = self.decode == "running" and not call.frozen
         if running and (call.mixed or (call.phase == "decode" and n > 1)):

@@ -65,12 +65,24 @@ class HeadGate(Intervention):
         gates = [self.gates[call.site.layer, head] for head in call.heads]
         if all(is_all(g, 1.0) for g in gates):
             return None
-        if not self.sample_values:
+        many = [g for g in gates if isinstance(g, PerSample)]
+        if not many:
             make = _tensor if torch.compiler.is_compiling() else _factors
             return out * make(tuple(gates), out.dtype, out.device)
+        if not torch.compiler.is_compiling() and not any(g.learned for g in many):
+            return out * call.each_row(_joined(tuple(gates)), out, axes=2)
         own = {"key": "gate", "each": lambda gate: 1.0 if gate is None else gate}
         rows = [call.each_row(g, out, **own) if isinstance(g, PerSample) else out.new_tensor([g]) for g in gates]
         return out * torch.stack([r.expand(out.shape[0]) for r in rows], dim=1)[:, :, None, None]
+
+
+@functools.lru_cache(maxsize=1024)
+def _joined(gates: tuple[float | PerSample, ...]) -> PerSample:
+    """The gates of some heads as one value for each sample, a tuple; open ones where a sample is left alone. Made once, and
+    its tensors with it: stacked at each layer and step they would cost more than the edit."""
+    count = next(g.count for g in gates if isinstance(g, PerSample))
+    columns = [g.given if isinstance(g, PerSample) else (g,) * count for g in gates]
+    return PerSample([tuple(1.0 if g is None else g for g in row) for row in zip(*columns, strict=True)])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -49,6 +49,8 @@ MORE = {
     "SpotLight, pooled": lambda: [SpotLight(SPANS, 0.6, pooled=True)],
     "SpotLight, pooled, some heads of each": lambda: [SpotLight(SPANS, 0.6, pooled=True, where=at({0: [0, 1, 3]}))],
     "SpotLight, pooled, heads of one process": lambda: [SpotLight(SPANS, 0.6, pooled=True, where=at({1: [2, 3]}))],
+    "values for each sample": lambda: [SpotLight(SPANS, [0.6, None], pooled=True), HeadGate({(0, 2): [-1.0, 0.5]})],
+    "heads for each sample": lambda: [ZeroTuning([{1: [0, 1]}, {1: [3]}], [4.0, 0.3])],
     "two methods": lambda: [PASTA(SPANS, {0: [1, 2]}, 0.1), HeadGate({(0, 2): -1.0, (2, 0): 0.5})],
 }
 
@@ -154,6 +156,15 @@ def refused(name: str, method: Intervention, words: str, kind: type[Exception] =
     """In every process, also in one without a selected head, so that none waits for the others."""
     with pytest.raises(kind, match=words), steer(sharded(name), method):
         sharded(name)(**inputs(name))
+
+
+def learned_is_refused() -> None:
+    """In every process; without a gradient its numbers are used as they are."""
+    made = ZeroTuning({1: [3]}, torch.tensor([4.0, 0.5], requires_grad=True))
+    words = r"gamma needs a gradient.* 2 of 4 heads"
+    with pytest.raises(UnsupportedHost, match=words), steer(sharded("llama"), made):
+        sharded("llama")(**inputs("llama"))
+    equal("llama", [made])
 
 
 @torch.no_grad()
@@ -293,6 +304,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "VHR is refused": lambda: refused("llava", VHR(1.7, where=at({1: [0]})), "VHR at .* 2 of 4 heads"),
     "whole_heads is refused": lambda: refused("llama", Median(where=at({1: [0, 1]})), "Median at .* 2 of 4 heads"),
     "an undeclared reduction is refused": lambda: refused("llama", Undeclared(), "pools_heads", ContractError),
+    "a strength that needs a gradient is refused": learned_is_refused,
     "sharded while it is steered": sharded_while_steered,
     "gradients: ZeroTuning": lambda: tensor_parallel_gradients(lambda: [ZeroTuning(None, 5.0)]),
     "gradients: SpotLight, pooled": lambda: tensor_parallel_gradients(MORE["SpotLight, pooled"]),
