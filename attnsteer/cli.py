@@ -164,6 +164,10 @@ def run(
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Samples, in place of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Samples per batch.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Draws other samples of a task in plain English, other pictures, other answers."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Any field: interventions.0.params.beta=0.2")
     ] = None,
@@ -189,7 +193,7 @@ def run(
     from .run.command import import_files, recipe_from_arguments, run_folder
     from .run.ranks import first
 
-    chosen = recipe_from_arguments(recipe, settings or (), batch_size)
+    chosen = recipe_from_arguments(recipe, settings or (), batch_size, seed)
     import_files(files or (), chosen, allow_imports)
     target = run_folder(chosen, tiny) if out is None else out
     if check:

@@ -28,6 +28,14 @@ def image_of(tokens: int) -> tuple[int, int]:
     return start, start + round(tokens * IMAGE / PROMPT)
 
 
+def reader(shape: LlamaShape, tokens: int) -> nn.Module:
+    """The language model, whose config says that it is given images; `run.images` tells where they are."""
+    model = llama(shape, tokens)
+    # A token that no prompt has.
+    model.config.image_token_id = shape.vocab
+    return model
+
+
 def picture(shape: LlamaShape, tokens: int) -> Tensor:
     """Token ids [1, tokens]."""
     ids = prompt(shape, tokens, 0)

@@ -87,6 +87,7 @@ class Bench:
         draw = random.Random(0)
         sizes = [draw.randrange(args.shortest, args.longest) for _ in range(args.requests)]
         self.prompts = [{"prompt_token_ids": [1] + [draw.randrange(3, VOCAB) for _ in range(n - 1)]} for n in sizes]
+        self.plain = args.plain
         self._core = self.llm.llm_engine.engine_core.engine_core
         self._step = self._core.step_fn
 
@@ -104,10 +105,13 @@ class Bench:
         """All requests to their end."""
         from vllm import SamplingParams
 
-        params = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
-            extra_args=None if method is None else request_args(method),
-        )  # fmt: skip
+        params = [
+            SamplingParams(
+                temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False,
+                extra_args=None if method is None or i < self.plain else request_args(method),
+            )
+            for i in range(len(self.prompts))
+        ]  # fmt: skip
         return timed(lambda: self.llm.generate(self.prompts, params, use_tqdm=False))
 
     def decode(self, method: Any, steps: int) -> tuple[list[Seconds], list[Seconds]]:
@@ -165,6 +169,7 @@ def main() -> None:
         "--steps", type=int, default=40, help="decode steps that are timed, half of them with the plug-in"
     )
     parser.add_argument("--rounds", type=int, default=5, help="of prompts")
+    parser.add_argument("--plain", type=int, default=0, help="requests that nobody steers, in the same steps")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--eager", action="store_true", help="do not compile the model")
     parser.add_argument("--only", nargs="*", default=[""], help="methods whose name holds one of these")

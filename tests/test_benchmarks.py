@@ -127,6 +127,12 @@ def test_the_gates_see_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     cases.gate_prefill.cache_clear()
 
 
+def test_the_gates_of_methods_on_images() -> None:
+    for name in ("var", "vhr"):
+        case = cases.CASES[name]
+        assert case.gate(case.sizes["smoke"]).passed
+
+
 def test_disturbed_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds, shares = iter([1.0, 2.0, 9.0, 9.0, 1.0, 2.0]), iter([0.0, 0.05, 0.0, 0.5, 0.0, 0.0])
     monkeypatch.setattr(measure, "timed", lambda call, calls: (next(seconds), next(shares)))

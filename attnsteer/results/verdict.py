@@ -19,6 +19,8 @@ from .figures import Figure, is_share
 # A difference counts as seen where its 95 % interval leaves out zero; of several settings, the p-value adjusted for all
 # must be at most this too. A single setting was chosen before the run, so that nothing needs an adjustment.
 LEVEL = 0.05
+# Of fewer pairs no exact test reaches that level (2 / 2^5 = 0.06), whatever a bootstrap of them says.
+LEAST = 6
 # What there is to say of a run, the loudest last.
 WORDS = {
     "better": "Better",
@@ -113,7 +115,7 @@ def verdict(run: RunFolder, point: Mapping[str, Any] | None = None) -> Verdict:
         )
     zero, moved = _zero(run)
     key, drawn = figure_verdict(run, point, metric, estimate)
-    reason = ""
+    reason = f"fewer than {LEAST} samples" if key == "none" and _few(run) else ""
     if key == "random":
         reason = f"the gain is not seen against the control: {drawn.text}"
     if key == "unchanged":
@@ -141,10 +143,17 @@ def figure_verdict(run: RunFolder, point: Mapping[str, Any], metric: str, estima
     # Only the primary figure has a p-value that is adjusted for all settings.
     p = entry.get("p_holm") if _settings(run) > 1 and (metric, estimate) == run.primary() else None
     key = judged(entry["estimates"].get(estimate) or {}, better, p)
+    if _few(run) and key in ("better", "worse"):
+        key = "none"
     drawn = _random(run, point, metric, estimate, better)
     if key == "better" and drawn is not None and drawn.state != "pass":
         key = "random"
     return ("unchanged" if point["arms"]["method"] in run.unchanged else key), drawn
+
+
+def _few(run: RunFolder) -> bool:
+    """Whether there are too few samples for any difference to be seen."""
+    return int((run.metrics or {}).get("samples") or LEAST) < LEAST
 
 
 def judged(change: Any, better: int, p: float | None = None) -> str:

@@ -10,7 +10,7 @@ EVENTS = ("latent updates",)
 
 
 def changed_calls(interventions: Sequence[Mapping[str, Any]]) -> int | None:
-    """How often an arm's interventions changed something: attention calls, and updates of the latent.
+    """How often an arm's interventions changed something: attention calls, updates of the latent, or predictions alone.
 
     Args:
         interventions: as `Audit.to_dict` lists them. Sites that do not count changes are read by their edits.
@@ -22,7 +22,8 @@ def changed_calls(interventions: Sequence[Mapping[str, Any]]) -> int | None:
     total, unknown = 0, not interventions
     for entry in interventions:
         sites = entry.get("sites", {}).values()
-        total += sum(site.get("changed", site.get("edits", 0)) for site in sites)
+        # A weak pass may leave blocks out and edit no attention: then the predictions count.
+        total += sum(site.get("changed", site.get("edits", 0)) for site in sites) or entry.get("changed", 0)
         total += sum(entry.get(event, 0) for event in EVENTS)
         around = bool(entry.get("guided calls")) and not entry.get("inside passes")
         unknown = unknown or around or bool(entry.get("elsewhere")) or any(site.get("compiled") for site in sites)

@@ -23,25 +23,30 @@ def fingerprint(target: Any) -> dict[str, Any]:
     return mark
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+_SEPARATE = {"_parameters", "_buffers", "_modules", *_HOOKS}
+
+
 def _parts(pipeline: Any) -> dict[str, nn.Module]:
     return {k: v for k, v in vars(pipeline).items() if isinstance(v, nn.Module)}
 
 
-def _of(module: nn.Module) -> dict[str, Any]:
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
-    own = {
-        k: id(v) for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules") and callable(v)
-    }
-    ours = sorted(k for k in vars(module) if "attnsteer" in k)
+def _of(module: nn.Module) -> tuple[Any, ...]:
+    """Hooks, callable attributes, names of ours, processor, children, and the name of the attention implementation."""
+    held, own = vars(module), []
+    for k, v in held.items():
+        if k not in _SEPARATE and callable(v):
+            own.append((k, id(v)))
+    hooks = [(h, *map(id, held[h].values())) for h in _HOOKS if held.get(h)]
     config = getattr(module, "config", None)
-    return {
-        "hooks": {h: [id(f) for f in vars(module).get(h, {}).values()] for h in hooks},
-        "callables": own,
-        "ours": ours,
-        "processor": id(getattr(module, "processor", None)),
-        "modules": [(k, id(v)) for k, v in module._modules.items()],
-        "attention": getattr(config, "_attn_implementation_internal", None),
-    }
+    return (
+        hooks,
+        sorted(own),
+        sorted(k for k in held if "attnsteer" in k),
+        id(getattr(module, "processor", None)),
+        [(k, id(v)) for k, v in module._modules.items()],
+        getattr(config, "_attn_implementation_internal", None),
+    )
 
 
 def _registries() -> dict[str, Any]:

@@ -79,6 +79,12 @@ class Stub:
         return found
 
 
+class Chat(Stub):
+    """The other of two classes of one name, which is taken unless `--force_simple` is given."""
+
+    is_simple = False
+
+
 def answered(processor: Any, number: int, context: str, answer: str) -> tuple[Any, int]:
     """A prompt with its answer behind it, and where that begins."""
     batch = dict(inputs(processor, [picture("test", number)], [context]))
@@ -127,8 +133,10 @@ def test_the_command_puts_a_steered_class_in_place(tmp_path: Path, monkeypatch: 
     known = {"llava_hf": Manifest("llava_hf", f"{__name__}.Stub")}
     ran: list[Any] = []
 
-    def get_model(name: str) -> type:
-        module, _, attribute = known[name].simple_class_path.rpartition(".")
+    def get_model(name: str, force_simple: bool = False) -> type:
+        found = known[name]
+        path = (found.simple_class_path if force_simple else None) or found.chat_class_path or found.simple_class_path
+        module, _, attribute = str(path).rpartition(".")
         return getattr(sys.modules[module], attribute)
 
     def register_manifest(manifest: Manifest, *, overwrite: bool = False) -> None:
@@ -143,9 +151,10 @@ def test_the_command_puts_a_steered_class_in_place(tmp_path: Path, monkeypatch: 
     def cli_evaluate() -> None:
         # What lmms-eval makes of its arguments.
         options = dict(pair.split("=") for pair in sys.argv[sys.argv.index("--model_args") + 1].split(","))
-        ran.append(get_model(sys.argv[sys.argv.index("--model") + 1])(**options, batch_size=1))
+        cls = get_model(sys.argv[sys.argv.index("--model") + 1], "--force_simple" in sys.argv)
+        ran.append(cls(**options, batch_size=1))
 
-    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or SimpleNamespace(Stub=Stub))
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or SimpleNamespace(Stub=Stub, Chat=Chat))
     module("lmms_eval")
     registry = SimpleNamespace(register_manifest=register_manifest)
     module("lmms_eval.models", get_model=get_model, MODEL_REGISTRY_V2=registry)
@@ -165,6 +174,10 @@ def test_the_command_puts_a_steered_class_in_place(tmp_path: Path, monkeypatch: 
     state = fingerprint(lm.model)
     assert lm.generate_until(requests()) == want
     assert fingerprint(lm.model) == state and "generate" not in vars(lm.model)
+    for forced, name in (([], "SteeredChat"), (["--force_simple"], "SteeredStub")):
+        known["llava_hf"] = Manifest("llava_hf", f"{__name__}.Stub", f"{__name__}.Chat")
+        monkeypatch.setattr(sys, "argv", [*argv[:-1], f"{argv[-1]},steer={folder}", *forced])
+        assert bridge.main() == 0 and type(ran[-1]).__name__ == name
     known["llava_hf"] = Manifest("llava_hf", f"{__name__}.Stub")
     monkeypatch.setattr(sys, "argv", [*argv[:-1], f"{argv[-1]},steer={tmp_path / 'none'}"])
     assert bridge.main() == 2

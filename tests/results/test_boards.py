@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from attnsteer import cli
@@ -84,8 +85,10 @@ def test_runs_of_earlier_versions_go_on() -> None:
     base = Path(__file__).parents[2] / "docs" / "board" / "runs"
     # Those of the embedded models are older than the first release of the schema.
     for path in sorted(p.parent for p in base.glob("*/smollm-*/recipe.yaml")):
-        limit = len((path / "samples.jsonl").read_text().splitlines())
-        recipe = with_values(load_recipe(locate(f"{path.parent.name}/{path.name}")), {"data.limit": limit})
+        run = yaml.safe_load((path / "recipe.yaml").read_text())
+        # What each run was started with, besides its name.
+        chosen = {"data.limit": run["data"]["limit"], "data.options": run["data"]["options"], "seeds": run["seeds"]}
+        recipe = with_values(load_recipe(locate(f"{path.parent.name}/{path.name}")), chosen)
         assert recipe.digest() == json.loads((path / "identity.json").read_text())["recipe"], path
 
 

@@ -41,6 +41,9 @@ def site(**counts: Any) -> dict[str, Any]:
         ([site(edits=0), {"sites": {}, "latent updates": 5}], 5),
         ([{"sites": {}, "guided calls": 8}], None),
         ([{"sites": {}, "guided calls": 8, "inside passes": 8}], 0),
+        # A block left out of the weak pass: no attention is edited, the prediction is another.
+        ([{**site(edits=0, changed=0), "guided calls": 8, "inside passes": 5, "changed": 5}], 5),
+        ([{**site(edits=0, changed=0), "guided calls": 8, "inside passes": 5, "changed": 0}], 0),
         ([site(edits=0, compiled=True)], None),
         ([], None),
     ],

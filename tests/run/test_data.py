@@ -12,6 +12,7 @@ import pytest
 
 from attnsteer.errors import MissingExtra, RecipeError
 from attnsteer.recipe.schema import DataSpec
+from attnsteer.run.command import recipe_from_arguments
 from attnsteer.run.data import load
 from attnsteer.run.tiny import FIXTURES
 
@@ -99,6 +100,29 @@ def test_boxes_belong_to_their_phrases() -> None:
 def test_a_wrong_option_of_the_shapes_world(spec: Any, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load(DataSpec(limit=3, **spec), "any")
+
+
+@pytest.mark.parametrize("source", ["facts", "passages", "sources", "reviews", "instructions"])
+def test_another_seed_draws_other_samples_of_the_same_split(source: str) -> None:
+    def drawn(**options: Any) -> tuple[list[str], list[str]]:
+        samples = load(DataSpec(zoo=source, limit=20, options=options), "any").samples
+        return [s["id"] for s in samples], [s["prompt"] for s in samples]
+
+    assert drawn(seed=0) == drawn()
+    ids, prompts = drawn(seed=3)
+    assert not set(ids) & set(drawn()[0]) and prompts != drawn()[1]
+    for wrong in (-1, 1.0, True, "1", 2**31):
+        with pytest.raises(RecipeError, match="give an integer of 0 to 2147483647"):
+            drawn(seed=wrong)
+
+
+def test_a_seed_for_one_run() -> None:
+    recipe = recipe_from_arguments("spotlight/smollm-facts", seed=5)
+    assert (recipe.seeds, recipe.data.options) == ([5], {"kind": "mixture", "seed": 5})
+    assert recipe_from_arguments("pag/shapes-prompts", seed=5).seeds == [5]
+    assert recipe_from_arguments("pag/shapes-prompts", ["seeds=[1, 2]"], seed=5).seeds == [1, 2]
+    with pytest.raises(RecipeError, match=r"neither its samples nor its answers .* data.start=1000"):
+        recipe_from_arguments("act/shapes-reading", seed=5)
 
 
 # ------------------------------------------------------------------------------------------------ files

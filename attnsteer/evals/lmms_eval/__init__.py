@@ -2,7 +2,8 @@
 
 lmms-eval knows models by name only, and tasks choose prompts by that name. So a steered class takes the place of one of its
 classes, under the name that it has there. Any class will do whose `model` is a transformers model with `generate`. It runs in
-lmms-eval's own environment, into which this package is installed too. Written for 0.7.2 (EvolvingLMMs-Lab/lmms-eval at 75571cf).
+lmms-eval's own environment, into which this package is installed too. Written for 0.7.2
+(EvolvingLMMs-Lab/lmms-eval at 75571cf), run with 0.7.3.
 
 An answer that is scored comes in one call with its prompt there, with labels that tell the two apart. Here the prompt is
 prefilled, the statistics are frozen, and the answer is scored over the cache, as everywhere in this package.
@@ -214,12 +215,12 @@ def _plain(text: str) -> str:
     return " ".join(text.replace("<image>", " ").split())
 
 
-def register(name: str) -> type:
-    """Put the steered class in the place of lmms-eval's class of this name."""
+def register(name: str, simple: bool = False) -> type:
+    """Put the steered class in the place of lmms-eval's class of this name; simple: the one that `--force_simple` takes."""
     from lmms_eval.models import MODEL_REGISTRY_V2, get_model
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    cls = steered(get_model(name))
+    cls = steered(get_model(name, simple))
     # lmms-eval imports a class by its path.
     sys.modules[__name__].Steered = cls
     kind = "simple_class_path" if cls.is_simple else "chat_class_path"
@@ -232,10 +233,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--model")
     parser.add_argument("--model_args", default="")
+    parser.add_argument("--force_simple", action="store_true")
     given = parser.parse_known_args()[0]
     try:
         if given.model and any(pair.strip().startswith("steer=") for pair in given.model_args.split(",")):
-            register(given.model)
+            register(given.model, given.force_simple)
         from lmms_eval.__main__ import cli_evaluate
 
         cli_evaluate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dis
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -40,7 +41,12 @@ def _closed_over(function: types.FunctionType) -> list[Any]:
 
 def primitive_count(function: Callable[..., Any]) -> int:
     """How many times the function's code names a primitive."""
-    code = inspect.unwrap(function).__code__
+    return _primitives_in(inspect.unwrap(function).__code__)
+
+
+# Reading instructions takes milliseconds, and a model has hundreds of modules with the same code.
+@functools.lru_cache(maxsize=1024)
+def _primitives_in(code: types.CodeType) -> int:
     return sum(1 for i in dis.get_instructions(code) if i.argval in (SDPA, DISPATCH) and "STORE" not in i.opname)
 
 
@@ -100,6 +106,7 @@ class _Exchange:
         return lambda *args, **kwargs: self(real(*args, **kwargs))
 
 
+@functools.lru_cache(maxsize=1024)
 def _imports_torch(code: types.CodeType) -> bool:
     """Whether a function imports torch, or a part of it, by itself."""
     return any(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from ...recipe.schema import DataSpec
 
 
+# The values of the option `seed` of the text tasks: their samples in another order, or drawn anew.
+SEED = range(2**31)
+
+
 def load(spec: DataSpec) -> Data:
     """The samples `start` to `start + limit` of a source.
 
@@ -40,7 +44,10 @@ def load(spec: DataSpec) -> Data:
             there = ", ".join(known) or "none"
             raise RecipeError(f"data.options.{name}: {spec.zoo} has no such option; there are: {there}.")
         allowed = known[name]
-        if value not in allowed or isinstance(value, bool):
+        if allowed is SEED:
+            if type(value) is not int or value not in SEED:
+                raise RecipeError(f"data.options.{name}: {value!r}; give an integer of 0 to {SEED[-1]}.")
+        elif isinstance(value, bool) or value not in allowed:
             hint = did_you_mean(str(value), map(str, allowed))
             raise RecipeError(f"data.options.{name}: {value!r}; there are {', '.join(map(str, allowed))}.{hint}")
     every = build(spec.split, **spec.options)
@@ -215,12 +222,22 @@ def _layout(item: Layout) -> Sample:
     return out
 
 
-def facts(split: str, kind: str = "now") -> Iterator[Sample]:
+def takes_seed(source: str | None) -> bool:
+    """Whether the samples of a source are drawn from a seed that a recipe may set."""
+    return source in SOURCES and "seed" in SOURCES[source][0]
+
+
+def _drawn(split: str, seed: int) -> str:
+    """The part of a sample's id that says where it was drawn; samples of other seeds have other ids."""
+    return f"{split}-seed{seed}" if seed else split
+
+
+def facts(split: str, kind: str = "now", seed: int = 0) -> Iterator[Sample]:
     """Facts that a passage overrules, and their guards; `category` is the kind, `fact` the clause to be marked, as a text;
     `other` the clause about the earlier fact, `random` as many words from elsewhere: controls."""
-    for number, item in enumerate(text_facts.facts(split, kind)):
+    for number, item in enumerate(text_facts.facts(split, kind, seed)):
         yield {
-            "id": f"facts-{kind}-{split}-{number}",
+            "id": f"facts-{kind}-{_drawn(split, seed)}-{number}",
             "prompt": item.prompt,
             "choices": list(item.choices),
             "answer": item.answer,
@@ -231,15 +248,15 @@ def facts(split: str, kind: str = "now") -> Iterator[Sample]:
         }
 
 
-def looked_up(source: str) -> Callable[[str], Iterator[Sample]]:
+def looked_up(source: str) -> Callable[..., Iterator[Sample]]:
     """Passages with a question; `fact` is the sentence that holds the answer, `other` the first that does not, `random` as many
     words from elsewhere, as texts."""
 
-    def samples(split: str) -> Iterator[Sample]:
+    def samples(split: str, seed: int = 0) -> Iterator[Sample]:
         draw = passages.readings if source == "passages" else passages.sources
-        for number, item in enumerate(draw(split)):
+        for number, item in enumerate(draw(split, seed)):
             yield {
-                "id": f"{source}-{split}-{number}",
+                "id": f"{source}-{_drawn(split, seed)}-{number}",
                 "prompt": item.prompt,
                 "choices": list(item.choices),
                 "answer": item.answer,
@@ -251,11 +268,11 @@ def looked_up(source: str) -> Callable[[str], Iterator[Sample]]:
     return samples
 
 
-def reviews(split: str) -> Iterator[Sample]:
+def reviews(split: str, seed: int = 0) -> Iterator[Sample]:
     """Reviews to be called positive or negative, after one of each; `fact` is the review, as a text."""
-    for number, item in enumerate(text_reviews(split)):
+    for number, item in enumerate(text_reviews(split, seed)):
         yield {
-            "id": f"reviews-{split}-{number}",
+            "id": f"reviews-{_drawn(split, seed)}-{number}",
             "prompt": item.prompt,
             "choices": list(LABELS),
             "answer": item.answer,
@@ -263,11 +280,11 @@ def reviews(split: str) -> Iterator[Sample]:
         }
 
 
-def instructions(split: str, kind: str = "all", form: str = "chatml") -> Iterator[Sample]:
+def instructions(split: str, kind: str = "all", form: str = "chatml", seed: int = 0) -> Iterator[Sample]:
     """Questions with a demand on the form of the answer; `fact` is the demand, as a text, `name` the word that it names."""
-    for number, item in enumerate(text_instructions(split, kind, form)):
+    for number, item in enumerate(text_instructions(split, kind, form, seed)):
         yield {
-            "id": f"instructions-{kind}-{split}-{number}",
+            "id": f"instructions-{kind}-{_drawn(split, seed)}-{number}",
             "prompt": item.prompt,
             "category": item.kind,
             "name": item.word,
@@ -276,15 +293,15 @@ def instructions(split: str, kind: str = "all", form: str = "chatml") -> Iterato
 
 
 # Source -> its options with their values, and what draws it.
-SOURCES: dict[str, tuple[dict[str, tuple[Any, ...]], Callable[..., Iterator[Sample]]]] = {
+SOURCES: dict[str, tuple[dict[str, Sequence[Any]], Callable[..., Iterator[Sample]]]] = {
     "reading": ({"task": (*TASKS, "all")}, readings),
     "existence": ({"kind": NEGATIVES, "patches": ("paint",)}, existence),
     "captions": ({"patches": ("paint",)}, captions),
     "layouts": ({"category": (*CATEGORIES, "all"), "count": (1, 2, 3, 4)}, layouts),
     "prompts": ({}, prompts),
-    "facts": ({"kind": (*text_facts.KINDS, "mixture")}, facts),
-    "passages": ({}, looked_up("passages")),
-    "sources": ({}, looked_up("sources")),
-    "reviews": ({}, reviews),
-    "instructions": ({"kind": (*KINDS, "all"), "form": tuple(FORMS)}, instructions),
+    "facts": ({"kind": (*text_facts.KINDS, "mixture"), "seed": SEED}, facts),
+    "passages": ({"seed": SEED}, looked_up("passages")),
+    "sources": ({"seed": SEED}, looked_up("sources")),
+    "reviews": ({"seed": SEED}, reviews),
+    "instructions": ({"kind": (*KINDS, "all"), "form": tuple(FORMS), "seed": SEED}, instructions),
 }

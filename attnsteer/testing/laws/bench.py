@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -34,6 +35,12 @@ def shared_target(host: HostCase, number: int = 0) -> Any:
         target = host.build()
         _SHARED[host, number] = target, fingerprint(target)
     return _SHARED[host, number][0]
+
+
+def own_target(host: HostCase) -> Any:
+    """A target for one law alone, which may change it: a copy where the host's is a model, since building one takes longer."""
+    shared = shared_target(host)
+    return copy.deepcopy(shared) if isinstance(shared, torch.nn.Module) else host.build()
 
 
 def discard_if_changed(host: HostCase) -> None:

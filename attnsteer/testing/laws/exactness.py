@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..cases import NotApplicable
-from .bench import WHOLE, Bench, attached, to_dtype
+from .bench import WHOLE, Bench, attached, own_target, to_dtype
 from .compare import EXACT, HALF, close, moved, require, scale, valid_rows
 from .decoding import decode
 from .head_outputs import head_outputs
@@ -41,7 +41,7 @@ def dtype(bench: Bench) -> None:
     if bench.case.whole_model:
         raise NotApplicable(WHOLE)
     bench.need_prefill()
-    target = bench.host.build().to(torch.bfloat16)
+    target = own_target(bench.host).to(torch.bfloat16)
     made = bench.make(2)
     inputs = to_dtype(bench.inputs(2, None, 5), torch.bfloat16)
     with attached(target, made) as run:
@@ -61,7 +61,7 @@ def backends(bench: Bench) -> None:
     if bench.host.family != "transformers":
         raise NotApplicable("only transformers models have their attention backend switched here")
     bench.need_action()
-    made, target = bench.make(2), bench.host.build()
+    made, target = bench.make(2), own_target(bench.host)
     inputs = bench.inputs(2, bench.host.padded[0] if bench.host.padded else None, 6)
     outs = {}
     for name in ("eager", "sdpa"):

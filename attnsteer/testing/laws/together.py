@@ -15,7 +15,7 @@ from ...errors import AttnSteerError
 from ...steering import steer
 from ..cases import NotApplicable
 from ..fingerprint import fingerprint
-from .bench import WHOLE, Bench, attached
+from .bench import WHOLE, Bench, attached, own_target
 from .compare import EXACT, close, require, same
 
 LENGTHS = (6, 12, 9, 11, 7, 8, 12, 10)
@@ -168,7 +168,7 @@ def _checkpointing(target: Any, what: str, *args: Any) -> None:
 def checkpointed(bench: Bench) -> None:
     """Gradients with checkpointing are those without, re-entrant or not, also with two forwards before one backward."""
     _target(bench)
-    target = bench.host.build()
+    target = own_target(bench.host)
     if not target.supports_gradient_checkpointing:
         raise NotApplicable("the model has no gradient checkpointing")
     bench.need_prefill()

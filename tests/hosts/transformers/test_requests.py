@@ -8,7 +8,7 @@ import io
 import pickle
 import sys
 import threading
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
 
-from attnsteer import ACT, PASTA, HeadGate, SpotLight, Where, ZeroTuning, detach, steer
+from attnsteer import ACT, PASTA, HeadGate, Intervention, SpotLight, Where, ZeroTuning, detach, steer
+from attnsteer.call import AttnCall, Reweight
 from attnsteer.errors import CompositionError, SelectionError, UnsupportedHost
 from attnsteer.hosts.transformers.masks import roles_of_mask, whole_mask
 from attnsteer.testing import tiny_transformers
@@ -432,7 +433,45 @@ def test_a_backward_pass_behind_the_steering_is_that_of_its_forward_or_refused(r
     assert torch.equal(*found)
 
 
+@dataclass(frozen=True)
+class Once(Intervention):
+    """Scales the attention to the first token in the first call that a sequence has at a site."""
+
+    kinds = ("self",)
+    needs = ("tokens",)
+
+    def weights(self, call: AttnCall) -> Reweight:
+        factor = 1.0 if "seen" in call.state else 5.0
+        call.state["seen"] = torch.ones(call.map.shape[0], 1)
+        return Reweight(((call.first_key(), factor),))
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["checkpoints", "re-entrant ones"])
+def test_layers_that_are_computed_again_find_the_state_that_they_found(reentrant: bool) -> None:
+    found = []
+    for checkpoints in (False, True):
+        model = tiny_transformers("llama").train()
+        if checkpoints:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        with torch.enable_grad(), steer(model, Once()):
+            model(input_ids=tokens(1, 6), use_cache=False).logits.square().mean().backward()
+        found.append(model.model.layers[0].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
 # Generation.
+
+
+@each_method
+def test_a_frozen_continuation_is_that_decoded_token_by_token(llama: nn.Module, method: Any) -> None:
+    more = tokens(1, 3, seed=1)
+    with steer(llama, method) as run:
+        cache = llama(input_ids=tokens(1, 9), use_cache=True).past_key_values
+        copied = copy.deepcopy(cache)
+        steps = [llama(input_ids=more[:, [i]], past_key_values=cache).logits for i in range(3)]
+        with run.freeze():
+            whole = llama(input_ids=more, past_key_values=copied).logits
+    assert far(whole, torch.cat(steps, dim=1)) <= 1e-5
 
 
 @each_method

@@ -187,23 +187,32 @@ def test_wrong_requests_are_told_what_exists_and_change_nothing(client: Client, 
     assert client.call("/health")[0] == 200
 
 
-def test_a_recipe_asks_the_server(client: Client, path: Any, tmp_path: Any) -> None:
-    """The records of a run through the server are those of the same run in this process, with choices of several tokens."""
+@pytest.mark.parametrize("where", ["server", "engine"])
+def test_a_recipe_asks_vllm(where: str, request: Any, path: Any, tmp_path: Any) -> None:
+    """The records of a run through a server, or an engine of its own, are those of the same run in this process, with choices of
+    several tokens; an engine knows its sites, so that random heads can be drawn."""
     from attnsteer.run import run
     from attnsteer.run.folder import read_run
     from tests.run.running import MARKED, ROWS, recipe
 
+    if where == "server":
+        there: dict[str, Any] = {"vllm": f"{request.getfixturevalue('client').url}/v1"}
+        controls: dict[str, Any] = {"zero": True}
+    else:
+        there = {"vllm": {"model": str(path), "max_model_len": 512, "enforce_eager": True}}
+        controls = {"zero": True, "random_heads": 1, "random_from": "both"}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in ROWS))
     own = {"data": {"file": "rows.jsonl", "format": "choices"}, "interventions": [MARKED], "batch_size": 3}
     found = []
-    for name, model in (("here", {"path": str(path)}), ("there", {"vllm": f"{client.url}/v1"})):
-        asked = recipe(tmp_path, **own, controls={"zero": True}, model={**model, "kind": "lm", "architecture": "llama"})
-        found.append(read_run(run(asked, tmp_path / name, progress=False)))
-    here, there = (f.records for f in found)
-    assert set(here) == set(there) == {"baseline", "zero", "method"}
-    pairs = [(here[arm][k]["scores"], there[arm][k]["scores"]) for arm in here for k in here[arm]]
-    assert len(pairs) == 3 * len(ROWS) and max(abs(a - b) for own in pairs for a, b in zip(*own, strict=True)) < 5e-4
-    moved = [abs(there["method"][k]["scores"][0] - there["baseline"][k]["scores"][0]) for k in there["method"]]
+    for name, model in (("here", {"path": str(path)}), (where, there)):
+        asked = recipe(tmp_path, **own, controls=controls, model={**model, "kind": "lm", "architecture": "llama"})
+        found.append(read_run(run(asked, tmp_path / name, progress=False)).records)
+    here, said = found
+    assert set(here) == set(said) >= {"baseline", "zero", "method"} and len(here) == (3 if where == "server" else 5)
+    pairs = [(here[arm][k]["scores"], said[arm][k]["scores"]) for arm in here for k in here[arm]]
+    assert len(pairs) == len(here) * len(ROWS)
+    assert max(abs(a - b) for own in pairs for a, b in zip(*own, strict=True)) < 5e-4
+    moved = [abs(said["method"][k]["scores"][0] - said["baseline"][k]["scores"][0]) for k in said["method"]]
     assert max(moved) > 1e-2
 
 
