@@ -44,13 +44,6 @@ def picture(shape: LlamaShape, tokens: int) -> Tensor:
     return ids
 
 
-def reader(shape: LlamaShape, tokens: int) -> nn.Module:
-    """The benchmark's model, whose config says that it reads images; where they are, `Steering.images` says."""
-    model = llama(shape, tokens)
-    model.config.image_token_id = shape.vocab
-    return model
-
-
 def var(shape: LlamaShape) -> VAR:
     """VAR on every layer and head; the sinks of the benchmark's model are marked in one dimension of their embedding."""
     return VAR((MARK,), 0.2 * shape.hidden**0.5, RHO, MASS, MOVE, where=Where(layers=range(shape.layers)))
