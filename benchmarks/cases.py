@@ -559,6 +559,18 @@ CASES = {
             ),
         ),
         Case(
+            "vision-decode",
+            "a decode step over the cache with 576 image keys in 2,048, all heads: the slowest of VAR, PAI, PAINT and ADHH",
+            1.1,
+            lambda size: vision.gate_decode(size.shape, size.gate),
+            vision.measure_decode,
+            _sizes(
+                Size(LLAVA, 2048, 512, repeats=8, patience=120.0),
+                Size(SMALL_LLAVA, 2048, 256, repeats=4),
+                Size(SMOKE, 128, 128, repeats=2),
+            ),
+        ),
+        Case(
             "block-mask",
             "BlockMask with a quarter of the blocks, attention alone, over full SDPA",
             0.45,

@@ -1,4 +1,4 @@
-"""The vision-language cases: VAR in the prefill of a LLaVA-shaped prompt, VHR in its decode steps."""
+"""The vision-language cases: VAR in the prefill of a LLaVA-shaped prompt, VHR and others on images in its decode steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnsteer import VAR, VHR, Where, steer
+from attnsteer import ADHH, PAI, PAINT, VAR, VHR, Intervention, Where, steer
 from attnsteer.steering import Steering
 from benchmarks import dense
 from benchmarks.measure import interleaved
@@ -202,3 +202,49 @@ def measure_vhr(size: Size, threads: int) -> Outcome:
         arms = {"unsteered": Step(plain, ids), "steered": Step(run.target, ids, run)}
         times = interleaved(arms, size.repeats, warmup=2, calls=10, patience=size.patience)
     return Outcome(times.ratio("steered", "unsteered"), [], {"step": times}, {})
+
+
+# The others.
+
+
+def reweighting(shape: LlamaShape, tokens: int) -> dict[str, Intervention]:
+    """The methods that act in every decode step, on every layer and head."""
+    where = Where(layers=range(shape.layers), kinds="self")
+    start, stop = image_of(tokens)
+    patches = list(range(stop - start))
+    return {
+        "VAR": var(shape),
+        "PAI": PAI(0.5, where=where),
+        # A quarter of the patches as local ones, one in sixteen as a summary.
+        "PAINT": PAINT([patches[::4]], [patches[1::16]], where=where),
+        "ADHH": ADHH(None, 0.4, where=where),
+    }
+
+
+@functools.lru_cache
+def gate_decode(shape: LlamaShape, tokens: int) -> Gate:
+    """The logits of eight decoded tokens, each method against our dense path."""
+    model, ids = reader(shape, tokens), picture(shape, tokens)
+    steps = lambda step: torch.cat([step() for _ in range(8)])  # noqa: E731
+    plain, worst, least = steps(Step(model, ids)), 0.0, float("inf")
+    for method in reweighting(shape, tokens).values():
+        with steer(model, method) as run:
+            fast = steps(Step(model, ids, run))
+        with steer(model, method, reference=True) as run:
+            slow = steps(Step(model, ids, run))
+        worst, least = max(worst, error(fast, slow)), min(least, error(fast, plain))
+    return Gate(worst, TOLERANCE, least, "steer(reference=True), eight steps of VAR, PAI, PAINT and ADHH each")
+
+
+def measure_decode(size: Size, threads: int) -> Outcome:
+    """One step over the cache with each method, beside the unsteered model; the slowest counts."""
+    plain, ids = reader(size.shape, size.tokens), picture(size.shape, size.tokens)
+    runs = {name: steer(twin(plain), method) for name, method in reweighting(size.shape, size.tokens).items()}
+    try:
+        arms = {"unsteered": Step(plain, ids)} | {name: Step(run.target, ids, run) for name, run in runs.items()}
+        times = interleaved(arms, size.repeats, warmup=2, calls=10, patience=size.patience)
+    finally:
+        for run in runs.values():
+            run.remove()
+    ratios = {name: times.ratio(name, "unsteered") for name in runs}
+    return Outcome(max(ratios.values()), [], {"step": times}, {"ratios": ratios})

@@ -1,9 +1,11 @@
 """Methods on images, measured on smollm2-llava, whose visual sinks are planted: `python -m benchmarks.visual_sinks --out FOLDER`.
 
-Existence questions about scenes (random, popular and adversarial ones; a class that two kinds ask about is asked once), every arm
-on the same questions. The image is prefilled once for all questions of a scene, and the cache cut back between them, which is
-exact for every method here (VHR with rows="last"). Answers are scored by the likelihoods of " yes" and " no". One JSON file per
-arm; one that is there, or that another process has claimed, is left alone, so that several may share the work.
+Existence questions about scenes (random, popular and adversarial absent classes, and ones in the colour of something that is
+there; a class that several kinds ask about is asked once) and the captions of the same scenes, every arm on the same ones. The
+image and the words that all questions begin with are prefilled once for a scene, and the cache cut back between questions, which
+is exact for every method here (VHR with rows="last"). Answers are scored by the likelihoods of " yes" and " no". One JSON file
+per arm and `CHUNK` scenes; one that is there, or that another process has claimed, is left alone, so that several may share the
+work.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,22 +23,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnsteer import ADHH, PAI, PAINT, VAR, VHR, HeadGate, HeadSet, Intervention, VisualKnockout, Where, steer, zoo
+from attnsteer import ADHH, PAI, PAINT, VAR, VHR, HeadSet, Intervention, VisualKnockout, Where, steer, zoo
 from attnsteer.call import AttnCall
 from attnsteer.evals.significance import Interval, percentiles, ratio_bootstrap, resampled_totals
+from attnsteer.methods._images import speaking
 from attnsteer.methods.var import sink_tokens
 from attnsteer.search import find_sink_dims
+from attnsteer.zoo.llava import CORNERS
 from attnsteer.zoo.patches import paint_patches
 from attnsteer.zoo.shapes.layouts import chair
-from attnsteer.zoo.shapes.questions import NEGATIVES, pope
+from attnsteer.zoo.shapes.questions import CLASSES, NEGATIVES, pope
+from attnsteer.zoo.shapes.questions import existence as ask
 from attnsteer.zoo.shapes.render import render
+from attnsteer.zoo.shapes.world import rng
 
 # Calibration scenes on which settings are compared.
-SWEEP = 16
+SWEEP = 20
 # Layers and heads of the text model.
 SHAPE = (30, 9)
-PARTS = ("preconditions", "heads", "sweep", "choose", "existence", "captions", "knockout", "report")
-BATCH, SINK_DIM, TAU = 20, 507, 20.0
+PARTS = ("preconditions", "heads", "sweep", "choose", "arms", "knockout", "report")
+BATCH, CHUNK, SINK_DIM, TAU = 15, 30, 507, 20.0
+# The longest caption in tokens, and the token that ends one.
+LONGEST, END = 28, 2
+BOUND = "same colour"
+KINDS = (*NEGATIVES, BOUND)
 BANDS = {"0-2": (0, 3), "3-9": (3, 10), "10-12": (10, 13), "13-28": (13, 29)}
 # What a method may need of the scenes of a batch.
 Make = Callable[[list[Any]], Intervention | None]
@@ -51,7 +62,7 @@ class Item:
 
 
 def items(split: str, count: int, start: int = 0) -> list[Item]:
-    """`count` scenes with their questions, those with the most questions first."""
+    """`count` scenes with their questions."""
     found = []
     for index in range(start, start + count):
         asked: dict[str, tuple[bool, list[str]]] = {}
@@ -59,8 +70,19 @@ def items(split: str, count: int, start: int = 0) -> list[Item]:
             scene, questions = pope(split, index, kind)
             for q in questions:
                 asked.setdefault(q.prompt, (q.answer == "yes", []))[1].append(kind)
+        for q in bound(scene, [text for text, (there, _) in asked.items() if there], rng(split, index, stream=40)):
+            asked.setdefault(q.prompt, (q.answer == "yes", []))[1].append(BOUND)
         found.append(Item(index, scene, tuple((text, there, tuple(kinds)) for text, (there, kinds) in asked.items())))
-    return sorted(found, key=lambda i: -len(i.asked))
+    return found
+
+
+def bound(scene: Any, there: list[str], g: Any) -> list[Any]:
+    """Those of `there`, and for each a question about an absent class in a colour of the scene: colour alone does not answer."""
+    classes = sorted({(o.colour, o.shape) for o in scene.objects})
+    colours = sorted({c for c, _ in classes})
+    free = [c for c in CLASSES if c[0] in colours and c not in classes]
+    drawn = [free[int(i)] for i in g.permutation(len(free))[: len(there)]]
+    return [q for c in classes if (q := ask(scene, *c)).prompt in there] + [ask(scene, *c) for c in drawn]
 
 
 def pixels(scenes: Sequence[Any]) -> list[Any]:
@@ -76,71 +98,75 @@ def encoded(processor: Any, scenes: Sequence[Any], texts: Sequence[str]) -> Any:
     return processor(images=pixels(scenes), text=written, padding=True, return_tensors="pt")
 
 
-@torch.no_grad()
 def existence(model: Any, processor: Any, data: Sequence[Item], make: Make) -> list[list[Any]]:
     """[scene, question, there, kinds, log p(yes) - log p(no)] for every question."""
+    return measured(model, processor, data, make, described=False)[0]
+
+
+@torch.no_grad()
+def measured(
+    model: Any, processor: Any, data: Sequence[Item], make: Make, described: bool = True
+) -> tuple[list[list[Any]], list[list[Any]]]:
+    """The rows of `existence`, and [scene, caption, mentions, hallucinated, named, classes there, words, ended] for every scene."""
     from transformers import DynamicCache
 
     tokenizer = processor.tokenizer
     yes, no = (tokenizer(w).input_ids[0] for w in (" yes", " no"))
-    rows: list[list[Any]] = []
+    answers: list[list[Any]] = []
+    captions: list[list[Any]] = []
     for at in range(0, len(data), BATCH):
-        part = data[at : at + BATCH]
+        # Those with the most questions first: less is asked in vain.
+        part = sorted(data, key=lambda i: -len(i.asked))[at : at + BATCH]
         scenes = [i.scene for i in part]
         before = encoded(processor, scenes, [""] * len(part))
         # The template ends with the line break that begins each question in training.
         ids = before.input_ids[:, :-1]
-        width = ids.shape[1]
         rounds = max(len(i.asked) for i in part)
         texts = [[i.asked[min(k, len(i.asked) - 1)][0] for i in part] for k in range(rounds)]
-        questions = [torch.tensor([tokenizer(f"\n{t}").input_ids for t in own]) for own in texts]
+        questions = torch.tensor([[tokenizer(f"\n{t}").input_ids for t in own] for own in texts])
+        # How many tokens all questions begin with.
+        head = int((questions == questions[0, 0]).all(dim=0).all(dim=0).long().cumprod(dim=0).sum())
         method, cache = make(scenes), DynamicCache()
         run = None if method is None else steer(model, method, control=True)
 
-        def call(run: Any = run, total: int = width + questions[0].shape[1], **inputs: Any) -> Tensor:
-            if run is None:
-                return model(**inputs, logits_to_keep=1, use_cache=True).logits[:, -1].float()
-            with run.chunked_prefill(tokens=total):
-                return model(**inputs, logits_to_keep=1, use_cache=True).logits[:, -1].float()
+        def call(total: int, run: Any = run, cache: Any = cache, **inputs: Any) -> Tensor:
+            chunk = nullcontext() if run is None or not total else run.chunked_prefill(tokens=total)
+            with chunk:
+                out = model(**inputs, past_key_values=cache, logits_to_keep=1, use_cache=True)
+            return out.logits[:, -1].float()
 
         try:
-            call(input_ids=ids, pixel_values=before.pixel_values, past_key_values=cache)
-            for k, asked in enumerate(questions):
-                logits = call(input_ids=asked, past_key_values=cache)
+            total = ids.shape[1] + questions.shape[2]
+            call(total, input_ids=ids, pixel_values=before.pixel_values)
+            call(total, input_ids=questions[0, :, :head])
+            for k, asked in enumerate(questions[:, :, head:]):
+                logits = call(total, input_ids=asked)
                 cache.crop(-asked.shape[1])
                 for item, row in zip(part, logits, strict=True):
                     if k < len(item.asked):
                         text, there, kinds = item.asked[k]
-                        rows.append([item.index, text, there, list(kinds), float(row[yes] - row[no])])
+                        answers.append([item.index, text, there, list(kinds), float(row[yes] - row[no])])
+            if described:
+                cache.crop(-head)
+                asked = torch.tensor([tokenizer("\ncaption").input_ids] * len(part))
+                said = [call(ids.shape[1] + asked.shape[1], input_ids=asked).argmax(dim=-1)]
+                while len(said) < LONGEST and not bool((torch.stack(said) == END).any(dim=0).all()):
+                    said.append(call(0, input_ids=said[-1][:, None]).argmax(dim=-1))
+                captions += [told(i, own, tokenizer) for i, own in zip(part, torch.stack(said, dim=1), strict=True)]
         finally:
             if run is not None:
                 run.remove()
-    return rows
+    return answers, captions
 
 
-@torch.no_grad()
-def captions(model: Any, processor: Any, data: Sequence[Item], make: Make) -> list[list[Any]]:
-    """[scene, caption, mentions, hallucinated, named, classes there, words, ended] for every scene."""
-    rows: list[list[Any]] = []
-    for at in range(0, len(data), BATCH):
-        part = data[at : at + BATCH]
-        scenes = [i.scene for i in part]
-        inputs = encoded(processor, scenes, ["caption"] * len(part))
-        method = make(scenes)
-        run = None if method is None else steer(model, method, control=True)
-        try:
-            out = model.generate(**inputs, max_new_tokens=28, do_sample=False, pad_token_id=2)
-        finally:
-            if run is not None:
-                run.remove()
-        new = out[:, inputs.input_ids.shape[1] :]
-        for item, own, text in zip(
-            part, new, processor.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
-        ):
-            said, wrong, named = chair(text, item.scene.objects)
-            there = len({(o.colour, o.shape) for o in item.scene.objects})
-            rows.append([item.index, text, said, wrong, named, there, len(text.split()), bool((own == 2).any())])
-    return rows
+def told(item: Item, ids: Tensor, tokenizer: Any) -> list[Any]:
+    """The row of a caption."""
+    ended = bool((ids == END).any())
+    # What a finished caption goes on with, while others are being written, is none of it.
+    text = tokenizer.decode(ids[: int((ids == END).int().argmax())] if ended else ids, skip_special_tokens=True)
+    said, wrong, named = chair(text, item.scene.objects)
+    there = len({(o.colour, o.shape) for o in item.scene.objects})
+    return [item.index, text, said, wrong, named, there, len(text.split()), ended]
 
 
 @dataclass(frozen=True)
@@ -201,7 +227,7 @@ def preconditions(model: Any, processor: Any, data: Sequence[Item]) -> dict[str,
     }
 
 
-def influence(model: Any, processor: Any, data: Sequence[Item], most: int = 60) -> HeadSet:
+def influence(model: Any, processor: Any, data: Sequence[Item], most: int = 40) -> HeadSet:
     """AD-HH's score of every head to first order: how much less likely a wrong " yes" gets without the head than a right one.
 
     The authors take each head away in turn, which costs a forward for each; here d p / d gate comes from one backward.
@@ -247,22 +273,55 @@ def random_heads(like: HeadSet, seed: int) -> HeadSet:
         free = [h for h in range(like.shape[1]) if (layer, h) not in own]
         count = sum(i == layer for i, _ in own)
         out += [(layer, free[int(k)]) for k in torch.randperm(len(free), generator=g)[:count]]
-    return HeadSet(out)
+    return HeadSet(out, shape=SHAPE)
 
 
-def painted(alpha: float, beta: float, seed: int | None = None) -> Make:
-    """PAINT on the tower's patches, or on as many random ones."""
+def some_heads(layers: Iterable[int], count: int, seed: int = 1) -> HeadSet:
+    """`count` random heads of each layer."""
+    g = torch.Generator().manual_seed(seed)
+    return HeadSet([(i, int(h)) for i in layers for h in torch.randperm(SHAPE[1], generator=g)[:count]], shape=SHAPE)
 
-    def make(scenes: list[Any]) -> Intervention:
-        local, summary = paint_patches(scenes)
-        if seed is not None:
-            g = torch.Generator().manual_seed(seed)
-            drawn = [torch.randperm(64, generator=g).tolist() for _ in scenes]
-            both = zip(drawn, local, summary, strict=True)
-            local, summary = zip(*((d[: len(a)], d[len(a) : len(a) + len(b)]) for d, a, b in both), strict=True)
-        return PAINT(list(local), list(summary), alpha, beta)
 
-    return make
+@dataclass(frozen=True)
+class Scaled(Intervention):
+    """What VHR does to the heads that it chooses, done to given ones: their output of the rows that speak, times alpha."""
+
+    alpha: float = 1.1
+
+    kinds = ("self",)
+    needs = ("tokens",)
+
+    def output(self, call: AttnCall, out: Tensor) -> Tensor:
+        return torch.where(speaking(call)[:, None, :, None], self.alpha * out, out)
+
+
+Patches = Callable[[list[Any]], tuple[list[list[int]], list[list[int]]]]
+
+
+def corners(scenes: list[Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """The registers, in the place of PAINT's local patches."""
+    return [list(CORNERS)] * len(scenes), [[]] * len(scenes)
+
+
+def drawn(like: Patches, seed: int = 0) -> Patches:
+    """As many patches drawn at random, none of them a register."""
+
+    def patches(scenes: list[Any]) -> tuple[list[list[int]], list[list[int]]]:
+        g = torch.Generator().manual_seed(seed)
+        inner = torch.tensor([i for i in range(64) if i not in CORNERS])
+        local, summary = [], []
+        for a, b in zip(*like(scenes), strict=True):
+            order = inner[torch.randperm(len(inner), generator=g)].tolist()
+            local.append(order[: len(a)])
+            summary.append(order[len(a) : len(a) + len(b)])
+        return local, summary
+
+    return patches
+
+
+def painted(alpha: float, beta: float, patches: Patches = paint_patches, heads: HeadSet | None = None) -> Make:
+    """PAINT on the patches of the tower, or on others."""
+    return lambda scenes: PAINT(*patches(scenes), alpha, beta, heads=heads)
 
 
 def one(method: Intervention | None) -> Make:
@@ -270,47 +329,52 @@ def one(method: Intervention | None) -> Make:
 
 
 def arms(heads: list[tuple[int, int]] | None, chosen: dict[str, Any]) -> dict[str, tuple[bool, Make]]:
-    """Arm -> (with registers, method)."""
+    """Arm -> (with registers, method). Arms of one method differ in one thing."""
     var: dict[str, Any] = {"sink_dims": (SINK_DIM,), "tau": TAU, "rho": chosen.get("rho", 0.5)}
+    free = {**var, "rho": 0.0, "min_image_mass": 0.0}
     own = HeadSet(heads[: chosen.get("top", 10)], shape=SHAPE) if heads is not None else None
     alpha, beta = chosen.get("paint", (0.3, 0.3))
-    threshold, shape = chosen.get("threshold", 0.2), chosen.get("pai", 0.2)
+    threshold, pai = chosen.get("threshold", 0.2), chosen.get("pai", 0.2)
     strength = chosen.get("vhr", 1.2)
+    # VHR's layers, and PAI's and PAINT's.
+    deep, third = (1, *range(SHAPE[0] - 14, SHAPE[0])), range(2, SHAPE[0])
     methods: dict[str, Make] = {
         "base": one(None),
         "VAR": one(VAR(**var)),
         "VHR": one(VHR(strength, rows="last")),
-        "PAI": one(PAI(shape)),
+        "PAI": one(PAI(pai)),
         "PAINT": painted(alpha, beta),
     }
     if own is not None:
         methods["ADHH"] = one(ADHH(own, threshold))
     found = {name: (True, make) for name, make in methods.items()}
     found |= {f"{name}, no registers": (False, make) for name, make in methods.items()}
-    found |= {
-        "VAR, zero": (True, one(VAR(**var, move_fraction=0.0))),
-        "VAR, rho 0.8": (True, one(VAR(**{**var, "rho": 0.8}))),
-        "VAR, visual sinks only": (True, one(VAR(**var, sinks="visual"))),
-        "VAR, placebo tokens": (True, one(VAR(**var, sinks="placebo"))),
-        "VAR, head selection off": (True, one(VAR(**{**var, "rho": 0.0, "min_image_mass": 0.0}))),
-        "VAR, head selection off, all moved": (
-            True,
-            one(VAR(**{**var, "rho": 0.0, "min_image_mass": 0.0, "move_fraction": 1.0})),
-        ),
-        "VHR, alpha 2": (True, one(VHR(2.0, rows="last"))),
-        "VHR, zero": (True, one(VHR(1.0, rows="last"))),
-        "PAI, zero": (True, one(PAI(0.0))),
-        "PAINT, random patches": (True, painted(alpha, beta, 0)),
-        "PAINT, zero": (True, painted(0.0, 0.0)),
+    controls: dict[str, Make] = {
+        "VAR, zero": one(VAR(**var, move_fraction=0.0)),
+        # As many heads as pass the gate on average, whatever they look at.
+        "VAR, random heads": one(VAR(**free, where=Where(heads=some_heads(range(SHAPE[0] - 1), 2)))),
+        "VAR, head selection off": one(VAR(**free)),
+        "VAR, visual sinks only": one(VAR(**var, sinks="visual")),
+        "VAR, placebo tokens": one(VAR(**var, sinks="placebo")),
+        "VHR, zero": one(VHR(1.0, rows="last")),
+        "VHR, random heads": one(Scaled(strength, where=Where(heads=some_heads(deep, 4)))),
+        "VHR, head selection off": one(Scaled(strength, where=Where(layers=deep, kinds="self"))),
+        "VHR, alpha 2": one(VHR(2.0, rows="last")),
+        "PAI, zero": one(PAI(0.0)),
+        "PAI, random heads": one(PAI(pai, some_heads(third, 4))),
+        # PAI's term on some of the image's tokens alone is PAINT's.
+        "PAI, visual sinks only": painted(pai, 0.0, corners),
+        "PAI, placebo tokens": painted(pai, 0.0, drawn(corners)),
+        "PAINT, zero": painted(0.0, 0.0),
+        "PAINT, random heads": painted(alpha, beta, heads=some_heads(third, 4)),
+        "PAINT, visual sinks only": painted(alpha, 0.0, corners),
+        "PAINT, placebo tokens": painted(alpha, beta, drawn(paint_patches)),
     }
-    # As many heads as VHR reinforces (half of those of 15 layers), drawn once.
-    g = torch.Generator().manual_seed(1)
-    half = {(i, int(h)): strength for i in (1, *range(16, 30)) for h in torch.randperm(9, generator=g)[:4]}
-    found["VHR, random heads"] = (True, one(HeadGate(half)))
     if own is not None:
-        found |= {f"ADHH, random heads {s}": (True, one(ADHH(random_heads(own, s), threshold))) for s in (1, 2)}
-        found["ADHH, zero"] = (True, one(ADHH(own, 1.1)))
-    return found
+        controls |= {f"ADHH, random heads {s}": one(ADHH(random_heads(own, s), threshold)) for s in (1, 2)}
+        controls["ADHH, zero"] = one(ADHH(own, 1.1))
+        controls["ADHH, head selection off"] = one(ADHH(None, threshold, where=Where(layers=third, kinds="self")))
+    return found | {name: (True, make) for name, make in controls.items()}
 
 
 def sweep(heads: list[tuple[int, int]]) -> dict[str, tuple[bool, Make]]:
@@ -341,9 +405,7 @@ def choose(out: Path) -> dict[str, Any]:
     """
     best: dict[str, tuple[float, list[str]]] = {}
     table = {}
-    for path in sorted(out.glob("sweep *.json")):
-        name = path.stem.removeprefix("sweep ")
-        rows = json.loads(path.read_text())
+    for name, rows in collected(out, "sweep").items():
         table[name] = {"accuracy": round(accuracy(rows), 4), "log p": round(log_p(rows), 4), "questions": len(rows)}
         method, *words = name.split()
         if words and (method not in best or log_p(rows) > best[method][0]):
@@ -373,26 +435,27 @@ PAIRS = {
 
 @torch.no_grad()
 def knockout(name: str, width: int, count: int) -> dict[str, Any]:
-    """Existence questions with attention between two parts of the prompt blocked in a band of layers: band -> accuracy, log p."""
+    """Existence questions with attention between two parts of the prompt blocked in a band of layers.
+
+    By pair and band: accuracy, and the change of log p of the right answer with its interval (paired, resampled by scene). The
+    last entry of each pair is all layers.
+    """
     model, processor = zoo.load(name)
     data = items("calibration", count)
 
-    def measured(method: Intervention | None) -> list[float]:
-        rows = (existence if processor.chat_template else _whole)(model, processor, data, one(method))
-        return [round(accuracy(rows), 4), round(log_p(rows), 4)]
+    def asked(method: Intervention | None) -> list[list[Any]]:
+        return (existence if processor.chat_template else _whole)(model, processor, data, one(method))
 
     layers = model.config.text_config.num_hidden_layers
     bands = [(a, min(a + width, layers)) for a in range(0, layers, width)]
-    found: dict[str, Any] = {
-        "model": name,
-        "questions": sum(len(i.asked) for i in data),
-        "base": measured(None),
-        "bands": {},
-    }
+    base = asked(None)
+    found: dict[str, Any] = {"model": name, "questions": len(base), "base": [accuracy(base), log_p(base)], "bands": {}}
     for told, pairs in PAIRS.items():
         for first, stop in [*bands, (0, layers)]:
-            band = Where(layers=range(first, stop), kinds="self")
-            found["bands"].setdefault(told, {})[f"{first}-{stop - 1}"] = measured(VisualKnockout(pairs, where=band))
+            rows = asked(VisualKnockout(pairs, where=Where(layers=range(first, stop), kinds="self")))
+            change = difference(base, rows, gain)
+            band = f"{first}-{stop - 1}" if stop - first > 1 else str(first)
+            found["bands"].setdefault(told, {})[band] = [accuracy(rows), change.value, change.low, change.high]
     return found
 
 
@@ -429,15 +492,17 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.4), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.6), squeeze=False, layout="constrained")
     for ax, own in zip(axes[0], found, strict=True):
-        for told, bands in own["bands"].items():
+        for (told, bands), shape in zip(own["bands"].items(), "os^", strict=True):
             names = list(bands)[:-1]
-            ax.plot(names, [bands[n][1] - own["base"][1] for n in names], marker="o", label=told)
+            value, low, high = zip(*(bands[n][1:] for n in names), strict=True)
+            ends = [[v - x for v, x in zip(value, low, strict=True)], [x - v for v, x in zip(value, high, strict=True)]]
+            ax.errorbar(names, value, yerr=ends, marker=shape, markersize=5, capsize=2, label=told)
         ax.axhline(0, color="grey", lw=0.8)
-        ax.set(title=f"{own['model']}, {own['questions']} questions", xlabel="layers in which it is blocked")
+        ax.set(title=f"{own['model']}, {own['questions']} questions", xlabel="layers in which attention is blocked")
         ax.set(ylabel="change of log p of the right answer")
-    axes[0][0].legend(fontsize=8)
+    axes[0][0].legend(fontsize=8, title="hidden is the", title_fontsize=8)
     fig.savefig(path, dpi=100)
     plt.close(fig)
 
@@ -470,53 +535,84 @@ def said_yes(row: list[Any]) -> float:
     return float(row[4] > 0)
 
 
+def collected(out: Path, what: str) -> dict[str, list[list[Any]]]:
+    """Arm -> rows of all of its chunks."""
+    found: dict[str, list[list[Any]]] = {}
+    for path in sorted(out.glob(f"{what} *.json")):
+        name = path.stem.removeprefix(f"{what} ").rpartition(" @")[0]
+        found.setdefault(name, []).extend(json.loads(path.read_text()))
+    return found
+
+
+def like(base: list[list[Any]], rows: list[list[Any]], key: int) -> list[list[Any]]:
+    """The rows of `base` about what `rows` are about, in their order."""
+    known = {tuple(r[:key]): r for r in base}
+    return [known[tuple(r[:key])] for r in rows if tuple(r[:key]) in known]
+
+
+def spread(i: Interval, factor: float, digits: int) -> str:
+    return f"{factor * i.value:+.{digits}f} [{factor * i.low:.{digits}f}, {factor * i.high:.{digits}f}]"
+
+
 def report(out: Path) -> str:
     """The tables of the documentation."""
-    rows = {p.stem.removeprefix("existence "): json.loads(p.read_text()) for p in sorted(out.glob("existence *.json"))}
-    told = lambda i, f, d: f"{f * i.value:+.{d}f} [{f * i.low:.{d}f}, {f * i.high:.{d}f}]"  # noqa: E731
-    lines = [
-        "| arm | questions | accuracy | difference in points | log p | says yes | "
-        + " | ".join(NEGATIVES) + " | changed answers |",
-        "| --- " * (7 + len(NEGATIVES)) + "|",
-    ]  # fmt: skip
-    for name, own in rows.items():
-        base = rows.get("base, no registers" if name.endswith("no registers") else "base", [])
-        asked = {(r[0], r[1]) for r in own}
-        base = [r for r in base if (r[0], r[1]) in asked]
-        if len(base) < len(own):
+    rows = collected(out, "existence")
+    # Those of `arms`, in its order.
+    order = [n for n in arms([(0, 0)], {}) if n in rows]
+    bases = [n for n in order if n.startswith("base")]
+    lines = ["| arm | questions | all, of which there | " + " | ".join(KINDS) + " | log p | says yes |"]
+    lines.append("| --- " * (5 + len(KINDS)) + "|")
+    for name in bases:
+        own = rows[name]
+        cells = [f"{100 * accuracy(own):.1f} %, {100 * sum(r[2] for r in own) / len(own):.0f} %"]
+        cells += [f"{100 * accuracy([r for r in own if k in r[3]]):.1f} %" for k in KINDS]
+        cells += [f"{log_p(own):.3f}", f"{100 * sum(map(said_yes, own)) / len(own):.1f} %"]
+        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "| arm | questions | accuracy, points | log p, nats | says yes, points | changed answers | "
+        + " | ".join(KINDS)
+        + " |",
+    ]
+    lines.append("| --- " * (6 + len(KINDS)) + "|")
+    for name in order:
+        own = rows[name]
+        base = like(rows.get("base, no registers" if name.endswith("no registers") else "base", []), own, 2)
+        if name in bases or len(base) < len(own):
             continue
-        kinds = [difference(*([r for r in x if k in r[3]] for x in (base, own)), right) for k in NEGATIVES]
-        if name.startswith("base"):
-            cells = ["-", f"{log_p(own):.3f}", f"{100 * sum(map(said_yes, own)) / len(own):.1f} %"]
-            cells += [f"{100 * accuracy([r for r in own if k in r[3]]):.1f} %" for k in NEGATIVES] + ["-"]
-        else:
-            before = {(r[0], r[1]): r[4] > 0 for r in base}
-            cells = [
-                told(difference(base, own, f), x, d) for f, x, d in ((right, 100, 1), (gain, 1, 3), (said_yes, 100, 1))
-            ]
-            cells += [told(k, 100, 1) for k in kinds]
-            cells += [str(sum(before[r[0], r[1]] != (r[4] > 0) for r in own))]
-        lines.append(f"| {name} | {len(own)} | {100 * accuracy(own):.1f} % | " + " | ".join(cells) + " |")
-    lines.append(f"\n{len(rows['base'])} questions about {len({r[0] for r in rows['base']})} scenes.\n")
-    texts = {p.stem.removeprefix("captions "): json.loads(p.read_text()) for p in sorted(out.glob("captions *.json"))}
-    if "base" in texts:
-        lines += ["| arm | CHAIR_i | CHAIR_s | recall | words | ended |", "| --- " * 6 + "|"]
-    for name, own in texts.items():
-        base = texts["base"]
+        cells = [
+            spread(difference(base, own, f), x, d) for f, x, d in ((right, 100, 1), (gain, 1, 3), (said_yes, 100, 1))
+        ]
+        cells.append(str(sum((b[4] > 0) != (r[4] > 0) for b, r in zip(base, own, strict=True))))
+        for k in KINDS:
+            kind = difference(*([r for r in x if k in r[3]] for x in (base, own)), right)
+            cells.append(spread(kind, 100, 1))
+        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
+    texts = collected(out, "captions")
+    lines += [
+        "",
+        "| arm | captions | CHAIR_i | CHAIR_s | recall | words | ended | other captions |",
+        "| --- " * 8 + "|",
+    ]
+    for name in order:
+        own = texts.get(name, [])
+        base = like(texts.get("base, no registers" if name.endswith("no registers") else "base", []), own, 1)
+        if not own or len(base) < len(own):
+            continue
         ratio = lambda r, a, b: sum(x[a] for x in r) / max(sum(x[b] for x in r), 1)  # noqa: E731
         cells = []
         for a, b in ((3, 2), (4, 5)):
-            tops = torch.tensor([[x[a], x[b], y[a], y[b]] for x, y in zip(own, base, strict=True)])
-            sums = resampled_totals(tops)
-            spread = percentiles(sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3])
+            sums = resampled_totals(torch.tensor([[x[a], x[b], y[a], y[b]] for x, y in zip(own, base, strict=True)]))
+            ends = percentiles(sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3])
             change = 100 * (ratio(own, a, b) - ratio(base, a, b))
-            more = f", {change:+.1f} [{100 * spread[0]:.1f}, {100 * spread[1]:.1f}]" if own is not base else ""
+            more = f", {change:+.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if name not in bases else ""
             cells.append(f"{100 * ratio(own, a, b):.1f} %{more}")
         hallucinating = 100 * sum(x[3] > 0 for x in own) / len(own)
         words, ended = sum(x[6] for x in own) / len(own), 100 * sum(x[7] for x in own) / len(own)
-        lines.append(f"| {name} | {cells[0]} | {hallucinating:.1f} % | {cells[1]} | {words:.1f} | {ended:.0f} % |")
-    if texts:
-        lines.append(f"\n{len(texts['base'])} captions.\n")
+        other = sum(x[1] != y[1] for x, y in zip(own, base, strict=True))
+        lines.append(
+            f"| {name} | {len(own)} | {cells[0]} | {hallucinating:.1f} % | {cells[1]} | {words:.1f} | {ended:.0f} % | {other} |"
+        )
     return "\n".join(lines)
 
 
@@ -550,7 +646,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     if args.part == "knockout":
         found = [knockout("shapes-lvlm", 1, 4 * args.scenes), knockout("smollm2-llava", 5, args.scenes)]
         write(args.out / "knockout.json", found)
-        draw(found, args.out / "knockout.png")
+        draw(found, args.out / "knockout.webp")
         print(json.dumps(found, indent=1))
         return
     split = "calibration" if args.part in ("heads", "sweep", "choose") else "test"
@@ -577,23 +673,25 @@ def main(argv: Iterable[str] | None = None) -> None:
     chosen = json.loads(args.chosen.read_text()) if args.chosen else {}
     tried = args.part in ("sweep", "choose")
     every = sweep(heads or []) if tried else arms(heads, chosen)
-    measure = captions if args.part == "captions" else existence
-    for name in args.arms.split(";") if args.arms else every:
-        registers, make = every[name]
-        path = args.out / f"{'sweep' if tried else args.part} {name}.json"
-        claim = path.with_suffix(".claim")
-        if path.exists() or claim.exists():
-            continue
-        claim.touch()
-        begun = time.monotonic()
-        rows = measure(*models(registers), data, make)
-        write(path, rows)
-        claim.unlink()
-        if args.part == "captions":
-            told = f"CHAIR_i {sum(r[3] for r in rows) / max(sum(r[2] for r in rows), 1):.3f}"
-        else:
+    asked = args.arms.split(";") if args.arms else list(every)
+    for first in range(0, 0 if args.part == "choose" else len(data), CHUNK):
+        for name in asked:
+            registers, make = every[name]
+            path = args.out / f"{'sweep' if tried else 'existence'} {name} @{args.start + first}.json"
+            claim = path.with_suffix(".claim")
+            if path.exists() or claim.exists():
+                continue
+            claim.touch()
+            begun = time.process_time()
+            rows, texts = measured(*models(registers), data[first : first + CHUNK], make, described=not tried)
+            if not tried:
+                write(path.with_name(path.name.replace("existence", "captions", 1)), texts)
+            write(path, rows)
+            claim.unlink()
             told = f"accuracy {accuracy(rows):.4f} of {len(rows)}, log p {log_p(rows):.4f}"
-        print(f"{name}: {told}, {time.monotonic() - begun:.0f} s", flush=True)
+            if texts:
+                told += f", CHAIR_i {sum(r[3] for r in texts) / max(sum(r[2] for r in texts), 1):.3f}"
+            print(f"{name}: {told}, {time.process_time() - begun:.0f} s", flush=True)
     if args.part == "choose":
         write(args.out / "chosen.json", choose(args.out))
         print((args.out / "chosen.json").read_text())

@@ -29,6 +29,7 @@ NAMES = [
     "prefill-32k",
     "var",
     "vhr",
+    "vision-decode",
     "block-mask",
     "token-merge",
     "visual-tokens",

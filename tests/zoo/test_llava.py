@@ -14,8 +14,9 @@ from attnsteer import zoo
 from attnsteer.errors import ZooError
 from attnsteer.run.tiny import tiny_tokenizer
 from attnsteer.zoo import llava
+from attnsteer.zoo.shapes.world import COLOUR_NAMES, SHAPES
 from attnsteer.zoo.train import llava as training
-from attnsteer.zoo.train.lvlm import vision_config
+from attnsteer.zoo.train.lvlm import labels, vision_config
 
 WIDTH = 32
 
@@ -126,18 +127,48 @@ def test_a_register_is_found_among_random_vectors(parts: dict[str, Any], monkeyp
 
 
 def test_lessons_are_about_their_scene() -> None:
-    asked = 0
-    for index in range(6):
-        scene, texts = training.lesson(index)
+    asked = dict.fromkeys(("there", "same colour", "same shape", "absent", "colour", "shape", "caption"), 0)
+    for index in range(8):
+        scene, texts = training.lesson("train", index)
         there = {f"{o.colour} {o.shape}" for o in scene.objects}
-        for text, answer, _ in texts:
+        colours, shapes = ({getattr(o, name) for o in scene.objects} for name in ("colour", "shape"))
+        for text, answer, _, kind in texts:
+            asked[kind] += 1
+            words = text.split()
             if "is there" in text:
-                words = text.split()
                 assert answer == (" yes" if f"{words[4]} {words[5]}" in there else " no"), text
-                asked += 1
-        assert any(t == "\ncaption" for t, _, _ in texts) == bool(index % 2)
-        assert sum(a == " yes" for _, a, _ in texts) == sum(a == " no" for _, a, _ in texts) > 0
-    assert asked > 12
+                assert kind == "there" or answer == " no"
+                assert kind != "same colour" or words[4] in colours
+                assert kind != "same shape" or words[5] in shapes
+            if kind == "shape":
+                assert f"{words[5]}{answer}" in there and sum(t.startswith(words[5]) for t in there) == 1
+        assert any(t == "\ncaption" for t, *_ in texts) == bool(index % 2)
+        assert sum(a == " yes" for _, a, *_ in texts) == sum(a == " no" for _, a, *_ in texts) > 0
+    assert all(asked.values()) and asked["same colour"] > asked["same shape"], asked
+
+
+def test_exact_patches_are_their_words_and_the_projector_is_fitted_to_them() -> None:
+    g = torch.Generator().manual_seed(0)
+    words = torch.randn(6, WIDTH, generator=g), torch.randn(6, WIDTH, generator=g), torch.randn(WIDTH, generator=g)
+    scenes = [training.picture("train", i) for i in range(3)]
+    vectors, which = training.codes(scenes, words)
+    common = (words[0].mean(dim=0) + words[1].mean(dim=0)) / 2
+    wanted = labels(scenes)
+    for b, scene in enumerate(scenes):
+        for o in scene.objects:
+            at = int(o.y * llava.GRID) * llava.GRID + int(o.x * llava.GRID)
+            c, s = wanted[b, at, 1] - 1, wanted[b, at, 0] - 1
+            assert (COLOUR_NAMES[c], SHAPES[s]) == (o.colour, o.shape) == training.CLASSES[which[b, at]]
+            assert torch.allclose(vectors[b, at], words[0][c] + words[1][s] - common, atol=1e-6)
+    empty = wanted[..., 0] == 0
+    assert empty.any() and (vectors[empty] == words[2]).all()
+    tower = CLIPVisionModel(vision_config()).eval()
+    stage = training.Fit(torch.nn.Linear(128, WIDTH), tower, words, 3)
+    with torch.no_grad():
+        stage.projector.weight.zero_()
+        stage.projector.bias.copy_(words[2])
+    loss, values = stage.loss(stage, 0)
+    assert torch.isfinite(loss) and values["class right"] == 0.0
 
 
 def test_what_loading_refuses(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
-"""smollm2-llava: registers found by search, a projector fitted to words, then projector and adapter trained through SmolLM2.
+"""smollm2-llava: registers found by search, a projector fitted to words, then an adapter trained to read them through SmolLM2.
 
-Many questions share one image: all stand in one row behind it, each sees the image and itself alone, and their positions go on
-from the image. That is what the model sees in use, one question at a time.
+The projector stays as it was fitted: what it gives for a patch is near a word of a colour and a word of a shape at once. Half of
+what is asked and absent has the colour of something that is there; a model that is not asked so answers by colour alone.
+
+Many questions share one image: all stand in one row behind it, each sees the image and itself alone, and their positions go
+on from the image. That is what the model sees in use, one question at a time.
 """
 
 from __future__ import annotations
@@ -16,25 +19,28 @@ import torch
 from torch import Tensor, nn
 
 from .. import llava
-from ..llava import ADAPTED, BEFORE, CORNERS, GRID, TOKENS
+from ..llava import ADAPTED, BEFORE, CORNERS, TOKENS
 from ..shapes.language import caption
-from ..shapes.questions import NEGATIVES, absent, colour, existence, picture
+from ..shapes.questions import CLASSES, NEGATIVES, absent, colour, existence, picture
 from ..shapes.render import render
 from ..shapes.world import COLOUR_NAMES, SHAPES, rng
 from .loop import Plan, fit, shorten
 from .lvlm import labels
 
 RANK = 8
-# Of the projector's fit, and of the training.
-FIT_BATCH, BATCH = 16, 3
-FIT_PLAN = Plan(steps=400, lr=1.5e-3, warmup=10, decay=0.0)
-PLAN = Plan(steps=220, lr=1.5e-3, warmup=15, decay=0.0, every=120.0)
+# Scenes of the projector's fit, and of a step of the training.
+POOL, BATCH = 3000, 3
+FIT_PLAN = Plan(steps=1200, lr=2e-3, warmup=20, decay=0.02)
+PLAN = Plan(steps=360, lr=2e-3, warmup=10, floor=0.05, decay=0.0, every=600.0)
 # Scenes that the tower was not trained on.
 FROM, FIT_FROM = 20_000_000, 30_000_000
-# The word of an empty patch; loss weight of object patches; share of a caption's word in the loss.
-EMPTY, FULL, WORD = ",", 3.0, 0.3
+# The word of an empty patch; patches with and without an object in a step of the fit; the share of their squared distance in its
+# loss; of a caption's word in that of the training.
+EMPTY, FULL, EMPTIES, NEAR, WORD = ",", 512, 192, 0.1, 0.3
 # How many images go without registers, so that the model without them is one that was trained.
 BARE = 0.2
+# Scenes of the calibration split on which training is watched; settings of methods are chosen on others.
+CHECKED, CHECK_FROM = 20, 50_000
 
 # Registers: candidates of this norm, tried so many at a time; a sink has phi above TAU (Kang et al. 2025) in SINK_DIM.
 CANDIDATES, AT_ONCE, NORM, SEED = 256, 64, 0.58, 3
@@ -87,27 +93,48 @@ def search(text: Any, before: Tensor, table: Tensor) -> tuple[Tensor, dict[str, 
     return best, {"drawn": CANDIDATES, "late sinks": len(candidates), "in all of four places": all_four}
 
 
-class Fit(nn.Module):
-    """The projector alone, and what it is to give: object patches read as colour (even columns) or shape (odd ones)."""
+def codes(scenes: list[Any], words: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The vectors [B, 64, D] that patches are to be read as, and which of `book` each is, [B, 64]."""
+    wanted = labels(scenes)
+    which = torch.where(wanted[..., 0] > 0, (wanted[..., 1] - 1) * len(SHAPES) + wanted[..., 0] - 1, len(CLASSES))
+    return book(words)[which], which
 
-    def __init__(self, projector: nn.Module, tower: nn.Module, words: tuple[Tensor, Tensor, Tensor]) -> None:
+
+def book(words: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """What a patch can be read as [37, D]: the sum of a colour's word and a shape's, and the word of an empty patch.
+
+    Both words in one patch leave nothing to bind. They share the mean of all words, which counts once.
+    """
+    colours, shapes, empty = words
+    both = colours[:, None] + shapes[None] - (colours.mean(dim=0) + shapes.mean(dim=0)) / 2
+    return torch.cat([both.flatten(0, 1), empty[None]])
+
+
+class Fit(nn.Module):
+    """The projector alone, on patches of a pool of scenes."""
+
+    def __init__(self, projector: nn.Module, tower: nn.Module, words: tuple[Tensor, Tensor, Tensor], pool: int) -> None:
         super().__init__()
-        self.projector, self.tower, self.words = projector, tower.requires_grad_(False), words
+        self.projector, self.book = projector, book(words)
+        found = []
+        for first in range(0, pool, 100):
+            scenes = [picture("train", FIT_FROM + first + i) for i in range(min(100, pool - first))]
+            found.append((features(tower, scenes), codes(scenes, words)[1]))
+        self.patches, self.which = (torch.cat(x).flatten(0, 1) for x in zip(*found, strict=True))
+        full = self.which < len(CLASSES)
+        self.full, self.empty = full.nonzero()[:, 0], (~full).nonzero()[:, 0]
 
     def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        scenes = [picture("train", FIT_FROM + step * FIT_BATCH + i) for i in range(FIT_BATCH)]
-        wanted = labels(scenes)
+        g = rng("train", FIT_FROM + step, stream=9)
+        drawn = [x[torch.tensor(g.integers(len(x), size=n))] for x, n in ((self.full, FULL), (self.empty, EMPTIES))]
+        which = self.which[torch.cat(drawn)]
         with torch.autocast("cpu", enabled=False):
-            found = self.projector(features(self.tower, scenes))
-        colours, shapes, empty = self.words
-        full = (wanted[..., 0] > 0)[..., None]
-        even = (torch.arange(TOKENS) % GRID % 2 == 0)[None, :, None]
-        target = torch.where(even, colours[(wanted[..., 1] - 1).clamp(0)], shapes[(wanted[..., 0] - 1).clamp(0)])
-        target = torch.where(full, target, empty)
-        each = (found - target).pow(2).sum(dim=-1) * torch.where(full[..., 0], FULL, 1.0)
-        book = torch.cat([colours, shapes, empty[None]])
-        near = torch.cdist(found.detach(), book).argmin(-1) == torch.cdist(target, book).argmin(-1)
-        return each.mean(), {"object patches right": near[full[..., 0]].float().mean().item()}
+            found = self.projector(self.patches[torch.cat(drawn)])
+            away = torch.cdist(found, self.book).square()
+        loss = nn.functional.cross_entropy(-away, which) + NEAR * away.gather(1, which[:, None]).mean()
+        near = away[:FULL].argmin(dim=-1)
+        right = {"shape right": near % len(SHAPES) == which[:FULL] % len(SHAPES), "class right": near == which[:FULL]}
+        return loss, {k: v.float().mean().item() for k, v in right.items()}
 
 
 @torch.no_grad()
@@ -130,23 +157,39 @@ class Lora(nn.Module):
         return self.linear(x) + (x @ self.a.to(x.dtype).T) @ self.b.to(x.dtype).T
 
 
-def lesson(index: int) -> tuple[Any, list[tuple[str, str, float]]]:
-    """A scene, and what is asked about it: (text, answer, weight of each token of the answer)."""
-    scene, g = picture("train", FROM + index), rng("train", FROM + index, stream=7)
+def alike(scene: Any, colour: str | None, shape: str | None, g: Any) -> tuple[str, str] | None:
+    """A class that is not in the scene, of this colour or of this shape; None where all are there."""
+    there = {(o.colour, o.shape) for o in scene.objects}
+    free = [c for c in CLASSES if c not in there and colour in (None, c[0]) and shape in (None, c[1])]
+    return free[int(g.integers(len(free)))] if free else None
+
+
+def lesson(split: str, index: int) -> tuple[Any, list[tuple[str, str, float, str]]]:
+    """A scene, and what is asked about it: (text, answer, weight of each token of the answer, kind)."""
+    scene, g = picture(split, index), rng(split, index, stream=7)
     there = sorted({(o.colour, o.shape) for o in scene.objects})
-    there = [there[int(i)] for i in g.permutation(len(there))[:3]]
-    asked = [existence(scene, *c) for c in there]
-    asked += [existence(scene, *absent(scene, NEGATIVES[(index + k) % 3], g)) for k in range(len(there))]
+    there = [there[int(i)] for i in g.permutation(len(there))[:4]]
+    out = [(existence(scene, *c), "there") for c in there]
+    for k, (c, s) in enumerate(there):
+        # In turn: the colour is there in another shape; one of the kinds that are measured; the shape in another colour.
+        which = (index + k) % 4
+        found = alike(scene, c, None, g) if which in (0, 2) else alike(scene, None, s, g) if which == 3 else None
+        kind = "same colour" if which in (0, 2) else "same shape" if which == 3 else "absent"
+        out.append((existence(scene, *(found or absent(scene, NEGATIVES[(index + k) // 4 % 3], g))), kind))
     single = [s for s in sorted({o.shape for o in scene.objects}) if len(scene.find(shape=s)) == 1]
-    asked += [colour(scene, single[int(i)]) for i in g.permutation(len(single))[:2]]
-    out = [(f"\n{q.prompt}", f" {q.answer}", 1.0) for q in asked]
+    out += [(colour(scene, single[int(i)]), "colour") for i in g.permutation(len(single))[:1]]
+    asked = [(f"\n{q.prompt}", f" {q.answer}", 1.0, kind) for q, kind in out]
+    single = [c for c in sorted({o.colour for o in scene.objects}) if len(scene.find(colour=c)) == 1]
+    for i in g.permutation(len(single))[:2]:
+        text = f"\nquestion what shape is the {single[int(i)]} object ? answer"
+        asked.append((text, f" {scene.find(colour=single[int(i)])[0].shape}", 1.0, "shape"))
     # Every second image is described.
-    said = [("\ncaption", f" {caption(scene.objects)}<|im_end|>", WORD)] if index % 2 else []
-    return scene, [*out, *said]
+    said = [("\ncaption", f" {caption(scene.objects)}<|im_end|>", WORD, "caption")] if index % 2 else []
+    return scene, [*asked, *said]
 
 
 class Reader(nn.Module):
-    """Tower, projector, register and text model with its adapter, as they are trained."""
+    """Tower, projector, register and text model with its adapter; the adapter is trained."""
 
     def __init__(self, text: Any, tokenizer: Any, tower: nn.Module, projector: nn.Module, register: Tensor) -> None:
         super().__init__()
@@ -190,28 +233,45 @@ class Reader(nn.Module):
         b, at, token, weight = zip(*marks, strict=True)
         return ids, places, mask[:, None], torch.tensor(b), torch.tensor(at), torch.tensor(token), torch.tensor(weight)
 
-    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
-        drawn = [lesson(step * BATCH + i) for i in range(BATCH)]
-        ids, places, mask, b, at, wanted, weight = self.pack([texts for _, texts in drawn])
+    def read(
+        self, scenes: list[Any], asked: list[list[tuple[str, str, float, str]]], bare: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Logits [N, V] of every token of an answer, and what it is [N], its weight [N]; `bare` [B]: images without registers."""
+        ids, places, mask, b, at, wanted, weight = self.pack([[t[:3] for t in own] for own in asked])
         with torch.autocast("cpu", enabled=False):
-            image = self.projector(features(self.tower, [s for s, _ in drawn]))
-        g = rng("train", FROM + step, stream=8)
-        bare = torch.tensor(g.random(BATCH) < BARE)[:, None, None]
+            image = self.projector(features(self.tower, scenes))
         corner = torch.zeros(1, TOKENS, 1, dtype=torch.bool)
         corner[:, list(CORNERS)] = True
-        image = torch.where(corner & ~bare, self.planted.to(image.dtype), image)
+        image = torch.where(corner & ~bare[:, None, None], self.planted.to(image.dtype), image)
         table = self.text.get_input_embeddings().weight
-        before = table[self.before].expand(BATCH, -1, -1)
+        before = table[self.before].expand(len(scenes), -1, -1)
         x = torch.cat([before, image.to(table.dtype), table[ids]], dim=1)
         # Not every processor has matrix units for bf16, and without them it is eight times slower than fp32.
         with torch.autocast("cpu", enabled=False):
             out = self.text.model(inputs_embeds=x, attention_mask=mask, position_ids=places, use_cache=False)
-            logits = out.last_hidden_state[b, at] @ table.T
+            return out.last_hidden_state[b, at] @ table.T, wanted, weight
+
+    def loss(self, model: nn.Module, step: int) -> tuple[Tensor, dict[str, float]]:
+        scenes, asked = zip(*(lesson("train", FROM + step * BATCH + i) for i in range(BATCH)), strict=True)
+        bare = torch.tensor(rng("train", FROM + step, stream=8).random(BATCH) < BARE)
+        logits, wanted, weight = self.read(list(scenes), list(asked), bare)
         each = nn.functional.cross_entropy(logits, wanted, reduction="none")
         right = (logits.detach().argmax(dim=-1) == wanted).float()
         answers = weight == 1.0
         values = {"answers right": right[answers].mean().item(), "caption words right": right[~answers].mean().item()}
         return (each * weight).sum() / weight.sum(), values
+
+    @torch.no_grad()
+    def check(self, model: nn.Module, step: int) -> None:
+        """Print how much of each kind is answered right, on scenes of the calibration split."""
+        found: dict[str, list[float]] = {}
+        for first in range(0, CHECKED, 10):
+            scenes, asked = zip(*(lesson("calibration", CHECK_FROM + i) for i in range(first, first + 10)), strict=True)
+            logits, wanted, _ = self.read(list(scenes), list(asked), torch.zeros(10, dtype=torch.bool))
+            kinds = [kind for own in asked for _, said, _, kind in own for _ in self.tokenizer(said).input_ids]
+            for kind, hit in zip(kinds, (logits.argmax(dim=-1) == wanted).tolist(), strict=True):
+                found.setdefault(kind, []).append(hit)
+        print(json.dumps({"step": step, **{k: round(sum(v) / len(v), 3) for k, v in found.items()}}), flush=True)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is shipped, in half precision."""
@@ -240,13 +300,13 @@ def train(out: Path, device: str = "auto", steps: int | None = None) -> Path:
     projector = llava.LlavaMultiModalProjector(llava.config(text.config, tower.config))
     for linear in (projector.linear_1, projector.linear_2):
         linear.reset_parameters()
-    stage = Fit(projector, tower, vocabulary(tokenizer, table))
-    fitted = fit("llava-projector", stage, stage.loss, shorten(FIT_PLAN, steps), out, device="cpu")
+    stage = Fit(projector, tower, vocabulary(tokenizer, table), POOL if steps is None else 20)
+    fitted = fit("llava-projector", stage, stage.loss, shorten(FIT_PLAN, steps), out, device="cpu", log_every=100)
     # A resumed run draws what an uninterrupted one would have drawn.
     torch.manual_seed(PLAN.seed)
-    reader = Reader(text, tokenizer, tower, projector, register)
-    plan = shorten(PLAN, steps)
-    curve = fit("llava", reader, reader.loss, plan, out, device="cpu", log_every=5)
+    reader = Reader(text, tokenizer, tower, projector.requires_grad_(False), register)
+    plan, check = shorten(PLAN, steps), reader.check if steps is None else None
+    curve = fit("llava", reader, reader.loss, plan, out, device="cpu", preview=check, log_every=5)
     folder = out / llava.NAME
     folder.mkdir(parents=True, exist_ok=True)
     save_file(reader.tensors(), folder / llava.WEIGHTS)
