@@ -5,6 +5,10 @@
 Cases: pointing (TAG on shapes-lvlm), control (ControlMLLM, questions about a marked object), second (CARVE,
 questions on cluttered scenes), segmentation (RefAM on shapes-mmdit). Values are means over samples of the test split with 95 %
 bootstrap intervals, differences are paired.
+
+The papers' protocols, over a model and records in files (`benchmarks/published.py` says what they hold):
+
+    python -m benchmarks.reading --published tag --model FOLDER --data FILE [--images FOLDER] [--limit N] [--out FILE]
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import argparse
 import dataclasses
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 
 from attnsteer import CARVE, TAG, ControlMLLM, HeadSet, RefAM, Where, zoo
+from attnsteer.errors import AttnSteerError
 from attnsteer.evals.metrics.grounding import metric as grounding
 from attnsteer.evals.significance import Interval, paired_bootstrap
 from attnsteer.reading._pictures import box_of
@@ -30,6 +35,7 @@ from attnsteer.zoo.shapes.questions import picture
 from attnsteer.zoo.shapes.render import SIDE, coverage, render
 from attnsteer.zoo.shapes.world import SHAPES
 from attnsteer.zoo.train.diffusion import scene as plain_scene
+from benchmarks import published
 
 Values = dict[str, list[float]]
 # Of the language model of shapes-lvlm, and of a block of shapes-mmdit.
@@ -293,17 +299,44 @@ CASES: dict[str, tuple[Callable[[str, int], Values], Any]] = {
 }
 
 
-def main() -> None:
-    """Some cases, one after the other."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Some cases, one after the other; or a published protocol."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", choices=sorted(CASES))
-    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("cases", nargs="*", help=f"some of {', '.join(sorted(CASES))}")
+    parser.add_argument("--limit", type=int, help="samples of a case (200), or items of a file (all)")
     parser.add_argument("--split", default="test", choices=["test", "calibration"])
-    parser.add_argument("--out", type=Path, help="a folder for the values of each sample")
-    given = parser.parse_args()
+    parser.add_argument(
+        "--out", type=Path, help="a folder for the values of each sample; with --published a file (JSON Lines)"
+    )
+    files = parser.add_argument_group("published protocols, over local files")
+    files.add_argument("--published", choices=sorted(published.PROTOCOLS))
+    files.add_argument("--model", type=Path, help="a folder of transformers or diffusers, with weights in safetensors")
+    files.add_argument("--data", type=Path, help="the records: JSON Lines, or JSON with a list")
+    files.add_argument("--images", type=Path, help="the folder of the pictures; default: that of the records")
+    files.add_argument("--masks", type=Path, help="the folder of the masks; default: that of the pictures")
+    files.add_argument("--region", default="box", choices=["box", "mask"], help="of controlmllm")
+    files.add_argument("--blocks", type=int, nargs="+", help="of refam; default: all")
+    files.add_argument("--noise", type=float, default=0.5, help="of refam")
+    files.add_argument("--max-new-tokens", type=int, help="default: the protocol's")
+    files.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    files.add_argument("--device", default="auto")
+    given = parser.parse_args(words)
+    if given.limit is not None and given.limit < 1:
+        parser.error(f"--limit {given.limit}: give at least 1.")
+    if bool(given.cases) == (given.published is not None):
+        parser.error(f"give cases, some of {', '.join(sorted(CASES))}; or --published and one of its protocols.")
+    unknown = sorted(set(given.cases) - set(CASES))
+    if unknown:
+        parser.error(f"there is no case {', '.join(unknown)}; there are {', '.join(sorted(CASES))}.")
+    if given.published is not None:
+        try:
+            print(published.main(given), flush=True)
+        except AttnSteerError as error:
+            parser.error(str(error))
+        return
     for case in given.cases:
         how, comparisons = CASES[case]
-        found = how(given.split, given.limit)
+        found = how(given.split, given.limit or 200)
         print(f"\n{case}\n\n| arm | value [95 %] | samples |\n| --- | --- | --- |")
         for name, values in found.items():
             print(f"| {name} | {interval(values)} | {len(values)} |")
