@@ -454,8 +454,9 @@ class _HeadGroup:
             # Where it acts on the same rows of all heads: a form may ask it of others than these. A host's own forms know no masks.
             if not isinstance(edit, Share) or chosen.shape[1] > 1 or not isinstance(self.forms, WholeForms):
                 return False
-            edit = _masked(edit, chosen, self.whole.att.stat_dtype)
-        pair = self.forms.share(self.local, edit)
+            pair = self.forms.share(self.local, edit, chosen)
+        else:
+            pair = self.forms.share(self.local, edit)
         if pair is None:
             return False
         self.mark(bound, "shares", pair)

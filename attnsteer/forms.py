@@ -127,8 +127,15 @@ class WholeForms:
         by_row = moves.flatten(1).any(dim=1)
         return by_row.any(), by_row
 
-    def share(self, heads: tuple[int, ...] | None, edit: Any) -> tuple[Tensor, Tensor] | None:
-        """Take a `Share` of few rows; the shares before and after, [B, H, n]. None: not taken."""
+    def share(
+        self, heads: tuple[int, ...] | None, edit: Any, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Take a `Share` of few rows; the shares before and after, [B, H, n], zero where it does not act. None: not taken.
+
+        Args:
+            chosen: where it acts, [B or 1, 1, n or 1]; the others see all of their keys in one of the two calls, and come out
+                bit for bit. None: everywhere.
+        """
         att = self.att
         n, m = att.shape[2:]
         if not isinstance(edit, Share) or self.biased or self.shared is not None:
@@ -144,7 +151,11 @@ class WholeForms:
             out_in, lse_in = self._attend(split.inside, split.empty)
         else:
             out_in, lse_in = self._attend(split.inside, False, att.replace(k=att.k[split.few], v=att.v[split.few]))
-        out, lse = self._attend(split.outside, split.full)
+        outside = split.outside
+        if chosen is not None:
+            acts, spared, own = self._once(("chosen", _id(chosen)), lambda: self._sides(chosen), chosen)
+            outside = torch.where(acts, outside, own)
+        out, lse = self._attend(outside, split.full)
         before = torch.sigmoid(lse_in - lse)
         if split.few is not None:
             before = before if split.empty is False else before.masked_fill(split.empty, 0.0)
@@ -154,10 +165,17 @@ class WholeForms:
         stays = (before <= 0) | (before >= 1) if split.stays is None else split.stays
         after = edit.of(before)
         after = after if stays is False else torch.where(stays, before, after)
+        if chosen is not None:
+            before, after = before.masked_fill(spared, 0.0), after.masked_fill(spared, 0.0)
         if out.dtype != after.dtype:
             out, out_in = out.to(after.dtype), out_in.to(after.dtype)
         self.shared = torch.lerp(out, out_in, after[..., None]).to(att.v.dtype)
         return before, after
+
+    def _sides(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(where an edit acts, [B, 1, n, 1]; where it does not, [B, 1, n]; the mask of rows there)."""
+        own = self.att.additive(self.att.stat_dtype)
+        return chosen[..., None], ~chosen, self.att.q.new_zeros((), dtype=self.att.stat_dtype) if own is None else own
 
     def _split(self, heads: tuple[int, ...] | None, keys: Tensor) -> _Parts:
         """The two parts of the keys as a kernel takes them."""

@@ -101,8 +101,8 @@ def test_a_value_for_each_sample_dispatches_no_operator_more_in_each_layer(model
     make, one, each = EACH[name]
     found = [sum(step(model, make(value), batch=3).names.values()) for value in (one, each, [None, *each[1:]])]
     assert found[1] <= found[0] + 5
-    # Two in each layer keep the sample that is left alone.
-    assert found[2] <= found[0] + 5 + 2 * LAYERS
+    # Three in each layer keep the sample that is left alone, to the bit.
+    assert found[2] <= found[0] + 5 + 3 * LAYERS
 
 
 @torch.no_grad()

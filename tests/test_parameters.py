@@ -144,7 +144,7 @@ def test_bounds_hold_and_numpy_and_torch_numbers_are_taken(name: str, parameter:
         if out is not False:
             with pytest.raises(SelectionError, match=rf"{name}\({parameter}="):
                 make(name, **{parameter: out})
-    value = 3 if form.whole else 0.5
+    value = 4 if form.whole else 0.5
     kinds = (np.int32, np.uint8, torch.tensor) if form.whole else (np.float32, np.float64, np.float16, torch.tensor)
     options = WITH.get((name, parameter), {})
     for kind in kinds:
