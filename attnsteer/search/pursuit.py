@@ -2,8 +2,10 @@
 
 Basile et al., "Head Pursuit: Probing Attention Specialization in Multimodal Transformers" (NeurIPS 2025, arXiv 2510.21518): greedy
 sparse coding (SOMP) of a head's residual contributions over unembedding rows; heads are ranked by the share of variance that the
-rows of a concept's tokens explain, and rescaled: -1 inhibits, 5 enhances. No official code was to be had: whether data are centred
-and rows normalised is not said in the text, so both are options; which tokens of a word of several count is ours (the first).
+rows of a concept's tokens explain, and rescaled: -1 inhibits, 5 enhances. Its own code (lorenzobasile/HeadPursuit) was not readable
+here. Centred rows, a normalised dictionary and the share of variance are those of the pursuit that its first two authors published
+before (Flegyas/ResiDual at 004b0aa, src/residual/sparse_decomposition.py, `SOMP`, and its callers); the text says neither, so both
+are options. Which tokens of a word of several count is ours (the first, with and without a space before it).
 """
 
 from __future__ import annotations
@@ -152,7 +154,7 @@ def head_pursuit(
         concept: token ids; or words, with `tokenizer`: of each, with and without a space before it, the first token.
         atoms: T; capped at the size of the concept, beyond which the ranking would be by rank, not by fit.
         rows: which outputs are averaged: "prompt" (all tokens of the prompt), "image" (its image tokens) or "last".
-        centre, normalise: of `somp`; not stated in the paper.
+        centre, normalise: of `somp`; as in the authors' code before, not stated in the paper.
         words: also explain each head over the whole vocabulary with so many atoms; in the provenance as "words".
         where: the sites; None: the main stack's self-attention.
 

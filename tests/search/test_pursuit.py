@@ -39,6 +39,34 @@ def test_the_pursuit_is_that_of_the_paper() -> None:
     assert somp(torch.zeros(3, 12), dictionary).atoms == ()
 
 
+def released_somp(rows: torch.Tensor, dictionary: torch.Tensor, k: int) -> tuple[list[int], list[float]]:
+    """The arithmetic of `SOMP(k)` in src/residual/sparse_decomposition.py of Flegyas/ResiDual at 004b0aa, and of its callers.
+
+    The pursuit of the authors' paper before (arXiv 2411.00246): rows are centred, callers give F.normalize(dictionary), an atom is
+    taken once, "evr" is the variance of the reconstruction over that of the rows, both summed over coordinates.
+    """
+    atoms, mean = torch.nn.functional.normalize(dictionary), rows.mean(dim=0, keepdim=True)
+    left, free, chosen, explained = rows - mean, torch.ones(len(dictionary), dtype=rows.dtype), [], []
+    for _ in range(k):
+        chosen.append(int(((left @ atoms.T) * free).abs().sum(dim=0).argmax()))
+        free[chosen[-1]] = 0
+        made = (atoms[chosen].T @ torch.linalg.lstsq(atoms[chosen].T, (rows - mean).T).solution).T
+        left = rows - mean - made
+        explained.append(float((mean + made).std(dim=0).square().sum() / rows.std(dim=0).square().sum()))
+    return chosen, explained
+
+
+def test_the_pursuit_is_that_of_the_authors_code() -> None:
+    g = torch.Generator().manual_seed(2)
+    rows = torch.randn(9, 24, generator=g, dtype=torch.float64) * torch.linspace(0.2, 3, 24).double() + 2.0
+    # Rows of unlike sizes, so that a dictionary that is not normalised would give another order.
+    dictionary = torch.randn(50, 24, generator=g, dtype=torch.float64) * torch.logspace(-1, 1, 50).double()[:, None]
+    found, (chosen, explained) = somp(rows, dictionary, 7), released_somp(rows, dictionary, 7)
+    assert list(found.atoms) == chosen and found.explained == pytest.approx(explained, abs=1e-12)
+    for other in (somp(rows, dictionary, 7, centre=False), somp(rows, dictionary, 7, normalise=False)):
+        assert other.explained != pytest.approx(explained, abs=1e-3)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_planted_concept_is_found(family: str) -> None:
     """One head's output projection writes into the span of three unembedding rows only."""
