@@ -2,8 +2,8 @@
 
 Michel, Levy, Neubig, "Are Sixteen Heads Really Better than One?" (NeurIPS 2019, arXiv 1905.10650), section 4:
 I_h = E_x |d L(x) / d xi_h| = E_x |sum_i <o_hi, dL/do_hi>|. The official code (pmichel31415/pytorch-pretrained-BERT, branch paul
-at 18a86a7, examples/classifier_eval.py) takes the absolute value of each token's product and divides by the number of tokens, padding
-included in the sum; both conventions are offered, padding is left out in both.
+at 18a86a7, examples/classifier_eval.py) takes the absolute value of each token's product and divides by the number of tokens,
+padding included in the sum; both conventions are offered, padding is left out in both.
 """
 
 from __future__ import annotations
