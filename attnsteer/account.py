@@ -114,6 +114,7 @@ class Track:
         padded: whether any may be padding; False is a promise.
         packed: whether batch rows may hold several requests; False is a promise.
         start: the index of a request's first token: 0, less the virtual tokens before it.
+        begins: the index of the first of these, where all are valid tokens of one request, in a row; None: that is not known.
     """
 
     slot: Tensor
@@ -124,6 +125,7 @@ class Track:
     padded: bool = False
     packed: bool = False
     start: int = 0
+    begins: int | None = None
 
     @property
     def size(self) -> int:
@@ -173,7 +175,7 @@ class Track:
         """One request without padding, all of it prompt."""
         slot = torch.arange(size, device=device)
         yes = torch.ones((), dtype=torch.bool, device=device).expand(1, size)
-        return Track(slot, slot[None], torch.zeros_like(slot)[None], yes, ~yes)
+        return Track(slot, slot[None], torch.zeros_like(slot)[None], yes, ~yes, begins=0)
 
 
 def plain(size: int, device: torch.device) -> Callable[[], Track]:
@@ -299,7 +301,8 @@ class Account:
             border = self.prompt[:, None] if isinstance(self.prompt, Tensor) else self.prompt
             generated = slot[None] >= border
         padded = empty or self.valid is not None
+        plain = not padded and self.request is None
         return Track(
             slot, index, request, valid, generated,
-            padded=padded, packed=self.request is not None, start=-self.virtual,
+            padded=padded, packed=self.request is not None, start=-self.virtual, begins=start - self.virtual if plain else None,
         )  # fmt: skip

@@ -35,15 +35,16 @@ class AttentionMap:
         fused: Callable[[], tuple[Tensor, Tensor] | None] | None = None,
         whole: Attention | None = None,
         heads: int | None = None,
+        local: tuple[int, ...] | None = None,
     ):
         """`base` computes the output with the model's own kernel; `fused` gives that output and its lse, or
         None where that kernel has none to give.
 
-        `att` may be a function that builds it, from `heads` of the heads of `whole`: then edits that need no gathered q, k, v do
-        without.
+        `att` may be a function that builds it, from `heads` of the heads of `whole`, those of the numbers `local` (None: all): then
+        edits that need no gathered q, k, v do without.
         """
         self._att = att
-        self._whole, self._heads = whole, heads
+        self._whole, self._heads, self._local = whole, heads, local
         self._base = base
         self._fuse = fused
         self._out: Tensor | None = None
@@ -71,6 +72,17 @@ class AttentionMap:
     def gathered(self) -> bool:
         """Whether `att` is there already."""
         return isinstance(self._att, Attention)
+
+    @property
+    def ungathered(self) -> tuple[Attention, tuple[int, ...] | None]:
+        """(a computation that holds this one, the numbers of this one's heads in it or None: all); nothing is gathered for it."""
+        return (self.att, None) if self.gathered or self._whole is None else (self._whole, self._local)
+
+    def values_at(self, at: Tensor) -> Tensor:
+        """V of the keys `at` int [B, r] for each head, [B, H, r, dv]; no other key's is read."""
+        att, heads = self.ungathered
+        kv = kernels.key_heads(range(att.q.shape[1]) if heads is None else heads, att.groups, at.device)
+        return att.v[torch.arange(len(at), device=at.device)[:, None, None], kv[:, None], at[:, None]]
 
     def _keep(self, answer: Tensor) -> Tensor:
         """An answer that will be given again."""

@@ -13,6 +13,7 @@ from .account import Samples, Track
 from .attention_map import FEW_ROWS, AttentionMap
 from .edits import BlockBias, HeadOutputs, KeyBias, MergedTokens, Reweight, Share
 from .errors import ContractError, UnsupportedHost
+from .kernels import Attention
 from .parameters import PerSample
 from .shards import Pool
 from .site import Site
@@ -119,7 +120,7 @@ class AttnCall:
         new.__dict__.update(changes)
         return new
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
         """What `make()` gives, made once for all layers of this forward that have the same rows and keys.
 
         For key sets and edits that follow from tokens and hyper-parameters alone: `make` must read nothing of the site, its
@@ -133,6 +134,13 @@ class AttnCall:
         if found is None:
             found = self.memo[key] = (make(), self.rows, self.keys)
         return found[0]
+
+    def once_masked(self, name: Any, make: Callable[[], Any]) -> Any:
+        """As `once`, for what follows from the masks of the call and its heads too: made once for all layers that have the same."""
+        att, _ = self.map.ungathered
+        masks = id(att.mask), id(att.key_bias), att.causal, att.shape, self.heads if _by_head(att) else None
+        # What the names are made of is kept, so that none comes again meanwhile.
+        return self.once((name, masks), lambda: (make(), att.mask, att.key_bias))[0]
 
     def seen_by(self, counted: Tensor) -> Tensor:
         """sum of `counted` [B or 1, n] over the rows that may see each key, [B or 1, H or 1, m]; made once for all layers of this
@@ -408,6 +416,10 @@ class AttnCall:
     def image_keys(self) -> Tensor:
         """The tokens of images as a key set [B, 1, m] (need "images")."""
         return self.at_keys(self.image_tokens())
+
+
+def _by_head(att: Attention) -> bool:
+    return any(t is not None and t.shape[1] > 1 for t in (att.mask4(), att.key_bias))
 
 
 __all__ = [

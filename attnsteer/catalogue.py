@@ -8,7 +8,7 @@ import sys
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from .intervention import PASSES, needs_of
+from .intervention import PASSES, Intervention, needs_of
 from .parameters import declared
 from .registry import get_host, get_method, hosts, methods
 
@@ -48,8 +48,8 @@ def catalogue() -> list[MethodEntry]:
 
 def describe(name: str, cls: type) -> MethodEntry:
     """The entry of one method class."""
-    # Which doors a class opens does not depend on its hyper-parameters.
-    doors = object.__new__(cls).doors()
+    # Of all hyper-parameters: by one of them an object may leave some alone.
+    doors = Intervention.doors(object.__new__(cls))
     needs = needs_of(cls)
     # Streams of a language model are passes of another kind than those of a denoiser.
     wanted = {*needs, *(("around",) if "around" in doors and not PASSES & set(needs) else ())}

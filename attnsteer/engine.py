@@ -360,7 +360,8 @@ class _HeadGroup:
                 return None if pair is None else (pick(pair[0]), pick(pair[1]))
 
             selected = whole.att if local is None else lambda: whole.att.select(local)
-            self._map = AttentionMap(selected, lambda: pick(whole.out()), fused, whole=whole.att, heads=self.size[1])
+            base = lambda: pick(whole.out())  # noqa: E731
+            self._map = AttentionMap(selected, base, fused, whole=whole.att, heads=self.size[1], local=local)
         return self._map
 
     @map.setter

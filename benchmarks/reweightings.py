@@ -1,7 +1,8 @@
 """The time of InstABoost, InjectMap, FreezeMaps, PatchHeads and AttentionBuckets: a prefill, and a decode step behind it.
 
-    python -m benchmarks.reweightings [--tokens 4096] [--rounds 5]
+    python -m benchmarks.reweightings [--shape small|1b|8b] [--layers N] [--tokens 4096] [--rounds 5] [--only TEXT]... [--decode]
 
+Shapes are the proportions of a layer: a small one, in which a decode step has hardly any arithmetic, Llama-3.2-1B and Llama-3.1-8B.
 Times are of one thread's processor, medians of rounds in turns within one run, so that other processes hardly count. Each method is
 compared with our dense path (`steer(reference=True)`) on a shorter prompt first.
 """
@@ -9,9 +10,10 @@ compared with our dense path (`steer(reference=True)`) on a shorter prompt first
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,34 +24,43 @@ from benchmarks.cases import share_of_heads
 from benchmarks.models import LlamaShape, llama, prompt, twin
 from benchmarks.parts import TOLERANCE, Decoder, error
 
-SHAPE = LlamaShape(hidden=768, heads=12, kv_heads=4, head_dim=64, mlp=2048, layers=2, vocab=256)
+SMALL = LlamaShape(hidden=768, heads=12, kv_heads=4, head_dim=64, mlp=2048, layers=2, vocab=256)
+SHAPES = {
+    "small": SMALL,
+    "1b": LlamaShape(layers=1, vocab=256),
+    "8b": LlamaShape(hidden=4096, heads=32, kv_heads=8, head_dim=128, mlp=14336, layers=1, vocab=256),
+}
 SINKS = 4
 # Prefill and decode step, over the unsteered model.
 BARS = (1.10, 1.10)
 
 
-def methods(model: nn.Module, ids: Tensor) -> dict[str, Intervention]:
-    """By name, for a prompt."""
+def methods(model: nn.Module, ids: Tensor, shape: LlamaShape, only: Sequence[str] = ()) -> dict[str, Intervention]:
+    """By name, for a prompt; `only`: those whose names hold one of these."""
     tokens = ids.shape[1]
     spans = [[(tokens // 8, tokens // 8 + max(2, tokens // 16))]]
-    some = share_of_heads(SHAPE, 0.2)
+    some = share_of_heads(shape, 0.2)
+    asked = lambda name: not only or any(text in name for text in only)  # noqa: E731
     with capture(model, what=("q", "k", "output")) as clean:
-        model(ids.flip(1), logits_to_keep=1)
-    return {
-        "InstABoost, all heads": InstABoost(spans, 4.0),
-        "InjectMap, a pattern in 20 % of the heads": InjectMap("previous", heads=some, strength=0.5),
-        "InjectMap, a pattern in the last row": InjectMap("previous", heads=some, rows="last"),
-        "FreezeMaps, all heads": FreezeMaps(clean, same_tokens=False),
-        "PatchHeads, 20 % of the heads": PatchHeads(clean, heads=some),
-        "AttentionBuckets, two bases": AttentionBuckets((500000.0, 600000.0)),
+        if asked("FreezeMaps") or asked("PatchHeads"):
+            model(ids.flip(1), logits_to_keep=1)
+    made: dict[str, Callable[[], Intervention]] = {
+        "InstABoost, all heads": lambda: InstABoost(spans, 4.0),
+        "InjectMap, one key in 20 % of the heads": lambda: InjectMap("previous", heads=some, strength=0.5),
+        "InjectMap, one key in the last row": lambda: InjectMap("previous", heads=some, rows="last"),
+        "InjectMap, several keys in 20 % of the heads": lambda: InjectMap("same_token", heads=some, strength=0.5),
+        "FreezeMaps, all heads": lambda: FreezeMaps(clean, same_tokens=False),
+        "PatchHeads, 20 % of the heads": lambda: PatchHeads(clean, heads=some),
+        "AttentionBuckets, two bases": lambda: AttentionBuckets((500000.0, 600000.0)),
     }
+    return {name: make() for name, make in made.items() if asked(name)}
 
 
-def gate(tokens: int = 96) -> float:
-    """The largest difference of logits to our dense path: a prompt and a step behind it, all methods."""
-    model, ids = llama(SHAPE, tokens), prompt(SHAPE, tokens, SINKS)
+def gate(only: Sequence[str] = (), tokens: int = 96) -> float:
+    """On the small shape: the largest difference of logits to our dense path: a prompt and a step behind it, all methods."""
+    model, ids = llama(SMALL, tokens), prompt(SMALL, tokens, SINKS)
     worst = 0.0
-    for name, method in methods(model, ids).items():
+    for name, method in methods(model, ids, SMALL, only).items():
         found = []
         for reference in (False, True):
             with steer(twin(model), method, reference=reference) as run:
@@ -77,26 +88,34 @@ def ratios(arms: Mapping[str, Callable[[], Any]], rounds: int, calls: int = 1) -
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--layers", type=int, help="as many of them; default: two of the small one, else one")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", action="append", default=[], help="the methods whose names hold this")
+    parser.add_argument("--decode", action="store_true", help="leave the prefill untimed")
     given = parser.parse_args()
+    shape = SHAPES[given.shape]
+    shape = shape if given.layers is None else dataclasses.replace(shape, layers=given.layers)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
-    worst = gate()
+    worst = gate(given.only)
     if worst > TOLERANCE:
         raise SystemExit(f"the gate failed: {worst:.1e} above {TOLERANCE:.0e}")
-    model, ids = llama(SHAPE, given.tokens), prompt(SHAPE, given.tokens, SINKS)
-    runs = {name: steer(twin(model), method) for name, method in methods(model, ids).items()}
+    model, ids = llama(shape, given.tokens), prompt(shape, given.tokens, SINKS)
+    runs = {name: steer(twin(model), method) for name, method in methods(model, ids, shape, given.only).items()}
     call = lambda m: lambda: m(ids, use_cache=True, logits_to_keep=1)  # noqa: E731
-    prefill = ratios({"unsteered": call(model)} | {n: call(r.target) for n, r in runs.items()}, given.rounds)
-    print(
-        f"\n{given.tokens} tokens, medians of {given.rounds} rounds\n\n| method | prefill | decode step |\n| --- | --- | --- |"
-    )
+    prefill = dict.fromkeys(runs, float("nan"))
+    if not given.decode:
+        prefill = ratios({"unsteered": call(model)} | {n: call(r.target) for n, r in runs.items()}, given.rounds)
+        print("prefill: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in prefill.items()), flush=True)
+    print(f"\n{shape}, {given.tokens} tokens, medians of {given.rounds} rounds\n")
+    print("| method | prefill | decode step |\n| --- | --- | --- |", flush=True)
     steps = {"unsteered": Decoder(model, ids)} | {n: Decoder(r.target, ids) for n, r in runs.items()}
     decode = ratios(steps, 3 * given.rounds, calls=4)
     for name in runs:
         said = [
-            f"{r:.2f}{'' if r <= bar else ' (bar missed)'}"
+            f"{r:.3f}{' (bar missed)' if r > bar else ''}"
             for r, bar in zip((prefill[name], decode[name]), BARS, strict=True)
         ]
         print(f"| {name} | {' | '.join(said)} |", flush=True)

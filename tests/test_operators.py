@@ -10,7 +10,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attnsteer import ACT, PASTA, HeadGate, InstABoost, SpotLight, ZeroTuning, steer
+from attnsteer import (
+    ACT,
+    PASTA,
+    FreezeMaps,
+    HeadGate,
+    InjectMap,
+    InstABoost,
+    PatchHeads,
+    SpotLight,
+    ZeroTuning,
+    capture,
+    steer,
+)
 
 LAYERS = 8
 SPANS = [[(3, 9)]]
@@ -71,6 +83,28 @@ def step(model: Any, *methods: Any, batch: int = 1) -> Counted:
 def test_a_decode_step_dispatches_few_operators_more(model: Any, name: str) -> None:
     make, bar = BARS[name]
     plain, steered = step(model), step(model, make())
+    ratio = sum(steered.names.values()) / sum(plain.names.values())
+    assert ratio <= bar, {n: c - plain.names[n] for n, c in steered.names.items() if c > plain.names[n]}
+    assert steered.reads <= plain.reads
+
+
+SOME = {layer: [0, 3] for layer in range(LAYERS)}
+# What is put back into a run; the donor has the prompt, so that a generated row has nothing of it.
+PUT_BACK = {
+    "one key": (lambda donor: InjectMap("previous", SOME, strength=0.5), 1.25),
+    "several keys": (lambda donor: InjectMap("same_token", SOME), 1.28),
+    "frozen maps": (lambda donor: FreezeMaps(donor, same_tokens=False), 1.1),
+    "patched heads": (lambda donor: PatchHeads(donor, SOME), 1.12),
+}
+
+
+@pytest.mark.parametrize("name", PUT_BACK)
+@torch.no_grad()
+def test_what_is_put_back_is_looked_up_once_for_all_layers(model: Any, name: str) -> None:
+    make, bar = PUT_BACK[name]
+    with capture(model, what=("q", "k", "output")) as donor:
+        model(input_ids=torch.randint(3, 100, (1, 600), generator=torch.Generator().manual_seed(2)))
+    plain, steered = step(model), step(model, make(donor))
     ratio = sum(steered.names.values()) / sum(plain.names.values())
     assert ratio <= bar, {n: c - plain.names[n] for n, c in steered.names.items() if c > plain.names[n]}
     assert steered.reads <= plain.reads

@@ -4,7 +4,7 @@ from .blocks import RowBlocks
 from .groups import KeyIndex, index_keys, leftover, mass, partial
 from .lse import attend, attend_lse, causal_with_mask, lse_source
 from .merge import held, lift, merge, reweight
-from .problem import Attention, any_last, dense, dense_with_sink, visible
+from .problem import Attention, any_last, dense, dense_with_sink, key_heads, visible
 from .sources import Source, add_source, flash_source, flex_source, remove_source
 from .sparse import KeyBlocks, attend_blocks, hide_blocks
 from .statistics import column_mass, entropy, keys_seen, rows, seen_by
@@ -30,6 +30,7 @@ __all__ = [
     "held",
     "hide_blocks",
     "index_keys",
+    "key_heads",
     "keys_seen",
     "leftover",
     "lift",

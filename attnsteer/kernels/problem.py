@@ -248,6 +248,11 @@ def _places(heads: tuple[int, ...], groups: int, device: torch.device) -> tuple[
     return (_made_places if torch.compiler.is_compiling() else _known_places)(heads, groups, device)
 
 
+def key_heads(heads: Sequence[int], groups: int, device: torch.device) -> Tensor:
+    """The kv heads that these query heads read, int64."""
+    return _places(tuple(heads), groups, device)[1]
+
+
 def _made_places(heads: tuple[int, ...], groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
     index = torch.tensor(heads, device=device)
     return index, index // groups

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..call import AttnCall
-from ..captured import take_rows
 from ..errors import SelectionError, did_you_mean
 from ..kernels.problem import visible
 
@@ -101,13 +100,31 @@ def _by_ids(call: AttnCall, kind: str, at: Tensor, i: Tensor, j: Tensor, ends: t
 
 def seen_rows(call: AttnCall, at: Tensor) -> Tensor:
     """bool [B, 1 or H, r, m]: which keys the rows `at` [B, r] see, by the masks of the call alone."""
-    att = call.map.att
-    empty = att.replace(q=att.q[..., :0])
-    mask = take_rows(empty, at).mask
-    B, m = len(at), att.k.shape[2]
-    found = torch.ones(B, 1, at.shape[1], m, dtype=torch.bool, device=at.device)
+    (att, heads), B = call.map.ungathered, len(at)
+    own = lambda t: t if t is None or heads is None or t.shape[1] == 1 else t[:, list(heads)]  # noqa: E731
+    found = torch.ones(B, 1, at.shape[1], att.k.shape[2], dtype=torch.bool, device=at.device)
+    if att.causal:
+        found = (torch.arange(found.shape[3], device=at.device) <= at[..., None])[:, None]
+    mask, bias = own(att.mask4()), own(att.key_bias)
     if mask is not None:
+        if mask.shape[2] > 1:
+            mask = mask.expand(B, -1, -1, -1)
+            mask = mask.gather(2, at[:, None, :, None].expand(B, mask.shape[1], at.shape[1], mask.shape[3]))
         found = found & visible(mask)
-    if att.key_bias is not None:
-        found = found & visible(att.key_bias)[:, :, None]
+    if bias is not None:
+        found = found & visible(bias)[:, :, None]
+    return found
+
+
+def sees_key(call: AttnCall, at: Tensor) -> Tensor:
+    """bool [B, 1 or H, n]: whether each row of a call sees the one key `at` int [B, n], by the masks of the call alone."""
+    (att, heads), (B, n) = call.map.ungathered, at.shape
+    own = lambda t: t if heads is None or t.shape[1] == 1 else t[:, list(heads)]  # noqa: E731
+    found = torch.ones_like(at, dtype=torch.bool)[:, None]
+    if att.causal:
+        found = (at <= torch.arange(n, device=at.device))[:, None]
+    for hides in (att.mask4(), None if att.key_bias is None else att.key_bias[:, :, None]):
+        if hides is not None:
+            wide = own(hides).expand(B, -1, n, -1)
+            found = found & visible(wide.gather(3, at[:, None, :, None].expand(-1, wide.shape[1], -1, 1)))[..., 0]
     return found

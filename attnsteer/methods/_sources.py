@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..account import Track
 from ..call import AttnCall
 from ..captured import Captured
 from ..errors import SelectionError, brief, listing
+from ._map_patterns import seen_rows
 
 Head = tuple[int, int]
 
@@ -23,7 +25,8 @@ class Table:
 
     Attributes:
         rows: [S, H, R, ...], zeros behind the last row of a sample. place: int64 [S, N], where the row of each token number is, -1
-            where there is none.
+            where there is none. straight: how many tokens each
+            sample has, where all have as many, in order and without a gap; else None.
         prompt: how many prompt tokens each sample had where all of them are there, else None. heads: of the H entries.
         scale, softcap: of the scores that they were taken from.
     """
@@ -34,6 +37,7 @@ class Table:
     heads: tuple[int, ...]
     scale: float | None = None
     softcap: float | None = None
+    straight: int | None = None
 
     @property
     def samples(self) -> int:
@@ -42,23 +46,45 @@ class Table:
 
     def at(self, call: AttnCall, number: Tensor) -> tuple[Tensor, Tensor]:
         """(rows of the tokens `number` [B or 1, r] in the samples of a call, [B, H, r, ...]; which there are, bool [B, r])."""
-        B = call.map.shape[0]
+        B = call.shape[0]
         sample = self.of_rows(call)
         number = number.expand(B, -1)
         place = self.place[sample]
         known = (number >= 0) & (number < place.shape[1])
         found = torch.where(known, place.gather(1, number.clamp(0, place.shape[1] - 1)), -1)
         there = found >= 0
-        rows = self.rows[sample][torch.arange(B, device=found.device)[:, None], :, found.clamp_min(0)]
+        rows = self.rows[sample[:, None], :, found.clamp_min(0)]
         return rows.transpose(1, 2), there
+
+    def of(self, call: AttnCall, track: Track) -> tuple[Tensor | None, Tensor | None]:
+        """(rows of the tokens of a `track` of a call, [B, H, size, ...]; which there are, bool [B, size], None: all).
+
+        (None, None) where it is known without looking that there are none; where all are there in order, the rows are a view.
+        """
+        first = track.begins
+        if first is not None and self.straight is not None and not torch.compiler.is_compiling():
+            stop = first + track.size
+            if first >= self.straight or stop <= 0:
+                return None, None
+            if first >= 0 and stop <= self.straight:
+                B, sample = call.shape[0], self._numbers(call)
+                rows = self.rows if sample == tuple(range(B)) and self.samples == B else None
+                if rows is None:
+                    same = self.samples == 1
+                    rows = self.rows.expand(B, *self.rows.shape[1:]) if same else self.rows[self.of_rows(call)]
+                return rows[:, :, first:stop], None
+        return self.at(call, torch.where(track.valid, track.index, -1))
 
     def of_rows(self, call: AttnCall) -> Tensor:
         """int [B], the sample of this table that each batch row of a call is."""
-        B, device = call.map.shape[0], self.place.device
+        return torch.tensor(self._numbers(call), device=self.place.device)
+
+    def _numbers(self, call: AttnCall) -> tuple[int, ...]:
+        B = call.shape[0]
         if self.samples == 1:
-            return torch.zeros(B, dtype=torch.long, device=device)
+            return (0,) * B
         try:
-            return torch.tensor(call._samples(B).rows(self.samples, B), device=device)
+            return call._samples(B).rows(self.samples, B)
         except SelectionError:
             raise SelectionError(
                 f"{call.site.path}: the source has {self.samples} samples, and this call {B} rows that are none of them; "
@@ -148,7 +174,8 @@ def _of_capture(call: AttnCall, source: Captured, what: str, head_map: Mapping[H
     first = tables[wanted[0][0]][0]
     if len({t.place.shape for t, _ in tables.values()}) > 1 or len({p.shape for p in picked}) > 1:
         raise SelectionError(f"{call.site.path}: the layers of the source were captured at different rows.")
-    return replace(first, rows=torch.stack(picked, dim=1), heads=call.heads)
+    straight = first.straight if len({t.straight for t, _ in tables.values()}) == 1 else None
+    return replace(first, rows=torch.stack(picked, dim=1), heads=call.heads, straight=straight)
 
 
 def _check_own(call: AttnCall, source: Captured, what: str) -> None:
@@ -187,6 +214,7 @@ def _of_layer(call: AttnCall, source: Captured, what: str, layer: int) -> tuple[
     R, T = max(p.shape[1] for p in full), max(p.shape[2] for p in full)
     padded = [torch.nn.functional.pad(p, (0, T - p.shape[2], 0, R - p.shape[1])) for p in full]
     device, take = call.map.device, takes[0]
+    straight = {len(p) if bool((p == torch.arange(len(p))).all()) else None for p in places}
     table = Table(
         torch.stack(padded).to(device),
         torch.stack(places).to(device),
@@ -194,6 +222,7 @@ def _of_layer(call: AttnCall, source: Captured, what: str, layer: int) -> tuple[
         take.kv_heads if what in ("k", "v") else take.heads,
         take.scale,
         take.softcap,
+        straight.pop() if len(straight) == 1 else None,
     )
     return table, take.groups
 
@@ -256,9 +285,12 @@ def check_length(call: AttnCall, table: Table, name: str) -> None:
 
     Asked of calls that end their prompts; a longer source (one with rows of generated tokens) counts its prompt's tokens.
     """
-    if table.prompt is None or call.phase == "decode":
-        return
-    B = call.map.shape[0]
+    if table.prompt is not None and call.phase != "decode":
+        call.once(("length", table.prompt), lambda: _check_length(call, table, name) or True)
+
+
+def _check_length(call: AttnCall, table: Table, name: str) -> None:
+    B = call.shape[0]
     if call.gives("tokens"):
         if call.tokens.more_to_come:
             return
@@ -273,4 +305,18 @@ def check_length(call: AttnCall, table: Table, name: str) -> None:
         raise SelectionError(
             f"{name} at {call.site.path}: the source has {own} rows, and sample {b} has {live} tokens. Give a source of the "
             "same length; a capture of some rows (rows=...) is put at the same tokens of prompts of any length."
+        )
+
+
+def check_keys(call: AttnCall, present: Tensor | None, known: Tensor | None, none: bool) -> None:
+    """Raise where a row that a source has (None: all) sees a key that it has not (None: it has all; `none`: it has none)."""
+    if known is None and not none:
+        return
+    B, n, m = call.shape[0], call.rows.size, call.shape[3]
+    rows = torch.ones(B, n, dtype=torch.bool, device=call.map.device) if present is None else present
+    needed = seen_rows(call, torch.arange(n, device=rows.device).expand(B, -1)) & rows[:, None, :, None]
+    unknown = torch.ones(B, m, dtype=torch.bool, device=rows.device) if known is None else ~known
+    if bool((needed.any(dim=2) & unknown[:, None]).any()):
+        raise SelectionError(
+            f"{call.site.path}: rows of the source see tokens whose keys it has not; capture q and k of all tokens of the prompt."
         )

@@ -23,8 +23,7 @@ from ..heads import HeadSet, head_set
 from ..intervention import Intervention
 from ..parameters import choice, flag, parsed
 from ..registry import register_method
-from ._sources import Tables, checked_source
-from .injectmap import kernel_of
+from ._sources import Tables, check_keys, check_length, checked_source
 
 
 def _run(value: Any) -> Captured:
@@ -106,29 +105,36 @@ class FreezeMaps(Intervention):
     def _frozen(self, call: AttnCall) -> tuple[kernels.Attention, Tensor, Tensor, Tensor] | None:
         """(the call, the frozen rows bool [B, n], q and k with those of the clean run where it has them)."""
         if self.same_tokens:
-            self._check_tokens(call)
-        found = kernel_of(call, self._tables, self.source)
+            call.once("tokens", lambda: self._check_tokens(call) or True)
+        q_of, k_of = (self._tables.of(call, self.source, what) for what in ("q", "k"))
+        check_length(call, q_of, "FreezeMaps")
+        q, present = q_of.of(call, call.rows)
         if self.new_tokens == "paired":
-            self._check_all(call, found)
-        if found is None:
+            self._check_all(call, q, present)
+        if q is None or not (present is None or bool(present.any())):
             return None
-        clean, present = found
         att = call.map.att
-        if clean.q.shape[3] != att.q.shape[3] or clean.k.shape[3] != att.k.shape[3]:
+        if q.shape[3] != att.q.shape[3] or k_of.rows.shape[3] != att.k.shape[3]:
             raise SelectionError(
-                f"FreezeMaps at {call.site.path}: q and k of the clean run have widths {clean.q.shape[3]} and {clean.k.shape[3]}, "
+                f"FreezeMaps at {call.site.path}: q and k of the clean run have widths {q.shape[3]} and {k_of.rows.shape[3]}, "
                 f"this model's {att.q.shape[3]} and {att.k.shape[3]}. Capture a run of this model; `InjectMap` takes another's."
             )
-        H, held = att.q.shape[1], att.k.shape[1]
+        k, known = k_of.of(call, call.keys)
+        check_keys(call, present, known, k is None)
+        q, k = q.to(att.q.dtype), k.to(att.k.dtype)
         # One key head for each query head, of which those that share one are alike.
-        k = clean.k if held == H else clean.k[:, :: H // held]
-        number = torch.where(call.keys.valid, call.keys.index, -1)
-        _, known = self._tables.of(call, self.source, "k").at(call, number)
-        return att, present, clean.q, torch.where(known[:, None, :, None], k, att.k)
+        k = k[:, :: att.q.shape[1] // att.k.shape[1]]
+        q = q if present is None else torch.where(present[:, None, :, None], q, att.q)
+        k = k if known is None else torch.where(known[:, None, :, None], k, att.k)
+        if present is None:
+            present = torch.ones(q.shape[0], q.shape[2], dtype=torch.bool, device=q.device)
+        return att, present, q, k
 
     @staticmethod
-    def _check_all(call: AttnCall, found: tuple[kernels.Attention, Tensor] | None) -> None:
-        missing = call.rows.valid if found is None else call.rows.valid & ~found[1]
+    def _check_all(call: AttnCall, q: Tensor | None, present: Tensor | None) -> None:
+        if q is not None and present is None:
+            return
+        missing = call.rows.valid if q is None else call.rows.valid & ~present
         if bool(missing.any()):
             number = int(call.rows.index.expand_as(missing)[missing].min())
             raise SelectionError(

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..attention_map import FEW_ROWS, DenseMap
 from ..call import AttnCall
 from ..captured import Captured, blocks, checked_rows, chosen_rows, map_rows, needs_tokens, picked, places
 from ..errors import CompositionError, SelectionError, brief
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
-from ..kernels.problem import visible
 from ..parameters import choice, is_all, number, parsed, plain, whole
 from ..registry import register_method
 from ..tokens import Tokens
-from ._map_patterns import OF_IDS, checked_pattern, pattern_rows, seen_rows, target_token
-from ._sources import Tables, by_token, check_length, checked_source
+from ._map_patterns import OF_IDS, checked_pattern, pattern_rows, seen_rows, sees_key, target_token
+from ._sources import Tables, by_token, check_keys, check_length, checked_source
 from ._spans import checked_spans, span_keys
 
 # How far the sum of a given row may be from what is left by a learned sink, or one.
@@ -199,14 +199,15 @@ class InjectMap(Intervention):
                 f"InjectMap at {call.site.path} gives rows of the map, and another method reweights them in the same heads; "
                 "which comes first would be lost. Give them different heads or layers."
             )
-        chosen = chosen_rows(call, self.rows, self.tokenizer).expand(call.map.shape[0], -1)
         if self._of_qk:
-            return self._kernel(call, out, chosen)
-        if isinstance(self.source, str) and self.mode == "replace" and self.keys is None and not call.packed:
-            number = target_token(*checked_pattern(self.source), call.rows.index)
-            if number is not None:
-                return self._of_one_key(call, out, chosen, number)
-        at, there = places(chosen)
+            return self._kernel(call, out, self._chosen(call))
+        plain = isinstance(self.source, str) and self.mode == "replace" and self.keys is None
+        # The dense path of `steer(reference=True)` writes its rows out.
+        if plain and not call.packed and not isinstance(call.map, DenseMap):
+            if target_token(*checked_pattern(self.source), call.rows.index) is not None:
+                return self._of_one_key(call, out)
+            return self._of_keys(call, out)
+        at, there = places(self._chosen(call))
         if not at.shape[1]:
             return None
         B, H, n, m = call.map.shape
@@ -222,31 +223,94 @@ class InjectMap(Intervention):
             made = made.scatter(2, target, edited)
         return made[:, :, :n]
 
-    def _of_one_key(self, call: AttnCall, out: Tensor, chosen: Tensor, number: Tensor) -> Tensor:
-        """The outputs of rows that look at the token `number` [B or 1, n] alone: its values, without a map."""
-        att, (B, _, n, m) = call.map.att, call.map.shape
-        number = number.expand(B, -1)
-        index = torch.where(call.keys.valid, call.keys.index, -1).expand(B, -1)
-        size = int(index.max()) + 1
-        place = torch.full((B, size + 1), -1, device=index.device)
-        place.scatter_(1, torch.where(index >= 0, index, size), torch.arange(m, device=index.device).expand(B, -1))
-        at = place.gather(1, torch.where((number >= 0) & (number < size), number, size))
-        sees = ((number >= 0) & (number < size) & (at >= 0) & chosen)[:, None]
-        at = at.clamp_min(0)
-        if att.causal:
-            sees = sees & (at <= torch.arange(n, device=at.device))[:, None]
-        for hides in (att.mask4(), None if att.key_bias is None else att.key_bias[:, :, None]):
-            if hides is not None:
-                wide = hides.expand(B, -1, n, -1)
-                sees = sees & visible(wide.gather(3, at[:, None, :, None].expand(-1, wide.shape[1], -1, 1)))[..., 0]
-        new = picked(att.expanded_values(), at).to(call.map.stat_dtype)
-        # A row that looks there alone by itself keeps its output, bit for bit.
-        sees = sees & (new.to(out.dtype) != out).any(dim=-1)
-        if not is_all(self.strength, 1.0):
-            s = call.each(self.strength)
-            s = s[..., None] if isinstance(s, Tensor) else s
-            new = (1.0 - s) * out + s * new
-        return torch.where(sees[..., None], new.to(out.dtype), out)
+    def _chosen(self, call: AttnCall) -> Tensor:
+        """bool [B, n]."""
+        return chosen_rows(call, self.rows, self.tokenizer).expand(call.shape[0], -1)
+
+    def _of_one_key(self, call: AttnCall, out: Tensor) -> Tensor:
+        """The outputs of rows that look at one token alone: its values, without a map."""
+        at, sees = call.once_masked("one key", lambda: self._looks(call))
+        return torch.where(sees, self._mixed(call, out, call.map.values_at(at)), out)
+
+    def _looks(self, call: AttnCall) -> tuple[Tensor, Tensor]:
+        """(the place of the key that each row looks at, int [B, n]; which rows look at one, bool [B, 1 or H, n, 1])."""
+        B, _, _, m = call.shape
+        number = target_token(*checked_pattern(self.source), call.rows.index).expand(B, -1)
+        track = call.keys
+        if track.begins is not None:
+            at = number - track.begins
+            there = (at >= 0) & (at < m) & (number >= 0)
+        else:
+            # Numbers never fall along the slots, so that those of the keys are at most m - 1 above the first.
+            low = track.index[:, :1]
+            own = torch.where(track.valid & (track.index >= 0), track.index - low, m).expand(B, -1)
+            place = torch.full((B, m + 1), -1, device=own.device)
+            place.scatter_(1, own, torch.where(own < m, torch.arange(m, device=own.device), -1))
+            wanted = number - low
+            at = place.gather(1, torch.where((number >= 0) & (wanted >= 0) & (wanted < m), wanted, m))
+            there = at >= 0
+        at = torch.where(there, at, 0)
+        return at, ((there & self._chosen(call))[:, None] & sees_key(call, at))[..., None]
+
+    def _mixed(self, call: AttnCall, out: Tensor, new: Tensor) -> Tensor:
+        """(1 - s) out + s new; a row in which both are the same keeps it, bit for bit."""
+        if is_all(self.strength, 1.0):
+            return new.to(out.dtype)
+        s = call.each(self.strength)
+        s = s[..., None] if isinstance(s, Tensor) else s
+        return torch.lerp(out.to(call.map.stat_dtype), new.to(call.map.stat_dtype), s).to(out.dtype)
+
+    def _of_keys(self, call: AttnCall, out: Tensor) -> Tensor | None:
+        """The outputs of rows that spread evenly over the keys of a pattern: means of values, without scores."""
+        B, _, n, m = call.shape
+        if n <= FEW_ROWS:
+            every = torch.arange(n, device=out.device).expand(B, -1)
+            share, some = call.once_masked("keys", lambda: self._spread(call, every, self._chosen(call)))
+            return torch.where(some, self._mixed(call, out, self._means(share, *self._values(call, False), 0)), out)
+        at, there = call.once("places", lambda: places(self._chosen(call)))
+        if not at.shape[1]:
+            return None
+        values, entry = self._values(call, True)
+        # Places beyond the last row take what belongs to none.
+        values, made = values.to(call.map.stat_dtype), torch.nn.functional.pad(out, (0, 0, 0, 1))
+        for block in blocks(at.shape[1], B * m):
+            own, known = at[:, block], there[:, block]
+            share, some = self._spread(call, own, known)
+            kept = picked(out, own)
+            edited = torch.where(some, self._mixed(call, kept, self._means(share, values, entry, out.shape[3])), kept)
+            target = torch.where(known, own, n)[:, None, :, None].expand_as(edited)
+            made = made.scatter(2, target, edited)
+        return made[:, :, :n]
+
+    def _spread(self, call: AttnCall, at: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """(even weights on the keys of the pattern that rows `at` [B, r] see, [B, 1 or H, r, m]; which have some, [.., r, 1])."""
+        kind, amount = checked_pattern(self.source)
+        found = pattern_rows(call, kind, amount, at, self.spans, self.tokenizer, self.sentence_ends)
+        found = found[:, None] & seen_rows(call, at)
+        count = found.sum(dim=-1, keepdim=True)
+        return found.to(call.map.stat_dtype) / count.clamp_min(1), (count > 0) & chosen[:, None, :, None]
+
+    @staticmethod
+    def _values(call: AttnCall, many: bool) -> tuple[Tensor, Tensor]:
+        """(V of key heads, which of them each head reads); `many`: those alone that are read, the heads as so many columns."""
+        att, heads = call.map.ungathered
+        heads, groups, device = range(att.q.shape[1]) if heads is None else heads, att.groups, att.v.device
+        if not many:
+            return att.v, kernels.key_heads(heads, groups, device)
+        read = sorted({head // groups for head in heads})
+        values = att.v.index_select(1, kernels.key_heads(read, 1, device))
+        return values.transpose(1, 2).flatten(2), kernels.key_heads([read.index(h // groups) for h in heads], 1, device)
+
+    @staticmethod
+    def _means(share: Tensor, values: Tensor, entry: Tensor, width: int) -> Tensor:
+        """share V, [B, H, r, dv]."""
+        if values.ndim == 4:
+            values = values if share.shape[1] == 1 else values[:, entry]
+            made = torch.matmul(share, values.to(share.dtype))
+            return made if share.shape[1] > 1 else made[:, entry]
+        if share.shape[1] == 1:
+            return torch.matmul(share[:, 0], values).unflatten(-1, (-1, width)).transpose(1, 2)[:, entry]
+        return torch.matmul(share, values.unflatten(-1, (-1, width)).transpose(1, 2)[:, entry])
 
     def _rows(self, call: AttnCall, at: Tensor) -> tuple[Tensor, Tensor]:
         """(the edited rows [B, H, r, m], which of them are other than the model's, bool [B, H, r])."""
@@ -380,21 +444,17 @@ def kernel_of(
     Raises:
         SelectionError: a row of the source sees a token of which the source has no key.
     """
-    B, att = call.map.shape[0], call.map.att
+    B, att = call.shape[0], call.map.att
     q_of, k_of = (tables.of(call, source, what, head_map) for what in ("q", "k"))
     check_length(call, q_of, "The source")
-    rows, present = q_of.at(call, call.rows.index)
-    present = present & call.rows.valid
-    if not bool(present.any()):
+    rows, present = q_of.of(call, call.rows)
+    if rows is None:
         return None
-    keys, known = k_of.at(call, torch.where(call.keys.valid, call.keys.index, -1))
-    needed = (
-        seen_rows(call, torch.arange(call.rows.size, device=present.device).expand(B, -1)) & present[:, None, :, None]
-    ).any(dim=2)
-    if bool((needed & ~known[:, None]).any()):
-        raise SelectionError(
-            f"{call.site.path}: rows of the source see tokens whose keys it has not; capture q and k of all tokens of the prompt."
-        )
+    if present is not None and not bool(present.any()):
+        return None
+    keys, known = k_of.of(call, call.keys)
+    check_keys(call, present, known, keys is None)
+    present = torch.ones(B, call.rows.size, dtype=torch.bool, device=rows.device) if present is None else present
     if q_of.scale is not None and (rows.shape[3] != keys.shape[3]):
         raise SelectionError(
             f"{call.site.path}: q and k of the source have widths {rows.shape[3]} and {keys.shape[3]}."

@@ -98,19 +98,23 @@ class PatchHeads(Intervention):
         steps = self.source is not None and any(t.step is not None for t in self.source.takes)
         return (*(("steps",) if steps else ()), *(("tokens",) if needs_tokens(self.rows) else ()))
 
+    def doors(self) -> set[str]:
+        """That of what is patched."""
+        return {"output"} if self.what == "output" else {"inputs"}
+
     def check_tokens(self, tokens: Tokens) -> None:
         if needs_tokens(self.rows) and isinstance(self.rows, list):
             tokens.spans(self.rows, self.tokenizer)
 
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
-        if self.what == "output" or is_all(self.strength, 0.0):
+        if is_all(self.strength, 0.0):
             return None
         q, k, v = call.q, call.k, call.v
         own = {"q": q, "k": k, "v": v}[self.what]
         if self.what != "q" and own.shape[1] != len(call.heads):
             own = own.repeat_interleave(len(call.heads) // own.shape[1], dim=1)
         new = self._patched(call, own, of_keys=self.what != "q")
-        if torch.equal(new, own):
+        if new is None or torch.equal(new, own):
             # Put in place, the same numbers would be those of another kernel where the model's own is none of ours.
             return None
         if self.what == "q":
@@ -121,22 +125,19 @@ class PatchHeads(Intervention):
         return (q, new, v) if self.what == "k" else (q, k, new)
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
-        if self.what != "output" or is_all(self.strength, 0.0):
-            return None
-        return self._patched(call, out, of_keys=False)
+        return None if is_all(self.strength, 0.0) else self._patched(call, out, of_keys=False)
 
-    def _patched(self, call: AttnCall, own: Tensor, of_keys: bool) -> Tensor:
-        """`own` [B, H, n or m, d] with the donor's rows in it."""
-        B = len(own)
+    def _patched(self, call: AttnCall, own: Tensor, of_keys: bool) -> Tensor | None:
+        """`own` [B, H, n or m, d] with the donor's rows in it; None: it has none of them."""
         track = call.keys if of_keys else call.rows
-        number = torch.where(track.valid, track.index, -1).expand(B, -1)
-        if self.rows is None:
-            there = number >= 0
-        elif of_keys:
-            there = self._keys(call)
-        else:
-            there = chosen_rows(call, self.rows, self.tokenizer).expand(B, -1)
+        # Rows with a new value; None: all of them.
+        there: Tensor | None = None
         donor = own
+        if self.rows is not None:
+            choose = lambda: self._keys(call) if of_keys else chosen_rows(call, self.rows, self.tokenizer)  # noqa: E731
+            there = call.once("rows", choose).expand(len(own), -1)
+        elif self.source is None:
+            there = track.valid & (track.index >= 0)
         if self.source is not None:
             table = self._tables.of(call, self.source, self.what, self.head_map)
             if table.rows.shape[-1] != own.shape[-1]:
@@ -146,8 +147,9 @@ class PatchHeads(Intervention):
                 )
             if self.rows is None:
                 check_length(call, table, "PatchHeads")
-                donor, known = table.at(call, number)
-                there = there & known
+                donor, there = table.of(call, track)
+                if donor is None:
+                    return None
             else:
                 donor = self._in_order(call, table, there)
         donor = donor.to(own.dtype)
@@ -156,7 +158,8 @@ class PatchHeads(Intervention):
             s = call.each(self.strength, own)
             s = s[..., None] if isinstance(s, Tensor) else s
             new = (1.0 - s) * own + s * new
-        return torch.where(there[:, None, :, None], new.to(own.dtype), own)
+        new = new.to(own.dtype)
+        return new.clone() if there is None else torch.where(there[:, None, :, None], new, own)
 
     def _keys(self, call: AttnCall) -> Tensor:
         """bool [B, m]: the rows of this choice as keys: those of this call, and of earlier ones by their numbers."""

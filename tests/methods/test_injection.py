@@ -95,6 +95,42 @@ def test_a_pipelines_own_patterns_change_nothing() -> None:
             assert torch.equal(torch.as_tensor(pipe(**call)[0]), base)
 
 
+ALL_ROWS = {
+    "frozen": lambda donor: FreezeMaps(donor, same_tokens=False),
+    "frozen heads": lambda donor: FreezeMaps(donor, HEADS, same_tokens=False),
+    "output": lambda donor: PatchHeads(donor, HEADS),
+    "q": lambda donor: PatchHeads(donor, HEADS, "q", strength=[0.5, 0.0, 1.0]),
+    "k": lambda donor: PatchHeads(donor, HEADS, "k"),
+    "v": lambda donor: PatchHeads(donor, HEADS, "v"),
+    "one key": lambda donor: InjectMap("offset:2", HEADS, strength=0.5),
+    "several keys": lambda donor: InjectMap("same_token", HEADS, strength=[0.5, 0.0, 1.0]),
+    "several keys of some rows": lambda donor: InjectMap("block:3", HEADS, rows=[1, 4, 5]),
+}
+
+
+@pytest.mark.parametrize("name", ALL_ROWS)
+@torch.no_grad()
+def test_rows_in_order_are_those_of_padded_rows_of_chunks_and_of_the_dense_path(name: str) -> None:
+    """Without padding, what is put back is taken as it stands; behind padding it is looked up."""
+    model, draw = model_of("llama"), torch.Generator().manual_seed(4)
+    ids, other = torch.randint(4, 10, (2, 3, 12), generator=draw)
+    extra = torch.randint(4, 10, (3, 2), generator=draw)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    behind = {key: nn.functional.pad(value, (3, 0)) for key, value in given.items()}
+    donor = taken(model, {**given, "input_ids": other}, what=("q", "k", "v", "output"))
+    method = ALL_ROWS[name](donor)
+
+    def logits(inputs: dict[str, Tensor], *chunks: tuple[int, int], reference: bool = False) -> Tensor:
+        with steer(model, method, reference=reference):
+            return drive(model, inputs, list(chunks), extra, lambda *_: None)
+
+    whole = logits(given, (0, 12))
+    assert (whole - logits(behind, (0, 12))[:, 3:]).abs().max() <= 1e-5
+    assert (whole - logits(given, (0, 5), (5, 12))).abs().max() <= 1e-5
+    assert (whole - logits(given, (0, 12), reference=True)).abs().max() <= 1e-5
+    assert (whole[:, :12].flatten(0, 1) - plain(model, given)).abs().max() > 1e-3
+
+
 # Injected maps, against loops.
 
 
