@@ -45,9 +45,10 @@ class AttentionBuckets(Intervention):
         mix: "logits" as above, the official code; "probs": the distributions are averaged, weighted by their largest
             probabilities, and their logarithm takes the place of the logits.
 
-    All layers and heads, at N times the computation and N caches: each stream keeps its own, with keys rotated by its base. Streams
-    run one after the other. Scaled rotary embeddings are scaled as the model's are, from the other base; models whose frequencies
-    do not follow from one base are refused.
+    All layers and heads, at N times the computation and N caches (two bases: 1.97 times a prefill of 4,096 tokens, 2.08 times a
+    decode step, docs/capture.md): each stream keeps its own, with keys rotated by its base. Streams run one after the other. Scaled
+    rotary embeddings are scaled as the model's are, from the other base; models whose frequencies do not follow from one base are
+    refused.
     """
 
     bases: tuple[float, ...] = parsed(_bases, "numbers above 1", TOOLS)
