@@ -121,7 +121,7 @@ def test_rows_in_order_are_those_of_padded_rows_of_chunks_and_of_the_dense_path(
     method = ALL_ROWS[name](donor)
 
     def logits(inputs: dict[str, Tensor], *chunks: tuple[int, int], reference: bool = False) -> Tensor:
-        with steer(model, method, reference=reference):
+        with steer(model, method, reference=reference) as run, run.chunked_prefill(tokens=inputs["input_ids"].shape[1]):
             return drive(model, inputs, list(chunks), extra, lambda *_: None)
 
     whole = logits(given, (0, 12))
