@@ -261,6 +261,8 @@ class Captured:
         self.takes: list[Take] = []
         self.folder = folder
         self.ids: list[list[int]] | None = None
+        # By site, where a model reads several texts (an encoder's and a decoder's).
+        self.ids_of: dict[str, list[list[int]]] = {}
         self.open = False
         self._lock = threading.Lock()
 
@@ -402,6 +404,7 @@ class Captured:
             "schema": SCHEMA,
             "what": self.what,
             "ids": self.ids,
+            "ids_of": {site: ids for site, ids in self.ids_of.items() if ids != self.ids},
             "takes": [t.describe() for t in self.takes],
         }
         (folder / INDEX).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
@@ -425,7 +428,7 @@ class Captured:
                 f"Captured.load: {folder / INDEX} is not one of this library's, of schema {SCHEMA}."
             )
         made = cls(record["what"], folder)
-        made.ids = record["ids"]
+        made.ids, made.ids_of = record["ids"], record.get("ids_of", {})
         for number, entry in enumerate(record["takes"]):
             file = folder / file_name(number)
             try:

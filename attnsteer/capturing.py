@@ -460,12 +460,20 @@ class Recorder(Intervention):
         ids = None if tokens is None or call.site.kind != "self" else tokens.ids
         if ids is None:
             return
-        known = self.store.found.ids
+        found = self.store.found
+        known = found.ids_of.get(call.site.path)
         if known is not None and len(known) == len(ids) and max(map(len, known)) >= int(tokens.count().max()):
             return
-        valid = torch.ones_like(ids, dtype=torch.bool) if tokens.valid is None else tokens.valid.to(ids.device)
-        valid = valid.expand(len(ids), -1)
-        self.store.found.ids = [row[keep][tokens.virtual :].tolist() for row, keep in zip(ids, valid, strict=True)]
+
+        def listed() -> list[list[int]]:
+            valid = torch.ones_like(ids, dtype=torch.bool) if tokens.valid is None else tokens.valid.to(ids.device)
+            valid = valid.expand(len(ids), -1)
+            return [row[keep][tokens.virtual :].tolist() for row, keep in zip(ids, valid, strict=True)]
+
+        # One list for all layers of a stack.
+        own = found.ids_of[call.site.path] = call.once("ids", listed)
+        if found.ids is None or len(found.ids) != len(own) or max(map(len, found.ids)) < max(map(len, own)):
+            found.ids = own
 
 
 def free_memory() -> int | None:

@@ -143,7 +143,7 @@ class FreezeMaps(Intervention):
             )
 
     def _check_tokens(self, call: AttnCall) -> None:
-        ids, clean = call.facts.get("tokens"), self.source.ids
+        ids, clean = call.facts.get("tokens"), self.source.ids_of.get(call.site.path, self.source.ids)
         ids = None if ids is None or call.site.kind != "self" else ids.ids
         if ids is None or clean is None or call.samples is not None:
             return

@@ -97,7 +97,8 @@ class InjectMap(Intervention):
             head) of a source that is another model's.
         tokenizer: for rows, keys or spans that are strings; not saved.
 
-    It acts on head outputs, behind all reweightings, and is refused on heads that another method reweights too.
+    It acts on head outputs, behind all reweightings, and is refused on heads that another method reweights too. Of outputs that a
+    method before has edited, (1 - s) stay; what is worked out from the model's own map (`keys`, "mask", "add") is refused there.
 
     Raises (in a call):
         SelectionError: a source of other heads, another length, or negative, unnormalised or invisible weights.
@@ -186,6 +187,11 @@ class InjectMap(Intervention):
             isinstance(self.source, Captured) and "map" not in self.source.what and {"q", "k"} <= set(self.source.what)
         )
 
+    @property
+    def _mixes(self) -> bool:
+        """Whether the outputs of whole rows of P are mixed with those that are there."""
+        return self.mode in ("replace", "scores") and self.keys is None
+
     def check_tokens(self, tokens: Tokens) -> None:
         for spans in (self.rows if needs_tokens(self.rows) else None, self.keys, self.spans):
             if isinstance(spans, (list, tuple)):
@@ -201,6 +207,11 @@ class InjectMap(Intervention):
             )
         if self._of_qk:
             return self._kernel(call, out, self._chosen(call))
+        if not self._mixes and out is not call.map.out:
+            raise CompositionError(
+                f"InjectMap at {call.site.path} edits the model's own map (keys={brief(self.keys)}, mode={self.mode!r}), and a "
+                "method before it edited the outputs of these heads, which would be lost. Put InjectMap first, or give other heads."
+            )
         plain = isinstance(self.source, str) and self.mode == "replace" and self.keys is None
         # The dense path of `steer(reference=True)` writes its rows out.
         if plain and not call.packed and not isinstance(call.map, DenseMap):
@@ -218,7 +229,9 @@ class InjectMap(Intervention):
             new, present = self._rows(call, own)
             kept = picked(out, own)
             values = call.map.att.expanded_values().to(new.dtype)
-            edited = torch.where(present[..., None], torch.matmul(new, values).to(out.dtype), kept)
+            edited = torch.matmul(new, values)
+            edited = self._mixed(call, kept, edited) if self._mixes else edited.to(out.dtype)
+            edited = torch.where(present[..., None], edited, kept)
             target = torch.where(known, own, n)[:, None, :, None].expand_as(edited)
             made = made.scatter(2, target, edited)
         return made[:, :, :n]
@@ -332,7 +345,7 @@ class InjectMap(Intervention):
         else:
             new = P
         present = present & (new != A).any(dim=-1)
-        if not is_all(self.strength, 1.0):
+        if not self._mixes and not is_all(self.strength, 1.0):
             s = call.each(self.strength)
             s = s[..., None] if isinstance(s, Tensor) else s
             new = (1.0 - s) * A + s * new

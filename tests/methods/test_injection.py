@@ -131,6 +131,43 @@ def test_rows_in_order_are_those_of_padded_rows_of_chunks_and_of_the_dense_path(
     assert (whole[:, :12].flatten(0, 1) - plain(model, given)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("second", ["first", "same_token", "tensor"])
+@torch.no_grad()
+def test_injections_into_one_head_follow_each_other(second: str) -> None:
+    """(1 - s) of what the first left stays, whichever way the second is computed; what reads the model's own map is refused."""
+    model, inputs = model_of("llama"), prompts(5)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    P = torch.softmax(torch.randn(12, 12).masked_fill(~torch.ones(12, 12).bool().tril(), -torch.inf), dim=-1)
+    methods = (
+        InjectMap("previous", HEADS, strength=0.7),
+        InjectMap(P if second == "tensor" else second, HEADS, strength=0.5),
+    )
+    with steer(model, *methods, reference=True):
+        slow = model(**inputs).logits.flatten(0, 1)
+    assert (run(model, inputs, *methods) - slow).abs().max() <= 1e-5
+    assert (run(model, inputs, methods[1]) - slow).abs().max() > 1e-3
+    with pytest.raises(CompositionError, match="Put InjectMap first"):
+        run(model, inputs, methods[0], InjectMap("same_token", HEADS, mode="mask"))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_frozen_maps_of_an_encoder_and_a_decoder_have_a_text_each(name: str, tmp_path: Path) -> None:
+    model = model_of(name)
+    inputs = tiny_transformers_inputs(name, model, batch=2, length=10, padding="left", seed=2)
+    own = taken(model, inputs, Where(kinds="self"), what=("q", "k"))
+    with torch.no_grad():
+        base = model(**inputs).logits
+        for source in (own, Captured.load(own.save(tmp_path / name))):
+            with steer(model, FreezeMaps(source, where=Where(kinds="self")), control=True):
+                assert torch.equal(model(**inputs).logits, base)
+        other = inputs | {"decoder_input_ids": inputs["decoder_input_ids"] + 1}
+        with (
+            pytest.raises(SelectionError, match="other tokens"),
+            steer(model, FreezeMaps(own, where=Where(kinds="self"))),
+        ):
+            model(**other)
+
+
 # Injected maps, against loops.
 
 
