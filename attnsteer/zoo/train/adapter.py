@@ -33,7 +33,7 @@ BATCH, POOL, MOST = 16, 3000, 4
 # Where colour, size and ground are settled: the last steps of a picture know them already.
 LEAST = 100
 TOWER_PLAN = Plan(steps=1500, lr=2e-3, warmup=100, ema=0.99, every=60.0)
-PLAN = Plan(steps=1300, lr=6e-4, warmup=50, decay=0.0, ema=0.99, seed=1, every=60.0)
+PLAN = Plan(steps=500, lr=6e-4, warmup=50, decay=0.0, ema=0.99, seed=1, every=60.0)
 # Of the captions: without the star's colour; with neither words nor references; with words alone.
 UNNAMED, EMPTY, ALONE = 0.75, 0.1, 0.08
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
