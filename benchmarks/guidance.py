@@ -41,7 +41,7 @@ def operations(model: nn.Module, inputs: dict[str, Any]) -> dict[str, float]:
     """Multiplications and additions of one call, by child of the model, and "all"."""
     # The fused attention of CPUs is not counted; the written one is.
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        counter = FlopCounterMode(model, display=False, depth=3)
+        counter = FlopCounterMode(display=False, depth=3)
         with counter:
             model(**inputs)
     counts = counter.get_flop_counts()
@@ -60,10 +60,8 @@ def middle() -> SoftPAG:
 def softpag_bound(shape: UNetShape, side: int) -> float:
     """Of CFG's two rows and one weak row from the middle block on, over the two rows."""
     count = operations(unet(shape), unet_inputs(shape, side, 2))
-    again = sum(v for k, v in count.items() if k in ("mid_block", "up_blocks", "conv_norm_out", "conv_out"))
-    again += sum(
-        v for k, v in count.items() if k.startswith("up_blocks.") and k.count(".") == 1 and "up_blocks" not in count
-    )
+    whole = ("mid_block", "conv_norm_out", "conv_out")
+    again = sum(v for k, v in count.items() if k in whole or (k.startswith("up_blocks.") and k.count(".") == 1))
     return 1 + 0.5 * again / count["all"]
 
 

@@ -2,9 +2,9 @@
 
 Parts: `push` (how far SEG's weak prediction is from the strong one, beside PAG's, by site and blur), `seg`, `refocusing`, `heads`
 (HeadHunter on shapes-mmdit: found heads against random ones, the screened search against the exhaustive one), `nag` (whether a
-negative prompt is obeyed without classifier-free guidance), `pairs` (CONFORM and Attention Regulation, two objects), `report`.
-Every arm has the same prompts and first latents. One JSON file for each arm; pictures that are there already are not made again,
-so a part that was stopped goes on.
+negative prompt is obeyed without classifier-free guidance), `pairs` (CONFORM and Attention Regulation, two objects), `cosines`
+(what CONFORM compares), `report`. Every arm has the same prompts and first latents. One JSON file for each arm; pictures that are
+there already are not made again, so a part that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from attnsteer.search import Rung, headhunter
 from attnsteer.zoo.shapes.detect import detect
 from attnsteer.zoo.shapes.layouts import exact, in_boxes, satisfied
 
-PARTS = ("push", "seg", "refocusing", "heads", "nag", "pairs", "report")
+PARTS = ("push", "seg", "refocusing", "heads", "nag", "pairs", "cosines", "report")
 FREE = {"guidance_scale": 1.0}
 SEARCH = "calibration"
 
@@ -157,12 +157,9 @@ def seg(out: Path, split: str, count: int) -> None:
         # As far as PAG 2 pushes there, by `push`; twice as far.
         Arm("SEG 5.4 at 16x16 out", lambda _: sited(SEG, [5, 6], 5.4)),
         Arm("SEG 10.8 at 16x16 out", lambda _: sited(SEG, [5, 6], 10.8)),
-        Arm("SEG 5.4 at 16x16 out, sigma 2", lambda _: sited(SEG, [5, 6], 5.4, sigma=2.0)),
-        Arm("SEG 3 at middle", lambda _: sited(SEG, [2], 3.0)),
         Arm("SEG 30 at middle", lambda _: sited(SEG, [2], 30.0)),
-        Arm("PAG 3 at 8x8 out", lambda _: sited(PAG, [3, 4], 3.0)),
         Arm("SEG 8 at 8x8 out", lambda _: sited(SEG, [3, 4], 8.0)),
-        Arm("SEG 4.7 at all", lambda _: sited(SEG, SITES["all"], 4.7)),
+        Arm("SEG 3 at middle", lambda _: sited(SEG, [2], 3.0)),
     ]
     for arm in arms:
         run(pipe, arm, items, out / f"seg-{split}" / f"{arm.name}.json", num_inference_steps=12, **FREE)
@@ -215,11 +212,11 @@ def heads(out: Path, searched: int, tested: int) -> None:
     folder = out / "heads"
     folder.mkdir(parents=True, exist_ok=True)
     half = max(1, searched // 2)
-    for name, rungs in {"screened": (Rung(half, 5, 0.3),), "exhaustive": ()}.items():
+    for name, rungs in {"screened": (Rung(half, 4, 0.3),), "exhaustive": ()}.items():
         if (folder / f"{name}.safetensors").is_file():
             continue
         found = headhunter(
-            pipe, texts, right, perturbed(), rounds=1, top=TOP, steps=10, screen=rungs, options=short,
+            pipe, texts, right, perturbed(), rounds=1, top=TOP, steps=8, screen=rungs, options=short,
             batch=searched, state=folder / f"{name}-state", progress=False,
         )  # fmt: skip
         found.save(folder / f"{name}.safetensors")
@@ -272,18 +269,48 @@ def pairs(out: Path, split: str, count: int, names: Sequence[str] | None = None)
     arms = [
         Arm("none"),
         Arm("CONFORM 0.03", lambda p: contrasted(p, 0.03)),
+        Arm("AR", lambda p: regulated(p)),
+        Arm("CONFORM 0.03, sharp", lambda p: contrasted(p, 0.03, sharpness=100.0, smooth=False)),
+        Arm("AR, phrases, 0.3", lambda p: regulated(p, "texts", strength=0.3)),
+        Arm("CONFORM 0.01, last", lambda p: contrasted(p, 0.01, include="last")),
+        Arm("CONFORM 0.03, last", lambda p: contrasted(p, 0.03, include="last")),
         Arm("CONFORM 0.01", lambda p: contrasted(p, 0.01)),
         Arm("CONFORM 0.003", lambda p: contrasted(p, 0.003)),
-        Arm("CONFORM 0.01, last", lambda p: contrasted(p, 0.01, include="last")),
-        Arm("CONFORM 0.01, one site", lambda p: contrasted(p, 0.01, LAST)),
-        Arm("AR", lambda p: regulated(p)),
-        Arm("AR 0.3", lambda p: regulated(p, strength=0.3)),
         Arm("AR, phrases", lambda p: regulated(p, "texts")),
-        Arm("AR, a fifth", lambda p: regulated(p, until=0.2)),
     ]
     for arm in arms:
         if names is None or arm.name in names:
             run(pipe, arm, items, out / f"pairs-{split}" / f"{arm.name}.json", num_inference_steps=25)
+
+
+def cosines(out: Path, count: int = 20) -> None:
+    """What CONFORM compares: the mean cosine of words' maps within a group and across groups, at each of its calls."""
+    from attnsteer.methods import conform
+
+    pipe, items = zoo.load("shapes-sd"), samples("layouts", SEARCH, count)
+    own, found = conform.contrast, {}
+    forms = {"as it is": {}, "unsmoothed": {"smooth": False}, "sharp": {"sharpness": 100.0, "smooth": False}}
+    for name, more in forms.items():
+        seen: list[tuple[float, float]] = []
+
+        def noted(vectors: Tensor, same: Tensor, *rest: Any, seen: list[Any] = seen) -> Tensor:
+            s = torch.nn.functional.normalize(vectors.detach(), dim=1)
+            s, pairs = s @ s.T, same & ~torch.eye(len(same), dtype=torch.bool)
+            seen.append((float(s[pairs].mean()), float(s[~same].mean())))
+            return own(vectors, same, *rest)
+
+        conform.contrast = noted
+        try:
+            # A step of nearly nothing: the maps are those of the model alone.
+            with steer(pipe, contrasted(items, 1e-6, **more), control=True):
+                noise = [torch.Generator().manual_seed(i) for i in range(count)]
+                pipe([s["prompt"] for s in items], generator=noise, num_inference_steps=25, output_type="latent")
+        finally:
+            conform.contrast = own
+        calls = [seen[i : i + count] for i in range(0, len(seen), count)]
+        found[name] = [[sum(v) / len(v) for v in zip(*call, strict=True)] for call in calls]
+        print(name, found[name], flush=True)
+    (out / "cosines.json").write_text(json.dumps(found))
 
 
 def report(out: Path) -> Iterator[str]:
@@ -325,6 +352,8 @@ def main() -> None:
         heads(given.out, given.searched, given.count)
     elif given.part == "nag":
         nag(given.out, given.count)
+    elif given.part == "cosines":
+        cosines(given.out)
     elif given.part == "pairs":
         pairs(given.out, given.split, given.count, given.arm)
     else:

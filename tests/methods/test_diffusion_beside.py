@@ -33,7 +33,13 @@ METHODS = {
     ),
     "StoryAdapter": StoryAdapter(0.4),
 }
-EACH = pytest.mark.parametrize("name", METHODS)
+
+
+def each(*always: str) -> Any:
+    """All five methods; every run has these, `make test-long` the others too."""
+    return pytest.mark.parametrize(
+        "name", [n if n in always else pytest.param(n, marks=pytest.mark.long) for n in METHODS]
+    )
 
 
 def fresh(name: str) -> Any:
@@ -65,8 +71,8 @@ def alone(name: str) -> tuple[Tensor, Tensor]:
     return pipe(**call_of(name))[0], steered(pipe, name)
 
 
-@pytest.mark.parametrize("how", ["hooks", "weights elsewhere"])
-@EACH
+@pytest.mark.parametrize("how", [pytest.param("hooks", marks=pytest.mark.long), "weights elsewhere"])
+@each("SLG", "AttentionRegulation")
 def test_offloading(name: str, how: str) -> None:
     """Bit for bit; with `cpu_offload`, as with a pipeline's sequential one, the modules' own weights are on no device."""
     pipe = fresh(name)
@@ -79,7 +85,7 @@ def test_offloading(name: str, how: str) -> None:
     assert torch.equal(steered(pipe, name), alone(name)[1])
 
 
-@EACH
+@each("StoryAdapter")
 def test_a_lora_is_part_of_the_model(name: str) -> None:
     """As where its weights are added to the layers' own."""
     from peft import LoraConfig
@@ -92,11 +98,11 @@ def test_a_lora_is_part_of_the_model(name: str) -> None:
     assert relative(plain, alone(name)[0]) > 1e-2 and relative(ours, plain) > 1e-2
     pipe.unet.fuse_lora()
     pipe.unet.unload_lora()
-    # The sum of a layer's weights is rounded once more.
-    assert relative(ours, steered(pipe, name)) < 3e-4
+    # The sum of a layer's weights is rounded once more, and steps along a gradient magnify that.
+    assert relative(ours, steered(pipe, name)) < (2e-3 if name == "CONFORM" else 1e-4)
 
 
-@EACH
+@each("NAG", "CONFORM")
 def test_a_controlnet(name: str) -> None:
     """As the plain pipeline whose denoiser is given the same residuals; the latent must not move under them."""
     from diffusers import ControlNetModel, StableDiffusionControlNetPipeline
@@ -131,7 +137,7 @@ def test_a_controlnet(name: str) -> None:
     assert relative(ours, alone(name)[1]) > 1e-2
 
 
-@EACH
+@each("SLG", "CONFORM")
 def test_a_feature_cache(name: str) -> None:
     """Broadcast attention: what is replayed is what the edited attention gave; a weak pass has a cache of its own."""
     pipe = fresh(name)
