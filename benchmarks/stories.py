@@ -1,4 +1,4 @@
-"""Stories of one character on shapes-sd: `python -m benchmarks.stories --adapter FOLDER --out FOLDER`.
+"""Stories of one character on shapes-sd and its IP-Adapter: `python -m benchmarks.stories --out FOLDER`.
 
 A story is four prompts about "a star", whose colour no prompt says. The character is given by pictures of it (`first` of
 `attnsteer.story`), and each later round takes the frames of the round before as references, as Story-Adapter does. Consistent is
@@ -70,9 +70,10 @@ def pictures(split: str, tale: Tale, colour: str) -> list[Any]:
     return [Image.fromarray((p.permute(1, 2, 0) * 255).round().byte().numpy()) for p in render(drawn)]
 
 
-def load(adapter: Path) -> Any:
+def load(adapter: Path | None) -> Any:
     """The pipeline with the adapter, as any user would load them."""
     pipe = zoo.load("shapes-sd")
+    adapter = zoo.folder("shapes-sd") / "ip_adapter" if adapter is None else adapter
     pipe.load_ip_adapter(str(adapter), subfolder="", weight_name=WEIGHTS, image_encoder_folder="image_encoder")
     return pipe
 
@@ -116,8 +117,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/stories"))
     parser.add_argument("--split", default="calibration", choices=("calibration", "test"))
     parser.add_argument("--count", type=int, default=25)
-    parser.add_argument("--scale", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--arm", action="append", choices=ARMS)
     given = parser.parse_args()
     pipe, found = None, {}
