@@ -74,9 +74,7 @@ def whole(
     return image, changed, kept[0] if kept else None
 
 
-def previewed(
-    pipe: Any, text: str, seed: int, steps: int, moment: Moment, *methods: Intervention
-) -> tuple[Any, bool]:
+def previewed(pipe: Any, text: str, seed: int, steps: int, moment: Moment, *methods: Intervention) -> tuple[Any, bool]:
     """(picture, whether the methods changed anything) of one step.
 
     Raises:
@@ -106,7 +104,9 @@ def previewed(
         return (_finished(scheduler, at, inner, output, t, sample, *args, **kwargs),)
 
     with _layers(
-        (scheduler, "set_timesteps", set_timesteps), (pipe, "prepare_latents", prepare_latents), (scheduler, "step", step)
+        (scheduler, "set_timesteps", set_timesteps),
+        (pipe, "prepare_latents", prepare_latents),
+        (scheduler, "step", step),
     ):
         return _called(pipe, text, seed, steps, methods)
 
@@ -121,7 +121,9 @@ def _finished(scheduler: Any, at: int, inner: Callable[..., Any], output: Tensor
     kwargs["return_dict"] = True
     found = getattr(inner(output, t, sample, *args, **kwargs), "pred_original_sample", None)
     if found is None:
-        raise UnsupportedHost(f"{type(scheduler).__name__} does not say what a step takes the finished latent to be; no previews.")
+        raise UnsupportedHost(
+            f"{type(scheduler).__name__} does not say what a step takes the finished latent to be; no previews."
+        )
     return found
 
 
@@ -130,7 +132,9 @@ def _same(pipe: Any, output: Tensor, sample: Tensor, moment: Moment) -> None:
     for ours, theirs in ((output, moment.prediction), (sample, moment.latent)):
         apart = (ours - theirs).norm() / theirs.norm().clamp_min(1e-12) if ours.shape == theirs.shape else torch.inf
         if not apart <= TOLERANCE:
-            raise UnsupportedHost(f"{type(pipe).__name__}: a run that begins in the middle is another one; no previews.")
+            raise UnsupportedHost(
+                f"{type(pipe).__name__}: a run that begins in the middle is another one; no previews."
+            )
 
 
 def _called(pipe: Any, text: str, seed: int, steps: int, methods: tuple[Intervention, ...]) -> tuple[Any, bool]:

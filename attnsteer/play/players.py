@@ -283,7 +283,12 @@ class ImagePlayer(Player):
         wanted = self._turn(request, key)
         # A run as it is serves all values of the slider: only another prompt, or another number of steps, makes it useless.
         before, moment = self._remembered(key, lambda: self._plain(key, lambda: wanted(True)))
-        told = {"seed": seed, "stage": stage, "steered": method is not None, "method": "" if method is None else repr(method)}
+        told = {
+            "seed": seed,
+            "stage": stage,
+            "steered": method is not None,
+            "method": "" if method is None else repr(method),
+        }
         if stage == "preview":
             return {**told, **self._preview(key, moment, method)}
         after, changed = before, True
@@ -312,8 +317,10 @@ class ImagePlayer(Player):
         client, turn = request.get("client"), request.get("turn", 0)
         if isinstance(client, str) and len(client) <= 64 and isinstance(turn, int):
             with self._hearing:
+                text = request.get("prompt")
                 if turn >= self._turns.get(client, (turn,))[0]:
-                    self._turns[client] = (turn, request.get("prompt"), request.get("steps", 20))
+                    kept = text if isinstance(text, str) and len(text) <= LONGEST else None
+                    self._turns[client] = (turn, kept, request.get("steps", 20))
                     self._turns.move_to_end(client)
                 while len(self._turns) > CLIENTS:
                     self._turns.popitem(last=False)

@@ -297,7 +297,7 @@ def test_from_the_slider_to_the_preview_and_the_picture(page: browser.Browser, n
             until(page, f"+(document.documentElement.dataset.previews || 0) > {before}")
             took.append(int(data("took")))
             if at == 300:
-                assert page.js(tags) == ["preview: step 8 of 10"] * 2
+                assert page.js(tags) == ["preview 8/10"] * 2
                 assert page.js(sources)[0] not in whole and len(set(page.js(sources))) == 2
             if at == 600:
                 # The picture is begun, and given up by the next move.

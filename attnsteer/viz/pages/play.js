@@ -252,7 +252,7 @@
     frames({ first, n, steps });
   }
   function put(found, k, seed) {
-    const note = found.stage === "preview" ? `preview: step ${found.step} of ${found.of}` : "";
+    const note = found.stage === "preview" ? `preview ${found.step}/${found.of}` : "";
     for (const side of ["before", "after"]) {
       const node = cells[side][k];
       node.firstChild.replaceWith(make("img", { src: found[side], alt: `${side}, seed ${seed}${note && `, ${note}`}` }));
@@ -321,7 +321,7 @@
   else {
     $("answer-title").textContent = "Pictures"; $("drawing").hidden = false;
     document.querySelector(".answer .minor").replaceChildren();
-    $("pictures").after(make("p", { class: "legend" }, "While the slider moves, previews of one step: from the middle of the run as it is, with the method in that step alone. When it rests, whole pictures."));
+    $("pictures").after(make("p", { class: "legend" }, "While the slider moves, previews of one step (15/20: the 15th of 20): from the latent of the run as it is, with the method in that step alone. When it rests, whole pictures."));
     document.querySelector(".answer .bar").append(make("button", { class: "quiet", id: "draw", onclick: draw }, "Draw"));
     for (const id of ["steps", "seed", "seeds"]) $(id).addEventListener("change", stale);
     $("seeds").max = about.seeds; $("steps").max = about.steps;
