@@ -37,12 +37,14 @@ class Moment:
 
     Attributes:
         step: its number, from 0. steps: of the run. latent: what the scheduler stepped from. prediction: what it was given.
+        texts: what `encode_prompt` gave, call by call.
     """
 
     step: int
     steps: int
     latent: Tensor
     prediction: Tensor
+    texts: tuple[Any, ...]
 
 
 def whole(
@@ -57,7 +59,19 @@ def whole(
         Stale: the picture is not wanted any more.
     """
     kept: list[Moment] = []
-    made = 0
+    texts: list[Any] = []
+    made = inside = 0
+
+    def encode(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal inside
+        inside += 1
+        try:
+            found = inner(*args, **kwargs)
+        finally:
+            inside -= 1
+        if not inside:
+            texts.append(found)
+        return found
 
     def step(inner: Callable[..., Any], output: Tensor, t: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal made
@@ -65,11 +79,12 @@ def whole(
             raise Stale
         times = len(pipe.scheduler.timesteps)
         if made == int(BEFORE * times):
-            kept.append(Moment(made, times, sample.clone(), output.clone()))
+            kept.append(Moment(made, times, sample.clone(), output.clone(), tuple(texts)))
         made += 1
         return inner(output, t, sample, *args, **kwargs)
 
-    with _layers((pipe.scheduler, "step", step)):
+    encodes = [(pipe, "encode_prompt", encode)] if callable(getattr(pipe, "encode_prompt", None)) else []
+    with _layers((pipe.scheduler, "step", step), *encodes):
         image, changed = _called(pipe, text, seed, steps, methods)
     return image, changed, kept[0] if kept else None
 
@@ -81,7 +96,12 @@ def previewed(pipe: Any, text: str, seed: int, steps: int, moment: Moment, *meth
         UnsupportedHost: this pipeline's runs cannot be entered in the middle, or its scheduler does not say what a step takes the
             finished latent to be.
     """
-    scheduler, at = pipe.scheduler, moment.step
+    scheduler, at, texts = pipe.scheduler, moment.step, iter(moment.texts)
+
+    def encode(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # The same prompt, which need not be read again.
+        known = next(texts, None)
+        return inner(*args, **kwargs) if known is None else known
 
     def set_timesteps(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = inner(*args, **kwargs)
@@ -103,11 +123,12 @@ def previewed(pipe: Any, text: str, seed: int, steps: int, moment: Moment, *meth
             _same(pipe, output, sample, moment)
         return (_finished(scheduler, at, inner, output, t, sample, *args, **kwargs),)
 
-    with _layers(
+    layers = [
         (scheduler, "set_timesteps", set_timesteps),
         (pipe, "prepare_latents", prepare_latents),
         (scheduler, "step", step),
-    ):
+    ]
+    with _layers(*layers, *([(pipe, "encode_prompt", encode)] if moment.texts else [])):
         return _called(pipe, text, seed, steps, methods)
 
 

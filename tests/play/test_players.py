@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -180,10 +181,11 @@ def test_a_preview_is_one_step_of_the_run(drawer: Any) -> None:
 def test_a_pipeline_that_cannot_be_entered_in_the_middle_has_no_previews(
     drawer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = drawer.loaded.target
+    pipe, given = drawer.loaded.target, {**DRAWN, "seed": 2, "value": 0.0}
+    drawer.answer(given)
     prepare = type(pipe).prepare_latents
     monkeypatch.setattr(type(pipe), "prepare_latents", lambda *a, **k: prepare(*a, **k)[:, :, :8])
-    found = drawer._preview((DRAWN["prompt"], 1, 3), drawer._remembered((DRAWN["prompt"], 1, 3), None)[1], None)
+    found = drawer.answer({**given, "stage": "preview"})
     assert found["before"] is None and "no previews" in found["why"]
 
 
@@ -200,7 +202,7 @@ def test_a_picture_that_nobody_waits_for_is_given_up(drawer: Any) -> None:
     thread = threading.Thread(target=draw)
     thread.start()
     while not drawer._turns.get("a"):
-        pass
+        time.sleep(0.01)
     # Another client does not end it; the next turn of this one, about another prompt, does.
     drawer._hear({**given, "client": "b", "turn": 9})
     found = drawer.answer({**DRAWN, "client": "a", "turn": 2})

@@ -274,12 +274,13 @@
     const mine = turn, from = moved, { first, n, steps } = fields();
     moved = 0; again = false; previewing = true;
     frames({ first, n, steps }); problem(""); $("state").textContent = "…";
+    const shape = drawn;
     try {
       for (let k = 0; k < n && mine === turn; k++) {
         const found = await post({ ...asked(), seed: first + k, steps, stage: "preview", client, turn: mine });
         if (found.why) { $("state").textContent = "no preview"; $("state").title = found.why; break; }
-        // Shown also when the slider has moved on: the next one is asked for at once.
-        if (k < cells.after.length) put(found, k, first + k);
+        // Shown also when the slider has moved on: the next one is asked for at once. Not where other pictures are wanted now.
+        if (shape === drawn) put(found, k, first + k);
         const took = Math.round(performance.now() - from);
         $("state").textContent = `preview ${took} ms`;
         if (!k) document.documentElement.dataset.took = took;
