@@ -580,6 +580,33 @@ def test_a_generation_of_the_same_shape_inside_another(same: bool) -> None:
         assert max(far(a, b) for a, b in zip(out.logits, wanted.logits, strict=True)) <= 1e-5
 
 
+@pytest.mark.parametrize("same", [False, True], ids=["another input", "the same input"])
+@pytest.mark.parametrize("outer_too", [False, True], ids=["the inner one", "both"])
+def test_a_guided_generation_of_the_same_shape_inside_another(llama: nn.Module, outer_too: bool, same: bool) -> None:
+    """Its unconditional stream has its own prompt, also where no cache remembers it."""
+    guided = lambda n, seed: {"guidance_scale": 1.7, "negative_prompt_ids": tokens(1, n, seed=seed), "use_cache": False}  # noqa: E731
+    outer = {
+        "input_ids": tokens(1, 9),
+        "attention_mask": torch.ones(1, 9, dtype=torch.long),
+        "max_new_tokens": 3,
+        **OPTIONS,
+    }
+    inner = {**outer, "input_ids": tokens(1, 9, seed=0 if same else 1), **guided(7, 2)}
+    outer, found = outer | guided(4, 3) if outer_too else outer, []
+
+    class Beside(StoppingCriteria):
+        def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            found.append(llama.generate(**inner, output_scores=True))
+            return torch.zeros(1, dtype=torch.bool)
+
+    with controlled(llama, ZeroTuning(HEADS, 4.0, where=Where(phases="prefill"))):
+        plain, alone = (llama.generate(**given, output_scores=True) for given in (outer, inner))
+        made = llama.generate(**outer, output_scores=True, stopping_criteria=[Beside()])
+    assert len(found) == 3
+    for out, wanted in ((made, plain), *((o, alone) for o in found)):
+        assert max(far(a, b) for a, b in zip(out.scores, wanted.scores, strict=True)) <= 3e-5
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_each_stream_of_a_guided_generation_has_its_own_prompt(llama: nn.Module, cached: bool) -> None:
     x, negative, s = tokens(1, 9), tokens(1, 6, seed=1), 1.7
