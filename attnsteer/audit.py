@@ -16,6 +16,8 @@ from .errors import SelectionError
 PHASES = ("prefill", "decode")
 # From this many flags on they are summed, on the device.
 MANY = 256
+# Outputs up to so many numbers are kept for a later comparison.
+SMALL = 1 << 14
 # One for all counts: it is held for an instant, and compiled code, which makes records too, cannot make locks.
 _GATHERING = threading.Lock()
 
@@ -175,6 +177,14 @@ class Record:
             return
         self.calls_in[phase] += 1
         self.heads = max(self.heads, heads)
+
+    def again(self, rows: int, flag: Flag | None) -> None:
+        """Count one more decode step of as many heads, edited as the one before; `flag` None: not edited."""
+        self.calls_in["decode"] += 1
+        if flag is not None:
+            self.edits_in["decode"] += 1
+            self.rows += rows
+            self.flags_in["decode"].add(flag)
 
     def measure(self, mean: Tensor) -> None:
         """Add one call's mean distance, 0-d."""

@@ -51,6 +51,8 @@ class WholeForms:
     packs: bool = False
     biased: list[tuple[Any, tuple[int, ...] | None, Reweight, Tensor | None]] = field(default_factory=list)
     shared: Tensor | None = None
+    # Of a share of all rows under no mask: its key set and itself.
+    divided: tuple[_Split, Share] | None = None
 
     def takes_bias(self, edit: Any, chosen: Tensor | None) -> bool:
         """Whether an edit is a bias of the keys that a kernel takes as its mask."""
@@ -156,21 +158,20 @@ class WholeForms:
             acts, spared, own = self._once(("chosen", _id(chosen)), lambda: self._sides(chosen), chosen)
             outside = torch.where(acts, outside, own)
         out, lse = self._attend(outside, split.full)
-        before = torch.sigmoid(lse_in - lse)
-        if split.few is not None:
-            before = before if split.empty is False else before.masked_fill(split.empty, 0.0)
-        elif split.stays is None:
-            # NaN where a row sees no key at all.
-            before = before.masked_fill(torch.isneginf(lse_in), 0.0)
-        stays = (before <= 0) | (before >= 1) if split.stays is None else split.stays
-        after = edit.of(before)
-        after = after if stays is False else torch.where(stays, before, after)
+        before, after = split.shares(lse_in, lse, edit)
         if chosen is not None:
             before, after = before.masked_fill(spared, 0.0), after.masked_fill(spared, 0.0)
         if out.dtype != after.dtype:
             out, out_in = out.to(after.dtype), out_in.to(after.dtype)
         self.shared = torch.lerp(out, out_in, after[..., None]).to(att.v.dtype)
+        self.divided = (split_keys(edit.keys, heads, att), edit) if chosen is None and att.mask is None else None
         return before, after
+
+    def own_key_in_set(self) -> bool:
+        """Whether the key set of a share holds the last key of all; the keys that come after would be in it too."""
+        assert self.divided is not None
+        keys = self.divided[1].keys
+        return keys.shape[-1] == self.att.shape[3] and bool(keys[..., -1].any())
 
     def _sides(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(where an edit acts, [B, 1, n, 1]; where it does not, [B, 1, n]; the mask of rows there)."""
@@ -232,6 +233,11 @@ class WholeForms:
 
     def _mask(self) -> Tensor:
         """The model's mask and all biases, as the kernel takes them."""
+        whole, mask = self.log_weights(), self.att.additive(self.att.stat_dtype)
+        return whole[:, :, None] if mask is None else whole[:, :, None] + mask
+
+    def log_weights(self) -> Tensor:
+        """The biases of all heads, [B or 1, H or 1, m]."""
         whole: Tensor | None = None
         for _, heads, _, bias in self.biased:
             if heads is not None:
@@ -239,8 +245,7 @@ class WholeForms:
                 full[:, list(heads)] = bias
                 bias = full
             whole = bias if whole is None else whole + bias
-        mask = self.att.additive(self.att.stat_dtype)
-        return whole[:, :, None] if mask is None else whole[:, :, None] + mask
+        return whole
 
     def _once(self, key: Any, make: Any, *kept: Any) -> Any:
         """What is made of tensors that other calls of this forward may bring as well; those are kept with it."""
@@ -270,6 +275,22 @@ class _Parts:
     full: Tensor | bool | None = None
     stays: Tensor | bool | None = None
     few: tuple[Any, ...] | None = None
+
+    def shares(self, inside: Tensor, outside: Tensor, edit: Share, idle: bool = False) -> tuple[Tensor, Tensor]:
+        """The shares of the first set before and after, [B, H, n], from the log-sum-exps of both.
+
+        Args:
+            idle: whether a share of zero stays zero and none is one, so that rows which stay need not be looked for.
+        """
+        before = torch.sigmoid(inside - outside)
+        if self.few is not None:
+            before = before if self.empty is False else before.masked_fill(self.empty, 0.0)
+        elif self.stays is None:
+            # NaN where a row sees no key at all.
+            before = before.masked_fill(torch.isneginf(inside), 0.0)
+        stays = (before <= 0) | (before >= 1) if self.stays is None else self.stays
+        after = edit.of(before)
+        return before, after if idle or stays is False else torch.where(stays, before, after)
 
 
 class _Split:
@@ -303,10 +324,14 @@ class _Split:
 
     def parts(self, att: Attention) -> _Parts:
         """For rows that see all keys."""
-        B, _, _, m = att.shape
-        size = B, att.k.shape[1]
+        B, H, _, m = att.shape
+        return self.parts_of(B, H, att.k.shape[1], m)
+
+    def parts_of(self, B: int, H: int, kv: int, m: int) -> _Parts:
+        """The same, from the sizes of a call."""
+        size = B, kv
         if size not in self._few:
-            self._few[size] = self._picked(*size, att.groups)
+            self._few[size] = self._picked(B, kv, H // kv)
         # A row sees its own token, which is in no set that ends before it.
         full: Tensor | bool = self.full if self.keys.shape[-1] == m else False
         if self._few[size] is None:

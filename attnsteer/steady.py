@@ -1,0 +1,115 @@
+"""A decode step of one site whose methods answer as in the step before: recorded once, and done again without asking them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention_map import SHORT_CACHE
+from .audit import SMALL, Flag, Record
+from .forms import STEP, WholeForms
+
+
+@dataclass(frozen=True)
+class Count:
+    """What the audit counts of one method in each step.
+
+    Attributes:
+        record: its record at the site. rows: of a call. what: which of the step's results tells whether something moved: "bias",
+            "shares" or "output"; None: nothing is edited.
+    """
+
+    record: Record
+    rows: int
+    what: str | None
+
+
+class Step:
+    """One row of each sequence over a cache that grows, under no mask: all heads as in the step that it was recorded from."""
+
+    def __init__(self, forms: WholeForms | None, factor: Tensor | None, counts: list[Count], q: Tensor, v: Tensor):
+        """
+        Args:
+            forms: the edits that all heads take together, or None. factor: of the outputs, [B or 1, H, 1, 1], or None.
+            q, v: of the step, [B, H, 1, d] and [B, Hkv, m, dv].
+        """
+        self.factor, self.counts = factor, counts
+        self.kind = q.dtype, v.dtype, q.shape, v.shape[1]
+        self.longest = None
+        self._bias, self._moves, self._divided, self._scale, self._keeps_none = None, None, None, None, False
+        if forms is not None:
+            self._scale = forms.att.scale
+            self._divided = forms.divided
+            if forms.biased:
+                self._bias = _grown(forms.log_weights()[:, :, None])
+                # The next key stands where the last one stands.
+                self._moves = (self._bias != self._bias[..., :1]).any()
+            if self._divided is not None:
+                self.longest = SHORT_CACHE
+                # A set that has nothing gets nothing, without being told.
+                self._keeps_none = not bool(self._divided[1].of(torch.zeros((*q.shape[:2], 1))).any())
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model's own attention computes the outputs, which are edited or not."""
+        return self._bias is None and self._divided is None
+
+    def takes(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
+        """Whether the call is one more such step."""
+        return (
+            (q.dtype, v.dtype, q.shape, v.shape[1]) == self.kind
+            and k.dtype == q.dtype
+            and q.stride(3) == k.stride(3) == v.stride(3) == 1
+            and (self.longest is None or k.shape[2] <= self.longest)
+        )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, base: Callable[[], Tensor]) -> Tensor:
+        """The outputs [B, H, 1, dv]; `base` computes the model's own."""
+        m = k.shape[2]
+        flags: dict[str | None, Flag] = {}
+        if self._bias is not None:
+            if self._bias.shape[-1] < m:
+                self._bias = _grown(self._bias)
+            mask = self._bias.narrow(-1, 0, m)
+            out = torch._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, False, attn_mask=mask, scale=self._scale
+            )[0]
+            flags["bias"] = self._moves
+        elif self._divided is not None:
+            split, edit = self._divided
+            parts = split.parts_of(*q.shape[:2], k.shape[1], m)
+            few = parts.few
+            inside = (k, v) if few is None else (k[few], v[few])
+            flash = torch._scaled_dot_product_flash_attention_for_cpu
+            out_in, lse_in = flash(q, *inside, 0.0, False, attn_mask=parts.inside, scale=self._scale)
+            out, lse = flash(q, k, v, 0.0, False, attn_mask=parts.outside, scale=self._scale)
+            if few is None:
+                lse_in = lse_in.masked_fill(parts.empty, -torch.inf)
+            if parts.full is not False:
+                lse = lse.masked_fill(parts.full, -torch.inf)
+            before, after = pair = parts.shares(lse_in, lse, edit, few is not None and self._keeps_none)
+            if out.dtype != after.dtype:
+                out, out_in = out.to(after.dtype), out_in.to(after.dtype)
+            out = torch.lerp(out, out_in, after[..., None]).to(v.dtype)
+            flags["shares"] = pair
+        else:
+            out = base()
+        if self.factor is not None:
+            edited = out * self.factor
+            flags["output"] = (edited, out) if out.numel() <= SMALL else (edited != out).any()
+            out = edited
+        for count in self.counts:
+            count.record.again(count.rows, flags.get(count.what))
+        return out
+
+
+def _grown(bias: Tensor) -> Tensor:
+    """`bias` [..., m] for more keys, which have what the last one has."""
+    more = bias[..., -1:].expand(*bias.shape[:-1], STEP)
+    return torch.cat([bias, more], dim=-1)
+
+
+__all__ = ["Count", "Step"]
