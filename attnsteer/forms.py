@@ -51,8 +51,8 @@ class WholeForms:
     packs: bool = False
     biased: list[tuple[Any, tuple[int, ...] | None, Reweight, Tensor | None]] = field(default_factory=list)
     shared: Tensor | None = None
-    # Of a share of all rows under no mask: its key set and itself.
-    divided: tuple[_Split, Share] | None = None
+    # Of a share under no mask: its key set, itself, and where it acts.
+    divided: tuple[_Split, Share, Tensor | None] | None = None
 
     def takes_bias(self, edit: Any, chosen: Tensor | None) -> bool:
         """Whether an edit is a bias of the keys that a kernel takes as its mask."""
@@ -143,12 +143,15 @@ class WholeForms:
         if not isinstance(edit, Share) or self.biased or self.shared is not None:
             return None
         compiling = torch.compiler.is_compiling()
-        if att.requires_grad or (not compiling and (n > FEW_ROWS or att.causal or m > SHORT_CACHE)):
+        if att.requires_grad or (not compiling and (n > FEW_ROWS or att.causal)):
             return None
         if compiling and att.causal and not (n == m and kernels.causal_with_mask()):
             return None
         kept = ("split", _id(edit.keys), heads)
         split = self._once(kept, lambda: self._split(heads, edit.keys), edit.keys)
+        if split.few is None and not compiling and m > SHORT_CACHE:
+            # A second pass over a long cache is dearer than the rows of the map.
+            return None
         if split.few is None:
             out_in, lse_in = self._attend(split.inside, split.empty)
         else:
@@ -164,7 +167,7 @@ class WholeForms:
         if out.dtype != after.dtype:
             out, out_in = out.to(after.dtype), out_in.to(after.dtype)
         self.shared = torch.lerp(out, out_in, after[..., None]).to(att.v.dtype)
-        self.divided = (split_keys(edit.keys, heads, att), edit) if chosen is None and att.mask is None else None
+        self.divided = None if att.mask is not None else (split_keys(edit.keys, heads, att), edit, chosen)
         return before, after
 
     def own_key_in_set(self) -> bool:

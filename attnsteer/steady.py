@@ -40,6 +40,8 @@ class Step:
         self.kind = q.dtype, v.dtype, q.shape, v.shape[1]
         self.longest = None
         self._bias, self._moves, self._divided, self._scale, self._keeps_none = None, None, None, None, False
+        # Batch rows that see all of their keys in the second call, [B, 1, 1, 1] and [B, 1, 1].
+        self._spared: tuple[Tensor, Tensor] | None = None
         if forms is not None:
             self._scale = forms.att.scale
             self._divided = forms.divided
@@ -48,7 +50,10 @@ class Step:
                 # The next key stands where the last one stands.
                 self._moves = (self._bias != self._bias[..., :1]).any()
             if self._divided is not None:
-                self.longest = SHORT_CACHE
+                chosen = self._divided[2]
+                self._spared = None if chosen is None else (~chosen[..., None], ~chosen)
+                few = self._divided[0].parts_of(*q.shape[:2], v.shape[1], v.shape[2]).few
+                self.longest = SHORT_CACHE if few is None else None
                 # A set that has nothing gets nothing, without being told.
                 self._keeps_none = not bool(self._divided[1].of(torch.zeros((*q.shape[:2], 1))).any())
 
@@ -79,18 +84,21 @@ class Step:
             )[0]
             flags["bias"] = self._moves
         elif self._divided is not None:
-            split, edit = self._divided
+            split, edit, _ = self._divided
             parts = split.parts_of(*q.shape[:2], k.shape[1], m)
             few = parts.few
             inside = (k, v) if few is None else (k[few], v[few])
             flash = torch._scaled_dot_product_flash_attention_for_cpu
             out_in, lse_in = flash(q, *inside, 0.0, False, attn_mask=parts.inside, scale=self._scale)
-            out, lse = flash(q, k, v, 0.0, False, attn_mask=parts.outside, scale=self._scale)
+            outside = parts.outside if self._spared is None else parts.outside.masked_fill(self._spared[0], 0.0)
+            out, lse = flash(q, k, v, 0.0, False, attn_mask=outside, scale=self._scale)
             if few is None:
                 lse_in = lse_in.masked_fill(parts.empty, -torch.inf)
             if parts.full is not False:
                 lse = lse.masked_fill(parts.full, -torch.inf)
             before, after = pair = parts.shares(lse_in, lse, edit, few is not None and self._keeps_none)
+            if self._spared is not None:
+                before, after = pair = tuple(t.masked_fill(self._spared[1], 0.0) for t in pair)
             if out.dtype != after.dtype:
                 out, out_in = out.to(after.dtype), out_in.to(after.dtype)
             out = torch.lerp(out, out_in, after[..., None]).to(v.dtype)

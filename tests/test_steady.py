@@ -24,9 +24,11 @@ STEADY: dict[str, list[Intervention]] = {
     "ACT": [ACT(None, 0.4, 0.03)],
     "ACT of some heads": [ACT(HEADS, 0.4, 0.03)],
     "ACT of samples": [ACT(HEADS, [0.4, 0.1], 0.03)],
+    "ACT of a sample": [ACT(HEADS, [0.4, None], 0.03)],
     "ZeroTuning": [ZeroTuning(gamma=2.0)],
     "ZeroTuning of a sample": [ZeroTuning(HEADS, gamma=[2.0, None])],
     "SpotLight": [SpotLight(SPANS, 0.3)],
+    "SpotLight of a sample": [SpotLight(SPANS, [None, 0.3])],
     "PASTA": [PASTA(SPANS, heads=HEADS, alpha=0.1)],
     "InstABoost": [InstABoost(SPANS, 3.0)],
     "HeadGate": [HeadGate(GATES)],
@@ -42,7 +44,12 @@ def model() -> nn.Module:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32, vocab_size=50
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
     )
     return LlamaForCausalLM(config).eval()
 
