@@ -266,6 +266,11 @@ class Mark:
         where = where[:, None] if where.ndim == 1 else where
         return (self.parts & where.flatten(1).any(dim=1)).any(dim=1)
 
+    @property
+    def moved(self) -> Flag | None:
+        """Whether something moved, so far."""
+        return self._flag
+
     def close(self) -> None:
         """The call is over."""
         if self._flag is not None and torch.compiler.is_compiling():

@@ -248,7 +248,7 @@ class SiteRuntime:
             what = "output" if index in edited else mark.paths[0] if mark.paths else None
             if len(mark.paths) > 1 or what not in (None, "bias", "shares", "output"):
                 return None
-            counts.append(Count(mark.record, mark.rows, what))
+            counts.append(Count(mark.record, mark.rows, what, mark.moved if what == "bias" else None))
         return Step(forms, factor, counts, att.q, att.v)
 
     def _scaled_heads(

@@ -18,13 +18,14 @@ class Count:
     """What the audit counts of one method in each step.
 
     Attributes:
-        record: its record at the site. rows: of a call. what: which of the step's results tells whether something moved: "bias",
-            "shares" or "output"; None: nothing is edited.
+        record: its record at the site. rows: of a call. what: how the step edits: "bias", "shares" or "output"; None: not.
+        moves: of a bias, whether it moves anything: as in the first step, since keys that come stand where its last one stood.
     """
 
     record: Record
     rows: int
     what: str | None
+    moves: Flag | None = None
 
 
 class Step:
@@ -39,7 +40,7 @@ class Step:
         self.factor, self.counts = factor, counts
         self.kind = q.dtype, v.dtype, q.shape, v.shape[1]
         self.longest = None
-        self._bias, self._moves, self._divided, self._scale, self._keeps_none = None, None, None, None, False
+        self._bias, self._divided, self._scale, self._keeps_none = None, None, None, False
         # Batch rows that see all of their keys in the second call, [B, 1, 1, 1] and [B, 1, 1].
         self._spared: tuple[Tensor, Tensor] | None = None
         if forms is not None:
@@ -47,8 +48,6 @@ class Step:
             self._divided = forms.divided
             if forms.biased:
                 self._bias = _grown(forms.log_weights()[:, :, None])
-                # The next key stands where the last one stands.
-                self._moves = (self._bias != self._bias[..., :1]).any()
             if self._divided is not None:
                 chosen = self._divided[2]
                 self._spared = None if chosen is None else (~chosen[..., None], ~chosen)
@@ -56,11 +55,6 @@ class Step:
                 self.longest = SHORT_CACHE if few is None else None
                 # A set that has nothing gets nothing, without being told.
                 self._keeps_none = not bool(self._divided[1].of(torch.zeros((*q.shape[:2], 1))).any())
-
-    @property
-    def plain(self) -> bool:
-        """Whether the model's own attention computes the outputs, which are edited or not."""
-        return self._bias is None and self._divided is None
 
     def takes(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
         """Whether the call is one more such step."""
@@ -82,7 +76,6 @@ class Step:
             out = torch._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, False, attn_mask=mask, scale=self._scale
             )[0]
-            flags["bias"] = self._moves
         elif self._divided is not None:
             split, edit, _ = self._divided
             parts = split.parts_of(*q.shape[:2], k.shape[1], m)
@@ -110,7 +103,7 @@ class Step:
             flags["output"] = (edited, out) if out.numel() <= SMALL else (edited != out).any()
             out = edited
         for count in self.counts:
-            count.record.again(count.rows, flags.get(count.what))
+            count.record.again(count.rows, flags.get(count.what, count.moves))
         return out
 
 
