@@ -77,7 +77,7 @@ class Record:
         calls: attention calls seen while the selection held. edits: calls for which the method returned an edit.
         rows: query rows of the edited calls (batch times rows). heads: heads selected at this site.
         path: how the last edit was computed: "output", "inputs", "bias" (also of a reweighting whose weights do not depend on
-            the row), "shares" (two calls of the kernel in a decode step), "rows" (from the map's own rows: few, or of a short
+            the row), "shares" (two calls of the kernel), "rows" (from the map's own rows: few, or of a short
             prompt), "fused" (from the kernel's log-sum-exp) or "dense" (from the whole map); joined by "+" where head groups
             went different ways.
             "read": the map was taken for a loss, and nothing edited.

@@ -510,7 +510,8 @@ class _HeadGroup:
                 return False
             pair = self.forms.share(self.local, edit, chosen)
         else:
-            pair = self.forms.share(self.local, edit)
+            more = {"prompts": bound.method.row_local} if isinstance(self.forms, WholeForms) else {}
+            pair = self.forms.share(self.local, edit, **more)
         if pair is None:
             return False
         self.mark(bound, "shares", pair)

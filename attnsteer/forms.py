@@ -130,21 +130,25 @@ class WholeForms:
         return by_row.any(), by_row
 
     def share(
-        self, heads: tuple[int, ...] | None, edit: Any, chosen: Tensor | None = None
+        self, heads: tuple[int, ...] | None, edit: Any, chosen: Tensor | None = None, prompts: bool = False
     ) -> tuple[Tensor, Tensor] | None:
         """Take a `Share` of few rows; the shares before and after, [B, H, n], zero where it does not act. None: not taken.
 
         Args:
             chosen: where it acts, [B or 1, 1, n or 1]; the others see all of their keys in one of the two calls, and come out
                 bit for bit. None: everywhere.
+            prompts: whether to take that of a whole prompt too, on a set of few keys: for edits that have asked nothing of the
+                map, whose rows would be there already.
         """
         att = self.att
         n, m = att.shape[2:]
         if not isinstance(edit, Share) or self.biased or self.shared is not None:
             return None
         compiling = torch.compiler.is_compiling()
-        if att.requires_grad or (not compiling and (n > FEW_ROWS or att.causal)):
+        if att.requires_grad:
             return None
+        if not compiling and (n > FEW_ROWS or att.causal):
+            return self._share_of_prompt(heads, edit) if prompts and chosen is None else None
         if compiling and att.causal and not (n == m and kernels.causal_with_mask()):
             return None
         kept = ("split", _id(edit.keys), heads)
@@ -164,10 +168,35 @@ class WholeForms:
         before, after = split.shares(lse_in, lse, edit)
         if chosen is not None:
             before, after = before.masked_fill(spared, 0.0), after.masked_fill(spared, 0.0)
-        if out.dtype != after.dtype:
-            out, out_in = out.to(after.dtype), out_in.to(after.dtype)
-        self.shared = torch.lerp(out, out_in, after[..., None]).to(att.v.dtype)
+        self._between(out, out_in, after)
         self.divided = None if att.mask is not None else (split_keys(edit.keys, heads, att), edit, chosen)
+        return before, after
+
+    def _between(self, out: Tensor, inside: Tensor, after: Tensor) -> None:
+        """The output is what the two calls gave, by the share of the second."""
+        if out.dtype != after.dtype:
+            out, inside = out.to(after.dtype), inside.to(after.dtype)
+        self.shared = torch.lerp(out, inside, after[..., None]).to(self.att.v.dtype)
+
+    def _share_of_prompt(self, heads: tuple[int, ...] | None, edit: Share) -> tuple[Tensor, Tensor] | None:
+        """A `Share` in a prompt without a mask, all rows in two calls: one over few keys, and one over the others."""
+        att = self.att
+        n, m = att.shape[2:]
+        if not att.causal or n != m or att.mask is not None or not kernels.causal_with_mask():
+            return None
+        if heads is not None and n > SHORT_CACHE:
+            # The rows of some heads alone are less work.
+            return None
+        kept = ("prompt", _id(edit.keys), heads)
+        split = self._once(kept, lambda: split_keys(edit.keys, heads, att).of_prompt(att), edit.keys)
+        if split is None:
+            return None
+        out_in, lse_in = self._attend(
+            split.inside, False, att.replace(k=att.k[split.few], v=att.v[split.few], causal=False)
+        )
+        out, lse = self._attend(split.outside, False)
+        before, after = split.shares(lse_in, lse, edit)
+        self._between(out, out_in, after)
         return before, after
 
     def own_key_in_set(self) -> bool:
@@ -344,6 +373,28 @@ class _Split:
         outside = self._of_room(m)[1].narrow(-1, 0, m)
         # Few of all keys are not all of them.
         return _Parts(inside, outside, empty, False, empty, few)
+
+    def of_prompt(self, att: Attention) -> _Parts | None:
+        """For a prompt, each row of which sees the keys up to its own; None: many keys, or rows that see none but them."""
+        B, H, n, _ = att.shape
+        size = B, att.k.shape[1]
+        if size not in self._few:
+            self._few[size] = self._picked(*size, att.groups)
+        if self._few[size] is None or bool(self.keys[..., :1].any()):
+            return None
+        inside, empty, few = self._few[size]
+        rows = torch.arange(n, device=self.keys.device)
+        slots = few[2] if isinstance(few[2], Tensor) else rows[few[1]].reshape(1, 1, -1)
+        if max(1, slots.shape[0]) * slots.shape[1] * n * slots.shape[2] > LARGEST:
+            return None
+        hidden = slots[:, :, None] > rows[:, None]
+        hidden = hidden if inside is None else hidden | inside.isneginf()
+        blind = hidden.all(dim=-1)
+        # A row that sees none of them gets all, so that it has no NaN; its share is set to zero.
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
+        mask = mask.masked_fill(hidden & ~blind[..., None], -torch.inf)
+        blind = blind if empty is False else blind | empty
+        return _Parts(mask, self._of_room(n)[1].narrow(-1, 0, n), blind, False, blind, few)
 
     def _picked(self, B: int, kv: int, groups: int) -> tuple[Tensor | None, Tensor | bool, tuple[Any, ...]] | None:
         """(mask of what is picked, rows that see none of it or False, the picks); None: there are too many."""
