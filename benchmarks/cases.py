@@ -13,9 +13,19 @@ from torch import Tensor, nn
 
 from attnsteer import ACT, PAG, AttendAndExcite, HeadSet, Intervention, SpotLight, Where, ZeroTuning, steer
 from attnsteer.call import AttnCall, Share
-from benchmarks import compose, dense, efficiency, short, vision
+from benchmarks import compose, dense, efficiency, guidance, short, vision
 from benchmarks.measure import Times, interleaved, peak_memory
-from benchmarks.models import LlamaShape, UNetShape, excite_call, excite_pipelines, llama, prompt, twin, unet
+from benchmarks.models import (
+    LlamaShape,
+    MMDiTShape,
+    UNetShape,
+    excite_call,
+    excite_pipelines,
+    llama,
+    prompt,
+    twin,
+    unet,
+)
 from benchmarks.parts import MODES, TOLERANCE, Case, Check, Decoder, Gate, Outcome, Size, error
 
 # The column means of the planted sinks are 2 to 7 % (see `benchmarks.models`).
@@ -614,6 +624,42 @@ CASES = {
             measure_pag,
             _sizes(
                 Size(UNetShape(), 64, 32, repeats=5, patience=400.0),
+                Size(SMALL_UNET, 32, 16, repeats=5),
+                Size(TINY_UNET, 16, 16, repeats=2),
+            ),
+        ),
+        Case(
+            "cfg-softpag",
+            "CFG and mid-block SoftPAG, per denoiser step, over CFG alone, over what the count of operations allows",
+            1.05,
+            lambda size: guidance.gate_softpag(size.shape, size.gate),
+            guidance.measure_softpag,
+            _sizes(
+                Size(UNetShape(), 64, 32, repeats=3),
+                Size(SMALL_UNET, 32, 16, repeats=5),
+                Size(TINY_UNET, 16, 16, repeats=2),
+            ),
+        ),
+        Case(
+            "cfg-slg",
+            "CFG and SLG on an SD3 shape, one block left out, over CFG alone, over what the count of operations allows",
+            1.05,
+            lambda size: guidance.gate_slg(size.shape, size.gate),
+            guidance.measure_slg,
+            _sizes(
+                Size(MMDiTShape(), 32, 16, repeats=7),
+                Size(MMDiTShape(256, 4, 8, 32, 2), 32, 16, repeats=5),
+                Size(MMDiTShape(64, 2, 4, 16, 1), 16, 8, repeats=2),
+            ),
+        ),
+        Case(
+            "nag",
+            "NAG in every cross-attention, one row without CFG, per denoiser step, over the step without",
+            1.15,
+            lambda size: guidance.gate_nag(size.shape, size.gate),
+            guidance.measure_nag,
+            _sizes(
+                Size(UNetShape(), 64, 32, repeats=3),
                 Size(SMALL_UNET, 32, 16, repeats=5),
                 Size(TINY_UNET, 16, 16, repeats=2),
             ),

@@ -45,6 +45,21 @@ class UNetShape:
         return {**asdict(self), "channels": list(self.channels)}
 
 
+@dataclass(frozen=True)
+class MMDiTShape:
+    """An SD3-type transformer; the block that SLG leaves out stands at the same depth as the first of SD3.5-medium's."""
+
+    width: int = 512
+    heads: int = 8
+    layers: int = 10
+    latent: int = 32
+    skipped: int = 3
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+
 @torch.no_grad()
 def llama(shape: LlamaShape, context: int = 4096, seed: int = 0) -> nn.Module:
     """A stock `LlamaForCausalLM` in fp32 on SDPA with random weights and planted sinks.
@@ -129,6 +144,26 @@ def unet(shape: UNetShape, seed: int = 0) -> nn.Module:
         block_out_channels=shape.channels,
         cross_attention_dim=shape.text_dim,
         norm_num_groups=math.gcd(32, shape.channels[0]),
+    )
+    return model.eval().requires_grad_(False)
+
+
+def mmdit(shape: MMDiTShape, seed: int = 0) -> nn.Module:
+    """A stock `SD3Transformer2DModel` in fp32 with random weights."""
+    from diffusers import SD3Transformer2DModel
+
+    torch.manual_seed(seed)
+    model = SD3Transformer2DModel(
+        sample_size=shape.latent,
+        in_channels=4,
+        out_channels=4,
+        num_layers=shape.layers,
+        attention_head_dim=shape.width // shape.heads,
+        num_attention_heads=shape.heads,
+        joint_attention_dim=shape.width,
+        caption_projection_dim=shape.width,
+        pooled_projection_dim=shape.width,
+        pos_embed_max_size=shape.latent,
     )
     return model.eval().requires_grad_(False)
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from benchmarks.measure import Times
-from benchmarks.models import LlamaShape, UNetShape
+from benchmarks.models import LlamaShape, MMDiTShape, UNetShape
 
 MODES = ("full", "quick", "smoke")
 TOLERANCE = 1e-5
@@ -25,7 +25,7 @@ class Size:
         memory: measure the peak too.
     """
 
-    shape: LlamaShape | UNetShape
+    shape: LlamaShape | MMDiTShape | UNetShape
     tokens: int = 0
     gate: int = 0
     repeats: int = 5

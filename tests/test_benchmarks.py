@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cases, measure, run
+from benchmarks import cases, guidance, measure, run
 from benchmarks.models import llama, prompt, twin
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +34,9 @@ NAMES = [
     "token-merge",
     "visual-tokens",
     "cfg-pag",
+    "cfg-softpag",
+    "cfg-slg",
+    "nag",
     "latent-step",
 ]
 
@@ -55,7 +58,7 @@ def test_the_list_names_every_case_and_its_bar() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == NAMES == list(cases.CASES)
-    assert "1.15x" in lines[0] and "1.38x" in lines[-2] and "0.75x" in lines[-1]
+    assert "1.15x" in lines[0] and "1.38x" in lines[-5] and "0.75x" in lines[-1]
 
 
 def test_an_unknown_case_is_refused_with_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,3 +202,15 @@ def test_peak_memory_is_that_of_the_arm() -> None:
     found = measure.peak_memory("unsteered", request, 1)
     del ballast
     assert found["finite"] and 0 < found["bytes"] < 128 << 20
+
+
+@pytest.mark.parametrize("name", ["cfg-softpag", "cfg-slg", "nag"])
+def test_the_guidance_cases_stand_beside_independent_arithmetic(name: str) -> None:
+    case = cases.CASES[name]
+    size = case.sizes["smoke"]
+    gate = case.gate(size)
+    assert gate.passed and gate.error < 1e-5 < 1e-3 < gate.moved
+    if name != "nag":
+        bound = {"cfg-softpag": guidance.softpag_bound, "cfg-slg": guidance.slg_bound}[name](size.shape, size.tokens)
+        # More than CFG, less than a third row of the whole model.
+        assert 1.1 < bound < 1.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,21 @@ def strength_by_layer(
     return contact_sheet(
         images, [f"strength {s:g}" for s in strengths], [f"layer {i}" for i in layers], path, title=title
     )
+
+
+def strength_by_head(
+    make: Callable[[float, tuple[int, int]], Any],
+    strengths: Sequence[float],
+    heads: Iterable[tuple[int, int]],
+    path: str | Path | None = None,
+    *,
+    title: str = "",
+) -> Image.Image:
+    """A contact sheet of `make(strength, (layer, head))`: one row per strength, one column per head (a `HeadSet` will do)."""
+    pairs = [(layer, head) for layer, head in heads]
+    images = [[make(strength, pair) for pair in pairs] for strength in strengths]
+    columns = [f"layer {layer}, head {head}" for layer, head in pairs]
+    return contact_sheet(images, [f"strength {s:g}" for s in strengths], columns, path, title=title)
 
 
 def as_image(image: Any) -> Image.Image:

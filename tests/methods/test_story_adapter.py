@@ -208,3 +208,25 @@ def test_rounds() -> None:
 
 def same(a: Image.Image, b: Image.Image, slack: int = 0) -> bool:
     return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) <= slack
+
+
+def test_the_embedded_adapter_reads_the_colour_of_a_star() -> None:
+    """Loaded as any other; its image encoder tells the colours of stars apart, and the adapter's tokens move the prediction."""
+    from attnsteer import zoo
+    from attnsteer.zoo.shapes.render import render
+    from attnsteer.zoo.shapes.world import COLOUR_NAMES, Object, Scene
+
+    pipe = zoo.load("shapes-sd")
+    pipe.load_ip_adapter(str(zoo.folder("shapes-sd")), subfolder="ip_adapter", weight_name="ip-adapter.safetensors")
+    named = ["green", "yellow", "purple", "cyan"]
+    scenes = [Scene((Object("star", c, "large", 0.4, 0.5, 0.14),)) for c in named]
+    pictures = [Image.fromarray((p.permute(1, 2, 0) * 255).byte().numpy()) for p in render(scenes)]
+    with torch.no_grad():
+        codes, _ = pipe.encode_image(pictures, "cpu", 1)
+    assert [COLOUR_NAMES[int(i)] for i in codes[:, :6].argmax(1)] == named
+    call = {"prompt": "a star", "ip_adapter_image": [pictures[:1]], "num_inference_steps": 1, "output_type": "latent"}
+    outs = []
+    for scale in (0.0, 1.0):
+        with steer(pipe, StoryAdapter(scale), control=True):
+            outs.append(pipe(**call, generator=torch.Generator().manual_seed(0))[0])
+    assert relative(outs[1], outs[0]) > 1e-2

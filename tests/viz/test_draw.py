@@ -11,7 +11,7 @@ import torch
 
 from attnsteer import HeadSet
 from attnsteer.errors import MissingExtra, SelectionError
-from attnsteer.viz import contact_sheet, cross_attention, head_grid, strength_by_layer, word_attention
+from attnsteer.viz import contact_sheet, cross_attention, head_grid, strength_by_head, strength_by_layer, word_attention
 from attnsteer.viz.sheet import as_image
 
 RED = torch.zeros(3, 8, 8)
@@ -110,6 +110,13 @@ class TestContactSheet:
         assert seen == [(s, layer) for s in (0.5, 1.0) for layer in (2, 7, 9)]
         assert sheet.getpixel((sheet.width - 20, sheet.height - 20)) == (255, 0, 0)
         assert sheet.getpixel((sheet.width - 20, sheet.height - 154)) == (128, 0, 0)
+
+    def test_strength_by_head(self) -> None:
+        seen = []
+        make = lambda s, pair: seen.append((s, pair)) or RED * s  # noqa: E731
+        sheet = strength_by_head(make, [0.5, 1.0], HeadSet({3: [1, 0], 5: [2]}))
+        assert seen == [(s, pair) for s in (0.5, 1.0) for pair in ((3, 0), (3, 1), (5, 2))]
+        assert sheet.getpixel((sheet.width - 20, sheet.height - 20)) == (255, 0, 0)
 
     def test_bad_input(self) -> None:
         with pytest.raises(SelectionError, match="one label per row"):

@@ -254,10 +254,10 @@ class DenoiserClock:
             step, steps = self.sampling.step, self.sampling.steps
         if self.declared.branches and self.layout is not None:
             if batch % max(self.batch, 1) == 0:
-                branch_rows = self._branch_rows(batch, site.module)
+                branch_rows = self._branch_rows(batch, device)
             elif batch == 1 and number <= self.batch:
                 # One call for each sample.
-                every = self._branch_rows(self.batch, site.module)
+                every = self._branch_rows(self.batch, device)
                 branch_rows = {name: found[number - 1 : number] for name, found in every.items()}
         return AttnCall(
             site,
@@ -273,9 +273,8 @@ class DenoiserClock:
             states=states,
         )
 
-    def _branch_rows(self, batch: int, module: nn.Module) -> dict[str, Tensor]:
+    def _branch_rows(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """Branch name -> bool [batch]; frames or positions folded into the batch follow their sample."""
-        device = next(module.parameters()).device
         part = torch.arange(batch, device=device) // (batch // len(self.layout))
         return {
             name: torch.stack([part == i for i, n in enumerate(self.layout) if n == name]).any(dim=0)

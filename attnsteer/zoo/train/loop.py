@@ -84,6 +84,7 @@ def fit(
     preview: Callable[[nn.Module, int], None] | None = None,
     log_every: int = 25,
     compiled: Sequence[nn.Module] = (),
+    precision: str = "bf16",
 ) -> Curve:
     """Train `model` in place; on return it holds the averaged weights.
 
@@ -92,6 +93,7 @@ def fit(
         loss: (model, step) -> (loss, values to log). Draws its batch from the step.
         preview: called with the averaged model at each checkpoint, to write a picture or a measure.
         compiled: modules whose forward is compiled. Pays where elementwise work dominates.
+        precision: "bf16", or "no" for fp32, which is faster on CPUs without matrix units for bf16.
 
     Raises:
         FloatingPointError: the loss is not finite; the last checkpoint is from before.
@@ -101,7 +103,7 @@ def fit(
 
     from .precision import attention_in_fp32
 
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="bf16")
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -118,7 +120,7 @@ def fit(
     tracked = {n: p for n, p in model.named_parameters() if p.requires_grad}
     ema = {n: p.detach().clone().float() for n, p in tracked.items()}
     first, curve = _resume(folder / CHECKPOINT, model, ema, optimizer, named, accelerator.device)
-    if accelerator.device.type == "cpu":
+    if accelerator.device.type == "cpu" and precision != "no":
         attention_in_fp32(model)
     for module in compiled:
         module.compile()

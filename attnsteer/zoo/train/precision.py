@@ -41,7 +41,8 @@ def exchange(model: nn.Module, primitives: dict[str, Callable[..., Tensor]]) -> 
         if kind not in made:
             call = rebind(kind.__call__, primitives)
             made[kind] = type(f"Training{kind.__name__}", (kind,), {"__call__": call})
-        module.processor = made[kind]()
+        # In place, since a processor may have weights of its own.
+        processor.__class__ = made[kind]
 
 
 def sdpa_in_fp32(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
