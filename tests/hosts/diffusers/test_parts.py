@@ -43,7 +43,7 @@ CASES: dict[str, Any] = {
             "blocks.1.attn2", {"text": [2], "image prompt": [1]}, 2),
     "cosmos": ("CosmosControlNetModel", {}, {}, "control_blocks.1.attn2", {"text": [1], "image prompt": [2]}, 2),
     "cosmos 3": ("Cosmos3OmniTransformer", {}, {}, "layers.1.self_attn", {"image": [2], "text": [1]}, 2),
-    "wan animate": ("WanAnimateTransformer3DModel", {}, {"encoder_hidden_states": (1, 512, 16)}, "blocks.1.attn2",
+    "wan animate": ("WanAnimateTransformer3DModel", {"added_kv_proj_dim": 24}, {"encoder_hidden_states": (1, 512, 16)}, "blocks.1.attn2",
                     {"text": [2], "image prompt": [1]}, 2),
     "differential": ("StableAudio3DiTModel", {"use_differential_attention": True}, {}, "transformer_blocks.1.self_attn",
                      {"first map": [1], "second map": [2]}, 2),
@@ -51,7 +51,7 @@ CASES: dict[str, Any] = {
                             {"first map": [1], "second map": [2]}, 2),
     "blocks": ("QwenImage21Transformer2DModel", {}, {}, "transformer_blocks.1.attn", {"image": [-1]}, None),
 }  # fmt: skip
-MAIN = {"text": ["text"], "image": ["image"], "first map": ["first map", "second map"]}
+MAIN = {"image": ["image"], "text": ["text"], "first map": ["first map", "second map"]}
 
 
 def built(name: str) -> tuple[nn.Module, dict[str, Any], Site]:
