@@ -229,16 +229,16 @@ def test_a_head_of_each_tower_is_gated_and_no_other(name: str) -> None:
 def test_a_set_for_each_sample_names_towers_too() -> None:
     from attnsteer import ZeroTuning
 
-    model, inputs = _whisper()
-    inputs = {k: v.repeat(2, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
-    own = {"audio": {1: [0]}, "text": {0: [1, 2]}}
+    model, inputs = _tiny("bart")
+    inputs = {k: v[:1].repeat(2, 1) for k, v in inputs.items()}
+    own = {"encoder": {1: [0]}, "decoder": {0: [1, 2]}}
     method = ZeroTuning(heads=[own, None], gamma=5.0, where=Where(kinds="self"))
     with steer(model, method):
-        both = model(**inputs).last_hidden_state
+        both = model(**inputs).logits
     with steer(model, method.new(heads=own)):
-        alone = model(**{k: v[:1] for k, v in inputs.items()}).last_hidden_state
+        alone = model(**{k: v[:1] for k, v in inputs.items()}).logits
     torch.testing.assert_close(both[:1], alone, atol=2e-6, rtol=2e-5)
-    torch.testing.assert_close(both[1:], model(**inputs).last_hidden_state[1:], atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(both[1:], model(**inputs).logits[1:], atol=2e-6, rtol=2e-5)
 
 
 # ------------------------------------------------------------------------------------------------ who writes it

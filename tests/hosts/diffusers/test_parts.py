@@ -26,13 +26,13 @@ FACTOR = 0.25
 
 
 @dataclass(frozen=True)
-class FirstKeys(Intervention):
-    """A'_ij = w A_ij for the first two keys, the rest renormalised."""
+class FirstKey(Intervention):
+    """A'_ij = w A_ij for the first key, the rest renormalised."""
 
     weight: float = number(FACTOR, low=0)
 
     def weights(self, call: AttnCall) -> Reweight:
-        return Reweight((((torch.arange(call.k.shape[2]) < 2)[None, None], self.weight),))
+        return Reweight((((torch.arange(call.k.shape[2]) < 1)[None, None], self.weight),))
 
 
 # Name -> record of the sweep, other numbers in its config, further arguments, module, calls of it that are edited, of how many.
@@ -42,7 +42,7 @@ CASES: dict[str, Any] = {
             {"encoder_hidden_states_image": (2, 5, 16), "encoder_hidden_states": (2, 512, 32)},
             "blocks.1.attn2", {"text": [2], "image prompt": [1]}, 2),
     "cosmos": ("CosmosControlNetModel", {}, {}, "control_blocks.1.attn2", {"text": [1], "image prompt": [2]}, 2),
-    "cosmos 3": ("Cosmos3OmniTransformer", {}, {}, "layers.1.self_attn", {"image": [2], "text": [1]}, 2),
+    "cosmos 3": ("Cosmos3OmniTransformer", {}, {}, "layers.0.self_attn", {"image": [2], "text": [1]}, 2),
     "wan animate": ("WanAnimateTransformer3DModel", {"added_kv_proj_dim": 24}, {"encoder_hidden_states": (1, 512, 16)}, "blocks.1.attn2",
                     {"text": [2], "image prompt": [1]}, 2),
     "differential": ("StableAudio3DiTModel", {"use_differential_attention": True}, {}, "transformer_blocks.1.self_attn",
@@ -71,7 +71,7 @@ def built(name: str) -> tuple[nn.Module, dict[str, Any], Site]:
 
 @contextlib.contextmanager
 def by_hand(site: Site, edited: list[int], weight: float, gate: float = 1.0) -> Iterator[list[int]]:
-    """The primitive of the processor's module written out; in the `edited` calls of the site first keys count `weight` times."""
+    """The primitive of the processor's module written out; in the `edited` calls of the site the first key counts `weight` times."""
     home = sys.modules[type(site.module.processor).__module__]
     real = home.dispatch_attention_fn
     calls: list[int] = []
@@ -91,7 +91,7 @@ def by_hand(site: Site, edited: list[int], weight: float, gate: float = 1.0) -> 
             z = z.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else z + attn_mask
         A = z.softmax(dim=-1)
         if calls[-1] in edited or (-1 in edited and calls[-1] == total[0]):
-            A = torch.cat([A[..., :2] * weight, A[..., 2:]], dim=-1)
+            A = torch.cat([A[..., :1] * weight, A[..., 1:]], dim=-1)
             A = A / A.sum(dim=-1, keepdim=True)
             v = v * gate
         return (A @ v).transpose(1, 2)
@@ -139,10 +139,10 @@ def test_an_edit_of_the_map_acts_in_the_part_that_is_meant(name: str) -> None:
 
     main = next(m for first, m in MAIN.items() if first in parts)
     expected = wanted([n for part in main for n in parts[part]])
-    assert close(got(FirstKeys(where=here)), expected) and not close(expected, plain)
+    assert close(got(FirstKey(where=here)), expected) and not close(expected, plain)
     for part, numbers in parts.items():
         one = Where(modules=site.path, parts=part)
-        assert close(got(FirstKeys(where=one)), wanted(numbers)), part
+        assert close(got(FirstKey(where=one)), wanted(numbers)), part
         gates = {(site.layer, h): 0.5 for h in range(site.heads)}
         assert close(got(HeadGate(gates, where=one)), wanted(numbers, 0.5, 1.0)), part
     # And a gate without parts covers the head in all of them.
@@ -163,7 +163,7 @@ def test_parts_are_named_and_listed() -> None:
     model, _, site = built("wan")
     assert "parts: image prompt, text" in str(sites(model)) and site.to_dict()["parts"] == ("image prompt", "text")
     with pytest.raises(SelectionError, match=r"parts.*image prompt.*text"):
-        steer(model, FirstKeys(where=Where(parts="picture")))
+        steer(model, FirstKey(where=Where(parts="picture")))
     chosen = Where(parts="text").resolve(sites(model), ("image",))
     assert {s.name for s, _ in chosen} == {"blocks.0.attn2", "blocks.1.attn2", "blocks.2.attn2"}
     for wrong in ((), 3, [""], {"a": 1}):
