@@ -71,7 +71,7 @@ def built(name: str) -> tuple[nn.Module, dict[str, Any], Site]:
 
 @contextlib.contextmanager
 def by_hand(site: Site, edited: list[int], weight: float, gate: float = 1.0) -> Iterator[list[int]]:
-    """The primitive of the processor's module written out; in the `edited` calls of the site the first key counts `weight` times."""
+    """The primitive of the processor's module written out; in the `edited` calls the first key counts `weight` times."""
     home = sys.modules[type(site.module.processor).__module__]
     real = home.dispatch_attention_fn
     calls: list[int] = []
