@@ -42,7 +42,7 @@ class Where(Named):
         rows: query rows: "last" (of each call), "image" or "text" (roles), or a pair of ints
             `(start, stop)` of absolute token positions.
         parts: of a module that computes several attentions in one call (`Site.parts`), those to act in, such as "image prompt".
-            None: gates act in all, edits of the map in the one that is meant (see docs/guidance.md). Only sites with such parts
+            None: gates act in all, edits of the map in the one that is meant (docs/architecture.md). Only sites with such parts
             are selected.
         modalities: "text", "vision", "audio", "image". None selects the host's main one: the language
             tower of a vision-language model, the denoiser of a pipeline.
