@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -447,7 +448,7 @@ def _entries(key: Any, row: Any) -> list[tuple[Any, ...]]:
 
 
 def _is_entry(entry: tuple[Any, ...]) -> bool:
-    named = len(entry) == 3 and isinstance(entry[0], str) and bool(entry[0])
+    named = len(entry) == 3 and isinstance(entry[0], str) and re.fullmatch(r"[^\W\d][\w.-]*", entry[0]) is not None
     return (len(entry) == 2 or named) and not any(whole(i) is None or i < 0 for i in entry[-2:])
 
 

@@ -51,6 +51,7 @@ def test_mappings_triples_and_unions_are_one_form() -> None:
         ({"text": {1: [0]}, 2: [1]}, "name the tower of all heads, or of none"),
         ([("text", 1, 0), (1, 0)], "name the tower of all heads"),
         ([("", 1, 0)], "give .layer, head."),
+        ([("1", 1, 0)], "give .layer, head."),
         ([("text", -1, 0)], "give .layer, head."),
         ({"text": {1: 0}}, "give a list of heads"),
         ({"text": [0]}, "give .layer, head."),
@@ -270,3 +271,27 @@ def test_a_profile_of_two_towers_has_a_row_for_each_head() -> None:
     assert alone.heads == tuple(p[1:] for p in table.heads if p[0] == "text.encoder")
     assert alone["entropy"] == {p[1:]: v for p, v in table["entropy"].items() if p[0] == "text.encoder"}
     assert table.to_heads("entropy", top=4).towers
+
+
+@torch.no_grad()
+def test_gates_of_several_towers_are_baked() -> None:
+    from attnsteer import bake
+
+    model, inputs = _tiny("bart")
+    gates = {("encoder", 1, 0): 0.25, ("decoder", 2, 1): 0.5}
+    method = HeadGate(gates, where=Where(kinds="self"))
+    with steer(model, method):
+        wanted = model(**inputs).logits
+    torch.testing.assert_close(bake(model, method, inputs=inputs)(**inputs).logits, wanted, atol=2e-6, rtol=2e-5)
+
+
+def test_what_draws_or_folds_one_stack_says_so() -> None:
+    from attnsteer.errors import RecipeError
+    from attnsteer.recipe.arms import random_heads, random_heads_of_all
+    from attnsteer.viz import head_grid
+
+    with pytest.raises(SelectionError, match=r"heads\.tower"):
+        head_grid(BOTH)
+    for draw in (random_heads, random_heads_of_all):
+        with pytest.raises(RecipeError, match="sets of one tower"):
+            draw(BOTH, {1: 4}, 1)
