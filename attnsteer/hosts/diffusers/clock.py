@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 
 # Marks the classes of processors that are put in the place of a model's own.
 STEERED = "__attnsteer__"
+
+
+# What was found by looking, of each model, so that it is looked at once, however often it is steered.
+_LOOKED: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[str, ...]]] = weakref.WeakKeyDictionary()
 
 
 class ProcessorCall:
@@ -111,6 +116,12 @@ class DenoiserClock:
         What cannot be found out stays unknown, so that a method that needs it raises.
         """
         unknown, self.unknown = self.unknown, set()
+        given = frozenset(name for name, value in values.items() if value is not None)
+        known = _LOOKED.setdefault(self.model, {})
+        keys = {path: (path, type(self.runtimes[path].site.module.processor).__name__, given) for path in unknown}
+        self._orders |= {path: known[key] for path, key in keys.items() if known.get(key)}
+        if all(key in known for key in keys.values()):
+            return
         acting, self._acting = self._acting, {path: () for path in self.runtimes}
         try:
             found = probe(self.model, values, run)
@@ -122,6 +133,7 @@ class DenoiserClock:
             orders = {s.order for s in found if s.site == self.runtimes[path].site.name and not s.ragged}
             if len(orders) == 1 and set(*orders) == {"image", "text"} and len(min(orders)) == 2:
                 self._orders[path] = min(orders)
+            known[keys[path]] = self._orders[path]
 
     def begin(self, values: dict[str, Any]) -> None:
         """Read the arguments of one forward of the denoiser."""

@@ -182,7 +182,7 @@ BARE: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
             "height": 32,
             "width": 32,
             "condition_clip_context": _random(1, 4, 1280, seed=2),
-            "encoder_hidden_states_image": _random(1, 4, 1280, seed=3),
+            "denoiser_input_fields": {"encoder_hidden_states_image": _random(1, 4, 1280, seed=3)},
             "prompt_ref_embeds": _random(1, 8, 32, seed=4),
             "prompt_embeds": _random(1, 8, 32, seed=5),
             "negative_prompt_embeds": _random(1, 8, 32, seed=6),
