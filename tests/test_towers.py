@@ -278,7 +278,7 @@ def test_gates_of_several_towers_are_baked() -> None:
     from attnsteer import bake
 
     model, inputs = _tiny("bart")
-    gates = {("encoder", 1, 0): 0.25, ("decoder", 2, 1): 0.5}
+    gates = {("encoder", 1, 0): 0.25, ("decoder", 0, 1): 0.5}
     method = HeadGate(gates, where=Where(kinds="self"))
     with steer(model, method):
         wanted = model(**inputs).logits
