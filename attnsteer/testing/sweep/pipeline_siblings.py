@@ -253,7 +253,8 @@ def _versatile(parts: dict[str, Any]) -> dict[str, Any]:
     from transformers import CLIPTextModelWithProjection
 
     torch.manual_seed(0)
-    config = type(parts["text_encoder"].config)(**{**parts["text_encoder"].config.to_dict(), "projection_dim": 32})
+    width = parts["unet"].config.cross_attention_dim
+    config = type(parts["text_encoder"].config)(**{**parts["text_encoder"].config.to_dict(), "projection_dim": width})
     return {
         "image_unet": parts["unet"],
         "text_unet": None,
@@ -265,8 +266,9 @@ def _versatile_picture(parts: dict[str, Any]) -> dict[str, Any]:
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2, projection_dim=32)
-    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
+    sizes = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2)
+    width = parts["unet"].config.cross_attention_dim
+    config = CLIPVisionConfig(**sizes, projection_dim=width, image_size=32, patch_size=8)
     size = {"height": 32, "width": 32}
     return {
         "image_unet": parts["unet"],
@@ -293,7 +295,7 @@ def _tokens(parts: dict[str, Any]) -> dict[str, Any]:
     )
     transformer = Transformer2DModel(
         attention_bias=True,
-        cross_attention_dim=32,
+        cross_attention_dim=parts["text_encoder"].config.hidden_size,
         attention_head_dim=16,
         num_attention_heads=2,
         num_vector_embeds=12,
@@ -321,10 +323,6 @@ SIBLINGS: dict[str, Sibling] = {
     ),
     "TextToVideoZeroSDXLPipeline": Sibling(
         "TextToVideoZeroSDXLPipeline", inputs=lambda given: {"t0": 1, "t1": 2, "num_inference_steps": 4}
-    ),
-    "LEditsPPPipelineStableDiffusionXL": Sibling(
-        "LEditsPPPipelineStableDiffusionXL",
-        parts=lambda parts: {"unet": _like(parts["unet"], projection_class_embeddings_input_dim=104)},
     ),
     "BriaFibo2Pipeline": Sibling(
         "Flux2KleinPipeline",
