@@ -60,6 +60,13 @@ def always_one(processor: Any) -> bool:
 def check_plan(site: Site, plan: Plan, bound: Bound) -> None:
     """Raise an UnsupportedHost where what a method does is not defined over the parts of a site."""
     method = bound.method
+    meant = (PICTURE,) if "image_prompt" in method.needs else plan.main
+    reads = set(method.needs) & {"image_prompt", "contrast", "latent", "prompt"}
+    if reads and bound.where.parts is not None and set(bound.where.parts) & set(plan.parts) != set(meant):
+        raise UnsupportedHost(
+            f"{site.path}: {bound.name} is about {' and '.join(meant)}, not about {' and '.join(bound.where.parts)}, which Where(parts=) "
+            "names. Leave parts out."
+        )
     if plan.together != "difference" or (method.linear and bound.doors == {"output"}):
         return
     if bound.doors <= {"weights", "bias"} and not method.observes and "prompt" not in method.needs:

@@ -160,6 +160,14 @@ def test_what_is_not_defined_on_a_difference_is_refused_before_it_runs() -> None
         steer(model, PAG(1.0, where=Where(modules=site.path)))
 
 
+def test_a_method_about_one_part_does_not_act_in_another() -> None:
+    from attnsteer import NAG
+
+    model, _, site = built("wan")
+    with pytest.raises(UnsupportedHost, match=r"NAG is about text, not about image prompt.*Leave parts out"):
+        steer(model, NAG(2.0, where=Where(modules=site.path, parts="image prompt")))
+
+
 def test_parts_are_named_and_listed() -> None:
     model, _, site = built("wan")
     assert "parts: image prompt, text" in str(sites(model)) and site.to_dict()["parts"] == ("image prompt", "text")
