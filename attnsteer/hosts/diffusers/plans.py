@@ -64,8 +64,8 @@ def check_plan(site: Site, plan: Plan, bound: Bound) -> None:
     reads = set(method.needs) & {"image_prompt", "contrast", "latent", "prompt"}
     if reads and bound.where.parts is not None and set(bound.where.parts) & set(plan.parts) != set(meant):
         raise UnsupportedHost(
-            f"{site.path}: {bound.name} is about {' and '.join(meant)}, not about {' and '.join(bound.where.parts)}, which Where(parts=) "
-            "names. Leave parts out."
+            f"{site.path}: {bound.name} is about {' and '.join(meant)}, not about {' and '.join(bound.where.parts)}, which "
+            "Where(parts=) names. Leave parts out."
         )
     if plan.together != "difference" or (method.linear and bound.doors == {"output"}):
         return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,10 +163,15 @@ def test_what_is_not_defined_on_a_difference_is_refused_before_it_runs() -> None
 
 def test_a_method_about_one_part_does_not_act_in_another() -> None:
     from attnsteer import NAG
+    from attnsteer.bound import Bound
+    from attnsteer.hosts.diffusers.plans import check_plan, plan_of
 
-    model, _, site = built("wan")
-    with pytest.raises(UnsupportedHost, match=r"NAG is about text, not about image prompt.*Leave parts out"):
-        steer(model, NAG(2.0, where=Where(modules=site.path, parts="image prompt")))
+    _, _, site = built("wan")
+    method = NAG({"encoder_hidden_states": torch.ones(1, 4, 8)})
+    for parts, refused in (("text", False), ("image prompt", True)):
+        bound = Bound(0, method, Where(parts=parts), frozenset({"output"}))
+        with pytest.raises(UnsupportedHost, match=r"NAG is about text.*Leave parts out") if refused else nullcontext():
+            check_plan(site, plan_of(site.module, site.module.processor), bound)
 
 
 def test_parts_are_named_and_listed() -> None:
