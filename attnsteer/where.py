@@ -121,7 +121,8 @@ class Where(Named):
             pool = self._keep(kept, "modules (a pattern matches the whole path)", [s.path for s in pool])
         if self.parts is not None:
             kept = [s for s in pool if set(self.parts) & set(s.parts)]
-            pool = self._keep(kept, "parts", sorted({p for s in pool for p in s.parts}))
+            there = sorted({p for s in pool for p in s.parts}) or ["none: each module of the selection attends once"]
+            pool = self._keep(kept, "parts", there)
         shapes = _shapes(sites)
         if self.layers is not None:
             pool = self._layers(pool, shapes)
@@ -219,7 +220,7 @@ class Where(Named):
                 raise SelectionError(
                     f"the HeadSet names layer {layer}, of which there is one in each of "
                     f"{listing(' '.join(filter(None, tower)) for tower in towers)}. Name the towers, HeadSet({{tower: {{layer: "
-                    "[head, ...]}}}}), or narrow the selection down to one by Where(modalities=...) or Where(modules=...)."
+                    "[head, ...]}}), or narrow the selection down to one by Where(modalities=...) or Where(modules=...)."
                 )
 
     def active(self, phase: str | None, step: int | None, steps: int | None) -> bool:
