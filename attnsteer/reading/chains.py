@@ -272,7 +272,7 @@ def _follow(
     with torch.no_grad(), steer(model, *interventions, _Chain(links, where=where or Where(kinds=("self", "joint")))):
         model(**inputs)
     for own, chosen in classes.items():
-        if chosen is not None and not any(chosen.of(site) for site in links.seen):
+        if chosen is not None and not any(h < site.heads for site in links.seen for h in chosen.of(site)):
             raise SelectionError(f"{name}: none of the heads {own or chosen!r} is in the layers that were passed.")
     return links
 
