@@ -285,6 +285,15 @@ def test_gates_of_several_towers_are_baked() -> None:
     torch.testing.assert_close(bake(model, method, inputs=inputs)(**inputs).logits, wanted, atol=2e-6, rtol=2e-5)
 
 
+@torch.no_grad()
+def test_a_profile_beside_a_vision_tower_asks_for_no_tokens() -> None:
+    from attnsteer.analysis import head_profile
+
+    model, inputs = _tiny("llava")
+    table = head_profile(model, [inputs], where=Where(kinds="self", modalities=("vision", "text")))
+    assert {p[0] for p in table.heads} == {"vision", "text"} and "induction" not in table.columns
+
+
 def test_what_draws_or_folds_one_stack_says_so() -> None:
     from attnsteer.errors import RecipeError
     from attnsteer.recipe.arms import random_heads, random_heads_of_all

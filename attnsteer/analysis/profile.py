@@ -22,7 +22,7 @@ from ..errors import SelectionError, UnsupportedHost, brief
 from ..hosts.base import imported
 from ..search.screen import sites_of
 from ..search.state import model_digest
-from ..steering import steer
+from ..steering import find_host, steer
 from ..versions import library_versions
 from ..where import Where
 from .map_readings import COUNT, PATTERNS, THETA, TOP, Block, Pattern, Profiled, column_means
@@ -94,7 +94,11 @@ def head_profile(
     if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta <= 1):
         raise SelectionError(f"theta={brief(theta)} is a share of a row's attention, 0 to 1, or None.")
     where = Where(kinds="self") if where is None else where
-    text = grid is None and _has_tokens(model)
+    # What a tower of images or sound attends to are no tokens.
+    host = find_host(model)
+    every = host.sites()
+    modalities = {s.modality for s, _ in where.resolve(every, host.main)}
+    text = grid is None and _has_tokens(model) and modalities <= {"text"}
     chosen = {n: p for n, p in PATTERNS.items() if text} | dict(patterns or {})
     probe = Profiled(chosen, theta, dict(spans or {}), text, images, grid, ahead if grid else 0, rows, where=where)
     pairs, shape = sites_of(model, probe, towers=True)
@@ -183,6 +187,10 @@ def _table(probe: Profiled, heads: Mapping[tuple[Any, ...], tuple[str, int]]) ->
     raw = {}
     for name in names:
         columns = []
+        if len({sum(len(part[name][0]) for part in probe.found[path]) for path, _ in heads.values()}) > 1:
+            raise SelectionError(
+                "head_profile: the towers that are selected see other numbers of inputs; profile one at a time."
+            )
         for path, head in heads.values():
             parts = [part[name] for part in probe.found[path]]
             pick = lambda t, h=head: t[:, h] if t.shape[1] > 1 else t[:, 0]  # noqa: E731
