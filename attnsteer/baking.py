@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .analysis.projections import Linear, evaluating, first_tensor, look, module_of, output_projections, probe_inputs
 from .errors import SelectionError, UnsupportedHost, brief
-from .heads import HeadSet
+from .heads import HeadSet, at_head
 from .intervention import Intervention
 from .methods.headgate import HeadGate
 from .parameters import PerSample
@@ -73,7 +73,7 @@ def bake(
     target = module if inplace else copy.deepcopy(module)
     with evaluating(target), steer(target, method, control=True):
         wanted = first_tensor(target(**inputs))
-    seen = look(target, inputs, Where(modalities=method.where.modalities))
+    seen = look(target, inputs, Where(modalities={s.modality for s, _ in chosen.values()}))
     plan: list[tuple[Linear, Tensor]] = []
     for path, (site, heads) in chosen.items():
         if path not in seen.sites:
@@ -82,9 +82,8 @@ def bake(
             )
         width = seen.sites[path]["out"].shape[3]
         factors = torch.ones(site.heads, dtype=torch.float64)
-        for (layer, head), gate in method.gates.items():
-            if layer == site.layer and (heads is None or head in heads):
-                factors[head] = _number(gate)
+        for head in range(site.heads) if heads is None else heads:
+            factors[head] = _number(at_head(method.gates, site, head))
         if bool((factors == 1).all()):
             continue
         for layer in output_projections(target, seen, site):

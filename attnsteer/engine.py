@@ -673,9 +673,7 @@ class _HeadGroup:
         masks = [] if self.runtime.rows is None else [self.runtime.rows[id(bound)].mask]
         if bound.method.restricting:
             samples = Samples.plain(q.shape[0]) if call.samples is None else call.samples
-            masks += [
-                v.acts(samples, q.shape[0], q.device, call.site.layer, self.heads) for v in bound.method.restricting
-            ]
+            masks += [v.acts(samples, q.shape[0], q.device, call.site, self.heads) for v in bound.method.restricting]
         if where.rows is not None:
             masks.append(self._row_choice(where.rows)[:, None])
         if where.phases is not None and call.mixed:

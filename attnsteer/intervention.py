@@ -401,7 +401,7 @@ def plain_value(value: Any) -> Any:
     if isinstance(value, PerSample):
         return value.values[0] if value.count is None else [plain_value(v) for v in value.values]
     if isinstance(value, HeadSet):
-        return {str(layer): list(value[layer]) for layer in value.layers}
+        return value.to_json()
     if isinstance(value, Where):
         return {k: plain_value(v) for k, v in value.to_dict().items()}
     if isinstance(value, dict):

@@ -96,17 +96,17 @@ class PerSample:
         return not self.learned and any(v is not None and not isinstance(v, (int, float)) for v in self.given)
 
     def acts(
-        self, samples: Samples, batch: int, device: torch.device, layer: int = 0, heads: tuple[int, ...] | None = None
+        self, samples: Samples, batch: int, device: torch.device, site: Any = None, heads: tuple[int, ...] | None = None
     ) -> Tensor:
         """bool [B, 1, 1], or [B, H, 1] for sets of heads: whether a value is given for each row, and holds the head.
 
         Args:
-            layer, heads: of the attention call; None: whether a row has a value at all is asked.
+            site, heads: of the attention call; None: whether a row has a value at all is asked.
         """
         if heads is None or not self.of_heads:
             return self.tensor(samples, batch, torch.bool, device, lambda v: v is not None, "given", axes=2)
-        inside = lambda v: [v is not None and (layer, head) in v for head in heads]  # noqa: E731
-        return self.tensor(samples, batch, torch.bool, device, inside, (layer, heads), axes=1)
+        inside = lambda v: [v is not None and head in v.of(site) for head in heads]  # noqa: E731
+        return self.tensor(samples, batch, torch.bool, device, inside, (site.path, heads), axes=1)
 
     def listed(self, samples: Samples, batch: int | None = None) -> list[Any]:
         """The value of each row of a batch (see `Samples.rows`).

@@ -22,8 +22,12 @@ class Site:
         causal: whether a row sees only keys at or before its own position.
         linear: True where no softmax map exists (linear attention: only value-path edits are defined).
         refused: why it cannot be steered, "" where it can.
+        parts: names of the attentions that one call of the module computes, where it is several: "text" and "image prompt" of a
+            cross-attention whose outputs are added up. Gates on heads act in all; maps are edited in those that the host's
+            documentation names, or in those of `Where(parts=...)`.
         module: the module itself; not part of equality or of the printed form.
         path: the module name with the pipeline component in front, unique within a target.
+        tower: component, modality and stack with dots between them, such as "vision.encoder": which layers count together.
     """
 
     name: str
@@ -37,9 +41,19 @@ class Site:
     causal: bool = False
     linear: bool = False
     refused: str = ""
+    parts: tuple[str, ...] = ()
     module: Any = field(default=None, repr=False, compare=False)
     # Read some times at each call, so it is a plain attribute.
     path: str = field(init=False, repr=False, compare=False)
+
+    @property
+    def tower(self) -> str:
+        """Component, modality and stack with dots between them: "vision.encoder", "transformer.image.denoiser"."""
+        return ".".join(part for part in (self.component, self.modality, self.stack) if part)
+
+    def in_tower(self, name: str) -> bool:
+        """Whether the tower is called so: whole parts of `tower` ("vision", "vision.encoder"), or of `path` ("vision_tower")."""
+        return f".{name}." in f".{self.tower}." or f".{name}." in f".{self.path}."
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", f"{self.component}.{self.name}" if self.component else self.name)
@@ -48,7 +62,12 @@ class Site:
         """The fields as JSON-able values, without the module."""
         names = ("name", "layer", "kind", "heads", "kv_heads", "modality", "stack", "component", "causal", "linear")
         names += ("refused",) if self.refused else ()
+        names += ("parts",) if self.parts else ()
         return {key: getattr(self, key) for key in names}
+
+
+def _named(site: Site) -> str:
+    return site.path + (f"  parts: {', '.join(site.parts)}" if site.parts else "")
 
 
 class SiteList(tuple[Site, ...]):
@@ -59,7 +78,7 @@ class SiteList(tuple[Site, ...]):
     def __str__(self) -> str:
         head = ("layer", "kind", "heads", "kv", "modality", "stack", "name")
         rows = [
-            (s.layer, s.kind + (" (linear)" if s.linear else ""), s.heads, s.kv_heads, s.modality, s.stack, s.path)
+            (s.layer, s.kind + (" (linear)" if s.linear else ""), s.heads, s.kv_heads, s.modality, s.stack, _named(s))
             for s in self
         ]
         table = [head, *[tuple(str(cell) for cell in row) for row in rows]]

@@ -31,7 +31,7 @@ class Where(Named):
         layers: 0-based layer indices within their stack: an int, a range, an iterable, or a string such as
             `"8-24,30"` (inclusive). Negative ints count from the end of the stack.
         heads: query heads: an int, an iterable of ints (the same in each layer), or a `HeadSet`
-            (then only its layers are selected).
+            (then only its layers are selected; of its towers where it names any, whatever their modality).
         kinds: "self", "cross" and/or "joint".
         modules: regular expressions that must match a whole module path (see `attnsteer.sites`); without look-around,
             back-references, word boundaries and flags, so that none takes long (see `attnsteer.patterns`).
@@ -41,6 +41,9 @@ class Where(Named):
         branches: "cond" and/or "uncond": the guidance rows of a diffusion batch.
         rows: query rows: "last" (of each call), "image" or "text" (roles), or a pair of ints
             `(start, stop)` of absolute token positions.
+        parts: of a module that computes several attentions in one call (`Site.parts`), those to act in, such as "image prompt".
+            None: gates act in all, edits of the map in the one that is meant (docs/architecture.md). Only sites with such parts
+            are selected.
         modalities: "text", "vision", "audio", "image". None selects the host's main one: the language
             tower of a vision-language model, the denoiser of a pipeline.
 
@@ -61,6 +64,7 @@ class Where(Named):
     branches: Any = None
     rows: Any = None
     modalities: Any = None
+    parts: Any = None
 
     def __post_init__(self) -> None:
         put = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
@@ -74,6 +78,7 @@ class Where(Named):
         put("branches", _words("branches", self.branches, BRANCHES))
         put("modalities", _words("modalities", self.modalities, MODALITIES))
         put("modules", _patterns(self.modules))
+        put("parts", _parts(self.parts))
         put("steps", _steps(self.steps))
         put("rows", _rows(self.rows))
 
@@ -102,7 +107,8 @@ class Where(Named):
         Raises:
             SelectionError: nothing matches, or a named layer, head, kind or module does not exist.
         """
-        wanted = self.modalities or tuple(main)
+        towers = self.heads.towers if isinstance(self.heads, HeadSet) else ()
+        wanted = self.modalities or (sorted({s.modality for s in sites}) if towers else tuple(main))
         pool = [s for s in sites if s.modality in wanted]
         if not pool:
             found = sorted({s.modality for s in sites})
@@ -113,12 +119,15 @@ class Where(Named):
             wanted = [pattern(p) for p in self.modules]
             kept = [s for s in pool if any(p.matches(n) for p in wanted for n in (s.name, s.path))]
             pool = self._keep(kept, "modules (a pattern matches the whole path)", [s.path for s in pool])
+        if self.parts is not None:
+            kept = [s for s in pool if set(self.parts) & set(s.parts)]
+            there = sorted({p for s in pool for p in s.parts}) or ["none: each module of the selection attends once"]
+            pool = self._keep(kept, "parts", there)
         shapes = _shapes(sites)
         if self.layers is not None:
             pool = self._layers(pool, shapes)
         if isinstance(self.heads, HeadSet):
-            self._check_head_set(pool, shapes)
-            pool = [s for s in pool if not s.refused or s.layer in self.heads.layers]
+            pool = self._of_towers(pool, shapes) if towers else self._of_head_set(pool, shapes)
         refused, pool = [s for s in pool if s.refused], [s for s in pool if not s.refused]
         by_layer = self.layers is not None or isinstance(self.heads, HeadSet)
         alone = by_layer and {s.layer for s in refused} - {s.layer for s in pool}
@@ -150,7 +159,7 @@ class Where(Named):
     def _heads(self, site: Site) -> tuple[int, ...] | None:
         if self.heads is None:
             return None
-        chosen = self.heads[site.layer] if isinstance(self.heads, HeadSet) else self.heads
+        chosen = self.heads.of(site) if isinstance(self.heads, HeadSet) else self.heads
         wrong = [h for h in chosen if h >= site.heads]
         if wrong:
             raise SelectionError(
@@ -159,7 +168,7 @@ class Where(Named):
             )
         return tuple(chosen)
 
-    def _check_head_set(self, pool: list[Site], shapes: Mapping[Stack, tuple[int, int]]) -> None:
+    def _of_head_set(self, pool: list[Site], shapes: Mapping[Stack, tuple[int, int]]) -> list[Site]:
         layers = {s.layer for s in pool}
         if not len(self.heads):
             raise SelectionError("the HeadSet is empty; give at least one head.")
@@ -170,13 +179,34 @@ class Where(Named):
                 "Was it found on another model?"
             )
         self._check_towers(pool, shapes)
-        if self.heads.shape is not None:
-            found = sorted({shapes[_stack(s)] for s in pool})
-            if self.heads.shape not in found:
+        _check_shape(self.heads.shape, {shapes[_stack(s)] for s in pool if not s.refused})
+        return [s for s in pool if not s.refused or s.layer in self.heads.layers]
+
+    def _of_towers(self, pool: list[Site], shapes: Mapping[Stack, tuple[int, int]]) -> list[Site]:
+        """The sites of the layers that a set of several towers names, each tower for itself."""
+        kept: dict[str, tuple[Site, str]] = {}
+        for name in self.heads.towers:
+            own, heads = [s for s in pool if s.in_tower(name)], self.heads.tower(name)
+            # The same set, asked about one tower.
+            alone = Where(heads=heads)
+            if not own:
+                there = listing(sorted({s.tower for s in pool}))
                 raise SelectionError(
-                    f"the HeadSet was found on a model of shape {self.heads.shape} (layers, heads per layer); "
-                    f"this one has {listing(found)}. Use a HeadSet of this model."
+                    f"the HeadSet names the tower {name!r}; the selected sites are of {there}. A tower is called by a part of "
+                    "these, or by a part of the path of its modules (attnsteer.sites)."
                 )
+            try:
+                found = alone._of_head_set(own, shapes)
+            except SelectionError as error:
+                raise SelectionError(f"the tower {name!r}: {error}") from error
+            for site in (s for s in found if s.layer in heads.layers):
+                if site.path in kept:
+                    raise SelectionError(
+                        f"the HeadSet has {site.path} in the tower {kept[site.path][1]!r} and in {name!r}; call it one or the "
+                        "other."
+                    )
+                kept[site.path] = site, name
+        return [s for s in pool if s.path in kept]
 
     def _check_towers(self, pool: list[Site], shapes: Mapping[Stack, tuple[int, int]]) -> None:
         """Refuse numbers that mean other layers in each of several towers: a text model's and its vision tower's, a prior's and a
@@ -189,8 +219,8 @@ class Where(Named):
             if len(towers) > 1 and (len({m for _, m in towers}) > 1 or len(set(towers.values())) > 1):
                 raise SelectionError(
                     f"the HeadSet names layer {layer}, of which there is one in each of "
-                    f"{listing(' '.join(filter(None, tower)) for tower in towers)}. Give each its own HeadSet and method: "
-                    "steer(target, first, second), each with Where(modalities=...) or Where(modules=...)."
+                    f"{listing(' '.join(filter(None, tower)) for tower in towers)}. Name the towers, HeadSet({{tower: {{layer: "
+                    "[head, ...]}}), or narrow the selection down to one by Where(modalities=...) or Where(modules=...)."
                 )
 
     def active(self, phase: str | None, step: int | None, steps: int | None) -> bool:
@@ -222,11 +252,37 @@ class Where(Named):
         return f"Where({shown})"
 
 
+def _check_shape(shape: tuple[int, int] | None, found: set[tuple[int, int]]) -> None:
+    if shape is not None and shape not in found:
+        raise SelectionError(
+            f"the HeadSet was found on a model of shape {shape} (layers, heads per layer); "
+            f"this one has {listing(sorted(found))}. Use a HeadSet of this model."
+        )
+
+
 Stack = tuple[str, str, str]
 
 
 def _stack(site: Site) -> Stack:
     return site.component, site.modality, site.stack
+
+
+def tower_names(sites: Iterable[Site]) -> dict[str, str]:
+    """Path of each site -> the name of its tower, the modality where that tells them apart; all empty where there is one tower."""
+    sites = list(sites)
+    towers = {s.tower: s.modality for s in sites}
+    if len(towers) < 2:
+        return {s.path: "" for s in sites}
+    short = len(set(towers.values())) == len(towers)
+    return {s.path: s.modality if short else s.tower for s in sites}
+
+
+def shapes_of(chosen: Iterable[Site], sites: Iterable[Site]) -> Any:
+    """The `shape` of a `HeadSet` of heads in chosen sites: (layers, heads), or that of each of several towers by name."""
+    chosen = list(chosen)
+    names, sizes = tower_names(chosen), _shapes(sites)
+    found = {names[s.path]: sizes[_stack(s)] for s in chosen}
+    return found if any(found) else next(iter(found.values()))
 
 
 def stack_shape(site: Site, sites: Iterable[Site]) -> tuple[int, int]:
@@ -295,6 +351,15 @@ def _patterns(value: Any) -> tuple[str, ...] | None:
         raise SelectionError("Where(modules=()): give at least one pattern, or leave it out.")
     for item in items:
         pattern(item)
+    return items
+
+
+def _parts(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    items = _items("parts", value)
+    if not items or not all(isinstance(item, str) and item for item in items):
+        raise SelectionError(f"Where(parts={brief(value)}): name at least one part, as attnsteer.sites lists them.")
     return items
 
 

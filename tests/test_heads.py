@@ -173,7 +173,7 @@ def test_the_helper_writes_a_good_file(tmp_path: Path) -> None:
     [
         ({"format": "other"}, "'other'"),
         ({"format": None}, "written by HeadSet.save"),
-        ({"schema": "2"}, "upgrade attnsteer"),
+        ({"schema": "3"}, "upgrade attnsteer"),
         ({"schema": None}, "schema None"),
         ({"schema": "one"}, "schema one"),
         ({"heads": torch.tensor([0, 1])}, r"expected int64 \[N, 2\]"),

@@ -200,7 +200,7 @@ def test_what_it_takes_can_be_read() -> None:
         (lambda: HeadGate(gate={}), ["no parameter 'gate'", "'gates'"]),
         (lambda: ZeroTuning(None, 2.0, Where()), ["2 values by position (heads, gamma), not 3"]),
         (lambda: ZeroTuning({0: [1]}, heads={0: [1]}), ["heads twice"]),
-        (lambda: Where(*range(12)), ["9 values by position", "not 12"]),
+        (lambda: Where(*range(12)), ["10 values by position", "not 12"]),
         (lambda: ZeroTuning().new(gama=2.0), ["no parameter 'gama'"]),
         (lambda: Third(streng=1.0), ["Third has no parameter 'streng'", "Did you mean 'strength'?"]),
         (lambda: Third(), ["Third needs strength"]),

@@ -129,7 +129,7 @@ SIGNATURES = {
     "VHR": "alpha=2.0, *, where, rows='all', last=14, outliers=True, reinforce_both=True",
     "ZeroTuning": "heads=None, gamma=1.0, *, where",
     "Where": "layers=None, heads=None, kinds=None, modules=None, phases=None, steps=None, branches=None, rows=None, "
-    "modalities=None",
+    "modalities=None, parts=None",
     "HeadSet": "heads, *, scores=None, shape=None, provenance=None",
     "capture": "target, where=None, *interventions, rows=None, what='map', keys=None, to='cpu', gradients=False, limit=None, "
     "tokenizer=None",

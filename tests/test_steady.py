@@ -281,3 +281,16 @@ def test_all_that_say_so_are_tried() -> None:
     tried = {type(m) for given in STEADY.values() for m in given}
     promised = {cls for cls in map(get_method, methods()) if "steady" in vars(cls) and vars(cls)["steady"] is not False}
     assert promised == tried
+
+
+@torch.no_grad()
+def test_rows_that_are_not_chosen_stay_whatever_weighs_the_rest(model: nn.Module) -> None:
+    """Where the remainder of the keys has a weight too."""
+    ids = prompt()
+    plain = model(ids, output_hidden_states=True).hidden_states[1]
+    for method in (PASTA(SPANS, alpha=0.1), PASTA(SPANS, alpha=0.1, released=True)):
+        with steer(model, method.new(where=Where(rows=(12, 20), layers=[0]))):
+            steered = model(ids, output_hidden_states=True).hidden_states[1]
+        changed = (steered - plain).abs().amax(dim=-1) > 1e-6
+        assert changed[:, 12:20].all()
+        assert not changed[:, :12].any() and not changed[:, 20:].any()

@@ -103,7 +103,7 @@ def test_a_wrong_value_is_refused_when_it_is_given(field: str, value: Any, words
 
 
 @pytest.mark.parametrize(
-    "field", ["layers", "heads", "kinds", "phases", "branches", "modalities", "modules", "steps", "rows"]
+    "field", ["layers", "heads", "kinds", "phases", "branches", "modalities", "modules", "steps", "rows", "parts"]
 )
 @pytest.mark.parametrize("value", [torch.tensor(1.0, requires_grad=True), torch.ones((), device="meta")])
 def test_a_tensor_that_is_no_plain_number_is_refused(field: str, value: Any) -> None:

@@ -83,8 +83,8 @@ class Profiled(Intervention):
     """Reduces the rows of each site; edits nothing.
 
     Attributes:
-        found: layer -> of each call, name -> (numerators [B, H], denominators [B, H]).
-        last: layer -> of each call, the map, values and output of the last valid row of each input.
+        found: site path -> of each call, name -> (numerators [B, H], denominators [B, H]).
+        last: site path -> of each call, the map, values and output of the last valid row of each input.
     """
 
     patterns: Mapping[str, Pattern] = field(default_factory=dict, compare=False, repr=False)
@@ -95,8 +95,8 @@ class Profiled(Intervention):
     grid: tuple[int, int] | None = None
     ahead: int = 0
     rows: str = "applicable"
-    found: dict[int, list[dict[str, tuple[Tensor, Tensor]]]] = field(default_factory=dict, compare=False, repr=False)
-    last: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict, compare=False, repr=False)
+    found: dict[str, list[dict[str, tuple[Tensor, Tensor]]]] = field(default_factory=dict, compare=False, repr=False)
+    last: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict, compare=False, repr=False)
 
     observes = True
     needs = property(lambda self: (("tokens",) if self.tokens else ()) + (("images",) if self.images else ()))
@@ -135,7 +135,7 @@ class Profiled(Intervention):
             )
             self._block(sums, A, w, block, spans, seen_keys[:, at].float())
         self._columns(call, sums, valid)
-        self.found.setdefault(call.site.layer, []).append({k: (a.cpu(), b.cpu()) for k, (a, b) in sums.found.items()})
+        self.found.setdefault(call.site.path, []).append({k: (a.cpu(), b.cpu()) for k, (a, b) in sums.found.items()})
         self._last_row(call, out)
 
     def _block(
@@ -236,7 +236,7 @@ class Profiled(Intervention):
         kept["map"] = A.float().cpu()
         # Of long contexts the values would be all that this keeps.
         kept["values"] = call.values.float().cpu() if m <= 2048 else None
-        self.last.setdefault(call.site.layer, []).append(kept)
+        self.last.setdefault(call.site.path, []).append(kept)
 
 
 def _visible(call: AttnCall, A: Tensor, i: Tensor, j: Tensor, key_valid: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from ..errors import SelectionError, UnsupportedHost, brief
 from ..hosts.base import imported
 from ..search.screen import sites_of
 from ..search.state import model_digest
-from ..steering import steer
+from ..steering import find_host, steer
 from ..versions import library_versions
 from ..where import Where
 from .map_readings import COUNT, PATTERNS, THETA, TOP, Block, Pattern, Profiled, column_means
@@ -68,7 +68,8 @@ def head_profile(
 
     Args:
         model: a model whose attention is steered.
-        inputs: keyword arguments of the model, each a batch. where: the sites; None: the main stack's self-attention.
+        inputs: keyword arguments of the model, each a batch. where: the sites; None: the main stack's self-attention. Of several
+            towers heads are called (tower, layer, head), and there are no readings from weights.
         patterns: further properties f(block) -> bool [B, r, m] of `Block`, by name; they get the columns NAME and agreement_NAME.
         theta: what counts as high attention; None: no agreement columns. rows: "applicable" (with a key of the pattern) or
             "all" (as TransformerLens' detector, which dilutes).
@@ -93,11 +94,15 @@ def head_profile(
     if theta is not None and (isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 <= theta <= 1):
         raise SelectionError(f"theta={brief(theta)} is a share of a row's attention, 0 to 1, or None.")
     where = Where(kinds="self") if where is None else where
-    text = grid is None and _has_tokens(model)
+    # What a tower of images or sound attends to are no tokens.
+    host = find_host(model)
+    every = host.sites()
+    modalities = {s.modality for s, _ in where.resolve(every, host.main)}
+    text = grid is None and _has_tokens(model) and modalities <= {"text"}
     chosen = {n: p for n, p in PATTERNS.items() if text} | dict(patterns or {})
     probe = Profiled(chosen, theta, dict(spans or {}), text, images, grid, ahead if grid else 0, rows, where=where)
-    pairs, shape = sites_of(model, probe)
-    found = _weights(model, where, weights, bool(words) or target is not None)
+    pairs, shape = sites_of(model, probe, towers=True)
+    found = _weights(model, where, weights, bool(words) or target is not None, isinstance(shape, dict))
     scales: list[Tensor] = []
     with torch.no_grad(), evaluating(model), steer(model, probe, control=True):
         for batch in inputs:
@@ -107,7 +112,7 @@ def head_profile(
     if not probe.found:
         raise SelectionError("head_profile got no inputs; give one batch of keyword arguments of the model or more.")
     heads = tuple(pairs)
-    columns = _table(probe, heads)
+    columns = _table(probe, pairs)
     samples = len(next(iter(columns.values())).top)
     table = HeadTable(
         heads,
@@ -134,10 +139,12 @@ def _has_tokens(model: nn.Module) -> bool:
 
 
 def _weights(
-    model: nn.Module, where: Where, wanted: bool, needed: bool
+    model: nn.Module, where: Where, wanted: bool, needed: bool, towers: bool
 ) -> tuple[dict[int, HeadWeights], Readout | None] | None:
-    """The weights of the heads where they are wanted and to be had."""
-    if not (wanted or needed):
+    """The weights of the heads where they are wanted and to be had; `towers`: they are of several."""
+    if towers and needed:
+        raise SelectionError("words and targets are of one stack of layers; give a where= that selects one.")
+    if towers or not (wanted or needed):
         return None
     try:
         found = head_weights(model, where=where)
@@ -175,13 +182,17 @@ def _scales(
         hook.remove()
 
 
-def _table(probe: Profiled, heads: tuple[Pair, ...]) -> dict[str, Column]:
+def _table(probe: Profiled, heads: Mapping[tuple[Any, ...], tuple[str, int]]) -> dict[str, Column]:
     names = list(dict.fromkeys(n for parts in probe.found.values() for part in parts for n in part))
     raw = {}
     for name in names:
         columns = []
-        for layer, head in heads:
-            parts = [part[name] for part in probe.found[layer]]
+        if len({sum(len(part[name][0]) for part in probe.found[path]) for path, _ in heads.values()}) > 1:
+            raise SelectionError(
+                "head_profile: the towers that are selected see other numbers of inputs; profile one at a time."
+            )
+        for path, head in heads.values():
+            parts = [part[name] for part in probe.found[path]]
             pick = lambda t, h=head: t[:, h] if t.shape[1] > 1 else t[:, 0]  # noqa: E731
             columns.append([torch.cat([pick(p[k]) for p in parts]) for k in (0, 1)])
         raw[name] = [torch.stack([c[k] for c in columns], dim=1).double() for k in (0, 1)]
@@ -234,10 +245,11 @@ def _at_the_last_row(probe: Profiled, weights: Mapping[int, HeadWeights], heads:
     """How far the strongest keys of the last row can be told apart by what they bring, |A_j x_j - s| with x_j = v_j W_O."""
     separable, gap = [], []
     for layer, head in heads:
+        path = weights[layer].site.path
         G = weights[layer].output[head].double().cpu()
         G = G @ G.T
         s_values, g_values = [], []
-        for part in probe.last[layer]:
+        for part in probe.last[path]:
             if part["values"] is None:
                 return {}
             for A, v in zip(part["map"][:, head].double(), part["values"][:, head].double(), strict=True):
@@ -277,7 +289,7 @@ def separability(A: Tensor, v: Tensor, G: Tensor, top: int) -> tuple[float, floa
 
 def _written(probe: Profiled, weights: Mapping[int, HeadWeights], layer: int, head: int) -> Tensor:
     """What a head writes at the last row of each input, [N, D]."""
-    rows = torch.cat([part["out"][:, head] for part in probe.last[layer]])
+    rows = torch.cat([part["out"][:, head] for part in probe.last[weights[layer].site.path]])
     w = weights[layer]
     written = rows @ w.output[head].cpu()
     return written if w.post is None else written * w.post.gain.cpu()

@@ -17,7 +17,8 @@ from ..errors import SelectionError, did_you_mean
 from ..evals.significance import Interval, percentiles, resampled_totals
 from ..heads import HeadSet
 
-Pair = tuple[int, int]
+# (layer, head), or (tower, layer, head).
+Pair = tuple[Any, ...]
 
 
 @dataclass
@@ -49,12 +50,13 @@ class HeadTable:
     """Readings by head.
 
     Attributes:
-        heads: the (layer, head) of each column entry. shape: (layers, heads per layer). columns: name -> `Column`.
+        heads: the (layer, head) of each column entry, of several towers (tower, layer, head). shape: (layers, heads per layer),
+            of each tower where there are several. columns: name -> `Column`.
         facts: JSON-able facts about model and inputs. words: (layer, head) -> top tokens of what it writes, where asked for.
     """
 
     heads: tuple[Pair, ...]
-    shape: tuple[int, int]
+    shape: Any
     columns: dict[str, Column]
     facts: dict[str, Any] = field(default_factory=dict)
     words: dict[Pair, list[Any]] = field(default_factory=dict)
@@ -100,6 +102,10 @@ class HeadTable:
         values = {p: v for p, v in self[name].items() if math.isfinite(v)}
         if not values:
             raise SelectionError(f"no head has a value of {name!r}: {self.column(name).about}")
+        if any(len(p) == 3 for p in values):
+            raise SelectionError(
+                "a grid is of one stack of layers, and this table of several towers; profile them one by one."
+            )
         return head_grid(
             values, path, selected=selected, shape=self.shape, title=name, label=self.column(name).about or name
         )
@@ -109,15 +115,15 @@ class HeadTable:
         names = list(self.columns if names is None else names)
         values = {n: self.column(n).values().tolist() for n in names}
         out = []
-        for i, (layer, head) in enumerate(self.heads):
-            row: dict[str, Any] = {"layer": layer, "head": head}
+        for i, pair in enumerate(self.heads):
+            row: dict[str, Any] = dict(zip(("tower", "layer", "head")[-len(pair) :], pair, strict=True))
             for n in names:
                 row[n] = values[n][i] if math.isfinite(values[n][i]) else None
                 chance = self.columns[n].chance
                 if chance is not None:
                     row[f"{n} (chance)"] = float(chance[i])
-            if (layer, head) in self.words:
-                row["words"] = self.words[layer, head]
+            if pair in self.words:
+                row["words"] = self.words[pair]
             out.append(row)
         return out
 
@@ -145,7 +151,8 @@ class HeadTable:
             known = {p: v for p, v in self[name].items() if math.isfinite(v)}
             if known:
                 best = max(known, key=lambda p: known[p])
-                lines.append(f"  {name:<22} largest {known[best]:.3f} at layer {best[0]}, head {best[1]}")
+                place = "".join(f"{tower}, " for tower in best[:-2]) + f"layer {best[-2]}, head {best[-1]}"
+                lines.append(f"  {name:<22} largest {known[best]:.3f} at {place}")
         return "\n".join(lines)
 
     def joined(self, other: HeadTable) -> HeadTable:

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from ..call import AttnCall
 from ..errors import SelectionError
-from ..heads import HeadSet
+from ..heads import HeadSet, at_head
 from ..intervention import Intervention
 from ..parameters import Number, PerSample, is_all, parsed
 from ..registry import register_method
 from ..where import Where
 
 
-def _gates(given: Any) -> dict[tuple[int, int], float]:
+def _gates(given: Any) -> dict[tuple[Any, ...], float]:
     if not isinstance(given, Mapping) or not given:
         raise SelectionError("give {(layer, head): gate} with at least one head.")
     gates = {}
@@ -42,14 +42,15 @@ class HeadGate(Intervention):
     """Scale head outputs: o_h <- gate_h * o_h.
 
     Args:
-        gates: `{(layer, head): gate}`, finite numbers, or one for each sample; 1 (or None for a sample) leaves a head as it
-            is, 0 removes it. `where` may name some of these heads; then only they are gated.
+        gates: `{(layer, head): gate}`, or `{(tower, layer, head): gate}` as in a `HeadSet` of several towers; finite numbers,
+            or one for each sample; 1 (or None for a sample) leaves a head as it is, 0 removes it. `where` may name some of
+            these heads; then only they are gated.
 
     Raises:
         SelectionError: no gate, or a gate that is not a finite number.
     """
 
-    gates: Mapping[tuple[int, int], float] = parsed(_gates, "{(layer, head): finite number}", per_sample=True)
+    gates: Mapping[tuple[Any, ...], float] = parsed(_gates, "{(layer, head): finite number}", per_sample=True)
 
     linear = True
     row_local = True
@@ -67,7 +68,7 @@ class HeadGate(Intervention):
         return None if factor is None else out * factor
 
     def head_factors(self, call: AttnCall, out: Tensor) -> Tensor | None:
-        gates = [self.gates[call.site.layer, head] for head in call.heads]
+        gates = [at_head(self.gates, call.site, head) for head in call.heads]
         if all(is_all(g, 1.0) for g in gates):
             return None
         many = [g for g in gates if isinstance(g, PerSample)]

@@ -229,7 +229,7 @@ def _own(call: AttnCall, heads: HeadSet | None) -> list[int] | None:
     """Places of the heads of a class among those of a call; None: the layer has none of them."""
     if heads is None:
         return list(range(len(call.heads)))
-    wanted = set(heads[call.site.layer]) if call.site.layer in heads.layers else set()
+    wanted = set(heads.of(call.site))
     return [i for i, head in enumerate(call.heads) if head in wanted] or None
 
 
@@ -272,8 +272,7 @@ def _follow(
     with torch.no_grad(), steer(model, *interventions, _Chain(links, where=where or Where(kinds=("self", "joint")))):
         model(**inputs)
     for own, chosen in classes.items():
-        there = {(site.layer, h) for site in links.seen for h in range(site.heads)}
-        if chosen is not None and not there & set(chosen):
+        if chosen is not None and not any(h < site.heads for site in links.seen for h in chosen.of(site)):
             raise SelectionError(f"{name}: none of the heads {own or chosen!r} is in the layers that were passed.")
     return links
 

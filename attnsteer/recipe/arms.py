@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import AttnSteerError, RecipeError
+from ..errors import AttnSteerError, RecipeError, listing
 from ..heads import HeadSet
 from ..intervention import Intervention
 from ..registry import get_method
@@ -167,6 +167,10 @@ def with_random_spans(chosen: Sequence[Method], draw: int) -> tuple[Method, ...]
 def random_heads(heads: HeadSet, sizes: Mapping[int, int] | None, draw: int, place: str = "heads") -> HeadSet:
     """As many heads of each layer as `heads` has, drawn from all heads of that layer by hash: no generator's state, and the
     same on every machine. Chosen heads may be drawn again."""
+    if heads.towers:
+        raise RecipeError(
+            f"{place}: random heads are drawn for sets of one tower, and this one has {listing(heads.towers)}."
+        )
     out: dict[int, list[int]] = {}
     for layer in heads.layers:
         size = (sizes or {}).get(layer) or (heads.shape[1] if heads.shape else None)
@@ -186,6 +190,10 @@ def random_heads_of_all(heads: HeadSet, sizes: Mapping[int, int] | None, draw: i
     """As many heads as `heads` has, drawn by hash from all heads of all layers in `sizes`."""
     if sizes is None:
         raise RecipeError(f"{place}: which heads there are is not known, so none can be drawn; load the model first.")
+    if heads.towers:
+        raise RecipeError(
+            f"{place}: random heads are drawn for sets of one tower, and this one has {listing(heads.towers)}."
+        )
     every = [(layer, h) for layer, size in sizes.items() for h in range(size)]
     if len(heads) > len(every):
         raise RecipeError(f"{place}: {len(heads)} heads are chosen, and there are {len(every)}.")

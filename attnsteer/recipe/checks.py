@@ -93,7 +93,8 @@ def _check_arms(recipe: Recipe) -> None:
         with_other_spans(chosen, key, f"controls.spans.{index}")
     if recipe.controls.random_heads:
         # Sizes of layers come with the model; until then the chosen heads are all there are.
-        least = {layer: max(m.heads[layer]) + 1 for m in chosen if m.heads is not None for layer in m.heads.layers}
+        sets = [m.heads for m in chosen if m.heads is not None and not m.heads.towers]
+        least = {layer: max(heads[layer]) + 1 for heads in sets for layer in heads.layers}
         with_random_heads(chosen, least, 1)
     if recipe.prefix == "shared":
         _check_prefix(recipe, chosen)

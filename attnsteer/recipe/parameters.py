@@ -136,11 +136,8 @@ class Method:
         return {
             "method": self.name,
             "params": self.params,
-            "heads": None if self.heads is None else {str(k): v for k, v in self.heads.to_dict().items()},
-            "where": {
-                k: {str(layer): list(v[layer]) for layer in v.layers} if isinstance(v, HeadSet) else v
-                for k, v in self.where.to_dict().items()
-            },
+            "heads": None if self.heads is None else self.heads.to_json(),
+            "where": {k: v.to_json() if isinstance(v, HeadSet) else v for k, v in self.where.to_dict().items()},
             **({"random_spans": self.random_spans} if self.random_spans else {}),
         }
 
@@ -317,7 +314,7 @@ def where(given: Mapping[str, Any] | None, place: str) -> Where:
 
 
 def _inline(heads: Mapping[str, Any]) -> HeadSet:
-    return HeadSet({int(layer): chosen for layer, chosen in heads.items()})
+    return HeadSet.from_json(heads)
 
 
 def head_set(

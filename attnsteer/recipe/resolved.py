@@ -69,8 +69,7 @@ def self_contained(recipe: Recipe) -> Recipe:
     data = recipe.dump()
     for spec in data["interventions"]:
         if names_file(spec["heads"]):
-            found = HeadSet.load(spec["heads"]).to_dict()
-            spec["heads"] = {str(layer): list(heads) for layer, heads in found.items()}
+            spec["heads"] = HeadSet.load(spec["heads"]).to_json()
     made = validate(data)
     made._source = recipe.source
     return made

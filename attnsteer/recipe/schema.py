@@ -241,8 +241,10 @@ class InterventionSpec(Spec):
         None,
         description="What is changed in params for the zero-strength control; null: what turns a shipped method off.",
     )
-    heads: Name | dict[str, list[int]] | None = Field(
-        None, description='A HeadSet file relative to the recipe, {layer: [head, ...]}, "calibrated", or "zoo:act".'
+    heads: Name | dict[str, list[int] | dict[str, list[int]]] | None = Field(
+        None,
+        description='A HeadSet file relative to the recipe, {layer: [head, ...]} or {tower: {layer: [head, ...]}}, "calibrated", '
+        'or "zoo:act".',
     )
     where: Options | None = Field(
         None, description="Fields of Where: layers, kinds, modules, phases, steps, branches, ..."
@@ -251,7 +253,13 @@ class InterventionSpec(Spec):
     @field_validator("heads")
     @classmethod
     def _heads(cls, heads: Any) -> Any:
-        for layer, chosen in heads.items() if isinstance(heads, dict) else ():
+        rows = list(heads.items()) if isinstance(heads, dict) else []
+        if any(isinstance(chosen, dict) for _, chosen in rows):
+            loose = [layer for layer, chosen in rows if not isinstance(chosen, dict)]
+            if loose:
+                raise ValueError(f"layer {loose[0]} stands beside towers; name the tower of all heads, or of none")
+            rows = [row for _, chosen in rows for row in chosen.items()]
+        for layer, chosen in rows:
             if not re.fullmatch(r"[0-9]{1,6}", layer):
                 raise ValueError(f"{layer!r} is not the index of a layer")
             if not chosen or any(not 0 <= h < 10**6 for h in chosen):

@@ -188,7 +188,7 @@ def _heads(made: Iterable[list[Intervention]]) -> HeadSet | None:
     found: HeadSet | None = None
     for method in (m for methods in made for m in methods):
         for chosen in (getattr(method, "heads", None), method.where.heads):
-            if isinstance(chosen, HeadSet):
+            if isinstance(chosen, HeadSet) and not chosen.towers:
                 found = chosen if found is None else found | chosen
     return found
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import NeverFired, listing
-from ..heads import HeadSet
 from ..recipe import sharing
 from ..recipe.arms import Arm
 from .data.sample import Sample
@@ -15,6 +14,7 @@ from .loaded import Loaded
 
 if TYPE_CHECKING:
     from ..intervention import Intervention
+    from ..site import Site
     from ..steering import Steering
 
 # Tokens in a forward up to which a shared batch was found faster: from there on the model computes as long for each arm as
@@ -74,23 +74,19 @@ def audits(group: Sequence[Arm], steering: Steering) -> list[list[dict[str, Any]
     """
     if len(group) == 1:
         return [steering.audit.to_dict()["interventions"]]
-    layers = {site.path: site.layer for site in steering.sites}
-    return [_audit(arm, steering.audit.to_dict(part)["interventions"], layers) for part, arm in enumerate(group)]
+    chosen = {site.path: site for site in steering.sites}
+    return [_audit(arm, steering.audit.to_dict(part)["interventions"], chosen) for part, arm in enumerate(group)]
 
 
-def _audit(arm: Arm, entries: Sequence[dict[str, Any]], layers: dict[str, int]) -> list[dict[str, Any]]:
+def _audit(arm: Arm, entries: Sequence[dict[str, Any]], chosen: dict[str, Site]) -> list[dict[str, Any]]:
     out = []
     # A baseline has no interventions.
     for method, entry in zip(arm.interventions, entries, strict=False):
         sites = entry["sites"]
         if method.heads is not None:
-            own = {path: _heads(method.heads, layers[path]) for path in sites}
+            own = {path: len(method.heads.of(chosen[path])) for path in sites}
             sites = {p: {**s, "heads": min(s["heads"], own[p])} for p, s in sites.items() if own[p]}
         if arm.kind != "zero" and not any(s["calls"] or s.get("compiled") for s in sites.values()):
             raise NeverFired(f"{method.name} of the arm {arm.id} never acted: no site that it selects ran.")
         out.append({**entry, "sites": sites})
     return out
-
-
-def _heads(heads: HeadSet, layer: int) -> int:
-    return len(heads[layer]) if layer in heads.layers else 0

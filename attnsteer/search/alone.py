@@ -101,9 +101,9 @@ class EachHeadAlone(Intervention):
         return out
 
 
-def only(method: Intervention, layer: int, head: int) -> Intervention:
-    """The same method in one head of its selection."""
-    one = HeadSet([(layer, head)])
+def only(method: Intervention, *pair: Any) -> Intervention:
+    """The same method in one head of its selection, (layer, head) or (tower, layer, head)."""
+    one = HeadSet([pair])
     where = replace(method.where, layers=None, heads=None)
     if any(f.name == "heads" for f in fields(method)):
         return method.new(heads=one, where=where)

@@ -71,7 +71,7 @@ def shapley(
         samples = list(samples)
         _, facts = batches(samples, metric, batch)
         facts |= {"metric": described(metric), "model": model_digest(model)}
-        every, shape = sites_of(model, HeadGate(dict.fromkeys(heads, 0.0)) if heads else _all_heads(model))
+        every, shape = sites_of(model, HeadGate(dict.fromkeys(heads, 0.0)) if heads else _all_heads(model), towers=True)
         players = sorted(heads) if heads is not None else sorted(every)
     else:
         if heads is None or not len(heads):

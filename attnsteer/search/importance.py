@@ -66,7 +66,7 @@ def michel(
     parts, facts = batches(samples, metric, batch)
     leaves = Leaves(outputs=True, by_row=True)
     tap = Tap(leaves, where=Where() if where is None else where)
-    pairs, shape = sites_of(model, tap)
+    pairs, shape = sites_of(model, tap, towers=True)
     values = torch.zeros(facts["samples"], len(pairs), dtype=torch.float64)
     plain = torch.zeros(facts["samples"], dtype=torch.float64)
 
@@ -108,12 +108,12 @@ def _absolute(products: Tensor, abs_over: str) -> Tensor:
     return products.abs().sum(dim=-1) / products.ne(0).sum(dim=-1).clamp_min(1)
 
 
-def _by_layer(scores: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
-    norms: dict[int, float] = {}
-    for (layer, _), score in scores.items():
-        norms[layer] = norms.get(layer, 0.0) + score * score
+def _by_layer(scores: dict[tuple[Any, ...], float]) -> dict[tuple[Any, ...], float]:
+    norms: dict[tuple[Any, ...], float] = {}
+    for (*layer, _), score in scores.items():
+        norms[tuple(layer)] = norms.get(tuple(layer), 0.0) + score * score
     # The official code's guard against a layer without any.
-    return {p: s / (norms[p[0]] ** 0.5 + 1e-20) for p, s in scores.items()}
+    return {p: s / (norms[p[:-1]] ** 0.5 + 1e-20) for p, s in scores.items()}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class CurvePoint:
     """One point of a pruning curve: `removed` heads have gate 0; their value, and the paired change against all heads."""
 
     fraction: float
-    removed: tuple[tuple[int, int], ...]
+    removed: tuple[tuple[Any, ...], ...]
     value: float
     change: Interval
     random: tuple[float, ...] = ()
@@ -157,7 +157,7 @@ def pruning_curve(
             f"pruning_curve: heads without a score {missing[:3]}, fractions outside of 0 to 1 {bad[:3]}."
         )
     samples = list(samples)
-    spared = {p for layer in scored.layers for p in _best(scored, layer, keep_per_layer)}
+    spared = {p for layer in {p[:-1] for p in scored} for p in _best(scored, layer, keep_per_layer)}
     candidates = [p for p in sorted(scored, key=lambda p: (scored.scores[p], p)) if p not in spared]
     draw, orders = random.Random(seed), []
     for _ in range(random_draws):
@@ -183,6 +183,6 @@ def pruning_curve(
     return curve
 
 
-def _best(scored: HeadSet, layer: int, count: int) -> list[tuple[int, int]]:
-    own = [(layer, h) for h in scored[layer]]
+def _best(scored: HeadSet, layer: tuple[Any, ...], count: int) -> list[tuple[Any, ...]]:
+    own = [p for p in scored if p[:-1] == layer]
     return sorted(own, key=lambda p: (-scored.scores[p], p))[:count]

@@ -82,8 +82,13 @@ def _error(column: Tensor) -> float:
     return float(known.std() / math.sqrt(len(known))) if len(known) > 1 else math.nan
 
 
-def table(shape: tuple[int, int], scores: Mapping[tuple[int, int], float]) -> list[list[float | None]]:
-    """Layer by head, JSON-able: None where there is no number."""
+def table(shape: Any, scores: Mapping[tuple[Any, ...], float]) -> Any:
+    """Layer by head, JSON-able: None where there is no number; a table for each of several towers."""
+    if isinstance(shape, Mapping):
+        return {
+            name: table(size, {entry[1:]: score for entry, score in scores.items() if entry[0] == name})
+            for name, size in shape.items()
+        }
 
     def cell(value: float | None) -> float | None:
         return None if value is None or not math.isfinite(value) else value

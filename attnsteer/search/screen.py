@@ -21,7 +21,7 @@ from ..intervention import Intervention
 from ..site import Site
 from ..steering import Steering, bind, find_host, steer
 from ..versions import library_versions
-from ..where import Where, stack_shape
+from ..where import Where, shapes_of, stack_shape, tower_names
 from .alone import Script, only
 from .gradients import Batch, Leaves, Metric, Noted, Tap, as_list, batches, described, differentiable, keys, slopes
 from .scored import ScoredHeads, table
@@ -118,26 +118,34 @@ def _check(named: Mapping[str, Any], confirm: int, confirm_on: Any) -> None:
         )
 
 
-def sites_of(model: nn.Module, method: Intervention) -> tuple[dict[Pair, tuple[str, int]], tuple[int, int]]:
+def sites_of(
+    model: nn.Module, method: Intervention, towers: bool = False
+) -> tuple[dict[tuple[Any, ...], tuple[str, int]], Any]:
     """(head -> (site path, place among the site's heads), shape) of a method's selection.
 
+    Args:
+        towers: a head is called (tower, layer, head) where the selection spans several towers, and the shape is one by tower.
+
     Raises:
-        SelectionError: two of its sites have the same layer, so that a head has no name of its own.
+        SelectionError: two of its sites have the same layer (of one tower), so that a head has no name of its own.
     """
     host = find_host(model)
     every = host.sites()
     _, plan = bind((method,), every, host)
     chosen = [s for s in every if s.path in plan]
-    taken: dict[int, Site] = {}
+    names = tower_names(chosen) if towers else {s.path: "" for s in chosen}
+    taken: dict[tuple[str, int], Site] = {}
     for site in chosen:
-        if site.layer in taken:
+        at = names[site.path], site.layer
+        if at in taken:
             raise SelectionError(
-                f"{taken[site.layer].path} and {site.path} are both layer {site.layer}; give the method a "
+                f"{taken[at].path} and {site.path} are both layer {site.layer}; give the method a "
                 "Where(kinds=...) or Where(modules=...) that selects one of them."
             )
-        taken[site.layer] = site
-    pairs = {(s.layer, h): (s.path, h) for s in chosen for h in plan[s.path][0][1] or range(s.heads)}
-    return pairs, stack_shape(chosen[0], every)
+        taken[at] = site
+    called = lambda s, h: (names[s.path], s.layer, h) if names[s.path] else (s.layer, h)  # noqa: E731
+    pairs = {called(s, h): (s.path, h) for s in chosen for h in plan[s.path][0][1] or range(s.heads)}
+    return pairs, shapes_of(chosen, every) if towers else stack_shape(chosen[0], every)
 
 
 class _Screen:
@@ -145,9 +153,9 @@ class _Screen:
         self.model, self.named = model, named
         self.pairs, shapes = {}, []
         for name, method in named.items():
-            self.pairs[name], shape = sites_of(model, method)
+            self.pairs[name], shape = sites_of(model, method, towers=True)
             shapes.append(shape)
-        if len(set(shapes)) > 1:
+        if any(shape != shapes[0] for shape in shapes):
             raise SelectionError(f"the methods act on stacks of shapes {shapes}; screen one stack at a time.")
         self.shape = shapes[0]
         self.heads = {s.path: s.heads for s in find_host(model).sites()}
@@ -256,15 +264,16 @@ def _confirmed(
     plain = measured(model, None, samples, metric, batch).tolist()
     found = []
     for kind, pairs in (("best", best), ("random", drawn)):
-        for layer, head in pairs:
-            edited = measured(model, only(method, layer, head), samples, metric, batch).tolist()
+        for pair in pairs:
+            edited = measured(model, only(method, *pair), samples, metric, batch).tolist()
             gain = paired_bootstrap(plain, edited, draws=2000, seed=seed)
             found.append(
                 {
-                    "layer": layer,
-                    "head": head,
+                    **({"tower": pair[0]} if len(pair) == 3 else {}),
+                    "layer": pair[-2],
+                    "head": pair[-1],
                     "kind": kind,
-                    "screened": scored.scores[layer, head],
+                    "screened": scored.scores[pair],
                     "measured": gain.value,
                     "low": gain.low,
                     "high": gain.high,

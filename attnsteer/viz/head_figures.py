@@ -41,7 +41,9 @@ def head_grid(
     if isinstance(scores, HeadSet):
         selected = scores if selected is None else selected
         shape = scores.shape if shape is None else shape
-        scores = _whole_table(scores)
+        scores = scores.scores if scores.towers else _whole_table(scores)
+    if any(len(p) == 3 for p in [*scores, *(selected or ())]):
+        raise SelectionError("a grid is of one stack of layers; take one tower of the set, heads.tower(name).")
     if not scores:
         raise SelectionError("head_grid got no scores; give {(layer, head): score}, or a HeadSet with scores.")
     if shape is None:

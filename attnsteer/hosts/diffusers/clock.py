@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
 STEERED = "__attnsteer__"
 
 
+# What was found by looking, of each model, so that it is looked at once, however often it is steered.
+_LOOKED: weakref.WeakKeyDictionary[nn.Module, dict[Any, tuple[str, ...]]] = weakref.WeakKeyDictionary()
+
+
 class ProcessorCall:
     """The running call of one attention processor.
 
@@ -39,13 +44,14 @@ class ProcessorCall:
         primitives: attention primitives called so far. image_rows: rows of `hidden_states` where the text came as a second
             argument, else None. ran: whether a primitive was called in this pass; only written where code may be compiled.
         negative: the output for the negative prompt, where one is compared with. collecting: this call is made for that.
+        blocks: calls of a processor before its last one, where its sequence is in blocks.
         image_prompt: what makes of the attention to an image prompt what a method sees, where one acts on it.
     """
 
-    __slots__ = ("collecting", "image_prompt", "image_rows", "negative", "primitives", "ran")
+    __slots__ = ("blocks", "collecting", "image_prompt", "image_rows", "negative", "primitives", "ran")
 
     def __init__(self) -> None:
-        self.primitives = 0
+        self.primitives = self.blocks = 0
         self.image_rows: int | None = None
         self.ran = False
         self.negative: Tensor | None = None
@@ -110,6 +116,12 @@ class DenoiserClock:
         What cannot be found out stays unknown, so that a method that needs it raises.
         """
         unknown, self.unknown = self.unknown, set()
+        given = frozenset(name for name, value in values.items() if value is not None)
+        known = _LOOKED.setdefault(self.model, {})
+        keys = {path: (path, type(self.runtimes[path].site.module.processor).__name__, given) for path in unknown}
+        self._orders |= {path: known[key] for path, key in keys.items() if known.get(key)}
+        if all(key in known for key in keys.values()):
+            return
         acting, self._acting = self._acting, {path: () for path in self.runtimes}
         try:
             found = probe(self.model, values, run)
@@ -121,6 +133,7 @@ class DenoiserClock:
             orders = {s.order for s in found if s.site == self.runtimes[path].site.name and not s.ragged}
             if len(orders) == 1 and set(*orders) == {"image", "text"} and len(min(orders)) == 2:
                 self._orders[path] = min(orders)
+            known[keys[path]] = self._orders[path]
 
     def begin(self, values: dict[str, Any]) -> None:
         """Read the arguments of one forward of the denoiser."""
@@ -230,17 +243,19 @@ class DenoiserClock:
         device: torch.device,
         image: int | None,
         number: int = 1,
+        own: str | None = None,
     ) -> AttnCall:
         """One attention call with `rows` query rows of `batch` sequences over `keys` keys.
 
         Args:
             image: rows of the stream that the processor got apart from its text; None when it got one sequence.
             number: of this call in the processor's, from 1: of the sample, where it attends for each by itself.
+            own: where the rows' own keys stand, "first" or "last", among further ones; None: as at the site.
         """
         compiling = torch.compiler.is_compiling()
         roles = segments(self._orders[site.path], rows, self.image_tokens if image is None else image)
         facts: dict[str, Any] = {"capture": self.capture}
-        own = self._own.get(site.path)
+        own = self._own.get(site.path) if own is None else own
         if own and rows < keys:
             facts["own keys"] = slice(0, rows) if own == "first" else slice(keys - rows, keys)
         states: dict[Any, Any] = {}

@@ -18,6 +18,7 @@ from .clock import DenoiserClock
 from .guided_forward import guide
 from .guiders import watch_guider
 from .image_prompt import check_image_prompt
+from .plans import check_plan, plan_of
 from .processors import attach_direct, attach_followed, attach_linear, attach_processor, is_eager, usable
 from .steps import Sampling, watch_parts
 from .streams import LINEAR, kind_of, modality_of
@@ -79,6 +80,9 @@ class DiffusersHost(Host):
         if how != "processor":
             return
         processor = usable(site.module.processor)
+        plan = plan_of(site.module, processor)
+        if plan is not None:
+            check_plan(site, plan, bound)
         if not names_called(type(processor).__call__) and not is_eager(processor):
             raise UnsupportedHost(
                 f"{site.path} uses {type(processor).__name__}, which reaches attention neither through "
@@ -150,6 +154,7 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
         block = re.match(r"(.*\.\d+)(\.|$)", name)
         modality = modality_of(name, model)
         numbers = layers.setdefault(modality, {})
+        plan = plan_of(module, module.processor) if _has_processor(module) else None
         heads, kv, refused = *(_heads(module) if _has_processor(module) else _heads_at(name, model)), ""
         if not heads:
             refused = f"{type(module).__name__} does not say how many heads it has"
@@ -157,13 +162,14 @@ def _sites_of(component: str, model: nn.Module) -> list[Site]:
             Site(
                 name=name,
                 layer=numbers.setdefault(block[1] if block else name, len(numbers)),
-                kind=kind_of(name, module, model),
+                kind=(plan.kind if plan is not None else "") or kind_of(name, module, model),
                 heads=heads,
                 kv_heads=kv,
                 modality=modality,
                 stack="denoiser",
                 component=component,
                 refused=refused,
+                parts=() if plan is None else plan.parts,
                 linear=_has_processor(module) and bool(LINEAR.search(type(module.processor).__name__)),
                 module=module,
             )

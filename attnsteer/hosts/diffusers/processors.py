@@ -24,6 +24,7 @@ from ..sdpa.written import Account, attach_written
 from .clock import STEERED, DenoiserClock, ProcessorCall
 from .contrast import Collected, NegativeText
 from .image_prompt import Unscaled, check_order
+from .plans import PICTURE, Plan, always_one, plan_of
 
 if TYPE_CHECKING:
     from ...undo import Journal
@@ -61,7 +62,7 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
     processor = usable(own)
     original = inspect.unwrap(type(processor).__call__)
     running = clock.calls[site.path] = ProcessorCall()
-    streams = _Streams.of(type(processor).__name__, original, runtime)
+    streams = _Streams.of(processor, original, runtime)
     unscaled = Unscaled(site.path, processor) if streams.pictured else None
     primitive = functools.partial(_primitive, runtime, clock, running, streams)
     primitives: dict[str, Any] = {}
@@ -91,6 +92,8 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden, text = given.get("hidden_states"), given.get("encoder_hidden_states")
         apart = isinstance(hidden, Tensor) and isinstance(text, Tensor)
+        # Of a sequence in blocks, how many calls come before the last.
+        running.blocks = len(given.get("segments") or ()) if streams.plan is not None else 0
         running.primitives, running.image_rows = 0, hidden.shape[1] if apart else None
         if isinstance(clock.contrast, NegativeText) and site.name in clock.contrast.names:
             running.collecting = True
@@ -143,7 +146,7 @@ def _primitive(
         running.primitives += 1
         running.ran = True
         active = clock.active(runtime)
-        active = streams.acting(running.primitives, active) if active else active
+        active = streams.acting(running.primitives, running.blocks, active) if active else active
         if not active:
             return base(query, key, value, *args, **kwargs)
         if query.ndim != 4:
@@ -153,7 +156,10 @@ def _primitive(
         mask = None if blind else _plain_mask(site, query, key, options, rows_first)
         factor = options.get("scale")
         q, k, v = (t.transpose(1, 2) for t in (query, key, value)) if rows_first else (query, key, value)
-        call = clock.call(site, q.shape[0], q.shape[2], k.shape[2], q.device, running.image_rows, running.primitives)
+        own = streams.own(running.primitives, running.blocks)
+        call = clock.call(
+            site, q.shape[0], q.shape[2], k.shape[2], q.device, running.image_rows, running.primitives, own
+        )
         if clock.contrast is not None:
             call.facts["contrast"] = clock.contrast.fact(
                 running.negative, site.kind == "joint" and running.image_rows is not None
@@ -382,42 +388,49 @@ class _Streams:
     """Which methods act in which primitive call of a processor that computes several attentions.
 
     All of them go into the same heads: sums (image prompts, added to the text's), differences, rows of one sequence. A gate on a
-    head's output is thus a gate on each; a method that reads or edits the map has one attention in mind, the text's or the rows'.
+    head's output is thus a gate on each; a method that reads or edits the map has some of them in mind, which the plan names.
     """
 
-    def __init__(self, runtime: SiteRuntime, name: str, main: Callable[[int], bool] | None):
-        self.runtime, self.name, self.main = runtime, name, main
+    def __init__(self, runtime: SiteRuntime, name: str, plan: Plan | None, repeats: bool):
+        self.runtime, self.name, self.plan = runtime, name, plan
+        # Without a plan: one place in the code, a loop over the samples, each of which is the attention meant.
+        self.repeats = repeats
         bounds = [bound for bound, _ in runtime.entries]
         self._gates = frozenset(i for i, b in enumerate(bounds) if b.method.linear and b.doors == {"output"})
         self.pictured = frozenset(i for i, b in enumerate(bounds) if "image_prompt" in b.method.needs)
         check_order(runtime, self._gates, self.pictured)
         self._values = frozenset(i for i, b in enumerate(bounds) if b.method.linear and runtime.site.kind == "self")
+        self._parts = {i: self._acts_in(i, b.where.parts) for i, b in enumerate(bounds)} if plan is not None else {}
+
+    def _acts_in(self, i: int, chosen: tuple[str, ...] | None) -> tuple[str, ...]:
+        """The parts of the plan in which an intervention acts."""
+        if i in self.pictured:
+            return (PICTURE,)
+        if chosen is not None:
+            return chosen
+        return self.plan.parts if i in self._gates else self.plan.main
 
     @classmethod
-    def of(cls, name: str, call: Callable[..., Any], runtime: SiteRuntime) -> _Streams:
-        """Those of a processor class."""
-        module = runtime.site.module
-        if "IPAdapter" in name:
-            return cls(runtime, name, lambda number: number == 1)
-        if name in ("WanAttnProcessor", "SkyReelsV2AttnProcessor"):
-            # Image keys, where there are any, come first.
-            return cls(runtime, name, lambda number: number == (2 if module.add_k_proj is not None else 1))
-        # One place in the code: a loop over the samples, each of which is the attention meant.
-        return cls(runtime, name, (lambda number: True) if primitive_count(call) < 2 else None)
+    def of(cls, processor: Any, call: Callable[..., Any], runtime: SiteRuntime) -> _Streams:
+        """Those of a processor."""
+        repeats = primitive_count(call) < 2 or always_one(processor)
+        return cls(runtime, type(processor).__name__, plan_of(runtime.site.module, processor), repeats)
 
-    def acting(self, number: int, active: tuple[int, ...]) -> tuple[int, ...]:
-        """Those of `active` that act in the `number`-th primitive call, from 1."""
-        if self.main is not None and self.main(number):
-            return tuple(i for i in active if i not in self.pictured) if self.pictured else active
-        if number == 1 and self.main is None:
+    def acting(self, number: int, blocks: int, active: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of `active` that act in the `number`-th primitive call, from 1, of a processor."""
+        if self.plan is None:
+            if number > 1 and not self.repeats and any(i not in self._gates for i in active):
+                raise UnsupportedHost(
+                    f"{self.runtime.site.path}: {self.name} computes several attentions in one call, and which one is meant is not "
+                    "known. Leave this site out of Where; gates on head outputs act in all of them."
+                )
             return active
-        gates = tuple(i for i in active if i in self._gates or i in self.pictured)
-        if self.main is None and len(gates) < len(active):
-            raise UnsupportedHost(
-                f"{self.runtime.site.path}: {self.name} computes several attentions in one call, and which one is meant is not "
-                "known. Leave this site out of Where; gates on head outputs act in all of them."
-            )
-        return gates
+        part = self.plan.part(number, blocks)
+        return tuple(i for i in active if part in self._parts[i])
+
+    def own(self, number: int, blocks: int) -> str | None:
+        """Where the rows' own keys stand in a call; None where the plan does not say."""
+        return None if self.plan is None else self.plan.own.get(self.plan.part(number, blocks), "")
 
     def pictures(self, active: tuple[int, ...]) -> bool:
         """Whether one that acts on image prompts is among `active`."""

@@ -18,7 +18,8 @@ def heads_of(entry: Mapping[str, Any]) -> list[Pairs]:
     found = []
     for item in entry.get("interventions") or ():
         table = item.get("heads") or (item.get("where") or {}).get("heads")
-        if isinstance(table, Mapping) and table:
+        # Of several towers there is no one grid.
+        if isinstance(table, Mapping) and table and not any(isinstance(row, Mapping) for row in table.values()):
             found.append([(int(layer), int(h)) for layer, row in table.items() for h in row])
     return found
 

@@ -283,7 +283,7 @@ def _guidance(model: nn.Module, inputs: dict[str, Any], plain: list[Tensor], sit
             ours = forward(model, inputs)
     except AttnSteerError as error:
         return _brief(error)
-    with identity_at(model, site.name):
+    with identity_at(model, site.name, last="prefix" in site.parts):
         weak = forward(model, inputs)
     if _equal(weak, plain):
         return "the edit from outside does not reach it"
@@ -293,23 +293,35 @@ def _guidance(model: nn.Module, inputs: dict[str, Any], plain: list[Tensor], sit
 
 class _Values(TorchFunctionMode):
     on = False
+    # Rows of the whole sequence, where only those that see all of it count.
+    whole = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.on and func is torch.nn.functional.scaled_dot_product_attention:
             q, k, v = [*args, *(kwargs.get(n) for n in ("query", "key", "value")[len(args) :])][:3]
             v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+            if self.whole:
+                return v[:, :, -q.shape[2] :].clone() if k.shape[2] == self.whole else func(*args, **kwargs)
             if q.shape[2] == k.shape[2]:
                 return v.clone()
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
-def identity_at(model: nn.Module, name: str) -> Iterator[None]:
-    """In this block the attention of one module gives its values."""
+def identity_at(model: nn.Module, name: str, last: bool = False) -> Iterator[None]:
+    """In this block the attention of one module gives its values; `last`: of the rows that see the whole sequence, alone."""
     mode, module = _Values(), model.get_submodule(name)
-    with inside(module, mode):
-        yield
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mode.whole = (args[0] if args else kwargs["hidden_states"]).shape[1] if last else 0
+
+    hook = module.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        with inside(module, mode):
+            yield
+    finally:
+        hook.remove()
 
 
 def _open(found: list[Site]) -> HeadGate:

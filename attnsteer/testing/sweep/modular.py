@@ -53,6 +53,20 @@ BARE: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
             },
         },
     ),
+    # Its blocks have sigmas of their own, no scheduler and no guider.
+    "echo": (
+        "EchoBlocks",
+        {"transformer": "LTX2VideoTransformer3DModel", "audio_in_channels": 16, "audio_out_channels": 16},
+        lambda: {
+            "connector_prompt_embeds": _random(1, 16, 16),
+            "connector_audio_prompt_embeds": _random(1, 16, 16, seed=1),
+            "connector_attention_mask": torch.ones(1, 16),
+            "height": 64,
+            "width": 64,
+            "num_frames": 9,
+            "sigmas": (1.0, 0.5, 0.0),
+        },
+    ),
     "ernie_image": (
         "ErnieImageAutoBlocks",
         {"transformer": "ErnieImageTransformer2DModel"},
@@ -156,6 +170,24 @@ BARE: dict[str, tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]] = {
             **{f"{side}image_pad_mask": torch.zeros(1, 6, dtype=torch.bool) for side in ("", "negative_")},
         },
     ),
+    "wan_animate_2": (
+        "WanAnimate2Blocks",
+        {},
+        lambda: {
+            "driving_video_pixels": _random(1, 3, 5, 32, 32),
+            "reference_image_latents": _random(20, 1, 4, 4, seed=1),
+            "segment_frame_length": 5,
+            "effective_segment": 4,
+            "num_segments": 1,
+            "height": 32,
+            "width": 32,
+            "condition_clip_context": _random(1, 4, 1280, seed=2),
+            "denoiser_input_fields": {"encoder_hidden_states_image": _random(1, 4, 1280, seed=3)},
+            "prompt_ref_embeds": _random(1, 8, 32, seed=4),
+            "prompt_embeds": _random(1, 8, 32, seed=5),
+            "negative_prompt_embeds": _random(1, 8, 32, seed=6),
+        },
+    ),
 }
 # Arguments that a modular pipeline has in its guider, or not at all.
 LEFT_OUT = ("output_type", "return_dict", "guidance_scale", "true_cfg_scale", "cfg_normalization", "cfg_truncation")
@@ -241,10 +273,30 @@ def _conditioner() -> dict[str, Any]:
     return {"text_conditioner": AnimaTextConditioner(**sizes).eval()}
 
 
+def _animate() -> dict[str, Any]:
+    """As the library's tests have them, with a VAE of the factors that the blocks count on."""
+    from diffusers import AutoencoderKLWan, WanAnimate2Transformer3DModel
+
+    sizes = dict(dim=48, ffn_dim=64, freq_dim=32, text_dim=32, text_len=16, out_dim=16, num_heads=4, num_layers=2)
+    vae = dict(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True])
+    return {
+        "transformer": WanAnimate2Transformer3DModel(in_dim=36, **sizes).eval(),
+        "vae": AutoencoderKLWan(**vae).eval(),
+        "scheduler": _euler(),
+    }
+
+
+def _euler() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler()
+
+
 HELPERS: dict[str, Callable[[], dict[str, Any]]] = {
     "anima": _conditioner,
     "ltx2": _vaes,
     "minimax_music3": _frames,
+    "wan_animate_2": _animate,
 }
 
 

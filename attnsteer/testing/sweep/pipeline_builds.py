@@ -55,8 +55,21 @@ WITHOUT = {
     "FluxPriorReduxPipeline": "it makes embeddings in one pass, without a denoiser",
     "LLaDA2Pipeline": "its model is a language model of transformers, which is steered by itself",
     "LTX2LatentUpsamplePipeline": "it enlarges latents by convolutions, without a denoiser",
+    "AudioDiffusionPipeline": "its component Mel needs librosa, which is not installed",
+    "Ideogram4Pipeline": "its prompt goes through a Qwen3-VL by a chat template, of which there is no small one; what comes after "
+    "its text encoder is measured as the modular family ideogram4",
+    "Kandinsky6SRPipeline": "it cuts a video into tiles of 512 pixels or more for a VAE of its own, of which there is no "
+    "small one; its denoiser is measured",
+    "LTX2DFRTemporalRefinePipeline": "it refines what a temporal upsampler made, of which there is no small one; its denoiser "
+    "and loop are those of LTX2DFRPipeline",
+    "LTX2VideoDiffusionDecodePipeline": "it decodes latents by an autoencoder of its own, of which there is no small one",
+    "RFD4ProteinaPipeline": "its denoiser takes coordinates of proteins, and nothing that is a latent; gates are measured at it, "
+    "guidance and branches are refused by name",
+    "SanaWMPipeline": "it asks for a camera's path beside a Gemma 2 and a first frame, of which there is no small set; its "
+    "denoiser is measured",
+    "VersatileDiffusionDualGuidedPipeline": "it exchanges the blocks of two UNets, the flat one of which has no small one",
 }
-DENOISERS = ("unet", "transformer", "transformer_2", "prior_prior", "prior", "decoder", "super_res_first")
+DENOISERS = ("unet", "transformer", "transformer_2", "prior_prior", "prior", "decoder", "super_res_first", "image_unet")
 
 
 def classes_in(path: Path) -> list[tuple[str, str, str]]:

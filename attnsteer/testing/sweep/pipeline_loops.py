@@ -147,11 +147,8 @@ class Loop:
             self.verdict, self.reason = "no softmax attention", "it calls no denoiser with attention sites"
             return
         self.scheduler = first["scheduler"]
-        if not _schedulers(pipe):
-            self.reason = "it has no scheduler whose steps could be compared"
-            return
         if not first["steps"]:
-            self.reason = "it makes no step of its scheduler"
+            self.reason = "it makes no step of a scheduler, and gives nothing else that could be compared"
             return
         self.plain = first["steps"][-1]
         # Numbers of tokens change only where the most likely one does.
@@ -237,14 +234,17 @@ class Loop:
                 (copies if copied else found["steps"]).append(out)
 
         copies: list[Tensor] = []
-        self._run(pipe, given, around, stepped)
+        result = self._run(pipe, given, around, stepped)
         # A pipeline may step by copies of its scheduler, one for each frame; or by one of them for what goes beside, as its sound.
         self.copied = not found["steps"]
         found["steps"] = found["steps"] or copies
+        # One that makes no step is compared by what comes out of it.
+        self.stepless = not found["steps"]
+        found["steps"] = found["steps"] or [t for t in [_made(result)] if t is not None]
         self.count = len(found["steps"])
         return found
 
-    def _run(self, pipe: Any, given: Any, around: Any, stepped: Any, before: Any = None) -> None:
+    def _run(self, pipe: Any, given: Any, around: Any, stepped: Any, before: Any = None) -> Any:
         undo = []
         for name in DENOISERS:
             model = getattr(pipe, name, None)
@@ -287,7 +287,7 @@ class Loop:
         torch.manual_seed(0)
         try:
             with _stepping(schedulers, seen):
-                pipe(**given)
+                return pipe(**given)
         finally:
             for model in undo:
                 vars(model).pop("forward", None)
@@ -298,6 +298,8 @@ class Loop:
         if what != "HeadGate" and any(self.calls[0]) and _gap(ours, expected) > LIMIT:
             # Where the pipeline turns predictions into something else, the term is one of predictions.
             expected = self._by_hand(what, rows=True)
+        if self.stepless and torch.equal(expected, self.plain):
+            raise UnseenError("it makes no step of its scheduler, and its result, cut off at both ends, shows no edit")
         if not _gap(ours, expected) <= LIMIT:
             return f"wrong: {_gap(ours, expected):.1e} from the loop made by hand"
         if torch.equal(ours, self.plain):
@@ -326,8 +328,8 @@ class Loop:
 
         torch.manual_seed(0)
         with _stepping(_schedulers(pipe), seen), steer(pipe, self._method(what), control=True):
-            pipe(**given)
-        return self._last(steps)
+            result = pipe(**given)
+        return _made(result) if self.stepless else self._last(steps)
 
     def _last(self, steps: list[Tensor]) -> Tensor:
         """What the last step of the denoiser gave; those of a denoiser after it may follow."""
@@ -338,6 +340,7 @@ class Loop:
     def _by_hand(self, what: str, rows: bool = False) -> Tensor:
         """The run with a loop's own weak pass. `rows`: the term goes on every row, instead of on their combination."""
         pipe, given = self.pipe, self.inputs()
+        rows = rows or self.stepless
         state: dict[str, Any] = {"call": 0, "term": None, "rows": []}
         steps: list[Tensor] = []
 
@@ -390,8 +393,8 @@ class Loop:
             if scheduler == self.scheduler and copied == self.copied:
                 steps.append(out)
 
-        self._run(pipe, given, around, stepped, before)
-        return self._last(steps)
+        result = self._run(pipe, given, around, stepped, before)
+        return _made(result) if self.stepless else self._last(steps)
 
     @staticmethod
     def _sign(rows: list[Tensor], output: Tensor) -> float:
@@ -403,6 +406,13 @@ class Loop:
         if not found:
             return 1.0
         return 1.0 if float((torch.linalg.pinv(torch.stack(found, 1)) @ y).sum()) >= 0 else -1.0
+
+
+def _made(result: Any) -> Tensor | None:
+    """The latents, or else the first numbers, of what a pipeline gives; None where there are none."""
+    found = result.get("latents") if hasattr(result, "get_by_kwargs") else result
+    leaves = [torch.as_tensor(t) for t in tree_leaves(found) if isinstance(t, Tensor) or type(t).__name__ == "ndarray"]
+    return next((t for t in leaves if t.is_floating_point()), None)
 
 
 def _fresh(value: Any) -> Any:

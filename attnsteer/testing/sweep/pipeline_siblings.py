@@ -248,7 +248,82 @@ def _refiner(parts: dict[str, Any]) -> dict[str, Any]:
     return {"transformer": _like(model, **config), "guider": None}
 
 
+def _versatile(parts: dict[str, Any]) -> dict[str, Any]:
+    """The image's UNet alone, which is all that is left once the pipeline has taken what it needs of the text's."""
+    from transformers import CLIPTextModelWithProjection
+
+    torch.manual_seed(0)
+    width = parts["unet"].config.cross_attention_dim
+    config = type(parts["text_encoder"].config)(**{**parts["text_encoder"].config.to_dict(), "projection_dim": width})
+    return {
+        "image_unet": parts["unet"],
+        "text_unet": None,
+        "text_encoder": CLIPTextModelWithProjection(config).eval(),
+    }
+
+
+def _versatile_picture(parts: dict[str, Any]) -> dict[str, Any]:
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=2)
+    width = parts["unet"].config.cross_attention_dim
+    config = CLIPVisionConfig(**sizes, projection_dim=width, image_size=32, patch_size=8)
+    size = {"height": 32, "width": 32}
+    return {
+        "image_unet": parts["unet"],
+        "image_encoder": CLIPVisionModelWithProjection(config).eval(),
+        "image_feature_extractor": CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size),
+    }
+
+
+def _tokens(parts: dict[str, Any]) -> dict[str, Any]:
+    """As the tests of the versions that had it build it."""
+    import importlib
+
+    from diffusers import Transformer2DModel, VQDiffusionScheduler, VQModel
+
+    home = importlib.import_module("diffusers.pipelines.deprecated.vq_diffusion.pipeline_vq_diffusion")
+    torch.manual_seed(0)
+    vae = VQModel(
+        block_out_channels=[32, 64],
+        down_block_types=["DownEncoderBlock2D", "DownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D", "UpDecoderBlock2D"],
+        latent_channels=3,
+        num_vq_embeddings=12,
+        vq_embed_dim=3,
+    )
+    transformer = Transformer2DModel(
+        attention_bias=True,
+        cross_attention_dim=parts["text_encoder"].config.hidden_size,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_vector_embeds=12,
+        num_embeds_ada_norm=12,
+        sample_size=6,
+        activation_fn="geglu-approximate",
+        norm_type="ada_norm",
+    )
+    empty = home.LearnedClassifierFreeSamplingEmbeddings(learnable=False)
+    return {
+        "vqvae": vae.eval(),
+        "transformer": transformer.eval(),
+        "scheduler": VQDiffusionScheduler(12),
+        "learned_classifier_free_sampling_embeddings": empty,
+    }
+
+
 SIBLINGS: dict[str, Sibling] = {
+    "VQDiffusionPipeline": Sibling("StableDiffusionPipeline", parts=_tokens),
+    "VersatileDiffusionTextToImagePipeline": Sibling("StableDiffusionPipeline", parts=_versatile),
+    "VersatileDiffusionImageVariationPipeline": Sibling(
+        "StableDiffusionPipeline",
+        parts=_versatile_picture,
+        inputs=lambda given: {"image": _pil(32), "negative_prompt": None},
+    ),
+    "TextToVideoZeroSDXLPipeline": Sibling(
+        "TextToVideoZeroSDXLPipeline", inputs=lambda given: {"t0": 1, "t1": 2, "num_inference_steps": 4}
+    ),
     "BriaFibo2Pipeline": Sibling(
         "Flux2KleinPipeline",
         parts=_recorded("BriaFibo2Transformer2DModel", processor=None, text_encoder=None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -219,8 +220,11 @@ def _measure(row: Row, model: nn.Module, call: Call, watch: Watch) -> None:
     row.measured["undone"] = all(map(same, plain, after)) and kept == vars_of(model)
     _reweighting(row, model, call, [found[p] for p in ran])
     _cache(row, model, call, [found[p] for p in ran])
+    _packed(row, model, call, [found[p] for p in ran])
     faults = [k for k in ("identity", "training", "undone") if row.measured.get(k) is False]
-    faults += [f"{k} {row.measured[k]:.2g}" for k in ("gate", "reweighting", "cache") if _number(row, k) > LIMIT]
+    faults += [
+        f"{k} {row.measured[k]:.2g}" for k in ("gate", "reweighting", "cache", "packed") if _number(row, k) > LIMIT
+    ]
     if not row.measured.get("effect"):
         faults.append("a closed head has no effect")
     if faults:
@@ -357,3 +361,42 @@ def _cache(row: Row, model: nn.Module, call: Call, ran: list[Site]) -> None:
             row.measured["cache"] = distance(generate(True), generate(False))
     except AttnSteerError as error:
         row.measured["cache"] = f"refused: {error}"[:200]
+
+
+def _packed(row: Row, model: nn.Module, call: Call, ran: list[Site]) -> None:
+    """Two sequences in one row, told by positions that start again, against each alone, steered by a gate and a reweighting."""
+    inputs = getattr(call, "inputs", {})
+    takes = inspect.signature(model.forward).parameters
+    own = [s for s in ran if s.kind == "self" and s.modality == "text" and s.causal and not s.linear]
+    if not own or "input_ids" not in inputs or "position_ids" not in takes or "decoder_input_ids" in takes:
+        return
+    ids = inputs["input_ids"]
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) < 2 or ids.shape[1] < 5:
+        return
+    rows = [ids[:1], ids[1:2, :-2]]
+    further = {"use_cache": False} if "use_cache" in takes else {}
+
+    def first(given: Tensor, positions: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return tensors(model(input_ids=given, position_ids=positions[None], **further))[0]
+
+    def gap() -> float:
+        at = [torch.arange(r.shape[1]) for r in rows]
+        alone = torch.cat([first(r, p) for r, p in zip(rows, at, strict=True)], dim=1)
+        return distance([first(torch.cat(rows, dim=1), torch.cat(at))], [alone])
+
+    try:
+        clean = gap()
+    except Exception as error:  # it takes no packed rows, unsteered
+        row.measured["packed"] = f"unsteered: {_brief(error)}"[:120]
+        return
+    if clean > LIMIT / 2:
+        row.measured["packed"] = f"unsteered differs by {clean:.1g}"
+        return
+    where = Where(modules=[re.escape(s.path) for s in own])
+    try:
+        with steer(model, gate(own[0], {0: 0.0}), ZeroTuning(gamma=3.0, where=where), control=True):
+            row.measured["packed"] = gap()
+    except AttnSteerError as error:
+        row.measured["packed"] = f"refused: {error}"[:200]
