@@ -380,7 +380,7 @@ class _Split:
         size = B, att.k.shape[1]
         if size not in self._few:
             self._few[size] = self._picked(*size, att.groups)
-        if self._few[size] is None or bool(self.keys[..., :1].any()):
+        if self._few[size] is None or kernels.index_keys(self.keys).first == 0:
             return None
         inside, empty, few = self._few[size]
         rows = torch.arange(n, device=self.keys.device)
@@ -407,7 +407,7 @@ class _Split:
         lead = torch.arange(B, device=device)[:, None, None]
         head = torch.arange(kv if at.shape[1] == 1 else at.shape[1], device=device)[None, :, None]
         few = lead, head if at.shape[1] == 1 else head // groups, at
-        empty = self.empty if bool(self.empty.any()) else False
+        empty = False if index.some else self.empty
         if index.full:
             return None, empty, few
         # A row that sees none gets any of them, so that it has no NaN; its share is set to zero.

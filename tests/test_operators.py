@@ -110,15 +110,29 @@ def test_what_is_put_back_is_looked_up_once_for_all_layers(model: Any, name: str
     assert steered.reads <= plain.reads
 
 
+class Sized(TorchDispatchMode):
+    """Collects the numbers of keys that the kernel is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "flash_attention_for_cpu" in str(function):
+            self.keys.append(args[1].shape[2])
+        return function(*args, **(kwargs or {}))
+
+
 @torch.no_grad()
-def test_a_share_of_a_long_prompt_takes_one_pass_of_the_kernel_in_each_layer(model: Any) -> None:
-    """The output and the log-sum-exp that the share needs come from the same one."""
+def test_a_share_of_a_long_prompt_takes_one_pass_over_all_keys_in_each_layer(model: Any) -> None:
+    """That of the keys outside the span, beside one over the few keys inside."""
     ids = torch.randint(3, 100, (1, 800), generator=torch.Generator().manual_seed(1))
     with steer(model, SpotLight(SPANS, 0.5)):
         model(input_ids=ids)
-        with Counted() as counted:
+        with Sized() as sizes:
             model(input_ids=ids)
-    assert counted.names["aten._scaled_dot_product_flash_attention_for_cpu.default"] == LAYERS
+    few = SPANS[0][0][1] - SPANS[0][0][0]
+    assert sizes.keys == [few, 800] * LAYERS
 
 
 EACH = {

@@ -34,6 +34,7 @@ class KeyIndex:
     Attributes:
         index: [b, h, s] positions, padded with 0. valid: [b, h, s] bool, False for the padding.
         full: no padding. span: (start, stop) when every batch row and head has this one contiguous range.
+        some: whether every batch row and head has a key. first: the first of all keys, m where there is none.
         runs: for large sets with few holes, by batch row (or one entry for all): (start, stop, holes); None: not of that form.
     """
 
@@ -41,6 +42,8 @@ class KeyIndex:
     valid: Tensor
     full: bool
     span: tuple[int, int] | None
+    some: bool = False
+    first: int = 0
     runs: tuple[tuple[int, int, KeyIndex | None], ...] | None = None
 
     @property
@@ -65,16 +68,17 @@ def _indexed(keys: Tensor) -> KeyIndex:
     if counts.numel() and m:
         # All that has to be read back at once. The last member is the first one from behind.
         flags = keys.to(torch.int8)
-        first, last = flags.argmax(dim=-1).amin(), m - 1 - flags.flip(-1).argmax(dim=-1).amin()
+        first = flags.argmax(dim=-1).masked_fill(counts == 0, m).amin()
+        last = m - 1 - flags.flip(-1).argmax(dim=-1).amin()
         least, size, first, last = torch.stack([*counts.aminmax(), first, last]).tolist()
     else:
-        least, size, first, last = 0, 0, 0, -1
+        least, size, first, last = 0, 0, m, -1
     # A stable sort of "not in the set" puts the members first, in order.
     index = torch.argsort((~keys).to(torch.int8), dim=-1, stable=True)[..., :size]
     valid = torch.arange(size, device=keys.device) < counts[..., None]
     span = (first, last + 1) if size and keys.shape[:2] == (1, 1) and last - first == size - 1 else None
     runs = _runs(keys, index, counts) if keys.shape[1] == 1 and least >= FUSED_SLICE else None
-    return KeyIndex(index.masked_fill(~valid, 0), valid, least == size, span, runs)
+    return KeyIndex(index.masked_fill(~valid, 0), valid, least == size, span, least > 0, first, runs)
 
 
 def _runs(keys: Tensor, index: Tensor, counts: Tensor) -> tuple[tuple[int, int, KeyIndex | None], ...] | None:
