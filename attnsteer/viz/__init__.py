@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy(
         "joint_projection": "projection",
         "layout_preview": "layout",
         "phrase_maps": "record",
+        "sink_maps": "sinks",
         "strength_by_layer": "sheet",
         "to_bertviz": "exporters",
         "to_circuitsvis": "exporters",
