@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from attnsteer import VHR, steer
@@ -26,6 +27,19 @@ def test_where_a_prompt_has_its_image() -> None:
     turns = loaded(chat_template="x", apply_chat_template=lambda turn, **k: f"[{turn[0]['content'][1]['text']}]")
     assert with_image(turns, "What?") == "[What?]"
     assert with_image(loaded(num_query_tokens=32, image_token="<image>"), "What?") == "What?"
+
+
+def test_a_language_model_of_the_zoo_is_padded_on_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fetched one brings its own tokenizer; behind padding on the right, answers and single-token choices are nonsense."""
+    from attnsteer import zoo
+    from attnsteer.run import models
+
+    tokenizer = tiny_tokenizer(["one two three"])
+    tokenizer.padding_side = "right"
+    monkeypatch.setattr(zoo, "load", lambda name, **_: (SimpleNamespace(), tokenizer))
+    loaded = models._zoo("shapes-lm", "lm", torch.float32, "cpu")
+    batch = encode(loaded, Request([{"prompt": p} for p in ("one", "one two three")], None, {}, 0))
+    assert batch["attention_mask"][0].tolist() == sorted(batch["attention_mask"][0].tolist())
 
 
 def test_instructblip_puts_its_queries_in_front_by_itself() -> None:

@@ -316,7 +316,8 @@ def reviews(split: str, seed: int = 0) -> Iterator[Sample]:
 
 
 def instructions(split: str, kind: str = "all", form: str = "chatml", seed: int = 0) -> Iterator[Sample]:
-    """Questions with a demand on the form of the answer; `fact` is the demand, as a text, `name` the word that it names."""
+    """Questions with a demand on the form of the answer; `fact` is the demand, as a text, `random` as many words that
+    are not it, `name` the word that it names."""
     for number, item in enumerate(text_instructions(split, kind, form, seed)):
         yield {
             "id": f"instructions-{kind}-{_drawn(split, seed)}-{number}",
@@ -324,6 +325,7 @@ def instructions(split: str, kind: str = "all", form: str = "chatml", seed: int 
             "category": item.kind,
             "name": item.word,
             "fact": [item.demand],
+            "random": other_words(item.text, item.demand),
         }
 
 
