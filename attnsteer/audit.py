@@ -16,6 +16,8 @@ from .errors import SelectionError
 PHASES = ("prefill", "decode")
 # From this many flags on they are summed, on the device.
 MANY = 256
+# Outputs up to so many numbers are kept for a later comparison.
+SMALL = 1 << 14
 # One for all counts: it is held for an instant, and compiled code, which makes records too, cannot make locks.
 _GATHERING = threading.Lock()
 
@@ -75,7 +77,7 @@ class Record:
         calls: attention calls seen while the selection held. edits: calls for which the method returned an edit.
         rows: query rows of the edited calls (batch times rows). heads: heads selected at this site.
         path: how the last edit was computed: "output", "inputs", "bias" (also of a reweighting whose weights do not depend on
-            the row), "shares" (two calls of the kernel in a decode step), "rows" (from the map's own rows: few, or of a short
+            the row), "shares" (two calls of the kernel), "rows" (from the map's own rows: few, or of a short
             prompt), "fused" (from the kernel's log-sum-exp) or "dense" (from the whole map); joined by "+" where head groups
             went different ways.
             "read": the map was taken for a loss, and nothing edited.
@@ -176,6 +178,14 @@ class Record:
         self.calls_in[phase] += 1
         self.heads = max(self.heads, heads)
 
+    def again(self, rows: int, flag: Flag | None) -> None:
+        """Count one more decode step of as many heads, edited as the one before; `flag` None: not edited."""
+        self.calls_in["decode"] += 1
+        if flag is not None:
+            self.edits_in["decode"] += 1
+            self.rows += rows
+            self.flags_in["decode"].add(flag)
+
     def measure(self, mean: Tensor) -> None:
         """Add one call's mean distance, 0-d."""
         self._moved.append(mean.detach())
@@ -255,6 +265,11 @@ class Mark:
         """bool [P]: the parts in which something moved."""
         where = where[:, None] if where.ndim == 1 else where
         return (self.parts & where.flatten(1).any(dim=1)).any(dim=1)
+
+    @property
+    def moved(self) -> Flag | None:
+        """Whether something moved, so far."""
+        return self._flag
 
     def close(self) -> None:
         """The call is over."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -424,19 +425,29 @@ class Captured:
             raise SerializationError(
                 f"Captured.load: {folder / INDEX} is not one of this library's, of schema {SCHEMA}."
             )
-        made = cls(record["what"], folder)
-        made.ids = record["ids"]
-        for number, entry in enumerate(record["takes"]):
+        what, ids, entries = record.get("what"), record.get("ids"), record.get("takes")
+        known = _texts(what) and what and set(what) <= set(WHAT) and len(set(what)) == len(what)
+        if not known or not (ids is None or (_lists(ids) and all(map(_counts, ids)))) or not _entries(entries):
+            raise SerializationError(f"Captured.load: {folder / INDEX} does not say what was taken, and where.")
+        made = cls(what, folder)
+        made.ids = ids
+        for number, entry in enumerate(entries):
             file = folder / file_name(number)
             try:
                 with safe_open(str(file), framework="pt") as opened:
                     rows, keys = opened.get_tensor("rows"), opened.get_tensor("keys")
+                    shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in what}
                 values = {**entry, "heads": tuple(entry["heads"]), "kv_heads": tuple(entry["kv_heads"])}
-                made.takes.append(Take(**values, rows=rows, keys=keys, file=file))
+                take = Take(**values, rows=rows, keys=keys, file=file)
             except (SafetensorError, OSError, TypeError, KeyError) as error:
                 raise SerializationError(
                     f"Captured.load: {file} is not a whole file of a capture ({error})."
                 ) from error
+            if not _fits(take, shapes):
+                raise SerializationError(
+                    f"Captured.load: {file} is not a whole file of a capture (its shapes do not fit)."
+                )
+            made.takes.append(take)
         return made
 
     def __repr__(self) -> str:
@@ -452,6 +463,59 @@ def _numbers(takes: Sequence[Take], sample: int) -> dict[int, tuple[Take, int]]:
             if number >= 0:
                 found[number] = (take, at)
     return found
+
+
+def _counts(values: Any) -> bool:
+    return isinstance(values, (list, tuple)) and all(type(v) is int and 0 <= v < 2**31 for v in values)
+
+
+def _texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, str) for v in values)
+
+
+def _lists(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, list) for v in values)
+
+
+def _entries(values: Any) -> bool:
+    """Whether each is what `Take.describe` gives, so that whoever reads the capture may rely on it."""
+    count = lambda v, least=0: _counts([v]) and v >= least  # noqa: E731
+    number = lambda v: type(v) in (int, float) and math.isfinite(v)  # noqa: E731
+    checks = {
+        "site": lambda v: isinstance(v, str),
+        "layer": count,
+        "kind": lambda v: isinstance(v, str),
+        "heads": lambda v: _counts(v) and len(v) > 0,
+        "kv_heads": lambda v: _counts(v) and len(v) > 0,
+        "groups": lambda v: count(v, 1),
+        "phase": lambda v: isinstance(v, str),
+        "step": lambda v: v is None or count(v),
+        "branch": lambda v: v is None or isinstance(v, str),
+        "scale": number,
+        "softcap": lambda v: v is None or number(v),
+        "first": count,
+        "segments": lambda v: (
+            v is None or (isinstance(v, dict) and all(_counts(p) and len(p) == 2 for p in v.values()))
+        ),
+        "grid": lambda v: v is None or (_counts(v) and len(v) == 2),
+    }
+    return isinstance(values, list) and all(
+        isinstance(e, dict) and set(e) == set(checks) and all(check(e[name]) for name, check in checks.items())
+        for e in values
+    )
+
+
+def _fits(take: Take, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether rows, keys and tensors of one file are of the same batch, heads, rows and keys."""
+    if take.rows.ndim != 2 or take.keys.ndim != 2 or {take.rows.dtype, take.keys.dtype} != {torch.int64}:
+        return False
+    (B, r), (b, m) = take.rows.shape, take.keys.shape
+    wanted = {
+        "map": (B, len(take.heads), r, m), "mass": (B, len(take.heads), r), "output": (B, len(take.heads), r, None),
+        "q": (B, len(take.heads), r, None), "k": (B, len(take.kv_heads), None, None), "v": (B, len(take.kv_heads), None, None),
+    }  # fmt: skip
+    same = lambda shape, want: len(shape) == len(want) and all(w in (None, n) for n, w in zip(shape, want, strict=True))  # noqa: E731
+    return B > 0 and b in (1, B) and all(same(shape, wanted[name]) for name, shape in shapes.items())
 
 
 def file_name(number: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import kernels
 from .account import Samples
 from .attention_map import FEW_ROWS, AttentionMap, DenseMap
-from .audit import Audit, Flag, Mark, mark_of, unchanged
+from .audit import SMALL, Audit, Flag, Mark, mark_of, unchanged
 from .bound import Bound, Heads
 from .call import AttnCall
 from .edits import BlockBias, Check, HeadOutputs, KeyBias, MergedTokens, Reweight, Share, check_state
@@ -24,6 +24,7 @@ from .kernels import Attention
 from .shards import Pool, Shards
 from .shared_rows import Rows, levels, together
 from .site import Site
+from .steady import Count, Step
 from .tokens import Tokens
 
 
@@ -44,8 +45,6 @@ class Run(Protocol):
 
 
 _WEIGHTS = frozenset({"weights"})
-# Outputs up to so many numbers are kept for a later comparison.
-SMALL = 1 << 14
 # Rows of a call that are computed exactly beside an approximation, where its error is measured.
 SAMPLED = 64
 
@@ -157,6 +156,7 @@ class SiteRuntime:
         sdpa: bool = False,
         packs: bool = False,
         forms: Any = None,
+        steps: dict[SiteRuntime, Step] | None = None,
     ) -> Tensor:
         """The site's output [B, H, n, dv] with the active interventions applied.
 
@@ -167,6 +167,7 @@ class SiteRuntime:
                 needs the lse. None: it never would.
             maps: filled with (heads of this process or None, edited map), where the host hands out attention weights.
             sdpa: whether `base` is torch's SDPA on this very `att`. packs: see `WholeForms`. forms: a host's own in its place.
+            steps: filled with what does this decode step again for the next token, where its methods answer the same then.
         """
         if call.packed:
             _check_apart(self.site, att, call)
@@ -190,12 +191,65 @@ class SiteRuntime:
             result = whole.out() if result is None else result
             for local, out in edited:
                 result = result.index_copy(1, self._index(local, result.device), out.to(result.dtype))
+        before = result
         for i in self.late:
             if i in active:
                 result = self._scaled_heads(*self.entries[i], whole, result, offset, call, marks)
         for mark in marks.values():
             mark.close()
+        if steps is not None and not edited and self._is_steady(active):
+            step = self._step(active, forms, att, before, offset, call, marks)
+            if step is not None:
+                steps[self] = step
         return result
+
+    def _is_steady(self, active: tuple[int, ...]) -> bool:
+        """Whether each active method answers in the next decode step as in this one."""
+        if self.rows is not None:
+            return False
+        for i in active:
+            bound = self.entries[i][0]
+            learned = any(value.learned for value in bound.method.sample_values.values())
+            chosen = bound.where.rows is not None or bound.where.branches is not None
+            if bound.guides or learned or chosen or not bound.method.steady:
+                return False
+        return True
+
+    def _step(
+        self,
+        active: tuple[int, ...],
+        forms: WholeForms | None,
+        att: Attention,
+        out: Tensor,
+        offset: int,
+        call: AttnCall,
+        marks: dict[int, Mark],
+    ) -> Step | None:
+        """What does this decode step again, whose edits all heads took together; `out`: before those of head outputs."""
+        if forms is not None and forms.shared is not None and (forms.divided is None or forms.own_key_in_set()):
+            return None
+        late = [self.entries[i] for i in self.late if i in active]
+        if len(late) > 1:
+            return None
+        factor = None
+        for bound, heads in late:
+            local = _local(heads, offset, out.shape[1])
+            if local == ():
+                continue
+            own = out if local is None else out.index_select(1, self._index(local, out.device))
+            factor = _HeadGroup(self, SiteAttention(att, lambda: out, None), heads, offset, call, marks).factor(
+                bound, own
+            )
+            if factor is not None and local is not None:
+                whole = factor.new_ones(len(factor), out.shape[1], 1, 1)
+                factor = whole.index_copy(1, self._index(local, out.device), factor)
+        counts, edited = [], set() if factor is None else {bound.index for bound, _ in late}
+        for index, mark in marks.items():
+            what = "output" if index in edited else mark.paths[0] if mark.paths else None
+            if len(mark.paths) > 1 or what not in (None, "bias", "shares", "output"):
+                return None
+            counts.append(Count(mark.record, mark.rows, what, mark.moved if what == "bias" else None))
+        return Step(forms, factor, counts, att.q, att.v)
 
     def _scaled_heads(
         self,
@@ -456,7 +510,8 @@ class _HeadGroup:
                 return False
             pair = self.forms.share(self.local, edit, chosen)
         else:
-            pair = self.forms.share(self.local, edit)
+            more = {"prompts": bound.method.row_local} if isinstance(self.forms, WholeForms) else {}
+            pair = self.forms.share(self.local, edit, **more)
         if pair is None:
             return False
         self.mark(bound, "shares", pair)
@@ -524,6 +579,17 @@ class _HeadGroup:
             getattr(check, door)(edit)
         self.runtime.checked.add(key)
         return edit
+
+    def factor(self, bound: Bound, out: Tensor) -> Tensor | None:
+        """By what the method multiplies the heads' outputs `out`, [B or 1, H, 1, 1]; None: it leaves them as they are."""
+        site = self.runtime.site.path
+        state = self.base.states.setdefault((bound.index, site, self.heads), {})
+        call = self.base.replace(view=lambda: self.map, size=self.size, state=state, method=bound.name, owner=id(bound))
+        factor, mask = bound.method.head_factors(call, out), self.chosen(bound)
+        if factor is None:
+            return None
+        factor = factor.reshape((1,) * (4 - factor.ndim) + factor.shape)
+        return factor if mask is None else torch.where(mask[..., None], factor, 1.0)
 
     def first_key(self, bound: Bound, door: str) -> tuple[int, str, str, Heads]:
         """Under which a first edit is remembered as looked at."""

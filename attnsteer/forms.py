@@ -51,6 +51,8 @@ class WholeForms:
     packs: bool = False
     biased: list[tuple[Any, tuple[int, ...] | None, Reweight, Tensor | None]] = field(default_factory=list)
     shared: Tensor | None = None
+    # Of a share under no mask: its key set, itself, and where it acts.
+    divided: tuple[_Split, Share, Tensor | None] | None = None
 
     def takes_bias(self, edit: Any, chosen: Tensor | None) -> bool:
         """Whether an edit is a bias of the keys that a kernel takes as its mask."""
@@ -128,25 +130,32 @@ class WholeForms:
         return by_row.any(), by_row
 
     def share(
-        self, heads: tuple[int, ...] | None, edit: Any, chosen: Tensor | None = None
+        self, heads: tuple[int, ...] | None, edit: Any, chosen: Tensor | None = None, prompts: bool = False
     ) -> tuple[Tensor, Tensor] | None:
         """Take a `Share` of few rows; the shares before and after, [B, H, n], zero where it does not act. None: not taken.
 
         Args:
             chosen: where it acts, [B or 1, 1, n or 1]; the others see all of their keys in one of the two calls, and come out
                 bit for bit. None: everywhere.
+            prompts: whether to take that of a whole prompt too, on a set of few keys: for edits that have asked nothing of the
+                map, whose rows would be there already.
         """
         att = self.att
         n, m = att.shape[2:]
         if not isinstance(edit, Share) or self.biased or self.shared is not None:
             return None
         compiling = torch.compiler.is_compiling()
-        if att.requires_grad or (not compiling and (n > FEW_ROWS or att.causal or m > SHORT_CACHE)):
+        if att.requires_grad:
             return None
+        if not compiling and (n > FEW_ROWS or att.causal):
+            return self._share_of_prompt(heads, edit) if prompts and chosen is None else None
         if compiling and att.causal and not (n == m and kernels.causal_with_mask()):
             return None
         kept = ("split", _id(edit.keys), heads)
         split = self._once(kept, lambda: self._split(heads, edit.keys), edit.keys)
+        if split.few is None and not compiling and m > SHORT_CACHE:
+            # A second pass over a long cache is dearer than the rows of the map.
+            return None
         if split.few is None:
             out_in, lse_in = self._attend(split.inside, split.empty)
         else:
@@ -156,21 +165,45 @@ class WholeForms:
             acts, spared, own = self._once(("chosen", _id(chosen)), lambda: self._sides(chosen), chosen)
             outside = torch.where(acts, outside, own)
         out, lse = self._attend(outside, split.full)
-        before = torch.sigmoid(lse_in - lse)
-        if split.few is not None:
-            before = before if split.empty is False else before.masked_fill(split.empty, 0.0)
-        elif split.stays is None:
-            # NaN where a row sees no key at all.
-            before = before.masked_fill(torch.isneginf(lse_in), 0.0)
-        stays = (before <= 0) | (before >= 1) if split.stays is None else split.stays
-        after = edit.of(before)
-        after = after if stays is False else torch.where(stays, before, after)
+        before, after = split.shares(lse_in, lse, edit)
         if chosen is not None:
             before, after = before.masked_fill(spared, 0.0), after.masked_fill(spared, 0.0)
-        if out.dtype != after.dtype:
-            out, out_in = out.to(after.dtype), out_in.to(after.dtype)
-        self.shared = torch.lerp(out, out_in, after[..., None]).to(att.v.dtype)
+        self._between(out, out_in, after)
+        self.divided = None if att.mask is not None else (split_keys(edit.keys, heads, att), edit, chosen)
         return before, after
+
+    def _between(self, out: Tensor, inside: Tensor, after: Tensor) -> None:
+        """The output is what the two calls gave, by the share of the second."""
+        if out.dtype != after.dtype:
+            out, inside = out.to(after.dtype), inside.to(after.dtype)
+        self.shared = torch.lerp(out, inside, after[..., None]).to(self.att.v.dtype)
+
+    def _share_of_prompt(self, heads: tuple[int, ...] | None, edit: Share) -> tuple[Tensor, Tensor] | None:
+        """A `Share` in a prompt without a mask, all rows in two calls: one over few keys, and one over the others."""
+        att = self.att
+        n, m = att.shape[2:]
+        if not att.causal or n != m or att.mask is not None or not kernels.causal_with_mask():
+            return None
+        if heads is not None and n > SHORT_CACHE:
+            # The rows of some heads alone are less work.
+            return None
+        kept = ("prompt", _id(edit.keys), heads)
+        split = self._once(kept, lambda: split_keys(edit.keys, heads, att).of_prompt(att), edit.keys)
+        if split is None:
+            return None
+        out_in, lse_in = self._attend(
+            split.inside, False, att.replace(k=att.k[split.few], v=att.v[split.few], causal=False)
+        )
+        out, lse = self._attend(split.outside, False)
+        before, after = split.shares(lse_in, lse, edit)
+        self._between(out, out_in, after)
+        return before, after
+
+    def own_key_in_set(self) -> bool:
+        """Whether the key set of a share holds the last key of all; the keys that come after would be in it too."""
+        assert self.divided is not None
+        keys = self.divided[1].keys
+        return keys.shape[-1] == self.att.shape[3] and bool(keys[..., -1].any())
 
     def _sides(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(where an edit acts, [B, 1, n, 1]; where it does not, [B, 1, n]; the mask of rows there)."""
@@ -232,6 +265,11 @@ class WholeForms:
 
     def _mask(self) -> Tensor:
         """The model's mask and all biases, as the kernel takes them."""
+        whole, mask = self.log_weights(), self.att.additive(self.att.stat_dtype)
+        return whole[:, :, None] if mask is None else whole[:, :, None] + mask
+
+    def log_weights(self) -> Tensor:
+        """The biases of all heads, [B or 1, H or 1, m]."""
         whole: Tensor | None = None
         for _, heads, _, bias in self.biased:
             if heads is not None:
@@ -239,8 +277,7 @@ class WholeForms:
                 full[:, list(heads)] = bias
                 bias = full
             whole = bias if whole is None else whole + bias
-        mask = self.att.additive(self.att.stat_dtype)
-        return whole[:, :, None] if mask is None else whole[:, :, None] + mask
+        return whole
 
     def _once(self, key: Any, make: Any, *kept: Any) -> Any:
         """What is made of tensors that other calls of this forward may bring as well; those are kept with it."""
@@ -270,6 +307,22 @@ class _Parts:
     full: Tensor | bool | None = None
     stays: Tensor | bool | None = None
     few: tuple[Any, ...] | None = None
+
+    def shares(self, inside: Tensor, outside: Tensor, edit: Share, idle: bool = False) -> tuple[Tensor, Tensor]:
+        """The shares of the first set before and after, [B, H, n], from the log-sum-exps of both.
+
+        Args:
+            idle: whether a share of zero stays zero and none is one, so that rows which stay need not be looked for.
+        """
+        before = torch.sigmoid(inside - outside)
+        if self.few is not None:
+            before = before if self.empty is False else before.masked_fill(self.empty, 0.0)
+        elif self.stays is None:
+            # NaN where a row sees no key at all.
+            before = before.masked_fill(torch.isneginf(inside), 0.0)
+        stays = (before <= 0) | (before >= 1) if self.stays is None else self.stays
+        after = edit.of(before)
+        return before, after if idle or stays is False else torch.where(stays, before, after)
 
 
 class _Split:
@@ -303,10 +356,14 @@ class _Split:
 
     def parts(self, att: Attention) -> _Parts:
         """For rows that see all keys."""
-        B, _, _, m = att.shape
-        size = B, att.k.shape[1]
+        B, H, _, m = att.shape
+        return self.parts_of(B, H, att.k.shape[1], m)
+
+    def parts_of(self, B: int, H: int, kv: int, m: int) -> _Parts:
+        """The same, from the sizes of a call."""
+        size = B, kv
         if size not in self._few:
-            self._few[size] = self._picked(*size, att.groups)
+            self._few[size] = self._picked(B, kv, H // kv)
         # A row sees its own token, which is in no set that ends before it.
         full: Tensor | bool = self.full if self.keys.shape[-1] == m else False
         if self._few[size] is None:
@@ -316,6 +373,28 @@ class _Split:
         outside = self._of_room(m)[1].narrow(-1, 0, m)
         # Few of all keys are not all of them.
         return _Parts(inside, outside, empty, False, empty, few)
+
+    def of_prompt(self, att: Attention) -> _Parts | None:
+        """For a prompt, each row of which sees the keys up to its own; None: many keys, or rows that see none but them."""
+        B, H, n, _ = att.shape
+        size = B, att.k.shape[1]
+        if size not in self._few:
+            self._few[size] = self._picked(*size, att.groups)
+        if self._few[size] is None or bool(self.keys[..., :1].any()):
+            return None
+        inside, empty, few = self._few[size]
+        rows = torch.arange(n, device=self.keys.device)
+        slots = few[2] if isinstance(few[2], Tensor) else rows[few[1]].reshape(1, 1, -1)
+        if max(1, slots.shape[0]) * slots.shape[1] * n * slots.shape[2] > LARGEST:
+            return None
+        hidden = slots[:, :, None] > rows[:, None]
+        hidden = hidden if inside is None else hidden | inside.isneginf()
+        blind = hidden.all(dim=-1)
+        # A row that sees none of them gets all, so that it has no NaN; its share is set to zero.
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
+        mask = mask.masked_fill(hidden & ~blind[..., None], -torch.inf)
+        blind = blind if empty is False else blind | empty
+        return _Parts(mask, self._of_room(n)[1].narrow(-1, 0, n), blind, False, blind, few)
 
     def _picked(self, B: int, kv: int, groups: int) -> tuple[Tensor | None, Tensor | bool, tuple[Any, ...]] | None:
         """(mask of what is picked, rows that see none of it or False, the picks); None: there are too many."""

@@ -79,6 +79,9 @@ class Intervention(Named):
         row_local: whether what a row gets depends on that row, its keys and the parameters alone: nothing is pooled over rows, and
             nothing is kept in `call.state`. Such a method takes prompts in chunks and shared prefixes as they come; the prompts
             of others are kept whole in continuous batching.
+        steady: whether what it answers in a decode step is its answer of the step before, so that the step can be done again
+            without asking it: neither the row, nor the map, nor what was generated since decides it, and keys that came since
+            stand where the row's own key stands.
         frozen_keys: for a method that keeps something in `call.state`: the entry that is all it reads there for rows behind the
             prompt, a key set [B, H, T] by slot, which moves no more; so requests can share batches from there on. None: there is
             no such entry.
@@ -100,6 +103,7 @@ class Intervention(Named):
     may_rest: ClassVar[bool] = False
     skips_blocks: ClassVar[bool] = False
     row_local: ClassVar[bool] = False
+    steady: ClassVar[bool] = False
     frozen_keys: ClassVar[str | None] = None
     approximate: ClassVar[bool] = False
     # Set when it is made: the parameters with one value per sample, by name; and those of them by which it leaves some
@@ -126,6 +130,9 @@ class Intervention(Named):
             cls.row_local = False
             if "frozen_keys" not in vars(cls):
                 cls.frozen_keys = None
+        if "steady" not in vars(cls):
+            # Each class says it for itself: what a base asks in its doors may be another's.
+            cls.steady = False
         # A property decides it for each object.
         fixed = () if isinstance(cls.needs, property) else cls.needs
         if isinstance(fixed, str) or not all(isinstance(need, str) for need in fixed):
@@ -167,6 +174,9 @@ class Intervention(Named):
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
         """Return the edited head outputs [B, H, n, dv], or None for no edit."""
+
+    def head_factors(self, call: AttnCall, out: Tensor) -> Tensor | None:
+        """Of a steady method that edits `out` [B, H, n, dv] by a product: its factor [B or 1, H, 1, 1], or None for no edit."""
 
     def around(self, forward: Callable[..., Any], inputs: Any, run: Any) -> Any:
         """Call `forward` any number of times, with inside edits on where `run.inside(self)` is entered."""

@@ -54,3 +54,37 @@ def test_a_share_is_that_of_the_map(name: str, heads: tuple[int, ...] | None) ->
     torch.testing.assert_close(before, share, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(after, torch.where(moves, 0.3 * share, share), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(forms.out(), new @ v.repeat_interleave(H // KV, dim=1), rtol=1e-12, atol=1e-12)
+
+
+SPANS = {
+    "one": [[(3, 5)], [(3, 5)]],
+    "by sample": [[(3, 5)], [(15, 18)]],
+    "two": [[(3, 5), (9, 10)], [(5, 7)]],
+    "last": [[(38, 40)], [(39, 40)]],
+    "none in a sample": [[], [(4, 5)]],
+    "first": [[(0, 2)], [(0, 2)]],
+    "many": [[(2, 30)], [(2, 30)]],
+}
+
+
+@pytest.mark.parametrize("spans", SPANS)
+@pytest.mark.parametrize("heads", [None, {0: [1], 1: [0, 3]}])
+@torch.no_grad()
+def test_a_share_of_a_prompt_is_that_of_the_map(spans: str, heads: dict[int, list[int]] | None) -> None:
+    """Two calls of the kernel where it can be so, and the map's identities elsewhere; the same each time."""
+    from attnsteer import SpotLight, Where, steer
+    from attnsteer.testing import tiny_transformers
+
+    model = tiny_transformers("llama")
+    ids = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(0))
+    method = SpotLight(SPANS[spans], 0.3, where=Where() if heads is None else Where(heads=heads))
+    found, counts = [], []
+    for reference in (True, False):
+        with steer(model, method, reference=reference) as run:
+            found += [model(ids).logits for _ in range(2)]
+            counts.append({key: record.changed for key, record in run.audit.records.items()})
+    path = next(iter(run.audit.records.values())).path
+    assert (path == "shares") == (spans not in ("first", "many"))
+    torch.testing.assert_close(found[2], found[0], atol=2e-6, rtol=0)
+    assert torch.equal(found[2], found[3])
+    assert counts[0] == counts[1]

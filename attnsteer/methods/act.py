@@ -107,6 +107,11 @@ class ACT(Intervention):
         return self.decode != "running"
 
     @property
+    def steady(self) -> bool:  # type: ignore[override]
+        """Frozen sinks are those of every step."""
+        return self.decode == "frozen"
+
+    @property
     def frozen_keys(self) -> str | None:  # type: ignore[override]
         """Frozen sinks are all that a row behind the prompt asks for."""
         return None if self.decode == "running" else "sinks"

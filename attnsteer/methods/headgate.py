@@ -53,6 +53,7 @@ class HeadGate(Intervention):
 
     linear = True
     row_local = True
+    steady = True
 
     def selection(self) -> Where:
         gated, chosen = HeadSet(list(self.gates)), self.where.heads
@@ -62,18 +63,22 @@ class HeadGate(Intervention):
         return self.where & Where(heads=gated)
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
+        factor = self.head_factors(call, out)
+        return None if factor is None else out * factor
+
+    def head_factors(self, call: AttnCall, out: Tensor) -> Tensor | None:
         gates = [self.gates[call.site.layer, head] for head in call.heads]
         if all(is_all(g, 1.0) for g in gates):
             return None
         many = [g for g in gates if isinstance(g, PerSample)]
         if not many:
             make = _tensor if torch.compiler.is_compiling() else _factors
-            return out * make(tuple(gates), out.dtype, out.device)
+            return make(tuple(gates), out.dtype, out.device)
         if not torch.compiler.is_compiling() and not any(g.learned for g in many):
-            return out * call.each_row(_joined(tuple(gates)), out, axes=2)
+            return call.each_row(_joined(tuple(gates)), out, axes=2)
         own = {"key": "gate", "each": lambda gate: 1.0 if gate is None else gate}
         rows = [call.each_row(g, out, **own) if isinstance(g, PerSample) else out.new_tensor([g]) for g in gates]
-        return out * torch.stack([r.expand(out.shape[0]) for r in rows], dim=1)[:, :, None, None]
+        return torch.stack([r.expand(out.shape[0]) for r in rows], dim=1)[:, :, None, None]
 
 
 @functools.lru_cache(maxsize=1024)

@@ -51,6 +51,7 @@ class InstABoost(Intervention):
     kinds = ("self",)
     needs = ("tokens",)
     row_local = True
+    steady = True
 
     @classmethod
     def guide(cls, spans: Any, delta: Any = GUIDE_DELTA, **other: Any) -> InstABoost:

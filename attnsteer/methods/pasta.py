@@ -53,6 +53,7 @@ class PASTA(Intervention):
     kinds = ("self",)
     needs = ("tokens",)
     row_local = True
+    steady = True
 
     @classmethod
     def released_code(

@@ -68,6 +68,11 @@ class SpotLight(Intervention):
         """One share is a mean over rows."""
         return not self.pooled
 
+    @property
+    def steady(self) -> bool:  # type: ignore[override]
+        """The marked tokens and the target stay; one share over heads is that of the step."""
+        return not self.pooled
+
     def check_tokens(self, tokens: Tokens) -> None:
         check_spans(tokens, self.spans, self.tokenizer)
 

@@ -35,6 +35,7 @@ class ZeroTuning(Intervention):
     kinds = ("self",)
     needs = ("tokens",)
     row_local = True
+    steady = True
 
     def weights(self, call: AttnCall) -> Reweight | None:
         if is_all(self.gamma, 1.0):

@@ -8,7 +8,7 @@ import io
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,20 @@ import torch
 from torch import Tensor
 
 from ..capturing import capture
-from ..errors import NeverFired, SelectionError, brief, listing
+from ..errors import NeverFired, SelectionError, UnsupportedHost, brief, listing
 from ..intervention import Intervention
 from ..run.loaded import Loaded
-from ..steering import steer
 from ..viz.axes import grid_of, shown_tokens
 from ..viz.page import picture_uri
 from ..where import Where
 from .dials import TEXT, VISION, Choice, Dial, dial, image_dials
+from .drawing import Stale, previewed, whole
 
 # Characters and tokens of a prompt, likeliest answers that are shown, prompts that are remembered.
 LONGEST, MOST, ANSWERS, KEPT = 20_000, 2048, 8, 16
 STEPS, SEEDS = 50, 4
+# Clients whose last turn is known.
+CLIENTS = 64
 # Pixels of a picture's longer side that a visitor may send.
 LARGEST = 4096
 WAIT = 120.0
@@ -59,9 +61,11 @@ class Player:
         """Before and after, for one request.
 
         Raises:
-            SelectionError: it asks for what is not there. Busy: nobody's turn came within two minutes.
+            SelectionError: it asks for what is not there. Busy: nobody's turn came within two minutes. Stale: its client asked
+                for something else meanwhile.
         """
         begun = time.perf_counter()
+        self._hear(request)
         if not self._lock.acquire(timeout=WAIT):
             raise Busy
         try:
@@ -69,6 +73,9 @@ class Player:
         finally:
             self._lock.release()
         return {**found, "ms": round(1000 * (time.perf_counter() - begun))}
+
+    def _hear(self, request: Mapping[str, Any]) -> None:
+        """A request that may have to wait for its turn."""
 
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What the page shows for a request; each kind of model has its own."""
@@ -248,6 +255,9 @@ class ImagePlayer(Player):
         own = self.layers = layers[-max(1, len(layers) // 3) :]
         self.dials = image_dials(Where(layers=own, kinds=tuple({s.kind for s in sites if s.layer in own})))
         self.sites = sites
+        # Client -> (the newest of its turns, its prompt, its steps).
+        self._turns: OrderedDict[str, tuple[int, Any, Any]] = OrderedDict()
+        self._hearing = threading.Lock()
 
     def about(self) -> dict[str, Any]:
         """With the heads."""
@@ -266,25 +276,71 @@ class ImagePlayer(Player):
                 or not (0 if name == "seed" else 1) <= value <= most
             ):
                 raise SelectionError(f"{name}={brief(value)}: give a whole number up to {most}.")
-        method = self._method(request, choice)
-        before = self._remembered((text, seed, steps), lambda: self._drawn(text, seed, steps)[0])
-        after, changed = (before, True) if method is None else self._drawn(text, seed, steps, method)
-        return {"before": before, "after": after, "seed": seed, "steered": method is not None, "changed": changed,
-                "method": "" if method is None else repr(method)}  # fmt: skip
+        stage = request.get("stage", "picture")
+        if stage not in ("picture", "preview"):
+            raise SelectionError(f"stage={brief(stage)}: there are picture, preview.")
+        method, key = self._method(request, choice), (text, seed, steps)
+        wanted = self._turn(request, key)
+        # A run as it is serves all values of the slider: only another prompt, or another number of steps, makes it useless.
+        before, moment = self._remembered(key, lambda: self._plain(key, lambda: wanted(True)))
+        told = {
+            "seed": seed,
+            "stage": stage,
+            "steered": method is not None,
+            "method": "" if method is None else repr(method),
+        }
+        if stage == "preview":
+            return {**told, **self._preview(key, moment, method)}
+        after, changed = before, True
+        if method is not None:
+            image, changed, _ = whole(self.loaded.target, *key, method, wanted=wanted)
+            after = picture_uri(image)
+        return {**told, "before": before, "after": after, "changed": changed}
 
-    def _drawn(self, text: str, seed: int, steps: int, *methods: Intervention) -> tuple[str, bool]:
-        generator, fired, image = torch.Generator().manual_seed(seed), True, None
-        call = lambda: self.loaded.target(text, num_inference_steps=steps, generator=generator)  # noqa: E731
-        if not methods:
-            return picture_uri(call().images[0].convert("RGB")), True
+    def _turn(self, request: Mapping[str, Any], key: tuple[str, int, int]) -> Callable[..., bool]:
+        """Whether a request is still wanted: until its client asks for something else; of a run as it is, for another prompt."""
+        client, turn = request.get("client"), request.get("turn", 0)
+        if client is None:
+            return lambda plain=False: True
+        if not isinstance(client, str) or len(client) > 64 or isinstance(turn, bool) or not isinstance(turn, int):
+            raise SelectionError("client, turn: give a text of up to 64 characters, and a whole number.")
+
+        def wanted(plain: bool = False) -> bool:
+            newest, text, steps = self._turns.get(client, (turn, key[0], key[2]))
+            return newest <= turn or (plain and (text, steps) == (key[0], key[2]))
+
+        if not wanted():
+            raise Stale
+        return wanted
+
+    def _hear(self, request: Mapping[str, Any]) -> None:
+        client, turn = request.get("client"), request.get("turn", 0)
+        if isinstance(client, str) and len(client) <= 64 and isinstance(turn, int):
+            with self._hearing:
+                text = request.get("prompt")
+                if turn >= self._turns.get(client, (turn,))[0]:
+                    kept = text if isinstance(text, str) and len(text) <= LONGEST else None
+                    self._turns[client] = (turn, kept, request.get("steps", 20))
+                    self._turns.move_to_end(client)
+                while len(self._turns) > CLIENTS:
+                    self._turns.popitem(last=False)
+
+    def _plain(self, key: tuple[str, int, int], wanted: Callable[[], bool]) -> tuple[str, Any]:
+        image, _, moment = whole(self.loaded.target, *key, wanted=wanted)
+        return picture_uri(image), moment
+
+    def _preview(self, key: tuple[str, int, int], moment: Any, method: Intervention | None) -> dict[str, Any]:
+        """One step, before and after; without pictures where this pipeline's runs cannot be previewed."""
+        pipe = self.loaded.target
         try:
-            with steer(self.loaded.target, *methods):
-                image = call().images[0]
-        except NeverFired:
-            if image is None:
-                raise
-            fired = False
-        return picture_uri(image.convert("RGB")), fired
+            if moment is None:
+                raise UnsupportedHost(f"{type(pipe).__name__}: its scheduler's steps are not seen; no previews.")
+            before = self._remembered(("preview", key), lambda: picture_uri(previewed(pipe, *key, moment)[0]))
+            after, changed = (before, True) if method is None else previewed(pipe, *key, moment, method)
+        except UnsupportedHost as error:
+            return {"before": None, "after": None, "changed": True, "why": " ".join(str(error).split())}
+        after = after if isinstance(after, str) else picture_uri(after)
+        return {"before": before, "after": after, "changed": changed, "step": moment.step + 1, "of": moment.steps}
 
 
 def _scene(index: int) -> Any:

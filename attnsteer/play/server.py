@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import AttnSteerError, SelectionError
 from ..viz.page import page
+from .drawing import Stale
 from .players import Busy, Player
 
 HOST = "127.0.0.1"
@@ -130,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(400, " ".join(str(error).split()))
         except Busy:
             self._refuse(503, "the model is busy with another client’s request; try again.")
+        except Stale:
+            self._refuse(409, "not wanted any more: this client asked for something else.")
         except Exception as error:
             # The page goes on; what went wrong is in the terminal.
             traceback.print_exc()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from attnsteer.errors import RecipeError, SelectionError
 from attnsteer.methods import SpotLight
 from attnsteer.play import player
 from attnsteer.play.dials import TEXT
+from attnsteer.play.drawing import Stale
 from attnsteer.play.players import sent_picture
 
 PROMPT = "a small red star . a large blue cross . question what colour is the star ? answer"
@@ -135,15 +137,95 @@ def test_a_picture_and_its_places() -> None:
         looker.answer({**given, "scene": None})
 
 
-@pytest.mark.long
-def test_seeds_of_a_pipeline() -> None:
-    drawer = player("shapes-sd")
-    given = {"prompt": "a red circle", "method": "PAG", "value": 3.0, "heads": [], "seed": 1, "steps": 2}
-    found = drawer.answer(given)
+@pytest.fixture(scope="module")
+def drawer() -> Any:
+    return player("shapes-sd")
+
+
+DRAWN = {"prompt": "a red circle", "method": "PAG", "value": 3.0, "heads": [], "seed": 1, "steps": 3}
+
+
+def shown(uri: str) -> torch.Tensor:
+    image = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float() / 255
+
+
+def test_seeds_of_a_pipeline(drawer: Any) -> None:
+    found = drawer.answer(DRAWN)
     assert found["before"] != found["after"] and found["steered"]
-    assert drawer.answer({**given, "value": 0.0})["after"] == found["before"]
-    with pytest.raises(SelectionError, match="steps=0"):
-        drawer.answer({**given, "steps": 0})
+    assert drawer.answer({**DRAWN, "value": 0.0})["after"] == found["before"]
+
+
+def test_a_preview_is_one_step_of_the_run(drawer: Any) -> None:
+    """The unsteered one is what the scheduler's equation takes the finished latent to be; the steered one is another picture."""
+    found = drawer.answer({**DRAWN, "stage": "preview"})
+    assert (found["step"], found["of"]) == (3, 3) and found["changed"] and found["before"] != found["after"]
+    pipe, seen = drawer.loaded.target, []
+    step = pipe.scheduler.step
+    pipe.scheduler.step = lambda output, t, z, **k: seen.append((output, t, z.clone())) or step(output, t, z, **k)
+    try:
+        pipe(DRAWN["prompt"], num_inference_steps=3, generator=torch.Generator().manual_seed(1))
+    finally:
+        del pipe.scheduler.step
+    output, t, z = seen[2]
+    level = pipe.scheduler.alphas_cumprod[t]
+    clean = (z - (1 - level).sqrt() * output) / level.sqrt()
+    with torch.no_grad():
+        picture = (pipe.vae.decode(clean / pipe.vae.config.scaling_factor).sample[0] / 2 + 0.5).clamp(0, 1)
+    assert float((shown(found["before"]) - picture.permute(1, 2, 0).flatten()).abs().max()) <= 1.01 / 255
+    # Nothing stays behind: the same picture as before, and off is off.
+    still = drawer.answer({**DRAWN, "stage": "preview", "value": 0.0})
+    assert still["after"] == still["before"] == found["before"] and "step" not in vars(pipe.scheduler)
+
+
+def test_a_pipeline_that_cannot_be_entered_in_the_middle_has_no_previews(
+    drawer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, given = drawer.loaded.target, {**DRAWN, "seed": 2, "value": 0.0}
+    drawer.answer(given)
+    prepare = type(pipe).prepare_latents
+    monkeypatch.setattr(type(pipe), "prepare_latents", lambda *a, **k: prepare(*a, **k)[:, :, :8])
+    found = drawer.answer({**given, "stage": "preview"})
+    assert found["before"] is None and "no previews" in found["why"]
+
+
+def test_a_picture_that_nobody_waits_for_is_given_up(drawer: Any) -> None:
+    drawer.answer(DRAWN)
+    given, ended = {**DRAWN, "client": "a", "steps": 50}, []
+
+    def draw() -> None:
+        try:
+            drawer.answer({**given, "turn": 1})
+        except Stale:
+            ended.append(True)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    while not drawer._turns.get("a"):
+        time.sleep(0.01)
+    # Another client does not end it; the next turn of this one, about another prompt, does.
+    drawer._hear({**given, "client": "b", "turn": 9})
+    found = drawer.answer({**DRAWN, "client": "a", "turn": 2})
+    thread.join(timeout=60)
+    assert ended == [True] and found["after"] == drawer.answer(DRAWN)["after"]
+    with pytest.raises(Stale):
+        drawer.answer({**DRAWN, "client": "a", "turn": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"stage": "draft"}, "there are picture, preview"),
+        ({"client": ["a"]}, "client, turn"),
+        ({"client": "a" * 65}, "client, turn"),
+        ({"client": "c", "turn": True}, "client, turn"),
+    ],
+)
+def test_wrong_requests_to_a_pipeline_are_told_so(drawer: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        drawer.answer({**DRAWN, **given})
 
 
 def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from attnsteer.errors import SelectionError
 from attnsteer.play import PlayServer
+from attnsteer.play.drawing import Stale
 from attnsteer.play.players import Busy
 
 
@@ -30,9 +31,12 @@ class Echo:
             # All of them are heard before any is answered, or this fails.
             self.gate.wait(timeout=10)
         if "wrong" in request:
-            raise {"busy": Busy(), "bug": ZeroDivisionError("secret"), "own": SelectionError("no\nsuch head")}[
-                request["wrong"]
-            ]
+            raise {
+                "busy": Busy(),
+                "stale": Stale(),
+                "bug": ZeroDivisionError("secret"),
+                "own": SelectionError("no\nsuch head"),
+            }[request["wrong"]]
         return {"said": request}
 
 
@@ -85,6 +89,7 @@ def test_wrong_requests_have_an_answer(server: PlayServer, capsys: Any) -> None:
     assert ask(server, "POST", f"/{server.token}/other", {})[0] == 404
     assert ask(server, "POST", path, {"wrong": "own"})[:2] == (400, '{"error": "no such head"}')
     assert ask(server, "POST", path, {"wrong": "busy"})[0] == 503
+    assert ask(server, "POST", path, {"wrong": "stale"})[0] == 409
     status, text, _ = ask(server, "POST", path, {"wrong": "bug"})
     assert status == 500 and "secret" not in text and "ZeroDivisionError" in capsys.readouterr().err
 

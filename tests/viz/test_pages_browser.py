@@ -273,6 +273,47 @@ def test_from_the_slider_to_the_answer_about_a_picture(page: browser.Browser) ->
     assert min(took) < 300 and page.errors == [], took
 
 
+def set_field(page: browser.Browser, name: str, value: int) -> None:
+    page.js(f"(() => {{ const f = document.getElementById('{name}'); f.value = {value}; }})()")
+
+
+@pytest.mark.parametrize("name", ["shapes-sd", pytest.param("shapes-mmdit", marks=pytest.mark.long)])
+def test_from_the_slider_to_the_preview_and_the_picture(page: browser.Browser, name: str) -> None:
+    """A dial that moves gives up the picture that is drawn, and shows what one step takes the picture to be."""
+    data = lambda key: page.js(f"+(document.documentElement.dataset.{key} || 0)")  # noqa: E731
+    tags = "[...document.querySelectorAll('.pictures .tag')].filter(n => !n.hidden).map(n => n.textContent)"
+    sources = "[...document.querySelectorAll('.pictures img')].map(n => n.src)"
+    with PlayServer(player(name)) as server:
+        page.open(server.address, 420)
+        set_field(page, "seeds", 1)
+        set_field(page, "steps", 10)
+        press(page, "#draw")
+        until(page, ANSWERS, 120)
+        whole = page.js(sources)
+        took = []
+        for at in (300, 600, 900, 450, 750):
+            before, begun = data("previews"), time.process_time()
+            slide(page, at)
+            until(page, f"+(document.documentElement.dataset.previews || 0) > {before}")
+            # Of the processor, so that a machine that does something else says nothing of it; docs/viewer.md has the clock's.
+            took.append(1000 * (time.process_time() - begun))
+            assert data("took") > 0
+            if at == 300:
+                assert page.js(tags) == ["preview 8/10"] * 2
+                assert page.js(sources)[0] not in whole and len(set(page.js(sources))) == 2
+            if at == 600:
+                # The picture is begun, and given up by the next move.
+                until(page, "document.getElementById('state').textContent.startsWith('drawing')")
+        drawn = page.js(ANSWERS)
+        until(page, f"({ANSWERS}) > {drawn}", 120)
+        assert page.js(tags) == [] and page.js(sources)[0] == whole[0] and page.js(sources)[1] != whole[1]
+        assert page.js("document.documentElement.scrollWidth") <= 420
+        press(page, "#off")
+        until(page, f"({ANSWERS}) > {drawn} + 1", 120)
+        assert len(set(page.js(sources))) == 1
+    assert min(took) < 300 and page.errors == [], took
+
+
 def test_a_wrong_prompt_and_a_lost_server_are_told(page: browser.Browser, playing: PlayServer) -> None:
     with PlayServer(playing.player) as server:
         page.open(server.address)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from attnsteer.analysis.table import Column, HeadTable
 from attnsteer.captured import Captured
-from attnsteer.errors import SelectionError
+from attnsteer.errors import SelectionError, SerializationError
 from attnsteer.viz import joint_projection, to_bertviz, to_circuitsvis, view, viewer
 from attnsteer.viz.page import script_json
 from tests.viz.captures import captured, causal, take, text
@@ -237,3 +237,29 @@ def test_other_viewers_need_whole_maps_of_one_shape() -> None:
         to_bertviz(captured(take(causal(0)[:, :, -1:], rows=[6])))
     with pytest.raises(SelectionError, match="stack layers"):
         to_bertviz(captured(take(causal(0)), take(causal(0, heads=2), 1)))
+
+
+def test_an_index_that_says_odd_things_is_refused(tmp_path: Path) -> None:
+    """Whatever stands in the place of what a capture says of itself: it is shown, or refused by name."""
+    text(0).save(tmp_path / "seen")
+    index = tmp_path / "seen" / "capture.json"
+    record, refused, shown = json.loads(index.read_text()), 0, 0
+    odd = [None, 3, -1, 10**30, "<b>", [], [[]], {}, True, ["a"], [-5], [{}], ["map", "map"]]
+    changes = [((name,), v) for name in record for v in odd]
+    changes += [(("takes", 0, name), v) for name in record["takes"][0] for v in odd]
+    changes += [(("takes",), [{**record["takes"][0], "more": 1}]), (("takes",), [{}]), (("takes", 0, "heads"), [0, 1])]
+    for (*way, last), value in changes:
+        wrong = json.loads(json.dumps(record))
+        inner = wrong
+        for key in way:
+            inner = inner[key]
+        inner[last] = value
+        index.write_text(json.dumps(wrong))
+        try:
+            view(Captured.load(tmp_path / "seen"), tmp_path / "page.html")
+            shown += 1
+        except (SelectionError, SerializationError):
+            refused += 1
+    assert refused > 150 and shown > 5
+    index.write_text(json.dumps(record))
+    view(Captured.load(tmp_path / "seen"), tmp_path / "page.html")

@@ -50,7 +50,32 @@ def steered_attention(
             name = module.config._attn_implementation_internal or "eager"
             options = _options(args) | kwargs
             return traced.attend(own, seam, problem, name, module, query, key, value, attention_mask, options)
+    elif attention_mask is None and query.shape[2] == 1:
+        out = _again(module, query, key, value, args, kwargs)
+        if out is not None:
+            return out, None
     return _untraced(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _again(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The output [B, 1, H, dv] of a decode step that only does again what the step before did; None: it is another."""
+    seam = getattr(getattr(module, "config", None), "_attnsteer_seam", None)
+    forward = None if seam is None else forward_of(seam.runtime.run, kwargs)
+    steps = getattr(forward, "steps", None)
+    step = steps.get(seam.runtime) if steps else None
+    if step is None or key.shape[2] != forward.past + 1 or module.training or not step.takes(query, key, value):
+        return None
+    name = module.config.__dict__.get("_attn_implementation_internal") or "eager"
+    if name != "sdpa":
+        return None
+
+    def base() -> Tensor:
+        options = {k: v for k, v in kwargs.items() if k != KEY}
+        return _base_function(module, name)(module, query, key, value, None, *args, **options)[0].transpose(1, 2)
+
+    return step(query, key, value, base).transpose(1, 2).contiguous()
 
 
 # Traced code would bake in what this forward is; a graph break here keeps compiled models honest.
@@ -140,11 +165,19 @@ def _steered(
         _check_once(runtime, forward, name, attention_mask, att, base_rows)
     maps: list[Any] | None = [] if name == "eager" else None
     same = functools.partial(same_kernel, att) if name == "sdpa" and n > FEW_ROWS else None
-    out = runtime(att, run_base, call, active, same, maps, sdpa=name == "sdpa", packs=True)
+    steps = _may_go_on(forward, name, att, runtime.site.kind)
+    out = runtime(att, run_base, call, active, same, maps, sdpa=name == "sdpa", packs=True, steps=steps)
     if maps and weights[0] is None:
         # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.
         run_base()
     return out.transpose(1, 2).contiguous(), traced.edited_weights(weights[0], maps) if maps else weights[0]
+
+
+def _may_go_on(forward: Forward, name: str, att: Attention, kind: str) -> dict[SiteRuntime, Any] | None:
+    """Where a decode step is put that may be done again: over a cache that grows, of which the row sees all."""
+    alike = att.q.dtype == att.k.dtype == att.v.dtype and att.q.shape[-1] == att.v.shape[-1]
+    whole = att.mask is None and att.softcap is None and att.sinks is None and att.shape[3] == forward.past + 1
+    return forward.steps if name == "sdpa" and kind == "self" and alike and whole else None
 
 
 def _check_once(

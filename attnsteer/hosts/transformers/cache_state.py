@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...engine import SiteRuntime
+from ...steady import Step
 from ...tokens import Tokens
 
 STATE = "_attnsteer_states"
@@ -39,6 +41,7 @@ class Sequence:
         request: int [B, T] of the requests packed into its rows, or None. states: of each method at each site.
         turns: the calls over parts of the prompt, in order. compiled: compiled calls went on with it, of which it knows nothing.
         left: slots that a cut of the cache has left, of those in `tokens`; None: all.
+        steps: by site, what does the last decode step again. A copy makes its own.
     """
 
     tokens: Tokens | None = None
@@ -48,6 +51,10 @@ class Sequence:
     turns: list[Turn] = field(default_factory=list)
     compiled: bool = False
     left: int | None = None
+    steps: dict[SiteRuntime, Step] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "steps": {}}
 
     @property
     def length(self) -> int:
@@ -58,7 +65,7 @@ class Sequence:
 
     def draft(self) -> Sequence:
         """A copy that a forward may change."""
-        return replace(self, states=_copied(self.states), turns=list(self.turns))
+        return replace(self, states=_copied(self.states), turns=list(self.turns), steps=dict(self.steps))
 
     def remember(self, start: int) -> None:
         """A call over the prompt from slot `start` on has ended."""
@@ -68,6 +75,7 @@ class Sequence:
 
     def cut(self, length: int) -> bool:
         """The cache was cut back to `length` slots; False where the states cannot be those of that prefix."""
+        steps, self.steps = self.steps, {}
         kept = [turn for turn in self.turns if turn.start < length]
         gone, self.turns = len(self.turns) > len(kept), kept
         if not kept:
@@ -79,6 +87,8 @@ class Sequence:
             return False
         self.prompt = last.stop
         if not gone:
+            # Generated tokens alone were cut off.
+            self.steps = steps
             return True
         if last.states is None:
             return False
@@ -87,6 +97,7 @@ class Sequence:
 
     def batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Batch rows were reordered, repeated or dropped; `change` does so to a tensor with the batch first."""
+        self.steps = {}
         if self.tokens is not None:
             self.tokens.take(change(torch.arange(self.tokens.batch)))
         if self.request is not None:

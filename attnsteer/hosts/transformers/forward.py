@@ -21,6 +21,7 @@ from ...engine import SiteRuntime
 from ...errors import CompositionError, UnsupportedHost, listing
 from ...intervention import Intervention
 from ...scope import PLAIN, SCOPES, Scope
+from ...steady import Step
 from ...tokens import Tokens
 from . import traced
 from .cache_state import STATE, Memory, Sequence
@@ -51,7 +52,7 @@ class Forward:
         valid, request, prompt, phase, mixed, virtual: see `Account`. tokens: roles of the tokens so far, or None.
         encoder: bool [B, S], validity of an encoder's tokens, or None. frozen: statistics must not move.
         beside: the prompt without its images, where a method needs it. residual: hidden states that enter the layer.
-        memo: what was made once for all layers.
+        memo: what was made once for all layers. steps: of a decode step that may be done again, by site; None: it may not.
     """
 
     stack: Stack
@@ -72,6 +73,7 @@ class Forward:
     beside: Any = None
     residual: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
+    steps: dict[SiteRuntime, Step] | None = None
 
     @functools.cached_property
     def account(self) -> Account:
@@ -255,7 +257,7 @@ class Stack:
             beside=None if self.beside is None or not tokens_known else self.beside(outer),
         )  # fmt: skip
         tokens = self._tokens(scope, forward, outer, values, total)
-        forward = replace(forward, tokens=tokens)
+        forward = replace(forward, tokens=tokens, steps=self._steps(forward))
         if self.sampled and self.tower:
             for runtime in self.runtimes.values():
                 check_no_samples(runtime)
@@ -266,6 +268,20 @@ class Stack:
             if self.run.is_open(bound) and bound.where.active(None if mixed else phase, None, None):
                 bound.method.check_tokens(tokens)
         return forward
+
+    def _steps(self, forward: Forward) -> dict[SiteRuntime, Step] | None:
+        """What the sites did in the last decode step, where this forward is one more; None: it is none."""
+        sequence, run = forward.sequence, self.run
+        before = sequence.tokens
+        one = forward.phase == "decode" and forward.new == 1 and not forward.mixed and before is not None
+        plain = forward.request is None and forward.beside is None and not sequence.compiled
+        watched = run.measure or run.reference or run.audit.parts is not None or torch.is_grad_enabled()
+        if not one or not plain or watched or forward.device.type != "cpu":
+            sequence.steps = {}
+            return None
+        if sequence.steps and not _goes_on(before.valid, forward.valid):
+            sequence.steps = {}
+        return sequence.steps
 
     def finish(self, forward: Forward, values: dict[str, Any], output: Any) -> None:
         """After a forward that ran to its end: the sequence remembers it."""
@@ -532,6 +548,14 @@ class Stack:
         if new is None:
             return torch.cat([old, old.new_zeros(forward.batch, forward.new)], dim=1)
         return torch.cat([old, new.to(old.device)], dim=1)
+
+
+def _goes_on(before: Tensor | None, valid: Tensor | None) -> bool:
+    """Whether the tokens so far are what they were, and those that came are valid."""
+    if before is None or valid is None:
+        return before is valid
+    past = before.shape[1]
+    return before.shape[0] == valid.shape[0] and torch.equal(valid[:, :past], before) and bool(valid[:, past:].all())
 
 
 def _check_no_tokens(runtime: SiteRuntime) -> None:

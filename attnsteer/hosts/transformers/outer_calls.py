@@ -369,8 +369,12 @@ class _Generates:
         values = dict(zip(self.names, args, strict=False)) | kwargs
         around, ids = GENERATION.get().get(id(run)), _ids(values)
         if around is not None and (around.ids is None or ids is None or _begins(ids, around.ids)):
-            # One whose own prompt only begins like that is none of these.
-            if ids is None or around.ids is None or ids.shape == around.ids.shape or _assists(values):
+            # One whose own prompt only begins like that, whose decoder begins otherwise or which alone is guided is none of these.
+            config = getattr(self.module, "generation_config", None)
+            alike = (
+                ids is None or around.ids is None or (ids.shape == around.ids.shape and _alike(values, config, around))
+            )
+            if alike or _assists(values):
                 return inner(*args, **kwargs)
         self.calls.check_generate(values)
         with entry(GENERATION, run, self.calls.of_generate(values, getattr(self.module, "generation_config", None))):
@@ -401,6 +405,13 @@ def _ids(values: Mapping[str, Any]) -> Tensor | None:
 def _begins(ids: Tensor, prompt: Tensor) -> bool:
     """Whether the rows of `ids` begin with those of `prompt`."""
     return len(ids) == len(prompt) and torch.equal(ids[:, : prompt.shape[1]], prompt.to(ids.device))
+
+
+def _alike(values: Mapping[str, Any], config: Any, around: Generation) -> bool:
+    """Whether a `generate` of the same prompt is not told to be another one than `around`."""
+    given = values.get("decoder_input_ids")
+    same = not isinstance(given, Tensor) or not around.decoder or torch.equal(given, around.decoder[0].to(given.device))
+    return same and _guided(values, config) == around.guided
 
 
 def takes_keywords(module: nn.Module) -> bool:

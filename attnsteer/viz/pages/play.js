@@ -38,12 +38,12 @@
 
   // One request at a time; of those that wait the last is sent.
   let running = false, waiting = null, changed = 0;
-  async function post(body) {
-    const found = await fetch("run", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+  async function post(body, signal) {
+    const found = await fetch("run", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
     const kind = found.headers.get("Content-Type") || "";
     if (!kind.startsWith("application/json")) throw new Error(await found.text());
     const answer = await found.json();
-    if (answer.error) throw new Error(answer.error);
+    if (answer.error) throw Object.assign(new Error(answer.error), { stale: found.status === 409 });
     return answer;
   }
   function problem(text) { $("problem").hidden = !text; $("problem").textContent = text; }
@@ -216,7 +216,7 @@
     $("all").disabled = !state.heads.size;
   }
   const cellAt = (e) => { const box = $("grid").getBoundingClientRect(); const h = Math.floor((e.clientX - box.left - grid.left) / grid.cell), s = Math.floor((e.clientY - box.top - grid.top) / grid.cell); return s >= 0 && s < about.sites.length && h >= 0 && h < about.sites[s].heads ? [s, h] : null; };
-  function press(s, h) { const key = `${about.sites[s].layer}.${h}`; if (!state.heads.delete(key)) state.heads.add(key); drawGrid(); showDial(); if (texts) ask(); else stale(); }
+  function press(s, h) { const key = `${about.sites[s].layer}.${h}`; if (!state.heads.delete(key)) state.heads.add(key); drawGrid(); showDial(); if (texts) ask(); else move(); }
   $("grid").addEventListener("click", (e) => { const at = cellAt(e); if (at) { state.cell = at; press(...at); } });
   $("grid").addEventListener("pointermove", (e) => { const at = cellAt(e); state.over = !!at; if (at) state.cell = at; said(); });
   $("grid").addEventListener("pointerleave", () => { state.over = false; said(); });
@@ -226,39 +226,93 @@
     if (move) { e.preventDefault(); const s = clamp(state.cell[0] + move[0], 0, about.sites.length - 1); state.cell = [s, clamp(state.cell[1] + move[1], 0, about.sites[s].heads - 1)]; drawGrid(); }
     if (e.key === "Enter" || e.key === " ") { e.preventDefault(); press(...state.cell); }
   });
-  $("all").addEventListener("click", () => { state.heads.clear(); drawGrid(); showDial(); if (texts) ask(); else stale(); });
+  $("all").addEventListener("click", () => { state.heads.clear(); drawGrid(); showDial(); if (texts) ask(); else move(); });
 
-  // Pictures of a pipeline: before above, after below, a column for each seed.
-  let turn = 0;
-  function stale() { $("state").textContent = "press Draw"; }
-  async function draw() {
-    const mine = ++turn, first = clamp(+$("seed").value || 0, 0, 2e6), n = clamp(+$("seeds").value || 1, 1, about.seeds);
-    const cells = { before: [], after: [] };
+  // Pictures of a pipeline: before above, after below, a column for each seed. While a dial moves they are previews; when it rests
+  // whole pictures take their place, which the server gives up when it moves on.
+  const REST = 350, client = `${Date.now().toString(36)}-${Math.random().toString(36).slice(2)}`;
+  let turn = 0, previewing = false, again = false, moved = 0, last = 0, resting = 0, giving = null, drawn = "", cells = {};
+  const fields = () => ({ first: clamp(+$("seed").value || 0, 0, 2e6), n: clamp(+$("seeds").value || 1, 1, about.seeds), steps: clamp(+$("steps").value || 20, 1, about.steps) });
+  function next() { giving?.abort(); giving = new AbortController(); clearTimeout(resting); return ++turn; }
+  function stale() { next(); again = false; $("state").textContent = "press Draw"; }
+  function frames({ first, n, steps }) {
+    const key = JSON.stringify([$("prompt").value, first, n, steps]);
+    $("after-said")?.replaceChildren(`after: ${state.dial.name}(${state.dial.parameter}=${number(state.at[state.dial.name])})`);
+    if (key === drawn) return;
+    drawn = key; cells = { before: [], after: [] };
     $("pictures").style.gridTemplateColumns = `repeat(${n}, minmax(0, 1fr))`;
     $("pictures").replaceChildren();
     for (const side of ["before", "after"]) {
-      $("pictures").append(make("p", { class: `row ${side === "after" ? "now" : ""}` }, side === "before" ? "before" : `after: ${state.dial.name}(${state.dial.parameter}=${number(state.at[state.dial.name])})`));
-      for (let k = 0; k < n; k++) { const node = make("figure", {}, make("div", { class: "wait" }, "…"), side === "after" ? make("figcaption", {}, `seed ${first + k}`) : null); cells[side].push(node); $("pictures").append(node); }
+      $("pictures").append(side === "before" ? make("p", { class: "row" }, side) : make("p", { class: "row now", id: "after-said" }));
+      for (let k = 0; k < n; k++) {
+        const node = make("figure", {}, make("div", { class: "wait" }, "…"), make("span", { class: "tag", hidden: "" }), side === "after" ? make("figcaption", {}, `seed ${first + k}`) : null);
+        cells[side].push(node); $("pictures").append(node);
+      }
     }
-    problem("");
+    frames({ first, n, steps });
+  }
+  function put(found, k, seed) {
+    const note = found.stage === "preview" ? `preview ${found.step}/${found.of}` : "";
+    for (const side of ["before", "after"]) {
+      const node = cells[side][k];
+      node.firstChild.replaceWith(make("img", { src: found[side], alt: `${side}, seed ${seed}${note && `, ${note}`}` }));
+      node.children[1].textContent = note; node.children[1].hidden = !note; node.classList.toggle("draft", !!note);
+    }
+    state.shown = found; $("code").textContent = found.method; showDial();
+  }
+  function told(error) {
+    if (error.name === "AbortError" || error.stale) return;
+    problem(error instanceof TypeError ? "The server does not answer: is `attnsteer play` still running?" : error.message); $("state").textContent = "";
+  }
+  const count1 = (name) => { const data = document.documentElement.dataset; data[name] = 1 + +(data[name] || 0); };
+  function move() {
+    last = performance.now(); moved ||= last; again = true;
+    next();
+    if (!previewing) preview();
+  }
+  async function preview() {
+    const mine = turn, from = moved, { first, n, steps } = fields();
+    moved = 0; again = false; previewing = true;
+    frames({ first, n, steps }); problem(""); $("state").textContent = "…";
+    const shape = drawn;
+    try {
+      for (let k = 0; k < n && mine === turn; k++) {
+        const found = await post({ ...asked(), seed: first + k, steps, stage: "preview", client, turn: mine });
+        if (found.why) { $("state").textContent = "no preview"; $("state").title = found.why; break; }
+        // Shown also when the slider has moved on: the next one is asked for at once. Not where other pictures are wanted now.
+        if (shape === drawn) put(found, k, first + k);
+        const took = Math.round(performance.now() - from);
+        $("state").textContent = `preview ${took} ms`;
+        if (!k) document.documentElement.dataset.took = took;
+        else if (k === n - 1) document.documentElement.dataset.all = took;
+      }
+    } catch (error) { told(error); }
+    previewing = false; count1("previews");
+    if (again) preview();
+    else if (mine === turn) resting = setTimeout(draw, Math.max(0, REST - (performance.now() - last)));
+  }
+  async function draw() {
+    const mine = next(), { first, n, steps } = fields(), { signal } = giving, from = last || performance.now();
+    again = false;
+    frames({ first, n, steps }); problem("");
     for (let k = 0; k < n; k++) {
       $("state").textContent = `drawing ${k + 1} of ${n}`;
       try {
-        const found = await post({ ...asked(), seed: first + k, steps: clamp(+$("steps").value || 20, 1, about.steps) });
+        const found = await post({ ...asked(), seed: first + k, steps, stage: "picture", client, turn: mine }, signal);
         if (mine !== turn) return;
-        for (const side of ["before", "after"]) cells[side][k].firstChild.replaceWith(make("img", { src: found[side], alt: `${side}, seed ${first + k}` }));
-        state.shown = found; $("code").textContent = found.method; showDial();
+        put(found, k, first + k);
         $("state").textContent = `${found.ms} ms a seed`;
-      } catch (error) { if (mine === turn) { problem(error instanceof TypeError ? "The server does not answer: is `attnsteer play` still running?" : error.message); $("state").textContent = ""; } return; }
+        if (!k) document.documentElement.dataset.whole = Math.round(performance.now() - from);
+      } catch (error) { if (mine === turn) told(error); return; }
     }
-    document.documentElement.dataset.answers = 1 + +(document.documentElement.dataset.answers || 0);
+    count1("answers");
   }
 
   // Controls.
   for (const d of about.dials) $("method").append(make("option", { value: d.name }, d.name));
-  $("method").addEventListener("change", (e) => { state.dial = about.dials.find((d) => d.name === e.target.value); showDial(); if (texts) ask(); else stale(); });
-  $("value").addEventListener("input", (e) => { state.at[state.dial.name] = valueAt(state.dial, +e.target.value); showDial(); if (texts) ask(); else stale(); });
-  $("off").addEventListener("click", () => { state.at[state.dial.name] = state.dial.off; showDial(); if (texts) ask(); else draw(); });
+  $("method").addEventListener("change", (e) => { state.dial = about.dials.find((d) => d.name === e.target.value); showDial(); if (texts) ask(); else move(); });
+  $("value").addEventListener("input", (e) => { state.at[state.dial.name] = valueAt(state.dial, +e.target.value); showDial(); if (texts) ask(); else move(); });
+  $("off").addEventListener("click", () => { state.at[state.dial.name] = state.dial.off; showDial(); if (texts) ask(); else move(); });
   let typing = 0;
   $("prompt").addEventListener("input", () => { if (!texts) return stale(); clearTimeout(typing); typing = setTimeout(() => { state.marks.clear(); ask(); }, 250); });
   addEventListener("resize", drawGrid);
@@ -268,10 +322,10 @@
   else {
     $("answer-title").textContent = "Pictures"; $("drawing").hidden = false;
     document.querySelector(".answer .minor").replaceChildren();
+    $("pictures").after(make("p", { class: "legend" }, "While the slider moves, previews of one step (15/20: the 15th of 20): from the latent of the run as it is, with the method in that step alone. When it rests, whole pictures."));
     document.querySelector(".answer .bar").append(make("button", { class: "quiet", id: "draw", onclick: draw }, "Draw"));
     for (const id of ["steps", "seed", "seeds"]) $(id).addEventListener("change", stale);
     $("seeds").max = about.seeds; $("steps").max = about.steps;
-    $("value").addEventListener("change", draw);
     draw();
   }
 })();

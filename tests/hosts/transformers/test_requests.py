@@ -116,6 +116,19 @@ def test_masks_that_do_not_say_what_is_seen_are_refused(llama: nn.Module, mask: 
         llama(input_ids=tokens(1, 7), attention_mask=mask)
 
 
+def test_padding_that_a_library_lets_see_everything_is_padding(llama: nn.Module) -> None:
+    """In front of a sample, so that no row of its mask is empty: the sample is as it is alone."""
+    ids, seen = tokens(1, 9), torch.ones(9, 9).tril().bool() & (torch.arange(9) >= 3)
+    seen[:3] = True
+    positions = torch.tensor([[0, 0, 0, *range(6)]])
+    for method in (METHODS["zerotuning"], METHODS["pasta"], METHODS["act"]):
+        with controlled(llama, method):
+            found = llama(
+                input_ids=ids, attention_mask=seen[None, None], position_ids=positions, use_cache=False
+            ).logits
+            assert far(found[:, 3:], llama(input_ids=ids[:, 3:], use_cache=False).logits) <= 1e-5
+
+
 def packed_mask(request: list[int]) -> Tensor:
     r, slot = torch.tensor(request), torch.arange(len(request))
     return (r[:, None] == r) & (slot <= slot[:, None])
@@ -544,6 +557,68 @@ def test_a_generation_inside_another_has_its_own_prompt(llama: nn.Module) -> Non
     assert len(found) == 2
     for out in found:
         assert max(far(a, b) for a, b in zip(out.logits, alone.logits, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["another input", "the same input"])
+def test_a_generation_of_the_same_shape_inside_another(same: bool) -> None:
+    """Behind an encoder: what the decoder of each begins with is its own prompt."""
+    model, found = tiny_transformers("bart"), []
+    outer = {"input_ids": tokens(1, 9), "max_new_tokens": 4, **OPTIONS}
+    begun = torch.cat([torch.full((1, 1), 2), tokens(1, 3, seed=2)], dim=1)
+    inner = {**outer, "input_ids": tokens(1, 9, seed=0 if same else 1), "decoder_input_ids": begun}
+
+    class Beside(StoppingCriteria):
+        def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            found.append(model.generate(**inner))
+            return torch.zeros(1, dtype=torch.bool)
+
+    with controlled(model, HeadGate({(0, 1): 0.1, (1, 2): 3.0}, where=Where(phases="prefill", modules=r".*decoder.*"))):
+        plain, alone = model.generate(**outer), model.generate(**inner)
+        made = model.generate(**outer, stopping_criteria=[Beside()])
+    assert len(found) == 4
+    for out, wanted in ((made, plain), *((o, alone) for o in found)):
+        assert max(far(a, b) for a, b in zip(out.logits, wanted.logits, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["another input", "the same input"])
+@pytest.mark.parametrize("outer_too", [False, True], ids=["the inner one", "both"])
+def test_a_guided_generation_of_the_same_shape_inside_another(llama: nn.Module, outer_too: bool, same: bool) -> None:
+    """Its unconditional stream has its own prompt, also where no cache remembers it."""
+    guided = lambda n, seed: {"guidance_scale": 1.7, "negative_prompt_ids": tokens(1, n, seed=seed), "use_cache": False}  # noqa: E731
+    outer = {
+        "input_ids": tokens(1, 9),
+        "attention_mask": torch.ones(1, 9, dtype=torch.long),
+        "max_new_tokens": 3,
+        **OPTIONS,
+    }
+    inner = {**outer, "input_ids": tokens(1, 9, seed=0 if same else 1), **guided(7, 2)}
+    outer, found = outer | guided(4, 3) if outer_too else outer, []
+
+    class Beside(StoppingCriteria):
+        def __call__(self, ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            found.append(llama.generate(**inner, output_scores=True))
+            return torch.zeros(1, dtype=torch.bool)
+
+    with controlled(llama, ZeroTuning(HEADS, 4.0, where=Where(phases="prefill"))):
+        plain, alone = (llama.generate(**given, output_scores=True) for given in (outer, inner))
+        made = llama.generate(**outer, output_scores=True, stopping_criteria=[Beside()])
+    assert len(found) == 3
+    for out, wanted in ((made, plain), *((o, alone) for o in found)):
+        assert max(far(a, b) for a, b in zip(out.scores, wanted.scores, strict=True)) <= 3e-5
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_each_stream_of_a_guided_generation_has_its_own_prompt(llama: nn.Module, cached: bool) -> None:
+    x, negative, s = tokens(1, 9), tokens(1, 6, seed=1), 1.7
+    given = {"input_ids": x, "attention_mask": torch.ones_like(x), "negative_prompt_ids": negative, "guidance_scale": s}
+    with controlled(llama, ZeroTuning(HEADS, 4.0, where=Where(phases="prefill"))):
+        found = llama.generate(**given, **OPTIONS, output_scores=True, max_new_tokens=3, use_cache=cached)
+        outs = [llama(input_ids=t, use_cache=True) for t in (x, negative)]
+        for step in range(3):
+            cond, uncond = (o.logits[:, -1].log_softmax(-1) for o in outs)
+            assert far(found.scores[step], s * (cond - uncond) + uncond) <= 3e-5
+            token = found.sequences[:, 9 + step, None]
+            outs = [llama(input_ids=token, past_key_values=o.past_key_values, use_cache=True) for o in outs]
 
 
 @pytest.mark.parametrize(

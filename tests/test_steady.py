@@ -1,0 +1,283 @@
+"""Decode steps that are done again without asking the methods: as if every one of them were asked, whatever happens in between."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnsteer import ACT, PASTA, HeadGate, Intervention, SpotLight, Where, ZeroTuning, get_method, methods, steer
+from attnsteer.forms import STEP
+from attnsteer.hosts.transformers.forward import Stack
+from attnsteer.methods.instaboost import InstABoost
+from attnsteer.steady import Step
+
+PROMPT = 24
+HEADS = {0: [0, 1], 1: [2], 2: [0, 1, 2, 3]}
+SPANS = [[(3, 9)], [(5, 12)]]
+GATES = {(0, 0): 0.5, (1, 2): 0.0, (2, 1): -1.0}
+STEADY: dict[str, list[Intervention]] = {
+    "ACT": [ACT(None, 0.4, 0.03)],
+    "ACT of some heads": [ACT(HEADS, 0.4, 0.03)],
+    "ACT of samples": [ACT(HEADS, [0.4, 0.1], 0.03)],
+    "ACT of a sample": [ACT(HEADS, [0.4, None], 0.03)],
+    "ZeroTuning": [ZeroTuning(gamma=2.0)],
+    "ZeroTuning of a sample": [ZeroTuning(HEADS, gamma=[2.0, None])],
+    "SpotLight": [SpotLight(SPANS, 0.3)],
+    "SpotLight of a sample": [SpotLight(SPANS, [None, 0.3])],
+    "PASTA": [PASTA(SPANS, heads=HEADS, alpha=0.1)],
+    "InstABoost": [InstABoost(SPANS, 3.0)],
+    "HeadGate": [HeadGate(GATES)],
+    "HeadGate of samples": [HeadGate({(0, 0): [0.5, None], (2, 1): 0.0})],
+    "apart": [ZeroTuning({0: [0]}, gamma=2.0), PASTA(SPANS, heads={0: [1], 1: [1]}, alpha=0.1)],
+    "then gated": [ACT(HEADS, 0.4, 0.03), HeadGate(GATES)],
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Counts the steps that were done again."""
+    count, inner = [0], Step.__call__
+
+    def counted(self: Step, *args: Any) -> Tensor:
+        count[0] += 1
+        return inner(self, *args)
+
+    monkeypatch.setattr(Step, "__call__", counted)
+    yield count
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Switches the doing again off and on."""
+    inner = Stack._steps
+    return lambda yes: monkeypatch.setattr(Stack, "_steps", (lambda self, forward: None) if yes else inner)
+
+
+def prompt(batch: int = 2, size: int = PROMPT) -> Tensor:
+    return torch.randint(0, 50, (batch, size), generator=torch.Generator().manual_seed(size))
+
+
+def decode(model: nn.Module, cache: Any, ids: Tensor, steps: int, **inputs: Any) -> Tensor:
+    """Logits [B, steps, V] of greedy steps from the last token of `ids` on."""
+    token, found = ids[:, -1:], []
+    for _ in range(steps):
+        found.append(model(token, past_key_values=cache, **inputs).logits)
+        token = found[-1].argmax(dim=-1)
+    return torch.cat(found, dim=1)
+
+
+def counts(run: Any) -> dict[Any, Any]:
+    return {key: record.to_dict() for key, record in run.audit.records.items()}
+
+
+@pytest.mark.parametrize("name", STEADY)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_equal_to_asking(
+    model: nn.Module, again: list[int], asked: Callable[[bool], None], name: str, mode: Callable[[], Any]
+) -> None:
+    found, audits = [], []
+    # With the one so many that what has grown with the cache has to grow again.
+    steps = STEP + 6 if mode is torch.no_grad else 4
+    for yes in (True, False):
+        asked(yes)
+        again[0] = 0
+        with mode(), steer(model, *STEADY[name]) as run:
+            cache = model(prompt(), use_cache=True).past_key_values
+            found.append(decode(model, cache, prompt(), steps))
+            audits.append(counts(run))
+        assert again[0] == (0 if yes else (steps - 1) * len(run.runtimes))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=0)
+    assert audits[0] == audits[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_in_other_dtypes(model: nn.Module, again: list[int], asked: Callable[[bool], None], dtype: torch.dtype) -> None:
+    other = copy.deepcopy(model).to(dtype)
+    for given in (STEADY["ACT of some heads"], STEADY["PASTA"], STEADY["HeadGate"]):
+        found = []
+        for yes in (True, False):
+            asked(yes)
+            with steer(other, *given):
+                cache = other(prompt(), use_cache=True).past_key_values
+                found.append(decode(other, cache, prompt(), 5))
+        assert torch.equal(*found)
+    assert again[0]
+
+
+def _reordered(model: nn.Module, cache: Any) -> None:
+    cache.reorder_cache(torch.tensor([1, 1]))
+
+
+def _copied(model: nn.Module, cache: Any) -> None:
+    copied = copy.deepcopy(cache)
+    decode(model, copied, prompt(), 3)
+
+
+def _cut_behind_the_prompt(model: nn.Module, cache: Any) -> None:
+    cache.crop(-2)
+
+
+def _next_turn(model: nn.Module, cache: Any) -> None:
+    model(prompt(size=7), past_key_values=cache)
+
+
+def _several_rows(model: nn.Module, cache: Any) -> None:
+    model(prompt(size=3), past_key_values=cache)
+
+
+def _with_a_gradient(model: nn.Module, cache: Any) -> None:
+    with torch.enable_grad():
+        model(prompt()[:, :1], past_key_values=cache)
+
+
+def _eager(model: nn.Module, cache: Any) -> None:
+    model.set_attn_implementation("eager")
+    model(prompt()[:, :1], past_key_values=cache)
+    model.set_attn_implementation("sdpa")
+
+
+def _interrupted(model: nn.Module, cache: Any) -> None:
+    """The step fails half-way, and the cache is put back as it was."""
+    before = [(layer.keys, layer.values) for layer in cache.layers]
+    fail = model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(prompt()[:, :1], past_key_values=cache)
+    fail.remove()
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        layer.keys, layer.values = keys, values
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        _reordered,
+        _copied,
+        _cut_behind_the_prompt,
+        _next_turn,
+        _several_rows,
+        _with_a_gradient,
+        _eager,
+        _interrupted,
+    ],
+)
+@pytest.mark.parametrize("name", ["ACT of some heads", "PASTA", "SpotLight", "ZeroTuning of a sample", "then gated"])
+def test_whatever_comes_between(
+    model: nn.Module, asked: Callable[[bool], None], again: list[int], name: str, between: Callable[..., None]
+) -> None:
+    found = []
+    for yes in (True, False):
+        asked(yes)
+        with torch.no_grad(), steer(model, *STEADY[name]):
+            cache = model(prompt(), use_cache=True).past_key_values
+            first = decode(model, cache, prompt(), 3)
+            between(model, cache)
+            found.append(torch.cat([first, decode(model, cache, prompt(), 4)], dim=1))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=0)
+    assert again[0]
+
+
+@torch.no_grad()
+def test_a_mask_that_changes_is_seen(model: nn.Module, asked: Callable[[bool], None]) -> None:
+    """The first token of a sample becomes padding while it decodes; and a token that came is none."""
+    masks = [torch.ones(2, PROMPT + i + 1, dtype=torch.long) for i in range(6)]
+    for mask in masks[3:]:
+        mask[0, 0] = 0
+    for mask in masks[5:]:
+        mask[1, PROMPT + 4] = 0
+    found = []
+    for yes in (True, False):
+        asked(yes)
+        with steer(model, ZeroTuning(gamma=2.0)):
+            cache = model(prompt(), attention_mask=masks[0][:, :PROMPT], use_cache=True).past_key_values
+            token, logits = prompt()[:, -1:], []
+            for mask in masks:
+                logits.append(model(token, past_key_values=cache, attention_mask=mask).logits)
+            found.append(torch.cat(logits, dim=1))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_a_shorter_batch_of_the_same_cache_object(model: nn.Module, asked: Callable[[bool], None]) -> None:
+    found = []
+    for yes in (True, False):
+        asked(yes)
+        with steer(model, ACT(HEADS, 0.4, 0.03)):
+            cache = model(prompt(), use_cache=True).past_key_values
+            decode(model, cache, prompt(), 3)
+            cache.batch_select_indices(torch.tensor([1]))
+            found.append(decode(model, cache, prompt(1), 3))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_methods_that_are_asked_each_time(model: nn.Module, again: list[int]) -> None:
+    """Whose statistics move, whose rows are chosen, whose strength is learned, or who stand for themselves."""
+
+    class Odd(ZeroTuning):
+        """Says nothing of itself."""
+
+    learned = torch.tensor(2.0, requires_grad=True)
+    for method in (
+        ACT(HEADS, 0.4, 0.03, decode="running"),
+        SpotLight(SPANS, 0.3, pooled=True),
+        ZeroTuning(gamma=2.0, where=Where(rows="last")),
+        ZeroTuning(gamma=learned),
+        Odd(gamma=2.0),
+    ):
+        with steer(model, method):
+            cache = model(prompt(), use_cache=True).past_key_values
+            decode(model, cache, prompt(), 3)
+        assert not again[0], method
+
+
+@torch.no_grad()
+def test_a_cache_of_fixed_size_and_a_window_are_asked(model: nn.Module, again: list[int]) -> None:
+    from transformers import MistralConfig, MistralForCausalLM, StaticCache
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
+        vocab_size=50, sliding_window=PROMPT + 3,
+    )  # fmt: skip
+    windowed = MistralForCausalLM(config).eval()
+    found = []
+    for reference in (True, False):
+        with steer(windowed, ZeroTuning(gamma=2.0), reference=reference):
+            cache = windowed(prompt(), use_cache=True).past_key_values
+            found.append(decode(windowed, cache, prompt(), 8))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+    before = again[0]
+    with steer(model, ZeroTuning(gamma=2.0)):
+        cache = StaticCache(config=model.config, max_cache_len=40)
+        model(prompt(), past_key_values=cache, use_cache=True)
+        decode(model, cache, prompt(), 3)
+    assert again[0] == before
+
+
+def test_all_that_say_so_are_tried() -> None:
+    """Every registered class with the promise has a row above."""
+    tried = {type(m) for given in STEADY.values() for m in given}
+    promised = {cls for cls in map(get_method, methods()) if "steady" in vars(cls) and vars(cls)["steady"] is not False}
+    assert promised == tried
