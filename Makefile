@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 READY := $(STAMP)
 endif
 
-.PHONY: help venv test test-long test-quick test-vllm sweep sweep-diffusers lint format demo bench-quick clean coverage types docs release board
+.PHONY: help venv test test-long test-quick test-vllm sweep sweep-diffusers lint format demo bench-quick clean coverage types docs release board evidence
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -97,6 +97,13 @@ $(VENV)-%/.installed: pyproject.toml
 
 demo: $(READY)  ## run the demonstration on the embedded models
 	$(PY) -m attnsteer demo $(ARGS)
+
+# Each recipe goes on where it stopped, so the same command finishes what was interrupted. Two at a time, a core each.
+SHORT ?= 32
+EVIDENCE ?= runs/evidence
+evidence: $(READY)  ## run every recipe on SmolLM2-135M (SIZE=short: 32 samples each), which zoo fetch must have got
+	ls recipes/*/smollm-*.yaml | sed 's#recipes/##; s#\.yaml##' | OMP_NUM_THREADS=1 xargs -P 2 -I{} \
+	  $(PY) -m attnsteer run {} --out $(EVIDENCE)$(if $(filter short,$(SIZE)),-short)/{} $(if $(filter short,$(SIZE)),--limit $(SHORT))
 
 board: $(READY)  ## build the board over the runs that come with the project, outputs/board.html
 	@mkdir -p outputs

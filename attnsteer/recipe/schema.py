@@ -54,6 +54,7 @@ ZOO_KINDS = {
 ZOO_TASKS = {
     "reading": ("choice", "answer"),
     "existence": ("answer", "choice"),
+    "pairs": ("answer", "choice"),
     "captions": ("caption",),
     "layouts": ("image",),
     "prompts": ("image",),
@@ -66,6 +67,7 @@ ZOO_TASKS = {
 FORMATS = {
     "choices": ("choice", "answer"),
     "pope": ("answer",),
+    "mme": ("answer",),
     "captions": ("caption",),
     "questions": ("answer",),
     "prompts": ("image",),
@@ -196,12 +198,12 @@ class DataSpec(Spec):
 
     zoo: Name | None = Field(
         None,
-        description="A source of the shapes world: reading, existence, captions, layouts or prompts; or in plain English: "
+        description="A source of the shapes world: reading, existence, pairs, captions, layouts or prompts; or in plain English: "
         "facts, passages, sources, reviews or instructions.",
     )
     file: Name | None = Field(None, description="A JSON or JSON Lines file, relative to the recipe.")
     hub: Name | None = Field(None, description="A data set on the hub, as owner/name; needs the extra `eval`.")
-    format: Literal["choices", "pope", "captions", "questions", "prompts", "boxes"] | None = Field(
+    format: Literal["choices", "pope", "mme", "captions", "questions", "prompts", "boxes"] | None = Field(
         None, description="What the rows of a file or of a hub data set are."
     )
     images: Name | None = Field(None, description="The folder of the images that rows name, relative to the recipe.")

@@ -94,7 +94,7 @@ def _zoo(name: str, kind: str, dtype: Any, device: Any) -> Loaded:
     model, reader = found
     if kind == "vlm":
         return Loaded(kind, model, reader.tokenizer, reader, files, None, device, dtype)
-    return Loaded(kind, model, reader, None, files, None, device, dtype)
+    return Loaded(kind, model, left_padded(reader), None, files, None, device, dtype)
 
 
 def snapshot(name: str, revision: str | None, kind: str) -> Path:

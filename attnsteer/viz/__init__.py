@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy(
         "layout_preview": "layout",
         "phrase_maps": "record",
         "strength_by_head": "sheet",
+        "sink_maps": "sinks",
         "strength_by_layer": "sheet",
         "to_bertviz": "exporters",
         "to_circuitsvis": "exporters",

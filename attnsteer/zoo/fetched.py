@@ -293,9 +293,10 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 def load(name: str, folder: Path, dtype: Any, device: Any) -> tuple[Any, Any]:
-    """The model, of its own class, and its tokenizer."""
+    """The model, of its own class, and its tokenizer, which pads on the left."""
     import transformers
 
     safe = {"local_files_only": True, "trust_remote_code": False}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **safe)
-    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(folder, **safe)
+    # The files' own tokenizer pads on the right, behind which nothing can be generated.
+    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(folder, padding_side="left", **safe)

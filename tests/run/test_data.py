@@ -19,6 +19,7 @@ from attnsteer.run.tiny import FIXTURES
 ZOO = [
     ("reading", {"task": "all"}),
     ("existence", {"kind": "adversarial"}),
+    ("pairs", {}),
     ("captions", {}),
     ("layouts", {"category": "all"}),
     ("prompts", {}),
@@ -64,6 +65,34 @@ def test_questions_of_a_scene_are_a_group_and_half_are_denied() -> None:
         shown = [" ".join(o) in s["question"] for o in s["objects"]]
         assert (s["label"] == "yes") == any(shown) and s["choices"][s["answer"]] == s["label"]
         assert s["spans"][0] in s["prompt"]
+
+
+def test_pairs_have_one_question_to_affirm_and_one_to_deny() -> None:
+    """Each is checked against the scene's objects, with relations written out here."""
+    from attnsteer.zoo.shapes.questions import picture
+
+    samples = load(DataSpec(zoo="pairs", limit=400), "answer").samples
+    assert {s["category"] for s in samples} == {"existence", "colour", "shape", "position"}
+    apart = {"left of": ("x", 1), "right of": ("x", -1), "above": ("y", 1), "below": ("y", -1)}
+    for yes, no in zip(samples[::2], samples[1::2], strict=True):
+        assert yes["pair"] == no["pair"] and [yes["label"], no["label"]] == ["yes", "no"] and yes["answer"] == 0
+        words = [s["question"].split() for s in (yes, no)]
+        scene = picture("test", yes["image"])
+        if yes["category"] == "position":
+            which = [next(r for r in apart if f" {r} " in s["question"]) for s in (yes, no)]
+            assert apart[which[0]][0] == apart[which[1]][0] and apart[which[0]][1] == -apart[which[1]][1]
+            a, b = (
+                p.replace("is the", "").split()[-2:] for p in yes["question"].removesuffix(" ?").split(f" {which[0]} ")
+            )
+            one, two = (next(o for o in scene.objects if [o.colour, o.shape] == p) for p in (a, b))
+            along, sign = apart[which[0]]
+            assert sign * (getattr(two, along) - getattr(one, along)) > 0
+            continue
+        classes = [tuple(w[-3:-1]) for w in words]
+        there = {(o.colour, o.shape) for o in scene.objects}
+        assert classes[0] in there and classes[1] not in there
+        if yes["category"] != "existence":
+            assert classes[0][yes["category"] == "colour"] == classes[1][yes["category"] == "colour"]
 
 
 def test_the_picture_of_a_sample_is_its_scene() -> None:
@@ -134,7 +163,7 @@ def saved(folder: Path, name: str, text: str, form: str, prompt: str | None = No
     return load(DataSpec(file=name, format=form, **spec), "any", prompt=prompt, folder=folder)
 
 
-@pytest.mark.parametrize("form", ["choices", "pope", "captions", "questions", "prompts", "boxes"])
+@pytest.mark.parametrize("form", ["choices", "pope", "mme", "captions", "questions", "prompts", "boxes"])
 def test_bundled_files_have_their_format(form: str) -> None:
     spec = DataSpec(file=str(FIXTURES / f"{form}.jsonl"), format=form, images=str(FIXTURES / "images"))
     data = load(spec, "any")
@@ -183,6 +212,22 @@ def test_pope_is_json_lines_under_the_name_json(tmp_path: Path) -> None:
     assert [s["id"] for s in data.samples] == ["1", "2"] and {s["group"] for s in data.samples} == {"a.png"}
     assert data.samples[0]["prompt"] == "Is there a dog in the image? Please answer yes or no."
     assert data.samples[0]["label"] == "no"
+
+
+def test_mme_rows_are_pairs_by_picture_and_category(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes((FIXTURES / "images" / "0000.png").read_bytes())
+    rows = [
+        {"question_id": "a.png", "image": "a.png", "question": "Is it?", "answer": said, "category": kind}
+        for kind in ("count", "color")
+        for said in ("Yes", "No")
+    ]
+    samples = saved(tmp_path, "m.jsonl", "\n".join(map(json.dumps, rows)), "mme", prompt="{question} Briefly.").samples
+    assert [s["pair"] for s in samples] == ["count/a.png", "count/a.png", "color/a.png", "color/a.png"]
+    assert [s["label"] for s in samples] == ["yes", "no"] * 2 and samples[0]["prompt"] == "Is it? Briefly."
+    assert len({s["id"] for s in samples}) == 4 and [s["group"] for s in samples] == [s["pair"] for s in samples]
+    # LLaVA's own file has other names for two of the columns.
+    row = {"image": "a.png", "text": "Is it?", "label": "no", "category": "OCR"}
+    assert saved(tmp_path, "m.jsonl", json.dumps(row), "mme").samples[0]["label"] == "no"
 
 
 def test_samples_with_other_pictures_are_other_samples(tmp_path: Path) -> None:
@@ -295,6 +340,8 @@ GOOD = '{"question": "Q?", "choices": ["a", "b"], "answer": 0}\n'
         ("a.jsonl", "  \n", "choices", "nothing in it"),
         ("a.jsonl", '{"text": "Q?", "label": "maybe", "image": "a"}', "pope", "'label' has 'maybe'; yes or no"),
         ("a.jsonl", '{"text": "Q?", "label": "yes", "image": "gone.png"}', "pope", r"1 of 1 images .*'gone.png'.*data.images"),
+        ("a.jsonl", '{"text": "Q?", "answer": "maybe", "image": "a", "category": "x"}', "mme", "'answer' has 'maybe'; yes or no"),
+        ("a.jsonl", '{"text": "Q?", "answer": "no", "image": "a"}', "mme", "column 'category' .*is missing"),
         ("a.jsonl", '{"prompt": "a cat", "phrases": ["dog"], "boxes": [[0, 0, 1, 1]]}', "boxes", "'dog'; a part of the prompt"),
         ("a.jsonl", '{"prompt": "a cat", "phrases": ["cat"], "boxes": [[0, 0, 512, 512]]}', "boxes", "options: {side: PIXELS}"),
         ("a.jsonl", '{"prompt": "a cat", "phrases": ["cat"], "boxes": [[0, 0, 1]]}', "boxes", r"\(x0, y0, x1, y1\)"),

@@ -97,7 +97,7 @@ def test_fetched_converted_and_loaded(cache: Path, source: SimpleNamespace, capf
         tiny_gguf.HEADS,
         tiny_gguf.KEY_HEADS,
     )
-    assert tokenizer.tokenize("the") == ["the"]
+    assert tokenizer.tokenize("the") == ["the"] and tokenizer.padding_side == "left"
     assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
     assert zoo.fetch(NAME) == folder  # nothing to do
     assert "".join(capfd.readouterr()) == ""

@@ -127,3 +127,19 @@ def test_fillers_act_like_many_identical_tokens() -> None:
 
         exchange(model, {SDPA: weighted})
         assert torch.allclose(model(z, t, tokens, fillers=1), many, atol=1e-5)
+
+
+def test_a_model_that_is_put_into_the_package_keeps_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnsteer.zoo.train import __main__ as command
+
+    monkeypatch.setattr(command, "MODELS", tmp_path / "models")
+    old, new = tmp_path / "models" / "m", tmp_path / "new" / "m"
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(folder.parent.name)
+    (old / command.CARD).write_text("card")
+    assert command.install(new) == old and (old / "weights").read_text() == "new"
+    assert (old / command.CARD).read_text() == "card" and (old / "sha256.json").is_file()
+    # A card of its own wins.
+    (new / command.CARD).write_text("own")
+    assert (command.install(new) / command.CARD).read_text() == "own"

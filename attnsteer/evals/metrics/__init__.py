@@ -33,6 +33,7 @@ METRICS: dict[str, str] = {
     "label_bias": "attnsteer.evals.metrics.label_bias",
     "layout": "attnsteer.evals.metrics.layout",
     "letter": "attnsteer.evals.metrics.letter",
+    "mme": "attnsteer.evals.metrics.mme",
     "perplexity": "attnsteer.evals.metrics.perplexity",
     "pointing": "attnsteer.evals.metrics.pointing",
     "pope": "attnsteer.evals.metrics.pope",

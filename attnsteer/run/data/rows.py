@@ -249,6 +249,29 @@ def pope(row: Row, options: Mapping[str, Any], prompt: str | None) -> Sample:
     }
 
 
+def mme(row: Row, options: Mapping[str, Any], prompt: str | None) -> Sample:
+    """image, question (or text), answer (or label), category: the two questions about a picture are a pair of its category."""
+    field = "answer" if row.has("answer") or not row.has("label") else "label"
+    label = row.text(field).strip().lower()
+    if label not in ("yes", "no"):
+        raise row.wrong(field, row.get(field), "yes or no")
+    question, category, picture = row.text("question", "text"), row.text("category"), _image(row)
+    return {
+        **row.others("question", "text", "answer", "label", "category", "image", "file_name", "question_id", "id"),
+        # The official files name the picture, which has two questions.
+        "id": f"{category}/{row.number}",
+        "group": f"{category}/{picture}",
+        "pair": f"{category}/{picture}",
+        "category": category,
+        "prompt": filled(prompt or "{question}", row, {"question": question}),
+        "question": question,
+        "image": picture,
+        "label": label,
+        "choices": ["yes", "no"],
+        "answer": ["yes", "no"].index(label),
+    }
+
+
 def captions(row: Row, options: Mapping[str, Any], prompt: str | None) -> Sample:
     """image (or file_name) and image_id (or id): rows, or the `images` of a COCO file."""
     picture = _image(row)
@@ -365,6 +388,7 @@ def _image(row: Row) -> str | int:
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row, Mapping[str, Any], str | None], Sample]]] = {
     "choices": (("letters", "choices"), choices),
     "pope": ((), pope),
+    "mme": ((), mme),
     "captions": ((), captions),
     "questions": ((), questions),
     "prompts": (("category", "levels"), prompts),

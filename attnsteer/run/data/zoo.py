@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import RecipeError, did_you_mean
 from ...zoo.shapes.language import parse
 from ...zoo.shapes.layouts import CATEGORIES, Layout, layout
-from ...zoo.shapes.questions import NEGATIVES, picture, pope
+from ...zoo.shapes.questions import NEGATIVES, PAIRED, paired, picture, pope
 from ...zoo.shapes.reading import TASKS, reading
 from ...zoo.shapes.world import SPLITS
 from ...zoo.texts import facts as text_facts
@@ -154,6 +154,41 @@ def existence(split: str, kind: str = "random", patches: str | None = None) -> I
         number += 1
 
 
+def pairs(split: str, kind: str = "all", patches: str | None = None) -> Iterator[Sample]:
+    """Two questions each, one to be affirmed and one to be denied, as MME has them; `pair` is what they have in common, `category`
+    of `PAIRED`, `group` the scene. A scene has one pair of each kind that it allows.
+
+    patches: see `existence`.
+    """
+    kinds = PAIRED if kind == "all" else (kind,)
+    number = 0
+    while True:
+        scene = picture(split, number)
+        more: Mapping[str, Any] | None = None
+        for own in kinds:
+            two = paired(split, number, own)
+            if two is None:
+                continue
+            more = _patches(scene, patches) if more is None else more
+            for question in two:
+                yield {
+                    "id": f"pairs-{own}-{split}-{number}-{question.answer}",
+                    "group": f"{split}-{number}",
+                    "pair": f"{own}-{split}-{number}",
+                    "category": own,
+                    "prompt": question.prompt,
+                    "question": question.text,
+                    "image": number,
+                    "split": split,
+                    "label": question.answer,
+                    "choices": ["yes", "no"],
+                    "answer": ["yes", "no"].index(question.answer),
+                    "objects": _pairs(scene),
+                    **more,
+                }
+        number += 1
+
+
 def captions(split: str, patches: str | None = None) -> Iterator[Sample]:
     """Scenes to describe; patches: see `existence`."""
     number = 0
@@ -281,7 +316,8 @@ def reviews(split: str, seed: int = 0) -> Iterator[Sample]:
 
 
 def instructions(split: str, kind: str = "all", form: str = "chatml", seed: int = 0) -> Iterator[Sample]:
-    """Questions with a demand on the form of the answer; `fact` is the demand, as a text, `name` the word that it names."""
+    """Questions with a demand on the form of the answer; `fact` is the demand, as a text, `random` as many words that
+    are not it, `name` the word that it names."""
     for number, item in enumerate(text_instructions(split, kind, form, seed)):
         yield {
             "id": f"instructions-{kind}-{_drawn(split, seed)}-{number}",
@@ -289,6 +325,7 @@ def instructions(split: str, kind: str = "all", form: str = "chatml", seed: int 
             "category": item.kind,
             "name": item.word,
             "fact": [item.demand],
+            "random": other_words(item.text, item.demand),
         }
 
 
@@ -296,6 +333,7 @@ def instructions(split: str, kind: str = "all", form: str = "chatml", seed: int 
 SOURCES: dict[str, tuple[dict[str, Sequence[Any]], Callable[..., Iterator[Sample]]]] = {
     "reading": ({"task": (*TASKS, "all")}, readings),
     "existence": ({"kind": NEGATIVES, "patches": ("paint",)}, existence),
+    "pairs": ({"kind": (*PAIRED, "all"), "patches": ("paint",)}, pairs),
     "captions": ({"patches": ("paint",)}, captions),
     "layouts": ({"category": (*CATEGORIES, "all"), "count": (1, 2, 3, 4)}, layouts),
     "prompts": ({}, prompts),

@@ -9,7 +9,7 @@ from . import Request, sample_fields
 from .generating import generate
 
 RECORD_KEYS = ("generated", "finished")
-SAMPLE_KEYS = ("label", "choices", "answer", "answers", "name", "synonyms", "level", "category")
+SAMPLE_KEYS = ("label", "pair", "choices", "answer", "answers", "name", "synonyms", "level", "category")
 UNIT = "tokens"
 DECODING: dict[str, Any] = {"max_new_tokens": 16}
 

@@ -68,10 +68,10 @@ def positions(model: Any, mask: Any) -> dict[str, Any]:
 
 
 def with_image(loaded: Loaded, text: str) -> str:
-    """A prompt about one image: as it is where it says itself where the image is; else by the processor's chat template;
-    else after the image."""
-    token = getattr(loaded.processor, "image_token", "<image>")
-    if token in text:
+    """A prompt about one image: as it is where it says itself where the image is, or where the processor puts it in front (those
+    whose images are queries, such as InstructBLIP's); else by the processor's chat template; else after the image."""
+    token = str(getattr(loaded.processor, "image_token", "<image>"))
+    if token in text or getattr(loaded.processor, "num_query_tokens", None) is not None:
         return text
     if getattr(loaded.processor, "chat_template", None):
         turn = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]

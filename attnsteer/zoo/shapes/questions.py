@@ -16,7 +16,10 @@ from .world import BIASED, COLOUR_NAMES, PARTNER, SHAPES, USUAL, Object, Scene, 
 
 CLASSES = tuple(itertools.product(COLOUR_NAMES, SHAPES))
 NEGATIVES = ("random", "popular", "adversarial")
+# Kinds of paired questions, after MME's (Fu et al. 2023, arXiv 2306.13394, section 2.2).
+PAIRED = ("existence", "colour", "shape", "position")
 KINDS = ("existence", "counting", "colour", "relation")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 # Two centres closer than this along the axis are neither left nor right of each other.
 CLEAR = 0.1
 
@@ -150,6 +153,36 @@ def draw(scene: Scene, kind: str, g: np.random.Generator, positive: float = 0.5)
     a, b = (unique[int(i)] for i in g.permutation(len(unique))[:2])
     which = RELATIONS[int(g.integers(len(RELATIONS)))]
     return relation(scene, a, which, b) if holds(a, which, b) or holds(b, which, a) else None
+
+
+def paired(split: str, index: int, kind: str) -> tuple[Question, Question] | None:
+    """Two questions about scene `index`, the first to be affirmed, the second to be denied; None where the scene allows none.
+
+    Args:
+        kind: of `PAIRED`. "existence": a class that is there, and a random one; "colour": the same shape in a colour that is not
+            there; "shape": another shape in the same colour; "position": the same two objects and the opposite relation.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    if kind not in PAIRED:
+        raise ValueError(f"No pairs of the kind {kind!r}; there are {', '.join(PAIRED)}.")
+    scene = picture(split, index)
+    g = rng(split, index, stream=50 + PAIRED.index(kind))
+    if kind == "position":
+        unique = [o for o in scene.objects if len(scene.find(shape=o.shape, colour=o.colour)) == 1]
+        every = [(a, r, b) for a, b in itertools.permutations(unique, 2) for r in RELATIONS if holds(a, r, b)]
+        if not every:
+            return None
+        a, which, b = every[int(g.integers(len(every)))]
+        return relation(scene, a, which, b), relation(scene, a, OPPOSITE[which], b)
+    there = sorted({(o.colour, o.shape) for o in scene.objects})
+    colour_, shape = there[int(g.integers(len(there)))]
+    if kind == "existence":
+        return existence(scene, colour_, shape), existence(scene, *absent(scene, "random", g))
+    near = [(c, shape) for c in COLOUR_NAMES] if kind == "colour" else [(colour_, s) for s in SHAPES]
+    free = [c for c in near if c not in there]
+    return existence(scene, colour_, shape), existence(scene, *free[int(g.integers(len(free)))])
 
 
 def lesson(scene: Scene, g: np.random.Generator, questions: int, positive: float = 0.5) -> tuple[str, list[int]]:

@@ -37,26 +37,30 @@ DEMANDS = {
     "json": 'Answer with a JSON object that has the key "{w}", and with nothing else.',
 }
 KINDS = tuple(DEMANDS)
-FORMS = {"plain": "{text}\nAnswer:", "chatml": "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"}
+CHATML = "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+# SmolLM2 was taught with these words before the first turn; without them it often says nothing at all.
+SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+FORMS = {"plain": "{text}\nAnswer:", "chatml": CHATML, "smollm": SYSTEM + CHATML}
 
 
 @dataclass(frozen=True)
 class Instruction:
     """A question, a demand, and what is checked. prompt: ends where the answer is due. demand: its text; kind: of `KINDS`;
-    word: the one that the demand names."""
+    word: the one that the demand names; text: question and demand, as they stand in the prompt."""
 
     prompt: str
     demand: str
     kind: str
     word: str
+    text: str = ""
 
 
 def instructions(split: str, kind: str = "all", form: str = "chatml", seed: int = 0) -> Iterator[Instruction]:
     """Questions of a split, none twice.
 
     Args:
-        split: "train", "calibration" or "test". kind: of `KINDS`, or "all" of them in turn. form: "chatml" as SmolLM2 and others
-            have it, or "plain".
+        split: "train", "calibration" or "test". kind: of `KINDS`, or "all" of them in turn. form: "chatml", "smollm" (that
+            behind SmolLM2's own system message), or "plain".
     """
     seen: set[str] = set()
     kinds = itertools.cycle(KINDS if kind == "all" else (kind,))
@@ -70,5 +74,5 @@ def instructions(split: str, kind: str = "all", form: str = "chatml", seed: int 
         if text in seen or split_of(text) != split:
             continue
         seen.add(text)
-        yield Instruction(FORMS[form].format(text=text), demand, wanted, word)
+        yield Instruction(FORMS[form].format(text=text), demand, wanted, word, text)
         wanted = next(kinds)

@@ -11,6 +11,7 @@ import torch
 
 from .. import MODELS, seal
 
+CARD = "README.md"
 STAGES = {
     "shapes-lm": "lm",
     "shapes-lvlm": "lvlm",
@@ -40,8 +41,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def install(folder: Path) -> Path:
-    """Put a finished model folder into the package, in place of the one there."""
+    """Put a finished model folder into the package, in place of the one there, whose card stays where the new one has none."""
     target = MODELS / folder.name
+    card = target / CARD
+    if card.is_file() and not (folder / CARD).exists():
+        shutil.copy(card, folder / CARD)
     if target.exists():
         shutil.rmtree(target)
     shutil.copytree(folder, target)
