@@ -195,12 +195,14 @@ def right(images: Any, texts: list[str]) -> list[float]:
     return [f["share"] * (1.0 if f["valid"] else 0.5) for f in found]
 
 
+# shapes-mmdit has six layers of six heads.
+LAYERS, HEADS = 6, 6
 TOP, SCALE = 4, 2.0
 
 
 def perturbed(heads: HeadSet | None = None) -> SoftPAG:
     """SoftPAG on joint attention, image rows of all heads or of these."""
-    more = {} if heads is None else {"heads": heads}
+    more = {"where": Where(layers=list(range(LAYERS)))} if heads is None else {"heads": heads}
     return SoftPAG(scale=SCALE, strength=1.0, joint="joint_identity", **more)
 
 
@@ -222,7 +224,7 @@ def heads(out: Path, searched: int, tested: int) -> None:
         found.save(folder / f"{name}.safetensors")
         print(name, found, flush=True)
     sets = {name: HeadSet.load(folder / f"{name}.safetensors") for name in ("screened", "exhaustive")}
-    every = [(layer, head) for layer in range(6) for head in range(6)]
+    every = [(layer, head) for layer in range(LAYERS) for head in range(HEADS)]
     for draw in range(3):
         order = torch.randperm(len(every), generator=torch.Generator().manual_seed(draw)).tolist()[:TOP]
         chosen: dict[int, list[int]] = {}

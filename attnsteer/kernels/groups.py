@@ -21,6 +21,8 @@ LEFT = 0.1
 # A mass outside a set below this is summed over the other keys instead of subtracted: in fp32 a mass is off by 2^-24 times
 # the scores, which reach the hundreds; that of a half-precision kernel by up to 1e-4, then a unit in the last place at most.
 NEAR = {torch.float16: 0.05, torch.bfloat16: 0.05, torch.float32: 0.3, torch.float64: 0.05}
+# Scores of this size ask for all of what fp32 has above; smaller ones for less, down to what the others have.
+FAR = 64.0
 # Up to this many scores a head costs less than the call that computes it.
 SHORT = 1 << 16
 # Gathered positions by the tensor that says which keys, with its version.
@@ -114,12 +116,19 @@ def leftover(att: Attention, lse: Tensor, keys: Tensor, inside: Tensor) -> Tenso
     if torch.compiler.is_compiling():
         return masked_group(att, lse, ~keys)[0]
     outside = (att.visible_total(lse) - inside).clamp_min(0.0)
-    close = (outside < NEAR[att.q.dtype]) & ~torch.isneginf(lse)
+    close = (outside < _near(att)) & ~torch.isneginf(lse)
     if bool(close.any()):
         outside = outside.clone()
         for b, h, at, _, mass in complement(att, lse, keys, close):
             outside[b, h, at] = mass
     return outside
+
+
+def _near(att: Attention) -> Tensor | float:
+    """`NEAR`, by row where it depends on the scores."""
+    least, most = NEAR[torch.float64], NEAR[att.q.dtype]
+    reach = att.reach() if att.q.dtype == torch.float32 else None
+    return most if reach is None else (most / FAR * reach).clamp(least, most)
 
 
 def complement(

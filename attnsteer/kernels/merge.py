@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .groups import complement, masked_group
+from .groups import FAR, complement, masked_group
 from .problem import Attention
 
 # How much a subtraction may magnify rounding before the row takes a pass over the other keys instead: the output of a
 # half-precision kernel carries about 2^-9; the masses of an fp32 one 2^-24 times the scores, which reach the hundreds.
 LIMIT = {torch.float16: 4.0, torch.bfloat16: 4.0, torch.float32: 2.0, torch.float64: 32.0}
+# In fp32 where scores are small.
+MOST = 8.0
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -87,7 +89,7 @@ def reweight(
     learned = rest.requires_grad or any(g.requires_grad for g in gains)
     stays = total <= 0 if learned else same | (total <= 0)
     # Only a group with less weight than the rest can make the difference small against its terms.
-    risky = shrunk & ~stays & (rest != 0) & (rest.abs() > LIMIT[out.dtype] * norm.clamp_min(0.0))
+    risky = shrunk & ~stays & (rest != 0) & (rest.abs() > _limit(att, out.dtype) * norm.clamp_min(0.0))
     if normalise:
         stays = stays | ((norm <= 0) & ~risky)
         # Divided itself, so that it is one in rows that see no key of a group.
@@ -116,6 +118,12 @@ def reweight(
             new[b, h, at] = edited
     new = new.to(out.dtype)
     return torch.where(same[..., None], held(out, new), new) if learned else new
+
+
+def _limit(att: Attention, dtype: torch.dtype) -> Tensor | float:
+    """`LIMIT`, by row where it depends on the scores."""
+    reach = att.reach() if dtype == torch.float32 else None
+    return LIMIT[dtype] if reach is None else (LIMIT[dtype] * FAR / reach.clamp_min(1.0)).clamp(LIMIT[dtype], MOST)
 
 
 def _added_up(

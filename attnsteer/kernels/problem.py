@@ -159,6 +159,14 @@ class Attention:
         mask = self.mask4()
         return None if mask is None else additive(mask, dtype)
 
+    def reach(self) -> Tensor | None:
+        """A bound of each row's scores, |q| |k| scale over all keys, [B, H, n] without gradient; None where something is added."""
+        if not self.k.numel() or self.key_bias is not None or (self.mask is not None and self.mask.dtype != torch.bool):
+            return None
+        q, k = (t.detach().norm(dim=-1, dtype=self.stat_dtype) for t in (self.q, self.k))
+        most = k.amax(dim=-1, keepdim=True).repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        return q * most * abs(self.scale)
+
     def scores(
         self,
         rows: slice,
