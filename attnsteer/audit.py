@@ -178,11 +178,12 @@ class Record:
         self.calls_in[phase] += 1
         self.heads = max(self.heads, heads)
 
-    def again(self, rows: int, flag: Flag | None) -> None:
-        """Count one more decode step of as many heads, edited as the one before; `flag` None: not edited."""
+    def again(self, rows: int, path: str, flag: Flag | None) -> None:
+        """Count one more decode step of as many heads, edited by `path` as the one before; `flag` None: not edited."""
         self.calls_in["decode"] += 1
         if flag is not None:
             self.edits_in["decode"] += 1
+            self.path = path
             self.rows += rows
             self.flags_in["decode"].add(flag)
 

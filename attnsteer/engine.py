@@ -156,7 +156,7 @@ class SiteRuntime:
         sdpa: bool = False,
         packs: bool = False,
         forms: Any = None,
-        steps: dict[SiteRuntime, Step] | None = None,
+        steps: dict[str, Step] | None = None,
     ) -> Tensor:
         """The site's output [B, H, n, dv] with the active interventions applied.
 
@@ -198,9 +198,9 @@ class SiteRuntime:
         for mark in marks.values():
             mark.close()
         if steps is not None and not edited and self._is_steady(active):
-            step = self._step(active, forms, att, before, offset, call, marks)
+            step = self._step(active, forms, att, before, result, offset, call, marks)
             if step is not None:
-                steps[self] = step
+                steps[self.site.path] = step
         return result
 
     def _is_steady(self, active: tuple[int, ...]) -> bool:
@@ -221,15 +221,21 @@ class SiteRuntime:
         forms: WholeForms | None,
         att: Attention,
         out: Tensor,
+        result: Tensor,
         offset: int,
         call: AttnCall,
         marks: dict[int, Mark],
     ) -> Step | None:
-        """What does this decode step again, whose edits all heads took together; `out`: before those of head outputs."""
+        """What does this decode step again, whose edits all heads took together.
+
+        Args:
+            out, result: before and after those of head outputs.
+        """
         if forms is not None and forms.shared is not None and (forms.divided is None or forms.own_key_in_set()):
             return None
         late = [self.entries[i] for i in self.late if i in active]
-        if len(late) > 1:
+        # Of marked tokens the row's own is the last, and those that come are not.
+        if len(late) > 1 or (call.gives("tokens") and call.tokens.ends_marked()):
             return None
         factor = None
         for bound, heads in late:
@@ -243,13 +249,17 @@ class SiteRuntime:
             if factor is not None and local is not None:
                 whole = factor.new_ones(len(factor), out.shape[1], 1, 1)
                 factor = whole.index_copy(1, self._index(local, out.device), factor)
+        scaled = out if factor is None else out * factor
+        if scaled.dtype != result.dtype or not torch.equal(scaled, result):
+            # The factor is not what the method does: one of a base class, or none given.
+            return None
         counts, edited = [], set() if factor is None else {bound.index for bound, _ in late}
         for index, mark in marks.items():
             what = "output" if index in edited else mark.paths[0] if mark.paths else None
             if len(mark.paths) > 1 or what not in (None, "bias", "shares", "output"):
                 return None
             counts.append(Count(mark.record, mark.rows, what, mark.moved if what == "bias" else None))
-        return Step(forms, factor, counts, att.q, att.v)
+        return Step(forms, factor, counts, att)
 
     def _scaled_heads(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 from .attention_map import SHORT_CACHE
 from .audit import SMALL, Flag, Record
 from .forms import STEP, WholeForms
+from .kernels import Attention
 
 
 @dataclass(frozen=True)
@@ -31,20 +32,20 @@ class Count:
 class Step:
     """One row of each sequence over a cache that grows, under no mask: all heads as in the step that it was recorded from."""
 
-    def __init__(self, forms: WholeForms | None, factor: Tensor | None, counts: list[Count], q: Tensor, v: Tensor):
+    def __init__(self, forms: WholeForms | None, factor: Tensor | None, counts: list[Count], att: Attention):
         """
         Args:
             forms: the edits that all heads take together, or None. factor: of the outputs, [B or 1, H, 1, 1], or None.
-            q, v: of the step, [B, H, 1, d] and [B, Hkv, m, dv].
+            att: the call of the step, one row.
         """
+        q, v, self.scale = att.q, att.v, att.scale
         self.factor, self.counts = factor, counts
         self.kind = q.dtype, v.dtype, q.shape, v.shape[1]
         self.longest = None
-        self._bias, self._divided, self._scale, self._keeps_none = None, None, None, False
+        self._bias, self._divided, self._keeps_none = None, None, False
         # Batch rows that see all of their keys in the second call, [B, 1, 1, 1] and [B, 1, 1].
         self._spared: tuple[Tensor, Tensor] | None = None
         if forms is not None:
-            self._scale = forms.att.scale
             self._divided = forms.divided
             if forms.biased:
                 self._bias = _grown(forms.log_weights()[:, :, None])
@@ -56,10 +57,11 @@ class Step:
                 # A set that has nothing gets nothing, without being told.
                 self._keeps_none = not bool(self._divided[1].of(torch.zeros((*q.shape[:2], 1))).any())
 
-    def takes(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether the call is one more such step."""
+    def takes(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> bool:
+        """Whether the call is one more such step; `scale` None: that of the head width."""
         return (
-            (q.dtype, v.dtype, q.shape, v.shape[1]) == self.kind
+            (q.shape[3] ** -0.5 if scale is None else scale) == self.scale
+            and (q.dtype, v.dtype, q.shape, v.shape[1]) == self.kind
             and k.dtype == q.dtype
             and q.stride(3) == k.stride(3) == v.stride(3) == 1
             and (self.longest is None or k.shape[2] <= self.longest)
@@ -74,7 +76,7 @@ class Step:
                 self._bias = _grown(self._bias)
             mask = self._bias.narrow(-1, 0, m)
             out = torch._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, False, attn_mask=mask, scale=self._scale
+                q, k, v, 0.0, False, attn_mask=mask, scale=self.scale
             )[0]
         elif self._divided is not None:
             split, edit, _ = self._divided
@@ -82,9 +84,9 @@ class Step:
             few = parts.few
             inside = (k, v) if few is None else (k[few], v[few])
             flash = torch._scaled_dot_product_flash_attention_for_cpu
-            out_in, lse_in = flash(q, *inside, 0.0, False, attn_mask=parts.inside, scale=self._scale)
+            out_in, lse_in = flash(q, *inside, 0.0, False, attn_mask=parts.inside, scale=self.scale)
             outside = parts.outside if self._spared is None else parts.outside.masked_fill(self._spared[0], 0.0)
-            out, lse = flash(q, k, v, 0.0, False, attn_mask=outside, scale=self._scale)
+            out, lse = flash(q, k, v, 0.0, False, attn_mask=outside, scale=self.scale)
             if few is None:
                 lse_in = lse_in.masked_fill(parts.empty, -torch.inf)
             if parts.full is not False:
@@ -103,7 +105,7 @@ class Step:
             flags["output"] = (edited, out) if out.numel() <= SMALL else (edited != out).any()
             out = edited
         for count in self.counts:
-            count.record.again(count.rows, flags.get(count.what, count.moves))
+            count.record.again(count.rows, count.what or "", flags.get(count.what, count.moves))
         return out
 
 

@@ -59,6 +59,14 @@ class Tokens:
         """What was found so far, by the `id` of the spans."""
         return self._resolved
 
+    def ends_marked(self) -> bool:
+        """Whether the last token of some row is in a span, as where the prompt of a span was cut back and goes on otherwise."""
+        if not self._resolved:
+            return False
+        counts = self._longest(self.length)
+        rows = [row for _, found in self._resolved.values() for row in zip(found, counts, strict=False)]
+        return any(stop >= count for ranges, count in rows for _, stop in ranges)
+
     def first(self) -> Tensor:
         """Index of the first valid token of each row, [B]."""
         if self.valid is None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -274,6 +277,115 @@ def test_a_cache_of_fixed_size_and_a_window_are_asked(model: nn.Module, again: l
         model(prompt(), past_key_values=cache, use_cache=True)
         decode(model, cache, prompt(), 3)
     assert again[0] == before
+
+
+def _scaled_otherwise(model: nn.Module, run: Any, cache: Any) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 1.7
+
+
+def _a_copied_module(model: nn.Module, run: Any, cache: Any) -> None:
+    """A shallow copy is another module, and not steered."""
+    model.model.layers[0].self_attn = copy.copy(model.model.layers[0].self_attn)
+
+
+def _another_prompt_announced(model: nn.Module, run: Any, cache: Any) -> None:
+    with run.chunked_prefill(PROMPT + 2):
+        _scored(model, cache)
+
+
+def _cut_inside_a_span(model: nn.Module, run: Any, cache: Any) -> None:
+    cache.crop(10 - cache.get_seq_length())
+
+
+def _scored(model: nn.Module, cache: Any, steps: int = 4) -> list[Tensor]:
+    return [model(prompt()[:, i : i + 1], past_key_values=cache).logits for i in range(steps)]
+
+
+@pytest.mark.parametrize(
+    "between", [_scaled_otherwise, _a_copied_module, _another_prompt_announced, _cut_inside_a_span]
+)
+@pytest.mark.parametrize("method", [PASTA([[(3, 11)]] * 2, alpha=0.1), InstABoost([[(3, 11)]] * 2, 3.0)])
+@torch.no_grad()
+def test_what_a_step_stands_on_may_change(
+    model: nn.Module, asked: Callable[[bool], None], between: Callable[..., None], method: Intervention
+) -> None:
+    found = []
+    for yes in (True, False):
+        asked(yes)
+        other = copy.deepcopy(model)
+        with steer(other, method) as run:
+            cache = other(prompt(), use_cache=True).past_key_values
+            logits = _scored(other, cache)
+            between(other, run, cache)
+            logits += _scored(other, cache)
+            found.append(torch.cat(logits, dim=1))
+    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_an_output_whose_factor_is_not_what_it_does_is_asked(model: nn.Module) -> None:
+    """No factor is given, or a base's stands for what the class does otherwise."""
+
+    class Half(Intervention):
+        steady, linear = True, True
+
+        def output(self, call: Any, out: Tensor) -> Tensor:
+            return out * 0.5
+
+    class Twice(HeadGate):
+        steady = True
+
+        def output(self, call: Any, out: Tensor) -> Tensor:
+            return super().output(call, out) * 2.0
+
+    for method in (Half(), Twice(GATES)):
+        found = []
+        for reference in (True, False):
+            with steer(model, method, reference=reference):
+                cache = model(prompt(), use_cache=True).past_key_values
+                found.append(torch.cat(_scored(model, cache), dim=1))
+        torch.testing.assert_close(*found, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_sequences_in_turns_are_counted_as_if_asked(model: nn.Module, asked: Callable[[bool], None]) -> None:
+    """A prompt goes another way than the steps of the sequence before it."""
+    audits = []
+    for yes in (True, False):
+        asked(yes)
+        with steer(model, SpotLight(SPANS, 0.3)) as run:
+            cache = model(prompt(), use_cache=True).past_key_values
+            _scored(model, cache)
+            model(prompt(size=12), use_cache=True)
+            _scored(model, cache, 1)
+            audits.append(counts(run))
+    assert audits[0] == audits[1]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@torch.no_grad()
+def test_a_cache_that_is_kept_keeps_no_model(model: nn.Module, copied: Callable[[Any], Any]) -> None:
+    other = copy.deepcopy(model)
+    with steer(other, *STEADY["then gated"]):
+        cache = copied(other(prompt(), use_cache=True).past_key_values)
+        _scored(other, cache)
+    left = weakref.ref(other)
+    del other
+    gc.collect()
+    assert left() is None and not any(name.startswith("_attnsteer") for name in vars(cache))
+
+
+@torch.no_grad()
+def test_running_sums_follow_the_dtype_of_the_model(model: nn.Module) -> None:
+    found = []
+    for reference in (True, False):
+        other = copy.deepcopy(model)
+        with steer(other, ACT(HEADS, 0.4, 0.03, decode="running"), reference=reference):
+            cache = other(prompt(), use_cache=True).past_key_values
+            other.double()
+            found.append(torch.cat(_scored(other, cache), dim=1))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=0)
 
 
 def test_all_that_say_so_are_tried() -> None:

@@ -236,7 +236,9 @@ def _at(t: Tensor, slot: Tensor) -> Tensor:
 def _added(old: Tensor | None, values: Tensor, slot: Tensor, length: int) -> Tensor:
     """Sums [..., T] by slot with `values` [..., m] added at `slot`; slots that hold nothing yet are left out."""
     whole = values.new_zeros(*values.shape[:-1], length) if old is None else _grown(old, length)
-    return whole.index_add(-1, slot.clamp_max(length - 1), values.masked_fill(slot >= length, 0.0))
+    # The model may have been cast since, or an autocast have begun.
+    dtype = torch.promote_types(whole.dtype, values.dtype)
+    return whole.to(dtype).index_add(-1, slot.clamp_max(length - 1), values.to(dtype).masked_fill(slot >= length, 0.0))
 
 
 def _set(old: Tensor | None, values: Tensor, slot: Tensor, length: int) -> Tensor:

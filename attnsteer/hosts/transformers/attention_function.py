@@ -64,8 +64,14 @@ def _again(
     seam = getattr(getattr(module, "config", None), "_attnsteer_seam", None)
     forward = None if seam is None else forward_of(seam.runtime.run, kwargs)
     steps = getattr(forward, "steps", None)
-    step = steps.get(seam.runtime) if steps else None
-    if step is None or key.shape[2] != forward.past + 1 or module.training or not step.takes(query, key, value):
+    step = steps.get(seam.runtime.site.path) if steps else None
+    if step is None or key.shape[2] != forward.past + 1 or module.training or args:
+        return None
+    # A shallow copy of a module is another one, and not steered.
+    if seam.runtime.site.module is not module:
+        return None
+    q, k, v = Attention.cast(query, key, value)
+    if not step.takes(q, k, v, kwargs.get("scaling")):
         return None
     name = module.config.__dict__.get("_attn_implementation_internal") or "eager"
     if name != "sdpa":
@@ -73,9 +79,9 @@ def _again(
 
     def base() -> Tensor:
         options = {k: v for k, v in kwargs.items() if k != KEY}
-        return _base_function(module, name)(module, query, key, value, None, *args, **options)[0].transpose(1, 2)
+        return _base_function(module, name)(module, query, key, value, None, **options)[0].transpose(1, 2)
 
-    return step(query, key, value, base).transpose(1, 2).contiguous()
+    return step(q, k, v, base).transpose(1, 2).contiguous()
 
 
 # Traced code would bake in what this forward is; a graph break here keeps compiled models honest.
@@ -173,7 +179,7 @@ def _steered(
     return out.transpose(1, 2).contiguous(), traced.edited_weights(weights[0], maps) if maps else weights[0]
 
 
-def _may_go_on(forward: Forward, name: str, att: Attention, kind: str) -> dict[SiteRuntime, Any] | None:
+def _may_go_on(forward: Forward, name: str, att: Attention, kind: str) -> dict[str, Any] | None:
     """Where a decode step is put that may be done again: over a cache that grows, of which the row sees all."""
     alike = att.q.dtype == att.k.dtype == att.v.dtype and att.q.shape[-1] == att.v.shape[-1]
     whole = att.mask is None and att.softcap is None and att.sinks is None and att.shape[3] == forward.past + 1

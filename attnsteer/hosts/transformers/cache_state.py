@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...engine import SiteRuntime
 from ...steady import Step
 from ...tokens import Tokens
 
@@ -41,7 +40,7 @@ class Sequence:
         request: int [B, T] of the requests packed into its rows, or None. states: of each method at each site.
         turns: the calls over parts of the prompt, in order. compiled: compiled calls went on with it, of which it knows nothing.
         left: slots that a cut of the cache has left, of those in `tokens`; None: all.
-        steps: by site, what does the last decode step again. A copy makes its own.
+        steps: by the path of the site (a cache may outlive its model), what does the last decode step again. A copy makes its own.
     """
 
     tokens: Tokens | None = None
@@ -51,7 +50,7 @@ class Sequence:
     turns: list[Turn] = field(default_factory=list)
     compiled: bool = False
     left: int | None = None
-    steps: dict[SiteRuntime, Step] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "steps": {}}

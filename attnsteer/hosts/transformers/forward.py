@@ -73,7 +73,7 @@ class Forward:
     beside: Any = None
     residual: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
-    steps: dict[SiteRuntime, Step] | None = None
+    steps: dict[str, Step] | None = None
 
     @functools.cached_property
     def account(self) -> Account:
@@ -269,12 +269,14 @@ class Stack:
                 bound.method.check_tokens(tokens)
         return forward
 
-    def _steps(self, forward: Forward) -> dict[SiteRuntime, Step] | None:
+    def _steps(self, forward: Forward) -> dict[str, Step] | None:
         """What the sites did in the last decode step, where this forward is one more; None: it is none."""
         sequence, run = forward.sequence, self.run
         before = sequence.tokens
         one = forward.phase == "decode" and forward.new == 1 and not forward.mixed and before is not None
-        plain = forward.request is None and forward.beside is None and not sequence.compiled
+        # What was announced as the prompt may be another one than before.
+        same = forward.prompt == sequence.prompt
+        plain = same and forward.request is None and forward.beside is None and not sequence.compiled
         watched = run.measure or run.reference or run.audit.parts is not None or torch.is_grad_enabled()
         if not one or not plain or watched or forward.device.type != "cpu":
             sequence.steps = {}
@@ -298,11 +300,8 @@ class Stack:
             parts = output if isinstance(output, (tuple, list)) else (getattr(output, "past_key_values", None),)
             given = next((p for p in parts if hasattr(p, "get_seq_length")), None)
         if given is not None:
-            store = vars(given).get(STATE, {})
-            if self.memory.key in store:
-                store[self.memory.key] = sequence
-            else:
-                self.memory.put(given, sequence)
+            # A copy of a cache is seen here first.
+            self.memory.put(given, sequence)
 
     def _check_plain(self, values: dict[str, Any]) -> None:
         """Raise where the call is one of packed requests that nobody has told apart, or of none that could choose a steering."""
