@@ -8,7 +8,7 @@ from attnsteer import ACT, steer
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from tests.stops import stops
 
-MOST_FILES = 8
+MOST_FILES = 9
 
 
 @torch.no_grad()
