@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +19,14 @@ from .parameters import plain, whole
 from .tokens import is_text, token_range
 
 if TYPE_CHECKING:
+    from .account import Track
     from .call import AttnCall
 
 WHAT = ("map", "mass", "output", "q", "k", "v")
 # Rows that are named by what they are.
 ROLES = ("last", "prompt", "prompt_end", "generated")
+# Those of them that no call of generated tokens alone has.
+OF_PROMPTS = ("prompt", "prompt_end")
 INDEX = "capture.json"
 FORMAT, SCHEMA = "attnsteer.capture", 1
 # Scores that are built at once.
@@ -94,17 +96,44 @@ def chosen_rows(call: AttnCall, rows: Any, tokenizer: Any = None) -> Tensor:
         mask = torch.zeros_like(track.slot, dtype=torch.bool)
         mask[call.segments[rows]] = True
         return mask[None] & track.valid
+    return _of_numbers(call, rows, track.index, tokenizer) & track.valid
+
+
+def _of_numbers(call: AttnCall, rows: Any, index: Tensor, tokenizer: Any) -> Tensor:
+    """bool [B or 1, size]: which of the token numbers `index` a choice that is no role names."""
     if isinstance(rows, tuple):
-        return (track.index >= rows[0]) & (track.index < rows[1]) & track.valid
+        return (index >= rows[0]) & (index < rows[1])
     if not _per_sample(rows):
-        return torch.isin(track.index, torch.tensor(rows, device=track.index.device)) & track.valid
+        return torch.isin(index, torch.tensor(rows, device=index.device))
     found = call.tokens.spans(rows, tokenizer)
-    index = track.index.expand(len(found), -1)
+    index = index.expand(len(found), -1)
     mask = torch.zeros_like(index, dtype=torch.bool)
     for b, ranges in enumerate(found):
         for start, stop in ranges:
             mask[b] |= (index[b] >= start) & (index[b] < stop)
-    return mask & track.valid
+    return mask
+
+
+def in_order(call: AttnCall, rows: Any, track: Track, there: Tensor, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """(how many chosen rows of its sample come before each of a `track`, int [B, size]; how many there are so far, int [B]).
+
+    Rows that are chosen by number count whether or not this call has them: chunks of a prompt have some each, and a cache with
+    a window drops keys. Args: there: bool [B, size], those that are chosen here (see `chosen_rows`).
+    """
+    if isinstance(rows, str) and rows != "prompt":
+        return there.long().cumsum(dim=1) - 1, there.sum(dim=1)
+    index = track.index.expand(len(there), -1)
+    ends = torch.where(track.prompt if rows == "prompt" else track.valid, index, -1).amax(dim=1) + 1
+    number = torch.arange(max(int(ends.max()), 1), device=index.device)[None]
+    every = number < ends[:, None]
+    if rows != "prompt":
+        every = every & _of_numbers(call, rows, number, tokenizer)
+    return (every.long().cumsum(dim=1) - 1).gather(1, index.clamp(0, number.shape[1] - 1)), every.sum(dim=1)
+
+
+def no_rows(call: AttnCall, rows: Any) -> bool:
+    """Whether it is known without looking that a call has none of these rows."""
+    return rows in OF_PROMPTS and call.phase == "decode" and not call.mixed
 
 
 def places(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,7 +283,7 @@ class Captured:
     Attributes:
         what: the names of what was taken. takes: one for each attention call of each site. folder: where they are, or None: in
             memory. ids: the token ids of each batch row without padding, where the host gives them; those of the longest call.
-            open: whether calls are still being taken.
+            open: whether calls are still being taken. moved: whether beam search moved sequences between batch rows meanwhile.
     """
 
     def __init__(self, what: Sequence[str], folder: Path | None = None):
@@ -264,8 +293,9 @@ class Captured:
         self.ids: list[list[int]] | None = None
         # By site, where a model reads several texts (an encoder's and a decoder's).
         self.ids_of: dict[str, list[list[int]]] = {}
+        # Batch rows changed places between calls (beam search), so that the calls of a row are not those of one sequence.
+        self.moved = False
         self.open = False
-        self._lock = threading.Lock()
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -334,6 +364,7 @@ class Captured:
                 f"{takes[0].site} was taken at several steps or branches; give step= and branch=, one of "
                 f"{listing(sorted({(t.step, t.branch) for t in takes}, key=str))}."
             )
+        self.check_joined(takes)
         if sample is not None:
             return self._of_sample(takes, what, sample)
         tensors = [t.tensor(what) for t in takes]
@@ -348,9 +379,23 @@ class Captured:
     def rows(self, site: str | int | None = None, *, sample: int | None = None, step: int | None = None) -> Tensor:
         """The numbers of the rows that `get` gives: int64 [B, r], -1 where a sample has none; of one sample [r], ascending."""
         takes = self.of(site, step=step)
+        self.check_joined(takes)
         if sample is None:
             return torch.cat([t.rows for t in takes], dim=1)
         return torch.tensor(sorted(_numbers(takes, sample)), dtype=torch.long)
+
+    def check_joined(self, takes: Sequence[Take]) -> None:
+        """Raise where several calls would be joined whose batch rows hold other sequences.
+
+        Raises:
+            SelectionError: beam search moved them.
+        """
+        if self.moved and len(takes) > 1:
+            raise SelectionError(
+                f"{takes[0].site}: beam search moved sequences between batch rows, so that its {len(takes)} calls are not those of "
+                "one sequence. Read each call by itself (takes), capture rows='prompt', or capture a forward over the sequences "
+                "that `generate` returned."
+            )
 
     def _one(self, what: str | None) -> str:
         if what is None and len(self.what) != 1:
@@ -407,6 +452,7 @@ class Captured:
             "ids": self.ids,
             "ids_of": {site: ids for site, ids in self.ids_of.items() if ids != self.ids},
             "takes": [t.describe() for t in self.takes],
+            **({"moved": True} if self.moved else {}),
         }
         (folder / INDEX).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -438,7 +484,7 @@ class Captured:
         if not known or not texts or not _entries(entries):
             raise SerializationError(f"Captured.load: {folder / INDEX} does not say what was taken, and where.")
         made = cls(what, folder)
-        made.ids, made.ids_of = ids, ids_of
+        made.ids, made.ids_of, made.moved = ids, ids_of, bool(record.get("moved", False))
         for number, entry in enumerate(entries):
             file = folder / file_name(number)
             try:

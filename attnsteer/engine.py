@@ -76,6 +76,11 @@ class SiteAttention:
         return self._pair
 
 
+def _casts(kind: str) -> bool:
+    """Whether an autocast is on for this kind of device."""
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 class SiteRuntime:
     """The interventions bound to one site; called by the host in place of the attention primitive."""
 
@@ -171,6 +176,15 @@ class SiteRuntime:
         """
         if call.packed:
             _check_apart(self.site, att, call)
+        kind = att.q.device.type
+        if not torch.compiler.is_compiling() and _casts(kind) and att.q.dtype == torch.get_autocast_dtype(kind):
+            # Operators on scores would be cast to half precision too; the model's own kernel runs as it did.
+            def cast() -> Tensor:
+                with torch.autocast(kind, dtype=att.q.dtype):
+                    return base()
+
+            with torch.autocast(kind, enabled=False):
+                return self(att, cast, call, active, same_kernel, maps, sdpa, packs, forms, steps)
         whole = SiteAttention(att, base, same_kernel)
         offset = self._offset(att.q.shape[1], active)
         marks = self._seen(active, offset, att.q, call)
@@ -287,6 +301,8 @@ class SiteRuntime:
         """Whether heads that are not edited come out bit for bit where the kernel gets a mask of zeros for them."""
         return (
             att.q.device.type == "cpu"
+            # Of other widths (multi-head latent attention) the fused kernel takes none.
+            and att.q.shape[3] == att.v.shape[3]
             and att.softcap is None
             and att.sinks is None
             and att.key_bias is None

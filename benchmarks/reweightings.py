@@ -1,6 +1,7 @@
 """The time of InstABoost, InjectMap, FreezeMaps, PatchHeads and AttentionBuckets: a prefill, and a decode step behind it.
 
-    python -m benchmarks.reweightings [--shape small|1b|8b] [--layers N] [--tokens 4096] [--rounds 5] [--only TEXT]... [--decode]
+    python -m benchmarks.reweightings [--shape small|1b|8b] [--layers N] [--tokens 4096] [--rounds 5] [--only TEXT]...
+        [--prefill | --decode]
 
 Shapes are the proportions of a layer: a small one, in which a decode step has hardly any arithmetic, Llama-3.2-1B and Llama-3.1-8B.
 Times are of one thread's processor, medians of rounds in turns within one run, so that other processes hardly count. Each method is
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnsteer import AttentionBuckets, FreezeMaps, InjectMap, InstABoost, Intervention, PatchHeads, capture, steer
+from attnsteer import (
+    AttentionBuckets,
+    Captured,
+    FreezeMaps,
+    InjectMap,
+    InstABoost,
+    Intervention,
+    PatchHeads,
+    capture,
+    steer,
+)
 from benchmarks.cases import share_of_heads
 from benchmarks.models import LlamaShape, llama, prompt, twin
 from benchmarks.parts import TOLERANCE, Decoder, error
@@ -41,16 +53,20 @@ def methods(model: nn.Module, ids: Tensor, shape: LlamaShape, only: Sequence[str
     spans = [[(tokens // 8, tokens // 8 + max(2, tokens // 16))]]
     some = share_of_heads(shape, 0.2)
     asked = lambda name: not only or any(text in name for text in only)  # noqa: E731
-    with capture(model, what=("q", "k", "output")) as clean:
-        if asked("FreezeMaps") or asked("PatchHeads"):
+
+    @functools.cache
+    def clean() -> Captured:
+        with capture(model, what=("q", "k", "output")) as found:
             model(ids.flip(1), logits_to_keep=1)
+        return found
+
     made: dict[str, Callable[[], Intervention]] = {
         "InstABoost, all heads": lambda: InstABoost(spans, 4.0),
         "InjectMap, one key in 20 % of the heads": lambda: InjectMap("previous", heads=some, strength=0.5),
         "InjectMap, one key in the last row": lambda: InjectMap("previous", heads=some, rows="last"),
         "InjectMap, several keys in 20 % of the heads": lambda: InjectMap("same_token", heads=some, strength=0.5),
-        "FreezeMaps, all heads": lambda: FreezeMaps(clean, same_tokens=False),
-        "PatchHeads, 20 % of the heads": lambda: PatchHeads(clean, heads=some),
+        "FreezeMaps, all heads": lambda: FreezeMaps(clean(), same_tokens=False),
+        "PatchHeads, 20 % of the heads": lambda: PatchHeads(clean(), heads=some),
         "AttentionBuckets, two bases": lambda: AttentionBuckets((500000.0, 600000.0)),
     }
     return {name: make() for name, make in made.items() if asked(name)}
@@ -94,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", action="append", default=[], help="the methods whose names hold this")
     parser.add_argument("--decode", action="store_true", help="leave the prefill untimed")
+    parser.add_argument("--prefill", action="store_true", help="leave the decode step untimed")
     given = parser.parse_args()
     shape = SHAPES[given.shape]
     shape = shape if given.layers is None else dataclasses.replace(shape, layers=given.layers)
@@ -111,8 +128,10 @@ def main() -> None:
         print("prefill: " + ", ".join(f"{name} {ratio:.3f}" for name, ratio in prefill.items()), flush=True)
     print(f"\n{shape}, {given.tokens} tokens, medians of {given.rounds} rounds\n")
     print("| method | prefill | decode step |\n| --- | --- | --- |", flush=True)
-    steps = {"unsteered": Decoder(model, ids)} | {n: Decoder(r.target, ids) for n, r in runs.items()}
-    decode = ratios(steps, 3 * given.rounds, calls=4)
+    decode = dict.fromkeys(runs, float("nan"))
+    if not given.prefill:
+        steps = {"unsteered": Decoder(model, ids)} | {n: Decoder(r.target, ids) for n, r in runs.items()}
+        decode = ratios(steps, 3 * given.rounds, calls=4)
     for name in runs:
         said = [
             f"{r:.3f}{' (bar missed)' if r > bar else ''}"

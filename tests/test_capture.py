@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attnsteer import Captured, HeadGate, Where, ZeroTuning, capture, steer
+from attnsteer import Captured, HeadGate, InjectMap, PatchHeads, Where, ZeroTuning, capture, steer
 from attnsteer.errors import CaptureTooLarge, NeverFired, SelectionError, SerializationError, UnsupportedHost
 from attnsteer.testing import tiny_call, tiny_pipeline, tiny_transformers, tiny_transformers_inputs
 from tests.reference.dense import dense_map, dense_scores
@@ -132,6 +134,24 @@ def test_gradients_are_those_of_eager_attention(llama: nn.Module, inputs: dict[s
 
 
 @torch.no_grad()
+def test_maps_are_in_full_precision_under_autocast(llama: nn.Module, inputs: dict[str, Tensor]) -> None:
+    """As of the half-precision queries and keys that the kernel takes; its own map changes nothing there."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        base = llama(**inputs).logits
+        with capture(llama, what=("map", "q", "k")) as seen:
+            llama(**inputs)
+        with steer(llama, InjectMap(seen), control=True):
+            assert torch.equal(llama(**inputs).logits, base)
+    for layer in range(3):
+        for b in range(3):
+            q, k, found = (seen.get(layer, what, sample=b) for what in ("q", "k", "map"))
+            assert q.dtype == torch.bfloat16 and found.dtype == torch.float32
+            own = torch.ones(q.shape[1], q.shape[1]).tril().log()
+            wanted = dense_map(dense_scores(q[None].float(), k[None].float(), q.shape[-1] ** -0.5, mask=own))[0]
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
 def test_edits_of_other_methods_are_in_what_is_taken(llama: nn.Module, inputs: dict[str, Tensor]) -> None:
     # They divide the heads into groups, which come back as one.
     methods = [ZeroTuning({1: [0, 3]}, 4.0), HeadGate({(1, 2): 0.5})]
@@ -181,7 +201,8 @@ def test_files_are_what_was_in_memory(llama: nn.Module, inputs: dict[str, Tensor
     kept, streamed = take(), take(to=tmp_path / "streamed")
     assert streamed.bytes < kept.bytes / 2 and not any(t.tensors for t in streamed.takes)
     kept.save(tmp_path / "saved")
-    for other in (streamed, Captured.load(tmp_path / "streamed"), Captured.load(tmp_path / "saved")):
+    copies = copy.deepcopy(kept), pickle.loads(pickle.dumps(kept)), pickle.loads(pickle.dumps(streamed))
+    for other in (streamed, Captured.load(tmp_path / "streamed"), Captured.load(tmp_path / "saved"), *copies):
         assert other.what == kept.what and other.ids == kept.ids and other.sites == kept.sites
         for layer in range(3):
             for what in kept.what:
@@ -194,6 +215,31 @@ def test_files_are_what_was_in_memory(llama: nn.Module, inputs: dict[str, Tensor
     (tmp_path / "streamed" / "capture.json").write_text(json.dumps({"format": "other"}))
     with pytest.raises(SerializationError, match="not one of this library's"):
         Captured.load(tmp_path / "streamed")
+
+
+@torch.no_grad()
+def test_calls_whose_beams_moved_are_not_joined(llama: nn.Module, inputs: dict[str, Tensor], tmp_path: Path) -> None:
+    """What one batch row took are rows of several sequences; those of the prompt and each call by itself are not."""
+    kept = {"max_new_tokens": 5, "do_sample": False}
+    with capture(llama, what=("map", "output")) as seen:
+        llama.generate(**inputs, **kept, num_beams=3)
+    assert seen.moved and seen.takes[-1].tensor("map").shape[0] == 9
+    seen.save(tmp_path / "beams")
+    for found in (seen, Captured.load(tmp_path / "beams")):
+        for call in (
+            lambda f=found: f.get(0, "map", sample=1),
+            lambda f=found: f.get(0, "map"),
+            lambda f=found: f.rows(0),
+        ):
+            with pytest.raises(SelectionError, match="beam search moved"):
+                call()
+        with pytest.raises(SelectionError, match="beam search moved"), steer(llama, PatchHeads(found)):
+            llama.generate(**inputs, **kept, num_beams=3)
+    for options in ({"num_beams": 3, "rows": "prompt"}, {"rows": None}, {"rows": None, "prompt_lookup_num_tokens": 3}):
+        given = {k: v[:1] for k, v in inputs.items()} if "prompt_lookup_num_tokens" in options else inputs
+        with capture(llama, rows=options.pop("rows"), what="map") as seen:
+            llama.generate(**given, **kept, **options)
+        assert not seen.moved and seen.get(0, sample=0).shape[1] >= 9
 
 
 class Peak(TorchDispatchMode):

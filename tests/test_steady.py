@@ -13,7 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnsteer import ACT, PASTA, HeadGate, Intervention, SpotLight, Where, ZeroTuning, get_method, methods, steer
+from attnsteer import (
+    ACT,
+    PASTA,
+    FreezeMaps,
+    HeadGate,
+    InjectMap,
+    Intervention,
+    PatchHeads,
+    SpotLight,
+    Where,
+    ZeroTuning,
+    capture,
+    get_method,
+    methods,
+    steer,
+)
 from attnsteer.forms import STEP
 from attnsteer.hosts.transformers.forward import Stack
 from attnsteer.methods.instaboost import InstABoost
@@ -23,7 +38,7 @@ PROMPT = 24
 HEADS = {0: [0, 1], 1: [2], 2: [0, 1, 2, 3]}
 SPANS = [[(3, 9)], [(5, 12)]]
 GATES = {(0, 0): 0.5, (1, 2): 0.0, (2, 1): -1.0}
-STEADY: dict[str, list[Intervention]] = {
+STEADY: dict[str, Any] = {
     "ACT": [ACT(None, 0.4, 0.03)],
     "ACT of some heads": [ACT(HEADS, 0.4, 0.03)],
     "ACT of samples": [ACT(HEADS, [0.4, 0.1], 0.03)],
@@ -38,7 +53,22 @@ STEADY: dict[str, list[Intervention]] = {
     "HeadGate of samples": [HeadGate({(0, 0): [0.5, None], (2, 1): 0.0})],
     "apart": [ZeroTuning({0: [0]}, gamma=2.0), PASTA(SPANS, heads={0: [1], 1: [1]}, alpha=0.1)],
     "then gated": [ACT(HEADS, 0.4, 0.03), HeadGate(GATES)],
+    "FreezeMaps": lambda donor: [FreezeMaps(donor, same_tokens=False)],
+    "PatchHeads": lambda donor: [PatchHeads(donor, HEADS)],
+    "PatchHeads of the prompt": lambda donor: [PatchHeads(donor, HEADS, rows="prompt")],
+    "InjectMap": lambda donor: [InjectMap(donor, HEADS)],
+    "patched, then injected": lambda donor: [PatchHeads(donor, HEADS), InjectMap("self", {1: [3]}, rows="prompt")],
 }
+
+
+def given(name: str, model: nn.Module) -> list[Intervention]:
+    """The methods of a row; those that have a source get that of another prompt as long."""
+    found = STEADY[name]
+    if not callable(found):
+        return found
+    with capture(model, what=("map", "q", "k", "output")) as donor:
+        model(prompt().flip(1))
+    return found(donor)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +135,7 @@ def test_equal_to_asking(
     for yes in (True, False):
         asked(yes)
         again[0] = 0
-        with mode(), steer(model, *STEADY[name]) as run:
+        with mode(), steer(model, *given(name, model)) as run:
             cache = model(prompt(), use_cache=True).past_key_values
             found.append(decode(model, cache, prompt(), steps))
             audits.append(counts(run))
@@ -172,27 +202,29 @@ def _interrupted(model: nn.Module, cache: Any) -> None:
         layer.keys, layer.values = keys, values
 
 
-@pytest.mark.parametrize(
-    "between",
-    [
-        _reordered,
-        _copied,
-        _cut_behind_the_prompt,
-        _next_turn,
-        _several_rows,
-        _with_a_gradient,
-        _eager,
-        _interrupted,
-    ],
+BETWEEN = (
+    _reordered,
+    _copied,
+    _cut_behind_the_prompt,
+    _next_turn,
+    _several_rows,
+    _with_a_gradient,
+    _eager,
+    _interrupted,
 )
-@pytest.mark.parametrize("name", ["ACT of some heads", "PASTA", "SpotLight", "ZeroTuning of a sample", "then gated"])
+ASKED = ("ACT of some heads", "PASTA", "SpotLight", "ZeroTuning of a sample", "then gated")
+# A donor is of prompts of one length, so that there is no next turn.
+PAIRS = [(n, b) for n in ASKED for b in BETWEEN] + [("PatchHeads", b) for b in BETWEEN if b is not _next_turn]
+
+
+@pytest.mark.parametrize(("name", "between"), PAIRS)
 def test_whatever_comes_between(
     model: nn.Module, asked: Callable[[bool], None], again: list[int], name: str, between: Callable[..., None]
 ) -> None:
     found = []
     for yes in (True, False):
         asked(yes)
-        with torch.no_grad(), steer(model, *STEADY[name]):
+        with torch.no_grad(), steer(model, *given(name, model)):
             cache = model(prompt(), use_cache=True).past_key_values
             first = decode(model, cache, prompt(), 3)
             between(model, cache)
@@ -388,9 +420,10 @@ def test_running_sums_follow_the_dtype_of_the_model(model: nn.Module) -> None:
     torch.testing.assert_close(*found, atol=1e-5, rtol=0)
 
 
-def test_all_that_say_so_are_tried() -> None:
+@torch.no_grad()
+def test_all_that_say_so_are_tried(model: nn.Module) -> None:
     """Every registered class with the promise has a row above."""
-    tried = {type(m) for given in STEADY.values() for m in given}
+    tried = {type(m) for name in STEADY for m in given(name, model)}
     promised = {cls for cls in map(get_method, methods()) if "steady" in vars(cls) and vars(cls)["steady"] is not False}
     assert promised == tried
 

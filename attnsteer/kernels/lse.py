@@ -100,6 +100,9 @@ def _takes_both(att: Attention) -> bool:
         and att.mask4().shape[2] == 1
         and att.mask.dtype != torch.bool
         and att.shape[2] == att.shape[3]
+        # What the kernel does not take goes to torch's own operators, which do not take both.
+        and att.q.shape[3] == att.v.shape[3]
+        and not att.mask.requires_grad
         and causal_with_mask()
     )
 

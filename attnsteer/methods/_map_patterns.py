@@ -75,6 +75,35 @@ def _even(spans: list[list[tuple[int, int]]]) -> list[list[tuple[int, int]]]:
     return [[*own, *[(-1, -1)] * (most - len(own))] for own in spans]
 
 
+def grouped(call: AttnCall, kind: str, number: int, ends: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+    """(group of each key, int [B or 1, m], of each row, [B or 1, n]), where rows look at the keys of their group; None: not so.
+
+    Of calls whose rows and keys are valid tokens in a row. "other_same_token" has the groups of "same_token".
+    """
+    if kind == "block":
+        of = lambda track: torch.div(track.index[:1], number, rounding_mode="floor")  # noqa: E731
+        return of(call.keys), of(call.rows)
+    if kind not in OF_IDS or call.tokens.ids is None:
+        return None
+    ids = call.tokens.ids.to(call.keys.slot.device)
+    if ids.shape[1] < call.keys.size:
+        return None
+    if kind == "sentence":
+        number_of = _sentences(ids, ends)
+        return number_of[:, call.keys.slot], number_of[:, call.rows.slot]
+    keys = ids[:, call.keys.slot]
+    if kind == "after_same_token":
+        # The first follows none.
+        keys = torch.cat([torch.full_like(keys[:, :1], -1), keys[:, :-1]], dim=1)
+    return keys, ids[:, call.rows.slot]
+
+
+def _sentences(ids: Tensor, ends: tuple[int, ...]) -> Tensor:
+    """The number of each token's sentence, [B, T]; the token that ends one belongs to it."""
+    number = torch.isin(ids, torch.tensor(ends, device=ids.device)).long().cumsum(dim=1)
+    return torch.nn.functional.pad(number, (1, 0))[:, :-1]
+
+
 def _by_ids(call: AttnCall, kind: str, at: Tensor, i: Tensor, j: Tensor, ends: tuple[int, ...]) -> Tensor:
     ids = call.tokens.ids
     if ids is None:
@@ -85,9 +114,7 @@ def _by_ids(call: AttnCall, kind: str, at: Tensor, i: Tensor, j: Tensor, ends: t
     keys = ids[:, call.keys.slot.clamp_max(ids.shape[1] - 1)][:, None]
     rows = ids[:, call.rows.slot].expand(len(at), -1).gather(1, at)[..., None]
     if kind == "sentence":
-        number = torch.isin(ids, torch.tensor(ends, device=at.device)).long().cumsum(dim=1)
-        # The token that ends a sentence belongs to it.
-        number = torch.nn.functional.pad(number, (1, 0))[:, :-1]
+        number = _sentences(ids, ends)
         of_keys = number[:, call.keys.slot.clamp_max(ids.shape[1] - 1)][:, None]
         return (of_keys == number[:, call.rows.slot].expand(len(at), -1).gather(1, at)[..., None]) & (j >= 0)
     if kind == "after_same_token":

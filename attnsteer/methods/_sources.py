@@ -56,6 +56,10 @@ class Table:
         rows = self.rows[sample[:, None], :, found.clamp_min(0)]
         return rows.transpose(1, 2), there
 
+    def ends_before(self, track: Track) -> bool:
+        """Whether it is known without looking that all tokens of a `track` come behind those of all samples."""
+        return track.begins is not None and track.begins >= self.place.shape[1]
+
     def of(self, call: AttnCall, track: Track) -> tuple[Tensor | None, Tensor | None]:
         """(rows of the tokens of a `track` of a call, [B, H, size, ...]; which there are, bool [B, size], None: all).
 
@@ -90,6 +94,13 @@ class Table:
                 f"{call.site.path}: the source has {self.samples} samples, and this call {B} rows that are none of them; "
                 "capture the samples of this batch, or one for all."
             ) from None
+
+
+def of_prompts(source: Any) -> bool:
+    """Whether a source, a whole `Captured` or tensors, has rows of prompts alone."""
+    if not isinstance(source, Captured):
+        return True
+    return not source.open and all(take.phase == "prefill" for take in source.takes)
 
 
 def by_token(rows: Tensor, keys: Tensor) -> Tensor:
@@ -240,6 +251,7 @@ def _takes(call: AttnCall, source: Captured, layer: int) -> list[Any]:
     path = site.path if named else next(iter(paths))
     steps = {t.step for t in source.takes if t.site == path}
     takes = source.of(path, step=call.step if len(steps) > 1 else None)
+    source.check_joined(takes)
     if len({t.step for t in takes}) > 1:
         raise SelectionError(f"{path}: the source has several steps, and this call says none; capture one of them.")
     return takes

@@ -23,7 +23,7 @@ from ..heads import HeadSet, head_set
 from ..intervention import Intervention
 from ..parameters import choice, flag, parsed
 from ..registry import register_method
-from ._sources import Tables, check_keys, check_length, checked_source
+from ._sources import Tables, check_keys, check_length, checked_source, of_prompts
 
 
 def _run(value: Any) -> Captured:
@@ -65,6 +65,11 @@ class FreezeMaps(Intervention):
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         """Denoisers have patterns of each step."""
         return ("steps",) if any(t.step is not None for t in self.source.takes) else ()
+
+    @property
+    def steady(self) -> bool:  # type: ignore[override]
+        """Rows behind the clean run are live."""
+        return self.new_tokens == "live" and of_prompts(self.source)
 
     def inputs(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
         if type(call.map) is AttentionMap and call.map._whole is None:

@@ -20,15 +20,26 @@ from torch import Tensor
 from .. import kernels
 from ..attention_map import FEW_ROWS, DenseMap
 from ..call import AttnCall
-from ..captured import Captured, blocks, checked_rows, chosen_rows, map_rows, needs_tokens, picked, places
+from ..captured import (
+    OF_PROMPTS,
+    Captured,
+    blocks,
+    checked_rows,
+    chosen_rows,
+    map_rows,
+    needs_tokens,
+    no_rows,
+    picked,
+    places,
+)
 from ..errors import CompositionError, SelectionError, brief
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
 from ..parameters import choice, is_all, number, parsed, plain, whole
 from ..registry import register_method
 from ..tokens import Tokens
-from ._map_patterns import OF_IDS, checked_pattern, pattern_rows, seen_rows, sees_key, target_token
-from ._sources import Tables, by_token, check_keys, check_length, checked_source
+from ._map_patterns import OF_IDS, checked_pattern, grouped, pattern_rows, seen_rows, sees_key, target_token
+from ._sources import Tables, by_token, check_keys, check_length, checked_source, of_prompts
 from ._spans import checked_spans, span_keys
 
 # How far the sum of a given row may be from what is left by a learned sink, or one.
@@ -192,6 +203,14 @@ class InjectMap(Intervention):
         """Whether the outputs of whole rows of P are mixed with those that are there."""
         return self.mode in ("replace", "scores") and self.keys is None
 
+    @property
+    def steady(self) -> bool:  # type: ignore[override]
+        """Rows behind those of the source stay: its prompts are as long as those it is put into, where the method saw these."""
+        if self.where.phases is not None:
+            return False
+        given = isinstance(self.source, (Captured, dict)) and of_prompts(self.source)
+        return self.rows in OF_PROMPTS or (self.rows is None and given)
+
     def check_tokens(self, tokens: Tokens) -> None:
         for spans in (self.rows if needs_tokens(self.rows) else None, self.keys, self.spans):
             if isinstance(spans, (list, tuple)):
@@ -205,6 +224,8 @@ class InjectMap(Intervention):
                 f"InjectMap at {call.site.path} gives rows of the map, and another method reweights them in the same heads; "
                 "which comes first would be lost. Give them different heads or layers."
             )
+        if no_rows(call, self.rows):
+            return None
         if self._of_qk:
             return self._kernel(call, out, self._chosen(call))
         if not self._mixes and out is not call.map.out:
@@ -218,6 +239,10 @@ class InjectMap(Intervention):
             if target_token(*checked_pattern(self.source), call.rows.index) is not None:
                 return self._of_one_key(call, out)
             return self._of_keys(call, out)
+        if isinstance(self.source, (Captured, dict)):
+            table = self._tables.of(call, self.source, "map", self.head_map)
+            if table.ends_before(call.rows):
+                return None
         at, there = places(self._chosen(call))
         if not at.shape[1]:
             return None
@@ -280,6 +305,9 @@ class InjectMap(Intervention):
             every = torch.arange(n, device=out.device).expand(B, -1)
             share, some = call.once_masked("keys", lambda: self._spread(call, every, self._chosen(call)))
             return torch.where(some, self._mixed(call, out, self._means(share, *self._values(call, False), 0)), out)
+        found = call.once_masked("groups", lambda: self._groups(call))
+        if found is not None:
+            return self._of_groups(call, out, *found)
         at, there = call.once("places", lambda: places(self._chosen(call)))
         if not at.shape[1]:
             return None
@@ -294,6 +322,43 @@ class InjectMap(Intervention):
             target = torch.where(known, own, n)[:, None, :, None].expand_as(edited)
             made = made.scatter(2, target, edited)
         return made[:, :, :n]
+
+    def _groups(self, call: AttnCall) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(an order of the keys in which those that a row looks at stand together, int [B or 1, m]; from where, up to where, of
+        each row, [B or 1, n]); None: they do not, or what a row sees is not said by its place alone."""
+        (att, _), rows, keys = call.map.ungathered, call.rows, call.keys
+        in_a_row = rows.begins == keys.begins == 0 and not call.packed and not torch.compiler.is_compiling()
+        if not in_a_row or att.mask is not None or att.key_bias is not None or att.v.device.type == "mps":
+            return None
+        groups = grouped(call, *checked_pattern(self.source), self.sentence_ends)
+        if groups is None:
+            return None
+        (of_keys, of_rows), m, device = groups, keys.size, att.v.device
+        place = torch.arange(m, device=device)
+        # No two are the same, and those of a group are in the order of their places.
+        ordered, order = (of_keys * m + place).sort(dim=1)
+        last = torch.arange(rows.size, device=device).clamp_max(m - 1) if att.causal else m - 1
+        start = torch.searchsorted(ordered, of_rows * m)
+        stop = torch.searchsorted(ordered, of_rows * m + last, right=True)
+        return order, start, stop
+
+    def _of_groups(self, call: AttnCall, out: Tensor, order: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        """Means of values from their running sums in an order in which the keys of a row stand together; nothing is [n, m]."""
+        att, heads = call.map.ungathered
+        read = [head // att.groups for head in (range(att.q.shape[1]) if heads is None else heads)]
+        B, n, own = len(out), out.shape[2], checked_pattern(self.source)[0] == "other_same_token"
+        made: dict[int, Tensor] = {}
+        at = lambda t, i: t.gather(1, i.expand(B, -1)[..., None].expand(-1, -1, t.shape[2]))  # noqa: E731
+        for kv in sorted(set(read)):
+            V = att.v[:, kv].double()
+            sums = torch.nn.functional.pad(at(V, order), (0, 0, 1, 0)).cumsum(dim=1)
+            made[kv] = at(sums, stop) - at(sums, start)
+            if own:
+                made[kv] = made[kv] - V[:, :n]
+        count = stop - start - int(own)
+        some = (count > 0).expand(B, -1) & self._chosen(call)
+        new = torch.stack([made[kv] for kv in read], dim=1) / count.clamp_min(1)[:, None, :, None]
+        return torch.where(some[:, None, :, None], self._mixed(call, out, new), out)
 
     def _spread(self, call: AttnCall, at: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """(even weights on the keys of the pattern that rows `at` [B, r] see, [B, 1 or H, r, m]; which have some, [.., r, 1])."""

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..account import Track
 from ..call import AttnCall
-from ..captured import Captured, checked_rows, chosen_rows, needs_tokens, places
+from ..captured import OF_PROMPTS, Captured, checked_rows, chosen_rows, in_order, needs_tokens, no_rows
 from ..errors import SelectionError, brief, listing
 from ..heads import HeadSet, head_set
 from ..intervention import Intervention
 from ..parameters import choice, is_all, number, parsed, whole
 from ..registry import register_method
 from ..tokens import Tokens
-from ._sources import Tables, check_length, checked_source
+from ._sources import Tables, check_length, checked_source, of_prompts
 from .injectmap import head_pairs
 
 Basis = dict[tuple[int, int], tuple[Tensor, Tensor]]
@@ -98,6 +99,13 @@ class PatchHeads(Intervention):
         steps = self.source is not None and any(t.step is not None for t in self.source.takes)
         return (*(("steps",) if steps else ()), *(("tokens",) if needs_tokens(self.rows) else ()))
 
+    @property
+    def steady(self) -> bool:  # type: ignore[override]
+        """Rows behind the donor's stay: its prompts are as long as those that it is put into, where the method saw these."""
+        if self.what != "output" or self.where.phases is not None:
+            return False
+        return self.rows in OF_PROMPTS or (self.rows is None and self.source is not None and of_prompts(self.source))
+
     def doors(self) -> set[str]:
         """That of what is patched."""
         return {"output"} if self.what == "output" else {"inputs"}
@@ -125,7 +133,9 @@ class PatchHeads(Intervention):
         return (q, new, v) if self.what == "k" else (q, k, new)
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor | None:
-        return None if is_all(self.strength, 0.0) else self._patched(call, out, of_keys=False)
+        if is_all(self.strength, 0.0) or no_rows(call, self.rows):
+            return None
+        return self._patched(call, out, of_keys=False)
 
     def _patched(self, call: AttnCall, own: Tensor, of_keys: bool) -> Tensor | None:
         """`own` [B, H, n or m, d] with the donor's rows in it; None: it has none of them."""
@@ -151,7 +161,7 @@ class PatchHeads(Intervention):
                 if donor is None:
                     return None
             else:
-                donor = self._in_order(call, table, there)
+                donor = self._in_order(call, table, track, there)
         donor = donor.to(own.dtype)
         new = self._in_subspace(call, own, donor) if self.basis is not None else donor
         if not is_all(self.strength, 1.0):
@@ -171,25 +181,23 @@ class PatchHeads(Intervention):
         keys = call.replace(make_rows=call.make_keys)
         return chosen_rows(keys, self.rows, self.tokenizer).expand(call.map.shape[0], -1)
 
-    def _in_order(self, call: AttnCall, table: Any, there: Tensor) -> Tensor:
+    def _in_order(self, call: AttnCall, table: Any, track: Track, there: Tensor) -> Tensor:
         """The donor's rows at the chosen places, the first at the first."""
         of = table.of_rows(call)
         held = (table.place >= 0).sum(dim=1)[of]
-        count = there.sum(dim=1)
-        wrong = (count != held) & (count > 0)
+        order, count = in_order(call, self.rows, track, there, self.tokenizer)
+        numbered = not isinstance(self.rows, str) or self.rows == "prompt"
+        more = numbered and call.gives("tokens") and call.tokens.more_to_come
+        wrong = ((count > held) if more else (count != held)) & there.any(dim=1)
         if bool(wrong.any()):
             b = int(wrong.long().argmax())
             raise SelectionError(
                 f"PatchHeads at {call.site.path}: {int(count[b])} rows of sample {b} are chosen, and the donor has {int(held[b])}; "
                 "capture as many (the same rows=...)."
             )
-        at, _ = places(there)
-        donor = table.rows[of][:, :, : at.shape[1]]
-        made = donor.new_zeros(len(of), donor.shape[1], there.shape[1], donor.shape[3])
-        order = (there.long().cumsum(dim=1) - 1).clamp(0, max(donor.shape[2] - 1, 0))
-        if not donor.shape[2]:
-            return made
-        return donor.gather(2, order[:, None, :, None].expand_as(made))
+        donor = table.rows[of]
+        order = order.clamp(0, max(donor.shape[2] - 1, 0))[:, None, :, None]
+        return donor.gather(2, order.expand(-1, donor.shape[1], -1, donor.shape[3]))
 
     def _in_subspace(self, call: AttnCall, own: Tensor, donor: Tensor) -> Tensor:
         layer = call.site.layer

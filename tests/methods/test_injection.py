@@ -224,6 +224,27 @@ def heads_out(method: InjectMap, inputs: dict[str, Tensor], b: int) -> Tensor:
     return seen.get(sample=b)
 
 
+GROUPS = ("same_token", "other_same_token", "after_same_token", "block:5", "sentence", "span")
+
+
+@pytest.mark.parametrize("pattern", GROUPS)
+@torch.no_grad()
+def test_running_sums_of_a_longer_prompt_are_the_dense_maps(pattern: str) -> None:
+    """Without a mask; one of some samples; of a bidirectional stack; and what is marked, which has none."""
+    ids = torch.randint(4, 10, (3, 90), generator=torch.Generator().manual_seed(2))
+    spans = [[(2, 40), (50, 70)]] * 3
+    for name in ("llama", "bert"):
+        model = model_of(name)
+        method = InjectMap(pattern, HEADS, strength=[1.0, 0.4, None], spans=spans, sentence_ends=(5,))
+        found = []
+        for reference in (False, True):
+            with steer(model, method, reference=reference):
+                out = model(input_ids=ids)
+                found.append(out.logits if "logits" in out else out.last_hidden_state)
+        assert (found[0] - found[1]).abs().max() <= 1e-5 * found[1].abs().max()
+        assert not torch.equal(found[0], model(input_ids=ids)[0])
+
+
 @pytest.mark.parametrize("share", [None, 0.7])
 def test_a_target_inside_a_set_of_keys(share: float | None) -> None:
     inputs = prompts(5)
@@ -423,6 +444,24 @@ def test_rows_are_paired_in_order_and_keys_stay_patched_in_decoding() -> None:
         )
     for ours, theirs in zip(cached.logits, whole.logits, strict=True):
         assert (ours - theirs).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("rows", [(2, 6), [1, 4], "prompt", [[(2, 4)], [(0, 2)], [(5, 6)]]], ids=str)
+@torch.no_grad()
+def test_rows_by_number_are_paired_over_chunks_and_windows(name: str, rows: Any) -> None:
+    """A chunk of a prompt has some of them, and a cache with a window keeps the last of the keys."""
+    model, inputs, other = model_of(name), prompts(5, name), prompts(6, name)
+    given = {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)}
+    kept = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    for what in ("output", "v") if rows != "prompt" else ("output",):
+        donor = taken(model, other | given, rows=rows, what=what)
+        with steer(model, PatchHeads(donor, HEADS, what, rows=rows)):
+            whole = model.generate(**inputs, **kept, use_cache=False)
+            for ways in ({}, {"prefill_chunk_size": 4}):
+                found = model.generate(**inputs, **kept, **ways)
+                for ours, theirs in zip(found.logits, whole.logits, strict=True):
+                    assert (ours - theirs).abs().max() <= 1e-5 * max(1.0, float(theirs.abs().max())), (what, ways)
 
 
 def test_subspaces() -> None:

@@ -74,7 +74,8 @@ class Sequence:
 
     def cut(self, length: int) -> bool:
         """The cache was cut back to `length` slots; False where the states cannot be those of that prefix."""
-        steps, self.steps = self.steps, {}
+        # Rows that come again may be some that a source has.
+        self.steps = {}
         kept = [turn for turn in self.turns if turn.start < length]
         gone, self.turns = len(self.turns) > len(kept), kept
         if not kept:
@@ -87,7 +88,6 @@ class Sequence:
         self.prompt = last.stop
         if not gone:
             # Generated tokens alone were cut off.
-            self.steps = steps
             return True
         if last.states is None:
             return False
