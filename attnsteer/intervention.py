@@ -413,7 +413,8 @@ def plain_value(value: Any) -> Any:
         return {"$float": repr(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise SerializationError(f"a value of type {type(value).__name__} cannot be saved in steer.json.")
+    by_itself = " Save it by itself (save), and give the method its folder." if hasattr(value, "save") else ""
+    raise SerializationError(f"a value of type {type(value).__name__} cannot be saved in steer.json.{by_itself}")
 
 
 def _restore(name: str, value: Any, directory: Path) -> Any:

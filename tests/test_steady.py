@@ -213,8 +213,10 @@ BETWEEN = (
     _interrupted,
 )
 ASKED = ("ACT of some heads", "PASTA", "SpotLight", "ZeroTuning of a sample", "then gated")
-# A donor is of prompts of one length, so that there is no next turn.
-PAIRS = [(n, b) for n in ASKED for b in BETWEEN] + [("PatchHeads", b) for b in BETWEEN if b is not _next_turn]
+# A donor is of prompts of one length, so that nothing more is put in.
+PAIRS = [(n, b) for n in ASKED for b in BETWEEN] + [
+    ("PatchHeads", b) for b in BETWEEN if b not in (_next_turn, _several_rows)
+]
 
 
 @pytest.mark.parametrize(("name", "between"), PAIRS)
