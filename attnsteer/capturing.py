@@ -457,13 +457,12 @@ class Recorder(Intervention):
 
     def _remember_ids(self, call: AttnCall) -> None:
         tokens = call.facts.get("tokens")
+        self.store.found.moved |= tokens is not None and tokens.moved
         ids = None if tokens is None or call.site.kind != "self" else tokens.ids
         if ids is None:
             return
         found = self.store.found
         known = found.ids_of.get(call.site.path)
-        if known is not None and call.past and not found.moved and len(known) == len(ids) > 1:
-            found.moved = call.once("moved", lambda: _moved(call, known))
         if known is not None and len(known) == len(ids) and max(map(len, known)) >= int(tokens.count().max()):
             return
 
@@ -476,20 +475,6 @@ class Recorder(Intervention):
         own = found.ids_of[call.site.path] = call.once("ids", listed)
         if found.ids is None or len(found.ids) != len(own) or max(map(len, found.ids)) < max(map(len, own)):
             found.ids = own
-
-
-def _moved(call: AttnCall, known: list[list[int]]) -> bool:
-    """Whether the tokens before those of a call are others than they were in these batch rows."""
-    tokens = call.tokens
-    valid = (
-        torch.ones_like(tokens.ids, dtype=torch.bool) if tokens.valid is None else tokens.valid.to(tokens.ids.device)
-    )
-    valid = valid.expand(len(tokens.ids), -1)[:, : call.past]
-    for row, keep, before in zip(tokens.ids[:, : call.past], valid, known, strict=True):
-        own = row[keep][tokens.virtual :].tolist()
-        if own[: len(before)] != before[: len(own)]:
-            return True
-    return False
 
 
 def free_memory() -> int | None:

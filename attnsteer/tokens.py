@@ -29,6 +29,7 @@ class Tokens:
         virtual: slots in front that an adapter fills with learned vectors (prompt and prefix tuning of peft): no ids of the user's,
             so that spans and indices begin behind them.
         request: int [B or 1, T], which of the sequences packed into its row each token belongs to; None: there is one.
+        moved: whether rows of the batch hold other sequences than at its beginning (beams that were reordered, samples dropped).
         repeats: which sample each row belongs to, where samples were repeated or rows moved; None: each row is one.
     """
 
@@ -41,6 +42,7 @@ class Tokens:
     more_to_come: bool = False
     virtual: int = 0
     request: Tensor | None = None
+    moved: bool = False
     repeats: Samples | None = field(default=None, repr=False)
     _resolved: dict[int, tuple[Any, list[list[Range]]]] = field(default_factory=dict, repr=False)
 
@@ -132,6 +134,7 @@ class Tokens:
             if tensor is not None and len(tensor) == self.batch:
                 setattr(self, name, tensor[index.to(tensor.device)])
         rows = index.tolist()
+        self.moved |= rows != list(range(self.batch))
         self.repeats = self.samples.taken(rows)
         self._resolved = {key: (spans, [found[i] for i in rows]) for key, (spans, found) in self._resolved.items()}
         self.batch = len(rows)

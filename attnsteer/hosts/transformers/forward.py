@@ -504,6 +504,7 @@ class Stack:
             ids = self._behind_virtual(forward, outer, ids)
         tokens = Tokens(batch=forward.batch, length=length, valid=forward.valid, ids=ids, virtual=forward.virtual)
         tokens.request = forward.request
+        tokens.moved = before is not None and past > 0 and before.moved
         tokens.repeats = self._repeats(forward.batch, outer, before if past else None)
         tokens.more_to_come = length < total if total is not None else scope.chunked
         if forward.phase == "prefill":
