@@ -199,8 +199,8 @@ def _check_own(call: AttnCall, source: Captured, what: str) -> None:
     if heads > own or (what in ("k", "v") and take.groups != site.heads // site.kv_heads):
         raise SelectionError(
             f"{site.path}: the source has {heads} heads or more in groups of {take.groups} there, this model {own} in groups of "
-            f"{site.heads // site.kv_heads}: it is another model. Say which of its heads stands for each: "
-            "head_map={(layer, head): (layer, head of the source)}."
+            f"{site.heads // site.kv_heads}: it is another model. Capture a run of this one; or say which of its heads stand for "
+            "these (InjectMap, PatchHeads): head_map={(layer, head): (layer, head of the source)}."
         )
 
 
