@@ -283,7 +283,8 @@ class Captured:
     Attributes:
         what: the names of what was taken. takes: one for each attention call of each site. folder: where they are, or None: in
             memory. ids: the token ids of each batch row without padding, where the host gives them; those of the longest call.
-            open: whether calls are still being taken. moved: whether beam search moved sequences between batch rows meanwhile.
+            open: whether calls are still being taken. mixed: whether the calls of a batch row are of several sequences (beams that
+            moved, guidance, several prompts), so that they are not joined.
     """
 
     def __init__(self, what: Sequence[str], folder: Path | None = None):
@@ -293,8 +294,7 @@ class Captured:
         self.ids: list[list[int]] | None = None
         # By site, where a model reads several texts (an encoder's and a decoder's).
         self.ids_of: dict[str, list[list[int]]] = {}
-        # Batch rows changed places between calls (beam search), so that the calls of a row are not those of one sequence.
-        self.moved = False
+        self.mixed = False
         self.open = False
 
     @property
@@ -388,13 +388,13 @@ class Captured:
         """Raise where several calls would be joined whose batch rows hold other sequences.
 
         Raises:
-            SelectionError: beam search moved them.
+            SelectionError: they do.
         """
-        if self.moved and len(takes) > 1:
+        if len(takes) > 1 and (self.mixed or len({len(t.rows) for t in takes}) > 1):
             raise SelectionError(
-                f"{takes[0].site}: beam search moved sequences between batch rows, so that its {len(takes)} calls are not those of "
-                "one sequence. Read each call by itself (takes), capture rows='prompt', or capture a forward over the sequences "
-                "that `generate` returned."
+                f"{takes[0].site}: the {len(takes)} calls that were taken are not of one sequence in each batch row (beams that "
+                "moved, guidance, several prompts or bases). Read each by itself (takes), capture one prompt at a time, or a forward over "
+                "what `generate` returned."
             )
 
     def _one(self, what: str | None) -> str:
@@ -452,7 +452,7 @@ class Captured:
             "ids": self.ids,
             "ids_of": {site: ids for site, ids in self.ids_of.items() if ids != self.ids},
             "takes": [t.describe() for t in self.takes],
-            **({"moved": True} if self.moved else {}),
+            **({"mixed": True} if self.mixed else {}),
         }
         (folder / INDEX).write_text(json.dumps(record, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -484,7 +484,7 @@ class Captured:
         if not known or not texts or not _entries(entries):
             raise SerializationError(f"Captured.load: {folder / INDEX} does not say what was taken, and where.")
         made = cls(what, folder)
-        made.ids, made.ids_of, made.moved = ids, ids_of, bool(record.get("moved", False))
+        made.ids, made.ids_of, made.mixed = ids, ids_of, bool(record.get("mixed", False))
         for number, entry in enumerate(entries):
             file = folder / file_name(number)
             try:

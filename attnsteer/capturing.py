@@ -92,6 +92,8 @@ def capture(
         NeverFired: nothing was called inside the block.
     """
     recorder = Recorder.make(target, where, rows, what, keys, to, gradients, limit, tokenizer)
+    # Each base has a run of the model of its own.
+    recorder.store.found.mixed = any(len(getattr(m, "bases", ())) > 1 for m in interventions)
     with steer(target, *interventions, recorder) as run:
         recorder.store.sites = len(recorder.sites_of(run))
         recorder.store.found.open = True
@@ -299,6 +301,8 @@ class Recorder(Intervention):
 
     def _take(self, call: AttnCall, out: Tensor) -> None:
         self._check(call)
+        if _in_backward():
+            return
         chosen = self._rows(call)
         if chosen is None:
             return
@@ -457,12 +461,15 @@ class Recorder(Intervention):
 
     def _remember_ids(self, call: AttnCall) -> None:
         tokens = call.facts.get("tokens")
-        self.store.found.moved |= tokens is not None and tokens.moved
         ids = None if tokens is None or call.site.kind != "self" else tokens.ids
         if ids is None:
+            # Embeddings: beams alone are known to move.
+            self.store.found.mixed |= tokens is not None and tokens.moved
             return
         found = self.store.found
         known = found.ids_of.get(call.site.path)
+        if known is not None and not found.mixed:
+            found.mixed = len(known) != len(ids) or call.once("mixed", lambda: _of_another(call, known))
         if known is not None and len(known) == len(ids) and max(map(len, known)) >= int(tokens.count().max()):
             return
 
@@ -475,6 +482,23 @@ class Recorder(Intervention):
         own = found.ids_of[call.site.path] = call.once("ids", listed)
         if found.ids is None or len(found.ids) != len(own) or max(map(len, found.ids)) < max(map(len, own)):
             found.ids = own
+
+
+def _of_another(call: AttnCall, known: list[list[int]]) -> bool:
+    """Whether the tokens of a call, or those before it, are others than the batch rows had in calls before."""
+    tokens, stop = call.tokens, call.past or call.tokens.length
+    ids = tokens.ids[:, :stop]
+    valid = torch.ones_like(ids, dtype=torch.bool) if tokens.valid is None else tokens.valid[:, :stop].to(ids.device)
+    for row, keep, before in zip(ids, valid.expand(len(ids), -1), known, strict=True):
+        own = row[keep][tokens.virtual :].tolist()
+        if own[: len(before)] != before[: len(own)]:
+            return True
+    return False
+
+
+def _in_backward() -> bool:
+    """Whether this thread computes a gradient, so that a checkpointed layer runs again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def free_memory() -> int | None:

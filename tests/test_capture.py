@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from attnsteer import Captured, HeadGate, InjectMap, PatchHeads, Where, ZeroTuning, capture, steer
-from attnsteer.errors import CaptureTooLarge, NeverFired, SelectionError, SerializationError, UnsupportedHost
+from attnsteer import AttentionBuckets, Captured, HeadGate, InjectMap, PatchHeads, Where, ZeroTuning, capture, steer
+from attnsteer.errors import (
+    CaptureTooLarge,
+    CompositionError,
+    NeverFired,
+    SelectionError,
+    SerializationError,
+    UnsupportedHost,
+)
 from attnsteer.testing import tiny_call, tiny_pipeline, tiny_transformers, tiny_transformers_inputs
 from tests.reference.dense import dense_map, dense_scores
 
@@ -218,28 +225,56 @@ def test_files_are_what_was_in_memory(llama: nn.Module, inputs: dict[str, Tensor
 
 
 @torch.no_grad()
-def test_calls_whose_beams_moved_are_not_joined(llama: nn.Module, inputs: dict[str, Tensor], tmp_path: Path) -> None:
-    """What one batch row took are rows of several sequences; those of the prompt and each call by itself are not."""
+def test_calls_of_several_sequences_are_not_joined(llama: nn.Module, inputs: dict[str, Tensor], tmp_path: Path) -> None:
+    """Beams that moved, guidance, several prompts, batches of other sizes; steps without a cache or with drafts are one."""
     kept = {"max_new_tokens": 5, "do_sample": False}
-    with capture(llama, what=("map", "output")) as seen:
+    first = {k: v[:1] for k, v in inputs.items()}
+    with capture(llama, what=("map", "output")) as beams:
         llama.generate(**inputs, **kept, num_beams=3)
-    assert seen.moved and seen.takes[-1].tensor("map").shape[0] == 9
-    seen.save(tmp_path / "beams")
-    for found in (seen, Captured.load(tmp_path / "beams")):
+    with capture(llama, what=("map", "output")) as guided:
+        llama.generate(**inputs, **kept, guidance_scale=1.5)
+    with capture(llama, what=("map", "output")) as prompts:
+        llama(**first)
+        llama(first["input_ids"].flip(1))
+    with capture(llama, what=("map", "output")) as sizes:
+        llama(**inputs)
+        llama(**first)
+    with capture(llama, None, AttentionBuckets((10000.0, 300.0)), what=("map", "output")) as bases:
+        llama(**inputs)
+    beams.save(tmp_path / "beams")
+    for found in (beams, guided, prompts, sizes, bases, Captured.load(tmp_path / "beams")):
         for call in (
-            lambda f=found: f.get(0, "map", sample=1),
+            lambda f=found: f.get(0, "map", sample=0),
             lambda f=found: f.get(0, "map"),
             lambda f=found: f.rows(0),
         ):
-            with pytest.raises(SelectionError, match="beam search moved"):
+            with pytest.raises(SelectionError, match="not of one sequence"):
                 call()
-        with pytest.raises(SelectionError, match="beam search moved"), steer(llama, PatchHeads(found)):
-            llama.generate(**inputs, **kept, num_beams=3)
-    for options in ({"num_beams": 3, "rows": "prompt"}, {"rows": None}, {"rows": None, "prompt_lookup_num_tokens": 3}):
-        given = {k: v[:1] for k, v in inputs.items()} if "prompt_lookup_num_tokens" in options else inputs
-        with capture(llama, rows=options.pop("rows"), what="map") as seen:
-            llama.generate(**given, **kept, **options)
-        assert not seen.moved and seen.get(0, sample=0).shape[1] >= 9
+        with pytest.raises(SelectionError, match="not of one sequence"), steer(llama, PatchHeads(found)):
+            llama(**inputs)
+        assert len({t.tensor("map").shape[1] for t in found.takes}) == 1
+    ways: list[tuple[dict[str, Any], Any]] = [
+        ({"num_beams": 3}, "prompt"), ({}, None), ({"use_cache": False}, None), ({"prompt_lookup_num_tokens": 3}, None),
+    ]  # fmt: skip
+    for options, rows in ways:
+        with capture(llama, rows=rows, what="map") as seen:
+            llama.generate(**(first if "prompt_lookup_num_tokens" in options else inputs), **kept, **options)
+        assert not seen.mixed and seen.get(0, sample=0).shape[1] >= 9
+
+
+def test_layers_that_are_computed_again_are_taken_once(inputs: dict[str, Tensor]) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_transformers("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        embeds = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
+        with capture(model, Where(layers=[1]), gradients=True) as seen:
+            model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
+            seen.get(1)[:, :, -1, 0].sum().backward()
+        assert len(seen.takes) == 1
+        found.append(embeds.grad)
+    torch.testing.assert_close(*found, atol=1e-6, rtol=0)
 
 
 class Peak(TorchDispatchMode):
