@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from attnsteer import AttentionBuckets, Captured, HeadGate, InjectMap, PatchHeads, Where, ZeroTuning, capture, steer
 from attnsteer.errors import (
     CaptureTooLarge,
-    CompositionError,
     NeverFired,
     SelectionError,
     SerializationError,
