@@ -393,8 +393,8 @@ class Captured:
         if len(takes) > 1 and (self.mixed or len({len(t.rows) for t in takes}) > 1):
             raise SelectionError(
                 f"{takes[0].site}: the {len(takes)} calls that were taken are not of one sequence in each batch row (beams that "
-                "moved, guidance, several prompts or bases). Read each by itself (takes), capture one prompt at a time, or a forward "
-                "over what `generate` returned."
+                "moved, guidance, several prompts or bases). Read each by itself (takes), capture one prompt at a time, or a "
+                "forward over what `generate` returned."
             )
 
     def _one(self, what: str | None) -> str:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.projections import HeadWeights, Readout, evaluating, head_weights
-from ..errors import SelectionError, UnsupportedHost
+from ..errors import SelectionError, UnsupportedHost, brief
 from ..heads import HeadSet
+from ..parameters import whole
 from ..steering import find_host
 from ..versions import library_versions
 from ..where import Where, stack_shape
@@ -109,12 +110,18 @@ def salient_tokens(
 def _single(pairs: Sequence[tuple[Any, Any]], tokenizer: Any, vocabulary: int) -> list[list[int]]:
     def of(item: Any) -> list[int]:
         if not isinstance(item, str):
-            return [int(item)]
+            if whole(item) is None:
+                raise SelectionError(
+                    f"maps got {brief(item)} for a token; give pairs (source, target) of ids or words."
+                )
+            return [whole(item)]
         if tokenizer is None:
             raise SelectionError(f"maps got the word {item!r}; give the tokenizer= too.")
         ids = tokenizer(f" {item}", add_special_tokens=False)["input_ids"]
         return [i for i in ids if i != getattr(tokenizer, "unk_token_id", None)]
 
+    if any(isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 for pair in pairs):
+        raise SelectionError(f"maps(pairs={brief(pairs)}): give pairs (source, target) of ids or words.")
     tokens = [(of(s), of(t)) for s, t in pairs]
     kept = [[s[0], t[0]] for s, t in tokens if len(s) == len(t) == 1]
     wrong = [i for pair in kept for i in pair if not 0 <= i < vocabulary]

@@ -136,3 +136,6 @@ def test_relations_as_the_official_code_scores_them() -> None:
     assert against.scores[0, 1] < 0.1
     with pytest.raises(SelectionError, match="single tokens"):
         maps(model, [])
+    for pairs in ([(4.5, 6)], [([4], [5])], [(4,)], ["ab"], [4]):
+        with pytest.raises(SelectionError, match="pairs"):
+            maps(model, pairs)
