@@ -377,6 +377,11 @@ def _weights_of(
     heads, width = site.heads, has["out"].shape[3]
     W_O = projection.weight.detach().float().unflatten(0, (heads, width))
     name, W_V, b_V = parts["v"]
+    if W_V.shape[1] != W_O.shape[2]:
+        raise UnsupportedHost(
+            f"{name} makes the values of {site.path} from {W_V.shape[1]} channels that were compressed before, of {W_O.shape[2]} "
+            "(multi-head latent attention), so that its heads have no one matrix of values; leave readings from weights out."
+        )
     entered = seen.inputs[name][0]
     behind = {
         n: (x, y) for n, (x, y) in passed.items() if any(torch.equal(x, o) for o in seen.outputs[projection.name])

@@ -19,9 +19,12 @@ from attnsteer import (
     SpotLight,
     Where,
     ZeroTuning,
+    bake,
     capture,
     steer,
 )
+from attnsteer.analysis import head_profile, head_weights
+from attnsteer.errors import UnsupportedHost
 from attnsteer.testing.weights import randomize_
 
 HEADS = {1: [0, 3], 2: [1]}
@@ -80,3 +83,16 @@ def test_equal_to_the_dense_path(model: nn.Module, name: str) -> None:
             with steer(model, *METHODS[name](donor), reference=reference):
                 found.append(both(model, inputs))
         assert (found[0] - found[1]).abs().max() <= 1e-5 * found[1].abs().max()
+
+
+@torch.no_grad()
+def test_profile_and_gates_without_matrices_of_values(model: nn.Module) -> None:
+    ids = torch.randint(4, 12, (3, 12), generator=torch.Generator().manual_seed(1))
+    table = head_profile(model, [{"input_ids": ids}])
+    assert "entropy" in table.columns and "copying" not in table.columns
+    with pytest.raises(UnsupportedHost, match="latent attention"):
+        head_weights(model)
+    gates = {(0, 1): 0.0, (2, 3): -1.5}
+    with steer(model, HeadGate(gates)):
+        wanted = model(ids).logits
+    assert (bake(model, gates)(ids).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
