@@ -466,12 +466,7 @@ class Recorder(Intervention):
             # Embeddings: beams alone are known to move.
             self.store.found.mixed |= tokens is not None and tokens.moved
             return
-        found = self.store.found
-        known = found.ids_of.get(call.site.path)
-        if known is not None and not found.mixed:
-            found.mixed = len(known) != len(ids) or call.once("mixed", lambda: _of_another(call, known))
-        if known is not None and len(known) == len(ids) and max(map(len, known)) >= int(tokens.count().max()):
-            return
+        found, known = self.store.found, self.store.found.ids_of.get(call.site.path)
 
         def listed() -> list[list[int]]:
             valid = torch.ones_like(ids, dtype=torch.bool) if tokens.valid is None else tokens.valid.to(ids.device)
@@ -479,21 +474,29 @@ class Recorder(Intervention):
             return [row[keep][tokens.virtual :].tolist() for row, keep in zip(ids, valid, strict=True)]
 
         # One list for all layers of a stack.
-        own = found.ids_of[call.site.path] = call.once("ids", listed)
-        if found.ids is None or len(found.ids) != len(own) or max(map(len, found.ids)) < max(map(len, own)):
+        own = call.once("ids", listed)
+        if known is not None:
+            found.mixed = (
+                found.mixed or len(known) != len(own) or call.once("mixed", lambda: _of_another(call, own, known))
+            )
+            if not found.mixed:
+                own = call.once(
+                    "joined", lambda: [row + before[len(row) :] for row, before in zip(own, known, strict=True)]
+                )
+            elif max(map(len, known)) >= max(map(len, own)):
+                return
+        found.ids_of[call.site.path] = own
+        if found.ids is None or found.ids is known or max(map(len, found.ids)) < max(map(len, own)):
             found.ids = own
 
 
-def _of_another(call: AttnCall, known: list[list[int]]) -> bool:
-    """Whether the tokens of a call, or those before it, are others than the batch rows had in calls before."""
-    tokens, stop = call.tokens, call.past or call.tokens.length
-    ids = tokens.ids[:, :stop]
-    valid = torch.ones_like(ids, dtype=torch.bool) if tokens.valid is None else tokens.valid[:, :stop].to(ids.device)
-    for row, keep, before in zip(ids, valid.expand(len(ids), -1), known, strict=True):
-        own = row[keep][tokens.virtual :].tolist()
-        if own[: len(before)] != before[: len(own)]:
-            return True
-    return False
+def _of_another(call: AttnCall, own: list[list[int]], known: list[list[int]]) -> bool:
+    """Whether the tokens of a call, `own`, or of those with a past the ones before it, are others than the batch rows had."""
+    counts = call.tokens.count(call.past).tolist() if call.past else [len(row) for row in own]
+    return any(
+        row[: min(n, len(before))] != before[: min(n, len(row))]
+        for row, before, n in zip(own, known, counts, strict=True)
+    )
 
 
 def _in_backward() -> bool:

@@ -266,7 +266,7 @@ def test_layers_that_are_computed_again_are_taken_once(inputs: dict[str, Tensor]
     for checkpointing in (False, True):
         model = tiny_transformers("llama").train()
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         embeds = model.get_input_embeddings()(inputs["input_ids"]).detach().requires_grad_()
         with capture(model, Where(layers=[1]), gradients=True) as seen:
             model(inputs_embeds=embeds, attention_mask=inputs["attention_mask"])
