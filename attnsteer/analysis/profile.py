@@ -104,7 +104,8 @@ def head_profile(
     probe = Profiled(chosen, theta, dict(spans or {}), text, images, grid, ahead if grid else 0, rows, where=where)
     pairs, shape = sites_of(model, probe, towers=True)
     # A call has the selected heads only, and what is read is called by its place among all.
-    probe = replace(probe, where=replace(where, heads=None))
+    where = replace(where, heads=None)
+    probe = replace(probe, where=where)
     found = _weights(model, where, weights, bool(words) or target is not None, isinstance(shape, dict))
     scales: list[Tensor] = []
     with torch.no_grad(), evaluating(model), steer(model, probe, control=True):
