@@ -301,8 +301,6 @@ class Recorder(Intervention):
 
     def _take(self, call: AttnCall, out: Tensor) -> None:
         self._check(call)
-        if _in_backward():
-            return
         chosen = self._rows(call)
         if chosen is None:
             return
@@ -339,6 +337,9 @@ class Recorder(Intervention):
             segments={name: (part.start, part.stop) for name, part in call.segments.items()} or None,
             grid=call.facts.get("grid"),
         )
+        if _in_backward():
+            # A checkpointed layer that runs again has to compute what it did, and was taken before.
+            return
         self.store.add(take)
         self._remember_ids(call)
 
@@ -500,7 +501,7 @@ def _of_another(call: AttnCall, own: list[list[int]], known: list[list[int]]) ->
 
 
 def _in_backward() -> bool:
-    """Whether this thread computes a gradient, so that a checkpointed layer runs again."""
+    """Whether this thread computes a gradient."""
     return torch._C._current_graph_task_id() != -1
 
 
