@@ -372,7 +372,8 @@ class Recipe(Spec):
         "off", description="Whether arms that differ in values per sample answer together, in one batch: off or auto."
     )
     prefix: Literal["off", "shared"] = Field(
-        "off", description="Whether the tokens that all prompts of a batch begin with are read once: off or shared."
+        "off",
+        description="Whether what prompts of a batch begin with (all, or those about one image) is read once: off or shared.",
     )
     sweep: dict[str, list[JsonValue]] = Field(
         {}, description="Values by path (interventions.0.params.beta): every combination is a point."
