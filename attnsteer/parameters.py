@@ -6,6 +6,7 @@ field another default keeps the declaration of its base. Fields without one take
 
 from __future__ import annotations
 
+import abc
 import functools
 import inspect
 import math
@@ -211,7 +212,7 @@ def sample_values(owner: Any) -> dict[str, PerSample]:
 
 
 @dataclass(frozen=True)
-class Parameter:
+class Parameter(abc.ABC):
     """A declaration. A subclass says which values fit (`convert`) and how that reads (`describe`).
 
     Attributes:
@@ -248,9 +249,9 @@ class Parameter:
             why = clipped(str(error), 120)
             raise SelectionError(f"{given}: give {self._article()}{self.describe()} ({why}).") from error
 
+    @abc.abstractmethod
     def convert(self, value: Any) -> Any:
         """`value` as it is kept; raises `Refused`, or a SelectionError whose message says what to give."""
-        raise NotImplementedError
 
     # A value of several samples and those of one: what `Intervention.of_sample` and `joined` are made of.
 
@@ -294,8 +295,9 @@ class Parameter:
             return {key: self.joined([v[key] for v in values]) for key in values[0]}
         return PerSample(values)
 
+    @abc.abstractmethod
     def _form(self) -> str:
-        raise NotImplementedError
+        """What one value is, e.g. "number from 0 to 1"."""
 
     def _article(self) -> str:
         return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @base_of("hosts")
-class Host:
-    """Base of all hosts.
+class Host(abc.ABC):
+    """Base of all hosts; one that lacks `sites` or `attach` cannot be made.
 
     Attributes:
         target: the object that the user gave. main: the modalities that an empty `Where` selects.
@@ -36,20 +37,20 @@ class Host:
         """Whether this host can steer `target`; must not import its library for foreign objects."""
         return False
 
+    @abc.abstractmethod
     def sites(self) -> list[Site]:
         """All attention sites of the target."""
-        raise NotImplementedError
 
     def absent(self) -> dict[str, str]:
         """Needs that the host provides, but this target has not: name -> why, and what to do."""
         return {}
 
-    def check(self, site: Site, bound: Bound) -> None:
+    def check(self, site: Site, bound: Bound) -> None:  # noqa: B027 (most have nothing to check)
         """Raise if `bound` cannot act at `site` exactly; called before anything is patched."""
 
+    @abc.abstractmethod
     def attach(self, run: Steering, journal: Journal) -> None:
         """Patch the sites in `run.runtimes`, with an undo step in `journal` for each change."""
-        raise NotImplementedError
 
     def pause(self, run: Steering) -> contextlib.AbstractContextManager[None]:
         """The calls of this thread or task in the block run as if nothing were attached, and nothing of them is noted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import base64
 import binascii
 import io
@@ -39,7 +40,7 @@ class Busy(Exception):
     """Another client's request is being answered, and has been for long."""
 
 
-class Player:
+class Player(abc.ABC):
     """One model, for one page. Requests are answered one after the other; each answer is of its own request alone.
 
     Args:
@@ -74,12 +75,12 @@ class Player:
             self._lock.release()
         return {**found, "ms": round(1000 * (time.perf_counter() - begun))}
 
-    def _hear(self, request: Mapping[str, Any]) -> None:
+    def _hear(self, request: Mapping[str, Any]) -> None:  # noqa: B027 (some never wait)
         """A request that may have to wait for its turn."""
 
+    @abc.abstractmethod
     def _answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """What the page shows for a request; each kind of model has its own."""
-        raise NotImplementedError
 
     def _remembered(self, key: Any, make: Any) -> Any:
         """Of the last requests, what does not depend on the method."""

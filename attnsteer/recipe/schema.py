@@ -386,7 +386,8 @@ class Recipe(Spec):
     chosen: Name | None = Field(
         None,
         description="Where strength, heads and the like were chosen: a split other than the test's, `published` (the paper's "
-        "own), or `unsearched` (fixed before any run); null: figures are marked as tuned on the test.",
+        "own), `unsearched` (fixed before any run), or `partly` (some on such a split, the rest not); null: figures are "
+        "marked as tuned on the test.",
     )
     notes: str = Field("", description="Known deviations from the paper.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import hashlib
 import inspect
@@ -118,7 +119,7 @@ class Noted(EachHeadAlone):
 
 
 @dataclass
-class Batch:
+class Batch(abc.ABC):
     """Samples that are computed at once.
 
     Attributes:
@@ -130,9 +131,9 @@ class Batch:
     # Whether the rows computed with gradients on are those in which a method would act.
     whole = True
 
+    @abc.abstractmethod
     def values(self, model: nn.Module, run: Steering | None = None) -> Tensor:
         """The metric of each sample [count], with its graph where gradients are on."""
-        raise NotImplementedError
 
     def changes(self, model: nn.Module, run: Steering, script: Script) -> dict[Any, Edit]:
         """What a method would make of each site's outputs, of the rows that `values` computes with gradients on."""

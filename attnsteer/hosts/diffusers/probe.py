@@ -8,12 +8,11 @@ not look like text. Inputs that still move every row alike are told apart by cha
 
 from __future__ import annotations
 
-import functools
 import inspect
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +22,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...errors import UnsupportedHost
+from .variants import UnlikeError, Variants
 
 SDPA = F.scaled_dot_product_attention
 # Arguments that hold positions or masks, no tokens.
 NO_TOKENS = ("ids", "rotary", "rope", "mask", "freqs", "coords", "pos")
 # A row moved if it changed by more than this, relative to its own size.
 MOVED = 1e-4
+# The change that a source has in the order of its tokens; the others are those of one token, by its axis.
+ORDER = "order"
 # A stream is what the denoiser calls its latent, or its text.
 LATENTS = ("sample", "hidden_states", "x", "latents")
 TEXTS = re.compile(r"encoder|text|prompt|cap|llama|t5|input_ids")
@@ -107,11 +109,12 @@ def role_of(names: tuple[str, ...]) -> str:
 
 
 class _Tape(TorchFunctionMode):
-    """Records q and k of each attention call, and cuts it."""
+    """Records how q and k of each attention call change with the inputs, and cuts it."""
 
-    def __init__(self) -> None:
+    def __init__(self, variants: Variants) -> None:
         super().__init__()
-        self.calls: list[tuple[str, Tensor, Tensor, int]] = []
+        self.variants = variants
+        self.calls: list[_Call] = []
         self.inside: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -119,11 +122,30 @@ class _Tape(TorchFunctionMode):
         if func is not SDPA and getattr(func, "__name__", "") != "flex_attention":
             return func(*args, **kwargs)
         q, k, v = [*args, *(kwargs.get(n) for n in ("query", "key", "value")[len(args) :])][:3]
-        self.calls.append((self.inside[-1] if self.inside else "", q.detach().clone(), k.detach().clone(), v.shape[1]))
+        sides = tuple(
+            (tuple(x.shape[::2]), {name: _change(other, x) for name, other in self.variants.of(x).items()})
+            for x in (q, k)
+        )
+        self.calls.append(_Call(self.inside[-1] if self.inside else "", q.shape[1], v.shape[1], sides))
         v = v.repeat_interleave(q.shape[1] // v.shape[1], 1) if v.shape[1] != q.shape[1] else v
         if q.shape[2] == k.shape[2] and q.shape[0] == v.shape[0]:
             return v.clone()
         return q.new_zeros(*q.shape[:-1], v.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Call:
+    """An attention call: where it is, its heads, and for queries and keys their (B, n) and what moved, by variant."""
+
+    site: str
+    heads: int
+    kv_heads: int
+    sides: tuple[tuple[tuple[int, ...], dict[Hashable, Tensor]], ...]
+
+    def moved(self, side: int, variant: Hashable) -> Tensor:
+        """How much each row [B, n] changed, relative to its size."""
+        shape, changes = self.sides[side]
+        return changes[variant] if variant in changes else torch.zeros(shape)
 
 
 def probe(
@@ -142,95 +164,84 @@ def probe(
     """
     if model.training:
         raise UnsupportedHost(f"{type(model).__name__} is in training mode; call eval() before it is looked at.")
-    tape = functools.partial(_run, model, run or (lambda given: model(**given)))
-    base = tape(inputs)
     sources: dict[str, list[str]] = {}
     for path, tensor in _leaves(inputs):
         if _has_tokens(path, tensor):
             sources.setdefault(path.split("[")[0], []).append(path)
-    moved = {}
-    for source, paths in sources.items():
-        other = tape(_put(inputs, lambda p, t, own=paths: _rolled(t) if p in own else t))
-        if len(other) != len(base):
-            raise UnsupportedHost(
-                f"{type(model).__name__}: its attention calls depend on the order of the tokens of {source}."
-            )
-        moved[source] = other
-    hits = {source: [_changes(a, b) for a, b in zip(other, base, strict=True)] for source, other in moved.items()}
-    modulating = _modulating(tape, inputs, sources, base, hits)
+    calls = _calls(model, run or (lambda given: model(**given)), inputs, list(sources))
+    modulating = _modulating(calls, list(sources))
     counts: dict[str, int] = {}
     found = []
-    for i, (site, q, _, kv) in enumerate(base):
-        rows = {side: _labels(hits, modulating, i, side) for side in (0, 1)}
-        number = counts[site] = counts.get(site, -1) + 1
+    for i, call in enumerate(calls):
+        rows = {side: _labels(call, side, [s for s in sources if (s, i, side) not in modulating]) for side in (0, 1)}
+        number = counts[call.site] = counts.get(call.site, -1) + 1
         apart = len({_runs(one) for one in rows[0]}) > 1
         queries, keys = (
             _runs([frozenset().union(*cells) for cells in zip(*rows[side], strict=True)]) for side in (0, 1)
         )
-        found.append(Structure(site, number, queries, keys, q.shape[1], kv, apart))
+        found.append(Structure(call.site, number, queries, keys, call.heads, call.kv_heads, apart))
     return found
 
 
-def _labels(hits: Any, modulating: Any, i: int, side: int) -> list[list[frozenset[str]]]:
+def _labels(call: _Call, side: int, sources: list[str]) -> list[list[frozenset[str]]]:
     """Per sample, per row, the sources that own it."""
-    some = next(iter(hits.values()))[i][side]
-    labels = [[set() for _ in range(some.shape[1])] for _ in range(some.shape[0])]
-    for source, calls in hits.items():
-        change = calls[i][side]
-        if change.shape != some.shape or (source, i, side) in modulating:
-            continue
-        for b, r in (change > MOVED).nonzero().tolist():
+    batch, size = call.sides[side][0]
+    labels: list[list[set[str]]] = [[set() for _ in range(size)] for _ in range(batch)]
+    for source in sources:
+        for b, r in (call.moved(side, (source, ORDER)) > MOVED).nonzero().tolist():
             labels[b][r].add(source)
     return [[frozenset(cell) for cell in one] for one in labels]
 
 
-def _modulating(
-    tape: Callable[[Any], Any], inputs: Any, sources: Any, base: Any, hits: Any
-) -> set[tuple[str, int, int]]:
+def _modulating(calls: list[_Call], sources: list[str]) -> set[tuple[str, int, int]]:
     """(source, call, side) where a source moves rows that are another's, all of them alike: it owns none there."""
     doubtful: set[str] = set()
-    for i, side in itertools.product(range(len(base)), (0, 1)):
-        marks = {s: (calls[i][side] > MOVED).any(0) for s, calls in hits.items()}
-        for a, b in itertools.permutations(marks, 2):
-            if marks[a].shape == marks[b].shape and bool((marks[a] & marks[b]).any()):
-                doubtful.add(a)
+    for call, side in itertools.product(calls, (0, 1)):
+        marks = {s: (call.moved(side, (s, ORDER)) > MOVED).any(0) for s in sources}
+        doubtful |= {a for a, b in itertools.permutations(marks, 2) if bool((marks[a] & marks[b]).any())}
     found = set()
-    for source in doubtful:
-        singles, own = [], sources[source]
-        for axis in (-2, -1):
-            try:
-                other = tape(_put(inputs, lambda p, t, ax=axis, own=own: _one_token(t, ax) if p in own else t))
-            except (RuntimeError, IndexError):
-                continue
-            if len(other) == len(base):
-                singles.append([_changes(a, b) for a, b in zip(other, base, strict=True)])
-        for i, side in itertools.product(range(len(base)), (0, 1)):
-            hit = (hits[source][i][side] > MOVED).any(0)
-            if not bool(hit.any()):
-                continue
-            alone = [one[i][side][..., hit].amax(0) for one in singles]
-            if not any(float(c.max()) > 5 * float(c.median()) for c in alone):
-                found.add((source, i, side))
+    for source, i, side in itertools.product(doubtful, range(len(calls)), (0, 1)):
+        hit = (calls[i].moved(side, (source, ORDER)) > MOVED).any(0)
+        if not bool(hit.any()):
+            continue
+        alone = [calls[i].moved(side, (source, axis))[..., hit].amax(0) for axis in (-2, -1)]
+        if not any(float(c.max()) > 5 * float(c.median()) for c in alone):
+            found.add((source, i, side))
     return found
 
 
-def _run(
-    model: nn.Module, run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any]
-) -> list[tuple[str, Tensor, Tensor, int]]:
-    tape, handles = _Tape(), []
+def _calls(
+    model: nn.Module, run: Callable[[dict[str, Any]], Any], inputs: dict[str, Any], sources: list[str]
+) -> list[_Call]:
+    """The attention calls of one forward, which is made for all changes of the inputs at once."""
+    variants = Variants()
+    tape, handles = _Tape(variants), []
     for name, module in model.named_modules():
         if callable(getattr(module, "processor", None)) or "Attention" in type(module).__name__:
             handles.append(module.register_forward_pre_hook(lambda m, a, n=name: tape.inside.append(n)))
             handles.append(module.register_forward_hook(lambda m, a, o: (tape.inside.pop(), None)[1], always_call=True))
-    given = _put(inputs, lambda p, t: t.clone())
+
+    def varied(path: str, tensor: Tensor) -> Tensor:
+        source = path.split("[")[0]
+        if source not in sources or not _has_tokens(path, tensor):
+            return tensor.clone()
+        others: dict[Hashable, Tensor] = {(source, ORDER): _rolled(tensor)}
+        if len(sources) > 1:
+            # Asked for where two sources move one row.
+            others |= {(source, axis): _one_token(tensor, axis) for axis in (-2, -1)}
+        return variants.vary(tensor, others)
+
+    given = _put(inputs, varied)
     if "return_dict" in inspect.signature(type(model).forward).parameters:
         given["return_dict"] = False
     state = torch.get_rng_state()
     try:
-        with warnings.catch_warnings(), torch.no_grad(), tape:
+        with warnings.catch_warnings(), torch.no_grad(), tape, variants:
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             run(given)
+    except UnlikeError as error:
+        raise UnsupportedHost(f"{type(model).__name__} cannot be looked at in one forward: {error}") from None
     finally:
         torch.set_rng_state(state)
         for handle in handles:
@@ -238,16 +249,9 @@ def _run(
     return tape.calls
 
 
-def _changes(other: Any, base: Any) -> tuple[Tensor, Tensor]:
-    """For queries and keys, how much each row [B, n] changed, relative to its size; nothing where the form is another."""
-    found = []
-    for a, b in zip(other[1:3], base[1:3], strict=True):
-        if a.shape != b.shape:
-            found.append(torch.zeros(b.shape[0], b.shape[2]))
-            continue
-        scale = b.float().abs().amax((1, 3)) + 1e-12
-        found.append((a.float() - b.float()).abs().amax((1, 3)) / scale)
-    return found[0], found[1]
+def _change(other: Tensor, base: Tensor) -> Tensor:
+    """How much each row [B, n] changed, relative to its size."""
+    return (other.float() - base.float()).abs().amax((1, 3)) / (base.float().abs().amax((1, 3)) + 1e-12)
 
 
 def _runs(labels: list[frozenset[str]]) -> tuple[tuple[tuple[str, ...], int], ...]:

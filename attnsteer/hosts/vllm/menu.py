@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,10 @@ from ...steering import bind_one
 from ...tokens import Tokens
 from ..base import Host
 from . import wire
+
+if TYPE_CHECKING:
+    from ...steering import Steering
+    from ...undo import Journal
 
 # Also read from here: JSON of the form of the configuration's own entry.
 VARIABLE = "ATTNSTEER_VLLM"
@@ -61,6 +65,9 @@ class Served(Host):
 
     def sites(self) -> list[Site]:
         return self._sites
+
+    def attach(self, run: Steering, journal: Journal) -> None:
+        raise UnsupportedHost("an engine is steered by its plug-in in each of its processes; nothing is attached here.")
 
     def absent(self) -> dict[str, str]:
         why = {

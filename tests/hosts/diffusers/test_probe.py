@@ -36,7 +36,11 @@ SAMPLE = [
 def test_the_tables_say_what_the_probe_sees(name: str) -> None:
     model, inputs = ALL[name].build(), ALL[name].inputs()
     plain, state = forward(model, inputs), torch.get_rng_state()
+    calls: list[int] = []
+    counting = model.register_forward_pre_hook(lambda m, a: calls.append(1))
     found = probe(model, inputs)
+    counting.remove()
+    assert len(calls) == 1
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(forward(model, inputs), plain)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -62,6 +66,40 @@ def test_a_training_model_is_not_looked_at() -> None:
     model = tiny_denoiser("sd").train()
     with pytest.raises(UnsupportedHost, match="eval"):
         probe(model, tiny_denoiser_inputs("sd", model))
+
+
+@pytest.mark.parametrize("name", ["flux", "hunyuandit"])
+def test_inputs_changed_at_once_show_what_they_show_one_by_one(name: str) -> None:
+    model, inputs = ALL[name].build(), ALL[name].inputs()
+    found = probe(model, inputs)
+    base = _queries(model, inputs)
+    for source in ("hidden_states", "encoder_hidden_states"):
+        moved = _queries(model, {**inputs, source: _in_another_order(inputs[source])})
+        for structure, (a, b) in zip(found, zip(base, moved, strict=True), strict=True):
+            rows = ((a - b).abs().amax((1, 3)) > 1e-4 * b.abs().amax((1, 3))).any(0)
+            told = [source in names for names, size in structure.queries for _ in range(size)]
+            assert rows.tolist() == told, (source, structure)
+
+
+def _in_another_order(tokens: Tensor) -> Tensor:
+    return tokens.roll(1, -2) if tokens.ndim == 3 else tokens.roll(1, -1).roll(1, -2)
+
+
+def _queries(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """Those of each attention call, where attention gives its values back."""
+    found: list[Tensor] = []
+
+    class Cut(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is not torch.nn.functional.scaled_dot_product_attention:
+                return func(*args, **(kwargs or {}))
+            q, _, v = [*args, *((kwargs or {}).get(n) for n in ("query", "key", "value")[len(args) :])][:3]
+            found.append(q.clone())
+            return v.clone() if q.shape[2] == v.shape[2] else torch.zeros_like(q)
+
+    with Cut():
+        forward(model, inputs)
+    return found
 
 
 class _OwnValues(TorchFunctionMode):
