@@ -101,9 +101,9 @@ demo: $(READY)  ## run the demonstration on the embedded models
 # Each recipe goes on where it stopped, so the same command finishes what was interrupted. Two at a time, a core each.
 SHORT ?= 32
 EVIDENCE ?= runs/evidence
-evidence: $(READY)  ## run every recipe on SmolLM2-135M (SIZE=short: 32 samples each), which zoo fetch must have got
+evidence: $(READY)  ## run every recipe on SmolLM2-135M (SIZE=short: 32 samples each; SEED=1: other samples), which zoo fetch must have got
 	ls recipes/*/smollm-*.yaml | sed 's#recipes/##; s#\.yaml##' | OMP_NUM_THREADS=1 xargs -P 2 -I{} \
-	  $(PY) -m attnsteer run {} --out $(EVIDENCE)$(if $(filter short,$(SIZE)),-short)/{} $(if $(filter short,$(SIZE)),--limit $(SHORT))
+	  $(PY) -m attnsteer run {} --out $(EVIDENCE)$(if $(filter short,$(SIZE)),-short)/{} $(if $(filter short,$(SIZE)),--limit $(SHORT)) $(if $(SEED),--seed $(SEED))
 
 board: $(READY)  ## build the board over the runs that come with the project, outputs/board.html
 	@mkdir -p outputs

@@ -100,6 +100,13 @@ class Samples:
         return f"a batch of {counts} sample{'' if counts == '1' else 's'}{rows}"
 
 
+class Beginnings(Samples):
+    """Rows that several samples begin with, each under the values of one of these; once repeated for all samples, each is one."""
+
+    def taken(self, index: Sequence[int]) -> Samples:
+        return Samples.plain(len(index)) if len(index) in self.of_row else super().taken(index)
+
+
 @dataclass(frozen=True, eq=False)
 class Track:
     """The rows, or the keys, of one attention call.

@@ -79,6 +79,9 @@ class Intervention(Named):
         row_local: whether what a row gets depends on that row, its keys and the parameters alone: nothing is pooled over rows, and
             nothing is kept in `call.state`. Such a method takes prompts in chunks and shared prefixes as they come; the prompts
             of others are kept whole in continuous batching.
+        prefix_local: whether what the rows of a prompt get, and what is kept of them, depends on these rows and those before them
+            alone once it is known that the prompt goes on (`call.tokens.more_to_come`); what several prompts begin with can then be
+            read once. As `row_local`, unless it is said.
         steady: whether what it answers in a decode step is its answer of the step before, so that the step can be done again
             without asking it: neither the row, nor the map, nor what was generated since decides it, and keys that came since
             stand where the row's own key stands.
@@ -130,6 +133,8 @@ class Intervention(Named):
             cls.row_local = False
             if "frozen_keys" not in vars(cls):
                 cls.frozen_keys = None
+        if "prefix_local" not in vars(cls) and any(door in vars(cls) for door in DOORS):
+            cls.prefix_local = vars(Intervention)["prefix_local"]
         if "steady" not in vars(cls):
             # Each class says it for itself: what a base asks in its doors may be another's.
             cls.steady = False
@@ -150,6 +155,11 @@ class Intervention(Named):
                         f"{cls.__name__}.{door}{signature} is called as {door}({', '.join(arguments)}); give it these parameters "
                         "after self."
                     ) from None
+
+    @property
+    def prefix_local(self) -> bool:
+        """As `row_local`."""
+        return self.row_local
 
     def __post_init__(self) -> None:
         check_fields(self)

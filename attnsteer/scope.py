@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from .account import Samples
+
 
 @dataclass(frozen=True)
 class Scope:
@@ -14,6 +16,7 @@ class Scope:
 
     Attributes:
         frozen: statistics stay as the prompt left them. chunked: calls are chunks of one prompt; chunk_total: its slots.
+        samples: which sample each row of the calls belongs to; None: as the calls tell.
         images: the processor's output, or token ranges. layout: names of the equal parts of a denoiser's batch.
         paused: the target runs as it is.
     """
@@ -21,6 +24,7 @@ class Scope:
     frozen: bool = False
     chunked: bool = False
     chunk_total: int | None = None
+    samples: Samples | None = None
     images: Any = None
     layout: tuple[str, ...] | None = None
     paused: bool = False

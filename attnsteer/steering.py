@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from .account import Samples
 from .audit import Audit
 from .bound import Bound
 from .choices import NAME, NOTHING, Choice, Choices, Part
@@ -218,13 +219,16 @@ class Steering:
         with self._scoped(paused=True), self.host.pause(self):
             yield
 
-    def chunked_prefill(self, tokens: int | None = None) -> contextlib.AbstractContextManager[None]:
+    def chunked_prefill(
+        self, tokens: int | None = None, *, samples: Samples | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """The calls in this block are chunks of one prompt: one-token calls too, and spans may lie in later chunks.
 
         Args:
             tokens: slots of the whole prompt, padding included; methods that act at its last token need it.
+            samples: which sample each row belongs to, where rows are what several samples begin with.
         """
-        return self._scoped(chunked=True, chunk_total=tokens)
+        return self._scoped(chunked=True, chunk_total=tokens, samples=samples)
 
     def images(self, where: Any) -> contextlib.AbstractContextManager[None]:
         """Say where the images are for the calls in this block, which the calls themselves do not tell (`inputs_embeds`).

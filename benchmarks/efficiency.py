@@ -12,6 +12,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -433,16 +434,15 @@ def plot(points: list[dict[str, Any]], stem: str) -> list[Path]:
         for value in sorted({json.dumps(p["budget"]) for p in own}):
             line = sorted((p["tokens"], p["ratio"], p.get("error")) for p in own if json.dumps(p["budget"]) == value)
             axes.plot([t for t, _, _ in line], [r for _, r, _ in line], "o-", label=_said(value))
-            for t, r, e in line:
-                if e is not None:
-                    axes.annotate(f"{e:.2g}", (t, r), textcoords="offset points", xytext=(4, 4), fontsize=7)
         axes.axhline(1.0, color="0.6", lw=0.8)
         axes.set(title=name, xscale="log", yscale="log", xlabel="tokens", ylabel="time over exact attention")
         plain = FuncFormatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_major_formatter(plain)
-        axes.yaxis.set_minor_formatter(plain)
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "23568" else ""))
         axes.tick_params(axis="y", which="minor", labelsize=7)
         axes.set_xticks([1024, 4096, 16384, 32768], ["1k", "4k", "16k", "32k"])
+        axes.margins(x=0.14, y=0.12)
+        _beside(axes, [(p["tokens"], p["ratio"], f"{p['error']:.2g}") for p in own if p.get("error") is not None])
         axes.legend(title=budget, fontsize=8, title_fontsize=8)
     figure.suptitle("Time over length; beside the points the error of the outputs, |O' - O| / |O|")
     made.append((figure, Path(f"{stem}-length.webp")))
@@ -453,12 +453,11 @@ def plot(points: list[dict[str, Any]], stem: str) -> list[Path]:
             line = [p for p in own if p.get("how", "") == how]
             at = [_said(json.dumps(p["budget"])) for p in line]
             axes.plot(at, [p["error"] for p in line], "o-", label=how or "error")
-            for x, p in zip(at, line, strict=True):
-                axes.annotate(
-                    f"{p['ratio']:.2f}x", (x, p["error"]), textcoords="offset points", xytext=(4, 4), fontsize=7
-                )
         axes.set(title=f"{name}, {own[0]['model']}", xlabel=budget, ylabel="error of what the model gives")
+        axes.margins(x=0.14, y=0.12)
         axes.set_ylim(bottom=0)
+        places = list(dict.fromkeys(_said(json.dumps(p["budget"])) for p in own))
+        _beside(axes, [(places.index(_said(json.dumps(p["budget"]))), p["error"], f"{p['ratio']:.2f}x") for p in own])
         if len({p.get("how") for p in own}) > 1:
             axes.legend(fontsize=8)
     figure.suptitle("Embedded models: error by budget; beside the points the time of a forward over the plain one")
@@ -466,6 +465,18 @@ def plot(points: list[dict[str, Any]], stem: str) -> list[Path]:
     for figure, path in made:
         figure.savefig(path, dpi=90)
     return [path for _, path in made]
+
+
+def _beside(axes: Any, labels: list[tuple[float, float, str]]) -> None:
+    """A text beside each point (x, y); those of one x stand above each other where their points are too near."""
+    axes.autoscale_view()
+    for x in {x for x, _, _ in labels}:
+        free = -math.inf
+        for _, y, text in sorted((own for own in labels if own[0] == x), key=lambda own: own[1]):
+            at = axes.transData.transform((x, y))[1] * 72 / axes.figure.dpi
+            free = max(at + 3, free + 9)
+            clear = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.3}
+            axes.annotate(text, (x, y), textcoords="offset points", xytext=(6, free - at), fontsize=7, bbox=clear)
 
 
 def _said(budget: str) -> str:

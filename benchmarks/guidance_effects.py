@@ -191,7 +191,7 @@ def refocusing(out: Path, split: str, count: int, names: Sequence[str] | None = 
 def right(images: Any, texts: list[str]) -> list[float]:
     """The search's score: the share of a prompt's objects that are there, halved where the picture is not wholly valid."""
     by_prompt = {s["prompt"]: s for s in samples("prompts", SEARCH, 60)}
-    found = [read(by_prompt[t], p) for p, t in zip(torch.as_tensor(images).float(), texts, strict=True)]
+    found = [read(by_prompt[t], p) for p, t in zip(images, texts, strict=True)]
     return [f["share"] * (1.0 if f["valid"] else 0.5) for f in found]
 
 

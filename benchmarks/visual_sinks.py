@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnsteer import ADHH, PAI, PAINT, VAR, VHR, HeadSet, Intervention, VisualKnockout, Where, steer, zoo
+from attnsteer import ADHH, PAI, PAINT, VAR, VHR, HeadGate, HeadSet, Intervention, VisualKnockout, Where, steer, zoo
+from attnsteer.analysis import visual_heads
 from attnsteer.call import AttnCall
 from attnsteer.evals.significance import Interval, percentiles, ratio_bootstrap, resampled_totals
 from attnsteer.methods._images import speaking
@@ -41,7 +42,7 @@ from attnsteer.zoo.shapes.world import rng
 SWEEP = 20
 # Layers and heads of the text model.
 SHAPE = (30, 9)
-PARTS = ("preconditions", "heads", "sweep", "choose", "arms", "knockout", "report")
+PARTS = ("preconditions", "heads", "sweep", "choose", "arms", "knockout", "looking", "report")
 BATCH, CHUNK, SINK_DIM, TAU = 15, 30, 507, 20.0
 # The longest caption in tokens, and the token that ends one.
 LONGEST, END = 28, 2
@@ -460,6 +461,52 @@ def knockout(name: str, width: int, count: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def looking(count: int, sizes: Sequence[int] = (4, 8, 16), draws: int = 3) -> dict[str, Any]:
+    """Visual heads of shapes-lvlm, scored on questions of `count` calibration scenes, and removed on as many test scenes.
+
+    By layer: mean mass, concentration and score, with the mass that a uniform row has; the mass of rightly and wrongly answered
+    questions. By number of removed heads (gate 0): the change of log p of the right answer for those of the largest score, of
+    the least, and random ones, with intervals resampled by scene.
+    """
+    from attnsteer.zoo.measure.text import inputs
+
+    model, processor = zoo.load("shapes-lvlm")
+    scored, tested = items("calibration", count), items("test", count)
+    rows = _whole(model, processor, scored, one(None))
+    scenes = {i.index: i.scene for i in scored}
+    batches = [
+        dict(inputs(processor, [scenes[r[0]] for r in rows[at : at + 100]], [r[1] for r in rows[at : at + 100]]))
+        for at in range(0, len(rows), 100)
+    ]
+    table = visual_heads(model, batches, right=[bool(right(r)) for r in rows])
+    layers, heads = table.shape
+    names = ("mass", "concentration", "score", "mass_right", "mass_wrong")
+    by_layer = {n: [sum(table[n][i, h] for h in range(heads)) / heads for i in range(layers)] for n in names}
+    score = table["score"]
+    ranked = sorted(score, key=lambda h: -score[h])
+    base = _whole(model, processor, tested, one(None))
+    found: dict[str, Any] = {
+        "questions": [len(rows), len(base)],
+        "base": [accuracy(base), log_p(base)],
+        "chance": float(table.column("mass").chance[0]),
+        "layers": by_layer,
+        "ranked": [[*h, score[h]] for h in ranked],
+    }
+    g = torch.Generator().manual_seed(0)
+    for size in sizes:
+        sets = {"largest": ranked[:size], "least": ranked[-size:]}
+        sets |= {
+            f"random {d}": [ranked[int(k)] for k in torch.randperm(len(ranked), generator=g)[:size]]
+            for d in range(draws)
+        }
+        for name, own in sets.items():
+            gone = _whole(model, processor, tested, one(HeadGate(dict.fromkeys(own, 0.0))))
+            change = difference(base, gone, gain)
+            found.setdefault("removed", {}).setdefault(str(size), {})[name] = [accuracy(gone), *change]
+    return found
+
+
+@torch.no_grad()
 def _whole(model: Any, processor: Any, data: Sequence[Item], make: Make) -> list[list[Any]]:
     """`existence` of shapes-lvlm, a whole prompt for each question."""
     from attnsteer.zoo.measure.text import inputs
@@ -648,6 +695,11 @@ def main(argv: Iterable[str] | None = None) -> None:
         write(args.out / "knockout.json", found)
         draw(found, args.out / "knockout.webp")
         print(json.dumps(found, indent=1))
+        return
+    if args.part == "looking":
+        found = looking(args.scenes)
+        write(args.out / "looking.json", found)
+        print(json.dumps(found))
         return
     split = "calibration" if args.part in ("heads", "sweep", "choose") else "test"
     data = items(split, min(args.scenes, SWEEP) if args.part in ("sweep", "choose") else args.scenes, args.start)

@@ -22,5 +22,6 @@ __getattr__, __dir__, __all__ = lazy(
         "shifted": "freezing",
         "sinks": "sink_report",
         "trace": "circuits",
+        "visual_heads": "visual",
     },
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -102,6 +103,9 @@ def head_profile(
     chosen = {n: p for n, p in PATTERNS.items() if text} | dict(patterns or {})
     probe = Profiled(chosen, theta, dict(spans or {}), text, images, grid, ahead if grid else 0, rows, where=where)
     pairs, shape = sites_of(model, probe, towers=True)
+    # A call has the selected heads only, and what is read is called by its place among all.
+    where = replace(where, heads=None)
+    probe = replace(probe, where=where)
     found = _weights(model, where, weights, bool(words) or target is not None, isinstance(shape, dict))
     scales: list[Tensor] = []
     with torch.no_grad(), evaluating(model), steer(model, probe, control=True):

@@ -52,6 +52,7 @@ class ADHH(Intervention):
 
     kinds = ("self",)
     needs = ("tokens", "images")
+    prefix_local = True
     may_rest = True
 
     @classmethod

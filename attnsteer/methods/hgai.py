@@ -42,6 +42,7 @@ class HGAI(Intervention):
 
     kinds = ("self",)
     needs = ("tokens", "images")
+    prefix_local = True
     pools_heads = True
 
     def check_tokens(self, tokens: Tokens) -> None:

@@ -68,6 +68,7 @@ class VisualKnockout(Intervention):
 
     kinds = ("self",)
     needs = ("tokens", "images")
+    prefix_local = True
     may_rest = True
 
     def check_tokens(self, tokens: Tokens) -> None:

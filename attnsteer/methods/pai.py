@@ -49,6 +49,7 @@ class PAI(Intervention):
 
     kinds = ("self",)
     needs = ("tokens", "images")
+    prefix_local = True
 
     def check_tokens(self, tokens: Tokens) -> None:
         check_some_image(tokens, "PAI")

@@ -57,6 +57,7 @@ class PAINT(Intervention):
 
     kinds = ("self",)
     needs = ("tokens", "images")
+    prefix_local = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

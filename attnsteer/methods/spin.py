@@ -49,6 +49,7 @@ class SPIN(Intervention):
 
     kinds = ("self",)
     needs = ("tokens", "images")
+    prefix_local = True
     whole_heads = True
 
     def check_tokens(self, tokens: Tokens) -> None:

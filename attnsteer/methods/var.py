@@ -95,6 +95,8 @@ class VAR(Intervention):
 
     kinds = ("self",)
     needs = ("tokens", "images", "residual")
+    # Sinks are told token by token, and the rows behind an image are edited by keys that they see.
+    prefix_local = True
     # A prompt without sinks, or without visual sinks in the official code, is left alone.
     may_rest = True
 

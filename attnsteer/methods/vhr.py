@@ -64,6 +64,11 @@ class VHR(Intervention):
     looks_ahead = True
     whole_heads = True
 
+    @property
+    def prefix_local(self) -> bool:  # type: ignore[override]
+        """The rows before the last one stay as they are."""
+        return self.rows == "last"
+
     def check_tokens(self, tokens: Tokens) -> None:
         if is_all(self.alpha, 1.0):
             return

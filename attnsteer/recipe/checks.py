@@ -10,10 +10,9 @@ from typing import Any
 
 from ..errors import AttnSteerError, RecipeError, RegistrationError, did_you_mean, listing
 from ..heads import HeadSet
-from ..intervention import Intervention
 from ..method_files import require
 from .arms import at_zero_strength, methods_of, with_other_spans, with_random_heads, with_random_spans
-from .parameters import Method, is_sample, settable
+from .parameters import Method, is_sample
 from .resolved import METRIC_FILES, absolute_options, names_file, resolve
 from .schema import RESERVED, Recipe
 from .search_specs import calibration_key, search_of, searched_method
@@ -105,25 +104,38 @@ def _check_arms(recipe: Recipe) -> None:
 
 
 def _check_prefix(recipe: Recipe, chosen: Sequence[Method]) -> None:
-    """Raise where what the rows of a prompt's beginning get could depend on what follows, or on the sample."""
-    if recipe.task != "choice" or recipe.model.kind != "lm":
+    """Raise where what the rows of a prompt's beginning get could depend on what follows, or where it could not be told apart."""
+    from ..evals.beginnings import why_whole
+
+    kind = recipe.model.kind
+    if recipe.task not in ("choice", "answer") or kind not in ("lm", "vlm"):
         raise RecipeError(
-            f"prefix: shared is for the task choice with a language model, not for {recipe.task} with {recipe.model.kind}."
+            f"prefix: shared is for the tasks choice and answer with a language or vision-language model, not for {recipe.task} "
+            f"with {kind}."
         )
     if recipe.share != "off":
         raise RecipeError("prefix: shared is for arms that answer by themselves; leave out share.")
     for m in chosen:
-        if any(is_sample(v) for v in m.params.values()):
+        # Prompts about one image share it where their values are the same.
+        if kind == "lm" and any(is_sample(v) for v in m.params.values()):
             raise RecipeError(
                 f"prefix: {m.place} has values by sample, which a shared beginning has not; leave out prefix."
             )
         made = m.placeholder()
-        around = type(made).around is not Intervention.around
-        if around or not made.row_local or made.where.rows is not None or "spans" in settable(m.cls):
-            raise RecipeError(
-                f"prefix: {m.name} may act on the beginning of a prompt by what follows it, so that it cannot be shared; leave "
-                "out prefix."
-            )
+        # Of one whose values no stand-in is known for, the run says so.
+        if made is not None and (reason := why_whole(made)):
+            raise RecipeError(f"prefix: {reason}; leave out prefix.")
+    for place, given in (("decoding", recipe.decoding), ("baseline", recipe.baseline)):
+        for name, value in given.items():
+            if name not in DECODING or (name == "do_sample" and value):
+                raise RecipeError(
+                    f"prefix: shared is for greedy decoding, in which padding in the middle of a prompt plays no part; {place} has "
+                    f"{name}. Leave out prefix."
+                )
+
+
+# Of decoding, what asks nothing of the prompt's tokens.
+DECODING = ("max_new_tokens", "min_new_tokens", "do_sample", "pad_token_id")
 
 
 def _check_decoding(recipe: Recipe) -> None:

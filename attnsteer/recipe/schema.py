@@ -372,7 +372,8 @@ class Recipe(Spec):
         "off", description="Whether arms that differ in values per sample answer together, in one batch: off or auto."
     )
     prefix: Literal["off", "shared"] = Field(
-        "off", description="Whether the tokens that all prompts of a batch begin with are read once: off or shared."
+        "off",
+        description="Whether what prompts of a batch begin with (all, or those about one image) is read once: off or shared.",
     )
     sweep: dict[str, list[JsonValue]] = Field(
         {}, description="Values by path (interventions.0.params.beta): every combination is a point."
@@ -385,7 +386,8 @@ class Recipe(Spec):
     chosen: Name | None = Field(
         None,
         description="Where strength, heads and the like were chosen: a split other than the test's, `published` (the paper's "
-        "own), or `unsearched` (fixed before any run); null: figures are marked as tuned on the test.",
+        "own), `unsearched` (fixed before any run), or `partly` (some on such a split, the rest not); null: figures are "
+        "marked as tuned on the test.",
     )
     notes: str = Field("", description="Known deviations from the paper.")
 

@@ -42,7 +42,11 @@ UNCHANGED = (
 )
 TUNED = "tuned on the test"
 # Words of a recipe's `chosen` that are no split.
-BEFOREHAND = {"published": "as published", "unsearched": "fixed before any run, without a search"}
+BEFOREHAND = {
+    "published": "as published",
+    "unsearched": "fixed before any run, without a search",
+    "partly": "chosen in part on another split than the test's, the rest fixed before any run; the recipe's notes say which",
+}
 # Estimates that say how many answers could be read -> whether they count those that could.
 PARSED = {"parse_rate": True, "unparsed": False}
 

@@ -24,6 +24,18 @@ def dense_maps(model: Any, inputs: dict[str, Any]) -> list[torch.Tensor]:
         return list(twin.eval()(**inputs, output_attentions=True).attentions)
 
 
+def test_a_selection_of_heads_is_part_of_the_whole() -> None:
+    model = tiny_transformers("llama")
+    inputs = tiny_transformers_inputs("llama", model, batch=2, length=10)
+    whole = head_profile(model, [inputs], words=1)
+    for heads, want in (([1, 3], [(1, 1), (1, 3)]), (HeadSet({1: [2]}), [(1, 2)])):
+        some = head_profile(model, [inputs], words=1, where=Where(layers=[1], heads=heads))
+        assert list(some.heads) == want
+        for name in ("entropy", "previous", "copying"):
+            assert some[name] == pytest.approx({p: whole[name][p] for p in want}, abs=1e-6, nan_ok=True)
+        assert all(some.words[p] == whole.words[p] for p in want)
+
+
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 def test_readings_are_those_of_the_dense_map(padding: str | None) -> None:
     model = tiny_transformers("llama")

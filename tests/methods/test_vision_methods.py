@@ -9,7 +9,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnsteer import ADHH, HGAI, PAI, PAINT, SPIN, VAR, VHR, Intervention, VisualKnockout, Where, ZeroTuning, steer
+from attnsteer import (
+    ADHH,
+    HGAI,
+    PAI,
+    PAINT,
+    SPIN,
+    VAR,
+    VHR,
+    HeadSet,
+    Intervention,
+    VisualKnockout,
+    Where,
+    ZeroTuning,
+    steer,
+)
 from attnsteer.errors import AttnSteerError, CompositionError, SelectionError, UnsupportedHost
 from attnsteer.methods.var import placebo, sink_tokens
 from attnsteer.methods.vhr import above_median, divergence
@@ -357,3 +371,22 @@ def test_a_generated_token_never_becomes_a_sink() -> None:
     with steer(model, watching):
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert set(seen) == {n} and method.tau == watching.tau
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (ADHH.llava_15_7b(), r"another model"),
+        (ADHH(HeadSet({0: [9]})), r"\[9\].*another model"),
+        (PAI(0.2, HeadSet({0: [0]}, shape=(32, 32))), "32, 32"),
+        (PAINT([[0]], [[]], 0.2, 0.1, heads=HeadSet({31: [0]})), r"\[31\].*another model"),
+        (VAR(sink_dims=(3,), where=Where(heads=HeadSet({0: [9]}))), r"\[9\].*another model"),
+        (VHR(2.0, where=Where(heads=HeadSet({31: [0]}))), r"\[31\].*another model"),
+        (VisualKnockout([("last", "image")], where=Where(layers=[31])), r"31"),
+    ],
+    ids=lambda x: type(x).__name__ if not isinstance(x, str) else "",
+)
+def test_heads_and_layers_of_another_model_are_refused_when_attached(method: Any, words: str) -> None:
+    model = build("llava")
+    with pytest.raises(SelectionError, match=words):
+        steer(model, method)

@@ -56,6 +56,8 @@ def test_a_shipped_recipe_is_sound(name: str) -> None:
     missing = check(recipe)
     assert all("there is no f" in p or "attnsteer zoo fetch" in p for p in missing), missing
     assert recipe.controls.zero and all(s.zero for s in recipe.interventions)
+    # Chosen by one rule, which is stated; else it is "partly".
+    assert recipe.chosen != "calibration" or re.search(r"[Rr]ule( for [^:]*)?:", recipe.notes)
     for claim in recipe.claims:
         assert claim.setting and re.search(r"\d{4}\.\d{5}|FeijiangHan", claim.source), claim
     if recipe.model.hub:

@@ -77,6 +77,7 @@ def test_no_loss_is_excused_by_random_heads(strong: Path, tmp_path: Path) -> Non
         ({"chosen": "calibration"}, False, "chosen on the split calibration"),
         ({"chosen": "published"}, False, "as published"),
         ({"chosen": "unsearched"}, False, "without a search"),
+        ({"chosen": "partly"}, False, "chosen in part on another split"),
     ],
 )
 def test_where_settings_were_chosen(tmp_path: Path, changes: dict[str, Any], tuned: bool, words: str) -> None:

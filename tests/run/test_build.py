@@ -225,6 +225,7 @@ def _fields(name: str) -> Any:
 
 
 HUB = {"hub": "a/b", "kind": "lm", "architecture": "llama"}
+TUNING = {"method": "ZeroTuning"}
 GATE = {"method": "HeadGate", "params": {"gates": {"$pairs": [[[0, 0], 0.5]]}}}
 
 
@@ -273,10 +274,12 @@ GATE = {"method": "HeadGate", "params": {"gates": {"$pairs": [[[0, 0], 0.5]]}}}
         ({"sweep": {"interventions.0.params.beta": [0.5, 9.0]}}, ["ACT(beta=9.0"]),
         ({"prefix": "shared"}, ["prefix: ACT may act on the beginning of a prompt by what follows it"]),
         ({"prefix": "shared", "share": "auto"}, ["prefix: shared is for arms that answer by themselves"]),
-        ({"prefix": "shared", "interventions": [{"method": "PASTA", "params": {"spans": [[[0, 2]]]}}]}, ["prefix: PASTA may act"]),
+        ({"prefix": "shared", "interventions": [{"method": "PASTA", "params": {"spans": [[[0, 2]]]}}]}, ["PASTA marks spans"]),
         ({"prefix": "shared", "interventions": [{"method": "AttentionBuckets", "zero": {"bases": [100]}}]}, ["prefix: AttentionB"]),
         ({"prefix": "shared", "interventions": [{"method": "ZeroTuning", "params": {"gamma": {"sample": "x"}}}]}, ["by sample"]),
         ({"prefix": "shared", "interventions": [{"method": "ZeroTuning", "where": {"rows": "last"}}]}, ["prefix: ZeroT"]),
+        ({"prefix": "shared", "interventions": [TUNING], "task": "answer", "decoding": {"num_beams": 2}}, ["num_beams"]),
+        ({"prefix": "shared", "interventions": [TUNING], "task": "caption"}, ["not for caption with lm"]),
     ],
 )  # fmt: skip
 def test_what_the_check_finds(changes: dict[str, Any], words: list[str]) -> None:

@@ -396,3 +396,39 @@ def test_a_shared_beginning_gives_the_scores_of_whole_prompts(tmp_path: Path) ->
     assert any(
         abs(a - b) > 1e-3 for r in rows for a, b in zip(by["method", r["id"]], by["baseline", r["id"]], strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"task": "answer", "decoding": {"max_new_tokens": 2}},
+        {"task": "choice", "decoding": {}, "metrics": ["choice"], "primary": "choice.accuracy"},
+        {
+            "interventions": [
+                {"method": "PAINT", "params": {"local": {"sample": "local"}, "summary": {"sample": "summary"}}}
+            ]
+        },
+    ],
+    ids=["answer", "choice", "by sample"],
+)
+def test_questions_about_one_image_share_its_cache(
+    tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attnsteer.evals import beginnings
+
+    told: list[Any] = []
+    make = beginnings.image_beginnings
+    monkeypatch.setattr(beginnings, "image_beginnings", lambda *a: told.append(make(*a)) or told[-1])
+    vhr = {"method": "VHR", "params": {"alpha": 2.0, "rows": "last"}}
+    data = {"zoo": "existence", "limit": 9, "options": {"kind": "adversarial", "patches": "paint"}}
+    fixed = {"data": data, "interventions": [vhr], "controls": {}, "batch_size": 9}
+    found = {}
+    for prefix in ("off", "shared"):
+        done = recipe(tmp_path / prefix, **{**EXISTENCE, **fixed, **changes, "prefix": prefix})
+        run(done, out=tmp_path / prefix / "run")
+        found[prefix] = records(tmp_path / prefix / "run")
+    # Six questions about the first image, three about the next, for the baseline and for the method.
+    assert [len(t.ids) for t in told] == [2, 2]
+    for one, other in zip(found["off"], found["shared"], strict=True):
+        scores = one.pop("scores", []), other.pop("scores", [])
+        assert one == other and scores[1] == pytest.approx(scores[0], abs=1e-5)

@@ -163,6 +163,32 @@ def test_refused(model: Any) -> None:
         screen_heads(model, ZeroTuning(gamma=2.0), [{"input_ids": torch.ones(1, 4).long() * 5}], metric=cut)
 
 
+def test_heads_screened_on_calibration_passages_are_good_on_test_passages() -> None:
+    """Scores shrink on other passages, and their order changes; the best heads are still far above the rest."""
+    from attnsteer import zoo
+    from attnsteer.zoo.shapes import reading
+
+    model, tokenizer = zoo.load("shapes-lm")
+    where = Where(layers=range(2, 6))
+    methods = {"act": ACT(beta=0.4, where=where), "zero": ZeroTuning(gamma=6.0, where=where)}
+
+    def screened(split: str) -> Any:
+        samples = []
+        for i in range(100, 124):
+            r = reading.reading(split, i, "one-shot")
+            ids = [tokenizer.convert_tokens_to_ids(c) for c in r.choices]
+            samples.append(Choice(tokenizer(r.prompt)["input_ids"], ids, r.answer))
+        return screen_heads(model, methods, samples, batch=24)
+
+    calibration, test = screened("calibration"), screened("test")
+    for name in methods:
+        best, scores = calibration[name].top(6), test[name].scores
+        top = sum(scores[p] for p in best) / 6
+        rest = sum(v for p, v in scores.items() if p not in best) / (len(scores) - 6)
+        assert top > 2 * max(rest, 0.0) and top > 0, (name, top, rest)
+        assert agreement(calibration[name], scores) > 0.2, name
+
+
 @pytest.mark.long
 def test_against_one_head_at_a_time_on_the_embedded_model() -> None:
     from attnsteer import zoo

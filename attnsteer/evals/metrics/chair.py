@@ -33,7 +33,8 @@ def metric(
     (classes mentioned), `there` (classes in the image), `words`; `false` and `missed` (classes) for F1.
 
     The record has `generated`, and `objects`: [colour, shape] pairs, or names of COCO categories; or, with `instances` or
-    `captions`, `image_id` in place of `objects`.
+    `captions`, `image_id` in place of `objects`; and `finished`, if it is known whether the caption ended by itself: `cut`
+    is the share of those that the token limit ended, whose last words are whatever stood there.
 
     Args:
         synonyms: path of COCO's synonym table in the official format. instances, captions: paths of COCO annotation
@@ -56,7 +57,10 @@ def metric(
         if drop_incomplete:
             text = "".join(re.findall(r"[^.!?]*[.!?]", text))
         mentions, hallucinated, named, classes, there = reader(text, record[key])
+        known = record.get("finished") is not None
+        ended = {"known_end": 1, "cut": int(not record["finished"])} if known else {}
         return {
+            **ended,
             "hallucinating": int(hallucinated > 0),
             "mentions": mentions,
             "hallucinated": hallucinated,
@@ -81,9 +85,11 @@ def metric(
             "f1": f1("named", "false", "missed"),
             "mentions": Mean("mentions"),
             "length": Mean("words"),
+            "cut": Ratio(("cut",), ("known_end",)),
         },
+        when={"cut": "known_end"},
         note=f"objects: {kind}; incomplete last sentence {'dropped' if drop_incomplete else 'kept'}",
-        better={"chair_s": -1, "chair_i": -1, "recall": 1, "precision": 1, "f1": 1},
+        better={"chair_s": -1, "chair_i": -1, "recall": 1, "precision": 1, "f1": 1, "cut": -1},
     )
 
 

@@ -70,14 +70,14 @@ def distinct(words: Sequence[str], n: int) -> float | None:
 def guard(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """What makes an improvement suspicious: sentences for a report, none where nothing does.
 
-    Looks at those that both have of `recall` (of CHAIR), `length`, `repetition`, `looping` and `empty`.
+    Looks at those that both have of `recall` (of CHAIR), `length`, `repetition`, `looping`, `empty` and `cut`.
 
     Args:
         before, after: estimates of both arms by name, as `aggregate` gives them (of several metrics, put together).
     """
     pairs = {
         k: tuple(float(getattr(arm[k], "value", arm[k])) for arm in (before, after))
-        for k in ("recall", "length", "repetition", "looping", "empty")
+        for k in ("recall", "length", "repetition", "looping", "empty", "cut")
         if k in before and k in after
     }
     found = []
@@ -91,6 +91,7 @@ def guard(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
         ("repetition", "repeated 4-grams"),
         ("looping", "texts that loop"),
         ("empty", "empty texts"),
+        ("cut", "texts that never ended, cut off by the token limit,"),
     ):
         if key in pairs and pairs[key][1] - pairs[key][0] > GAINED_REPETITION:
             found.append(f"{words} rose from {pairs[key][0]:.1%} to {pairs[key][1]:.1%}")

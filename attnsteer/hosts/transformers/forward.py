@@ -504,7 +504,7 @@ class Stack:
             ids = self._behind_virtual(forward, outer, ids)
         tokens = Tokens(batch=forward.batch, length=length, valid=forward.valid, ids=ids, virtual=forward.virtual)
         tokens.request = forward.request
-        tokens.repeats = self._repeats(forward.batch, outer, before if past else None)
+        tokens.repeats = self._repeats(forward.batch, scope, outer, before if past else None)
         tokens.more_to_come = length < total if total is not None else scope.chunked
         if forward.phase == "prefill":
             tokens.prompt = length if forward.prompt is None else min(length, forward.prompt)
@@ -516,8 +516,10 @@ class Stack:
         return tokens
 
     @staticmethod
-    def _repeats(batch: int, outer: Outer, before: Tokens | None) -> Samples | None:
-        """Which sample each row belongs to: as in the cache, or as `generate` repeats its prompts; None: each is one."""
+    def _repeats(batch: int, scope: Scope, outer: Outer, before: Tokens | None) -> Samples | None:
+        """Which sample each row belongs to: as told, as in the cache, or as `generate` repeats its prompts; None: each is one."""
+        if scope.samples is not None and scope.samples.batch == batch:
+            return scope.samples
         if before is not None and before.batch == batch:
             return before.repeats
         generation = outer.generation or outer.beside

@@ -23,7 +23,7 @@ class Request:
         samples: of the batch. data: where their images are. decoding: arguments of the model's call. seed: of the recipe.
         run: the steering, or None for the baseline. score_pictures: of pictures, see `attnsteer.run.scorers`.
         folder: of the run. images: the folder in it for this arm's pictures.
-        shared_prefix: read the tokens that all prompts begin with once.
+        shared_prefix: read what prompts begin with (all of them; or those about one image) once.
     """
 
     samples: Sequence[Sample]

@@ -2,7 +2,7 @@
 
 Where every choice of a batch is one token, the batch is one padded forward that computes the last row's logits alone. Else
 the prompts are prefilled, the statistics of methods are frozen, and the choices are scored over the cache, so that no choice
-can move them; prompts with images one by one. What all prompts of a batch begin with is read once where the recipe says so.
+can move them; prompts with images one by one. What prompts of a batch begin with is read once where the recipe says so.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ...errors import RunError
 from ..loaded import Loaded
 from . import Request, sample_fields
-from .prompts import continuations, encode, positions
+from .prompts import beginnings, continuations, encode, positions
 
 RECORD_KEYS = ("scores",)
 SAMPLE_KEYS = ("choices", "answer", "level", "category")
@@ -30,11 +30,12 @@ def answer(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], list
 
     every = [continuations(loaded.tokenizer, s["prompt"], s["choices"])[1] for s in request.samples]
     with torch.inference_mode():
-        if not request.shared_prefix and all(len(c) == 1 for own in every for c in own):
+        scores = _over_beginnings(loaded, request, every) if request.shared_prefix else None
+        if scores is None and all(len(c) == 1 for own in every for c in own):
             scores = _at_once(loaded, request, every)
-        elif loaded.kind == "lm":
+        elif scores is None and loaded.kind == "lm":
             scores = _over_the_cache(loaded, request, every)
-        else:
+        elif scores is None:
             scores = [_one_by_one(loaded, request, i, own) for i, own in enumerate(every)]
     bad = [s["id"] for s, own in zip(request.samples, scores, strict=True) if any(map(math.isnan, own))]
     if bad:
@@ -57,10 +58,27 @@ def _at_once(loaded: Loaded, request: Request, every: Sequence[Sequence[Sequence
 
 
 def _over_the_cache(loaded: Loaded, request: Request, every: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
-    from ...evals.continuations import common_prefix, score_continuations
-
     contexts = [loaded.tokenizer(s["prompt"].rstrip()).input_ids for s in request.samples]
-    shared = common_prefix(contexts) if request.shared_prefix else 0
+    return _scored(loaded, request, contexts, every)
+
+
+def _over_beginnings(
+    loaded: Loaded, request: Request, every: Sequence[Sequence[Sequence[int]]]
+) -> list[list[float]] | None:
+    """None where no two prompts begin alike."""
+    contexts, shared = beginnings(loaded, request, encode(loaded, request, strip=True))
+    return None if shared is None else _scored(loaded, request, contexts, every, shared)
+
+
+def _scored(
+    loaded: Loaded,
+    request: Request,
+    contexts: Sequence[Sequence[int]],
+    every: Sequence[Sequence[Sequence[int]]],
+    shared: Any = None,
+) -> list[list[float]]:
+    from ...evals.continuations import score_continuations
+
     found = score_continuations(loaded.target, contexts, every, request.run, shared=shared)
     return [[score.log_likelihood for score in own] for own in found]
 

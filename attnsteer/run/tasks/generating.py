@@ -7,7 +7,7 @@ from typing import Any
 
 from ..loaded import Loaded
 from . import Request
-from .prompts import encode
+from .prompts import beginnings, encode
 
 
 def generate(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], list[int]]:
@@ -21,6 +21,7 @@ def generate(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], li
     devices = [loaded.device] if torch.device(loaded.device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.inference_mode():
         torch.manual_seed(seed)
+        batch = _over_beginnings(loaded, request, batch) if request.shared_prefix else batch
         out = loaded.target.generate(**batch, **{"pad_token_id": loaded.tokenizer.pad_token_id, **options})
     new = out[:, batch["input_ids"].shape[1] :]
     ends = _ends(loaded)
@@ -32,6 +33,17 @@ def generate(loaded: Loaded, request: Request) -> tuple[list[dict[str, Any]], li
         text = loaded.tokenizer.decode(own, skip_special_tokens=True)
         rows.append({"generated": text.strip(), "finished": stop is not None})
     return rows, written
+
+
+def _over_beginnings(loaded: Loaded, request: Request, batch: Any) -> Any:
+    """The batch over a cache of what its prompts begin with; as it is where no two begin alike."""
+    from ...evals.beginnings import laid_out
+
+    contexts, shared = beginnings(loaded, request, batch)
+    if shared is None:
+        return batch
+    laid = laid_out(loaded.target, contexts, shared, request.run)
+    return {"input_ids": laid.ids, "attention_mask": laid.valid.long(), "past_key_values": laid.cache}
 
 
 def _ends(loaded: Loaded) -> set[int]:

@@ -54,6 +54,22 @@ def encode(loaded: Loaded, request: Request, strip: bool = False) -> Any:
     return batch.to(loaded.device)
 
 
+def beginnings(loaded: Loaded, request: Request, batch: Any) -> tuple[list[list[int]], Any]:
+    """(token ids of each prompt, what they begin with: `attnsteer.evals.beginnings.Beginnings`, or None where no two begin alike).
+
+    Args:
+        batch: what `encode` gave for the request.
+    """
+    from ...evals.beginnings import Beginnings, common_prefix, image_beginnings
+
+    mask = batch["attention_mask"].bool()
+    contexts = [ids[own].tolist() for ids, own in zip(batch["input_ids"], mask, strict=True)]
+    if loaded.kind == "vlm":
+        return contexts, image_beginnings(loaded.target, batch, request.run)
+    alike = common_prefix(contexts)
+    return contexts, Beginnings.text(contexts, alike) if alike else None
+
+
 def positions(model: Any, mask: Any) -> dict[str, Any]:
     """`position_ids` of prompts padded on the left, where the model's forward takes them: one with learned positions counts
     padding otherwise. Nothing where none is padded. `generate` does so by itself, and models of pictures have their own.

@@ -11,6 +11,7 @@ from attnsteer.errors import RecordError
 from attnsteer.evals.coco import Vocabulary, present
 from attnsteer.evals.metrics import get_metric
 from attnsteer.evals.metrics.base import UndefinedMetric
+from attnsteer.evals.metrics.fluency import guard
 from attnsteer.evals.significance import ratio_bootstrap, wilson
 
 # Own lines in the official format, with its quirks: a leading blank, a capital, three words.
@@ -120,6 +121,18 @@ def test_nothing_mentioned() -> None:
     with pytest.warns(UndefinedMetric):
         found = metric.aggregate(samples, draws=10)
     assert found["chair_i"].value == 0.0 and found["recall"].value == 0.0 and found["mentions"].value == 0.0
+
+
+def test_captions_that_never_end() -> None:
+    """They count as they stand, and the share of them and its rise are said."""
+    metric = get_metric("chair")
+    told = {"objects": [["red", "circle"]], "generated": "a red circle and a red circle and a"}
+    assert "cut" not in metric.sample(told) and metric.sample({**told, "finished": True})["cut"] == 0
+    ends = metric.aggregate([metric.sample({**told, "finished": True})] * 4, draws=10)
+    never = metric.aggregate([metric.sample({**told, "finished": i == 0}) for i in range(4)], draws=10)
+    assert (ends["cut"].value, never["cut"], never["mentions"].value) == (0.0, wilson(3, 4), 2.0)
+    assert guard(ends, never) == ["texts that never ended, cut off by the token limit, rose from 0.0% to 75.0%"]
+    assert not guard(never, ends)
 
 
 def test_the_incomplete_sentence(table: Path) -> None:
