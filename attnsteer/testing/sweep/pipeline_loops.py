@@ -38,7 +38,7 @@ EMBEDS = (
 )
 ASKED = {*TEXTS, *EMBEDS, "class_labels"}
 # Models whose image keys stand before the text's, or a reference's, by their code.
-OWN_FIRST = re.compile("Nucleus|StableCascade|Wuerstchen|WanAnimate2")
+OWN_FIRST = re.compile("Nucleus|StableCascade|Wuerstchen")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NEXT = str.maketrans(LETTERS, LETTERS[1:] + LETTERS[0])
 PICTURES = ("image", "example_image")
@@ -389,7 +389,9 @@ class Loop:
             cut = tuple(slice(0, n) for n in output.shape)
             if term.numel() == output.numel():
                 # Frames of which there is one may be left out.
-                term, seen = term.reshape(output.shape), [r.reshape(-1, *output.shape[1:]) for r in seen]
+                size = output[:1].numel()
+                term = term.reshape(output.shape)
+                seen = [r.reshape(-1, *output.shape[1:]) for r in seen if r.numel() % size == 0]
             if term.ndim != output.ndim:
                 return output
             return output + self._sign(seen, output) * term[cut]
