@@ -279,7 +279,6 @@ GATE = {"method": "HeadGate", "params": {"gates": {"$pairs": [[[0, 0], 0.5]]}}}
         ({"prefix": "shared", "interventions": [{"method": "ZeroTuning", "params": {"gamma": {"sample": "x"}}}]}, ["by sample"]),
         ({"prefix": "shared", "interventions": [{"method": "ZeroTuning", "where": {"rows": "last"}}]}, ["prefix: ZeroT"]),
         ({"prefix": "shared", "interventions": [TUNING], "task": "answer", "decoding": {"num_beams": 2}}, ["num_beams"]),
-        ({"prefix": "shared", "interventions": [TUNING], "task": "caption"}, ["not for caption with lm"]),
     ],
 )  # fmt: skip
 def test_what_the_check_finds(changes: dict[str, Any], words: list[str]) -> None:

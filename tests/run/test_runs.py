@@ -427,8 +427,8 @@ def test_questions_about_one_image_share_its_cache(
         done = recipe(tmp_path / prefix, **{**EXISTENCE, **fixed, **changes, "prefix": prefix})
         run(done, out=tmp_path / prefix / "run")
         found[prefix] = records(tmp_path / prefix / "run")
-    # Six questions about the first image, three about the next, for the baseline and for the method.
-    assert [len(t.ids) for t in told] == [2, 2]
+    # Six questions about the first image, three about the next, in each of three arms.
+    assert [len(t.ids) for t in told] == [2, 2, 2]
     for one, other in zip(found["off"], found["shared"], strict=True):
         scores = one.pop("scores", []), other.pop("scores", [])
         assert one == other and scores[1] == pytest.approx(scores[0], abs=1e-5)
