@@ -96,6 +96,18 @@ class Bank:
                 self._kept[(*path, id(held))] = dict(vars(held))
                 _fill(held, old)
 
+    def own(self, value: Any) -> Any:
+        """An argument of a pass: in passes that are not the pipeline's own, a copy of what the model keeps keys and values in.
+
+        It is made behind the first pass of the pipeline itself, so that blocks that are not run again have what they left there.
+        """
+        if not self._path or isinstance(value, nn.Module) or not type(value).__module__.startswith("diffusers"):
+            return value
+        key = (*self._path, "argument", id(value))
+        if key not in self._kept:
+            self._kept[key] = (value, copy.deepcopy(value))
+        return self._kept[key][1]
+
 
 def _remembers(value: Any) -> bool:
     """Whether a hook's attribute is where it keeps its state."""

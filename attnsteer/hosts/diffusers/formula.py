@@ -8,6 +8,7 @@ normalised too. There the rows stay as they are, and the term is added to what t
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,7 @@ class Formula:
 
     Attributes:
         outside: whether a term is added to the combination, instead of to each row.
-        held: the term that waits for the scheduler's step.
+        held: the term that waits for the scheduler's step. given: the conditional prediction, as the model gave it.
     """
 
     def __init__(self, pipeline: DiffusionPipeline | None):
@@ -48,6 +49,7 @@ class Formula:
         code = getattr(inspect.unwrap(type(pipeline).__call__), "__code__", None) if pipeline is not None else None
         self.outside = code is not None and bool(NORMALISES & {*code.co_names, *code.co_varnames})
         self.held: Tensor | None = None
+        self.given: Tensor | None = None
         self._rows: list[Tensor] = []
         self._known = False
         # How far the combination was from a sum of the rows; unknown: as far as can be.
@@ -55,7 +57,7 @@ class Formula:
 
     def restart(self) -> None:
         """A new run."""
-        self.held, self._rows, self._known = None, [], False
+        self.held, self.given, self._rows, self._known = None, None, [], False
 
     def see(self, prediction: Prediction, inputs: BranchInputs, turn: int) -> Prediction:
         """What the pipeline gets of a guided prediction.
@@ -76,15 +78,34 @@ class Formula:
         given = prediction.with_sample(prediction.raw) if self.outside else prediction
         if self.outside:
             self.held = prediction.shift
+            if "cond" in inputs.layout:
+                self.given = prediction.raw.detach()
         if not self._known:
             size = inputs.batch // len(inputs.layout)
             self._rows += [given.sample[i * size].detach() for i in range(len(inputs.layout))]
         return given
 
-    def take(self) -> Tensor | None:
-        """The term that waits; it waits no longer."""
-        term, self.held = self.held, None
-        return term
+    def take(self, made: Tensor | None) -> Tensor | None:
+        """The term that waits, in the form of what was made of the prediction; it waits no longer.
+
+        Args:
+            made: the numbers of the prediction in another shape, negated, or those of its last or first tokens.
+
+        Raises:
+            UnsupportedHost: they are not.
+        """
+        term, given, self.held, self.given = self.held, self.given, None, None
+        if term is None or made is None:
+            return None
+        for part in _parts(given, made):
+            own, more = part(given).reshape(made.shape), part(term).reshape(made.shape)
+            for sign in (1.0, -1.0):
+                if torch.equal((sign * own).to(made.dtype), made):
+                    return sign * more
+        raise UnsupportedHost(
+            f"the guider combines {tuple(made.shape)}, and the denoiser predicts {tuple(given.shape)}: its numbers are changed "
+            "before they are combined, so that a guidance term cannot be added behind it."
+        )
 
     def step(self, output: Any) -> Any:
         """The model output of a scheduler's step, with the held term.
@@ -134,6 +155,19 @@ class Formula:
                 "and put hooks that change the denoiser's prediction on before it is steered."
             )
         return self._sign
+
+
+def _parts(given: Tensor, made: Tensor) -> list[Callable[[Tensor], Tensor]]:
+    """The ways to take as many numbers of each row as `made` has: all, or the last or first along one axis."""
+    if given.numel() == made.numel():
+        return [lambda t: t]
+    if given.ndim != made.ndim:
+        return []
+    axes = [i for i, (g, m) in enumerate(zip(given.shape, made.shape, strict=True)) if g != m]
+    if len(axes) != 1 or not axes[0] or made.shape[axes[0]] > given.shape[axes[0]]:
+        return []
+    axis, size = axes[0], made.shape[axes[0]]
+    return [lambda t: t.narrow(axis, t.shape[axis] - size, size), lambda t: t.narrow(axis, 0, size)]
 
 
 def _leading(term: Tensor, output: Tensor) -> Tensor | None:

@@ -128,6 +128,10 @@ class GuidedForward:
             clock.look(functools.partial(self._plainly, inner), values)
         if sampling.bystander:
             return inner(*args, **kwargs)
+        if sampling.apart is not None and sampling.apart():
+            # Of no branch: no guidance, nor an edit of one branch.
+            with clock.on_rows(("apart",), 1):
+                return inner(*args, **kwargs)
         clock.begin(values)
         clock.check_samples()
         working = [
@@ -164,7 +168,7 @@ class GuidedForward:
     def _plainly(self, inner: Callable[..., Any], values: dict[str, Any]) -> Any:
         """A dry run of the model itself."""
         with self.bank.branch("look"):
-            return inner(**values)
+            return inner(**{name: self.bank.own(value) for name, value in values.items()})
 
     def predict(self, inner: Callable[..., Any], inputs: BranchInputs) -> Prediction:
         """One pass of the model itself; containers are copied, because some models empty the lists that they get."""
@@ -177,7 +181,7 @@ class GuidedForward:
     def _predict(self, inner: Callable[..., Any], inputs: BranchInputs) -> Prediction:
         self.clock.forget_calls()
         with self.clock.on_rows(inputs.layout, inputs.batch):
-            given = inner(**{name: _copied(value) for name, value in inputs.values.items()})
+            given = inner(**{name: _copied(self.bank.own(value)) for name, value in inputs.values.items()})
         self.check_reached(inputs)
         return Prediction(given, inputs.batch)
 

@@ -121,7 +121,9 @@ class AttnSteerGuider(BaseGuidance):
         output = self.base(data)
         if self._batches is None:
             return output
-        output = self._batches.combined(output)
+        key = self.base._identifier_key
+        cond = next((b.noise_pred for b in data if getattr(b, key, None) == "pred_cond"), None)
+        output = self._batches.combined(output, cond)
         if self._told is not None and self._told[0] == self._told[1] - 1:
             self.remove()
         return output

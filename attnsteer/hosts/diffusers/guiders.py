@@ -8,8 +8,11 @@ once, for any formula (projected, CFG-Zero*, rescaled, skip-layer guidance).
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from ...errors import UnsupportedHost
 from .formula import NORMALISES
@@ -29,6 +32,7 @@ class Batches:
         self.sampling, self.key = sampling, key
         self._names: list[str] = []
         self._next = 0
+        self.running = False
 
     def begin(self, batches: list[Any]) -> None:
         """The batches of a step, in the order in which the denoiser is asked for them."""
@@ -36,6 +40,7 @@ class Batches:
 
     def ready(self) -> None:
         """The denoiser is about to be asked for the next one."""
+        self.running = True
         name = self._names[self._next] if self._next < len(self._names) else "?"
         self._next += 1
         self.sampling.context = BRANCHES.get(name)
@@ -43,20 +48,15 @@ class Batches:
 
     def done(self) -> None:
         """The denoiser has answered."""
+        self.running = False
         self.sampling.context, self.sampling.bystander = None, False
 
-    def combined(self, output: Any) -> Any:
-        """The guider's output with the term that waits."""
-        term = self.sampling.formula.take()
+    def combined(self, output: Any, cond: Any) -> Any:
+        """The guider's output with the term that waits. `cond`: the conditional prediction that it combined."""
         pred = getattr(output, "pred", None)
-        if term is None or pred is None:
-            return output
-        if pred.shape != term.shape:
-            raise UnsupportedHost(
-                f"the guider combines {tuple(pred.shape)}, and the guidance term is {tuple(term.shape)}: it takes the denoiser's "
-                "predictions apart first, so that a term on all of them cannot be added behind it."
-            )
-        output["pred"] = pred + term.to(pred.dtype)
+        term = self.sampling.formula.take(cond if pred is not None and isinstance(cond, Tensor) else None)
+        if term is not None:
+            output["pred"] = pred + term.to(pred.dtype)
         return output
 
 
@@ -66,6 +66,7 @@ def watch_guider(pipe: Any, sampling: Sampling, journal: Journal) -> None:
     if guider is None:
         return
     batches = Batches(sampling, guider._identifier_key)
+    sampling.apart = lambda: not batches.running and _by_a_block_without_guider()
     sampling.guard = lambda: _same_parts(pipe, guider, sampling.scheduler)
     sampling.formula.outside = True
 
@@ -90,13 +91,27 @@ def watch_guider(pipe: Any, sampling: Sampling, journal: Journal) -> None:
         )
         return inner(step=step, num_inference_steps=num_inference_steps, timestep=timestep, **kwargs)
 
+    def combined(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return batches.combined(inner(*args, **kwargs), kwargs.get("pred_cond", next(iter(args), None)))
+
     for name in ("prepare_inputs", "prepare_inputs_from_block_state"):
         journal.wrap(guider, name, prepared)
     journal.wrap(guider, "prepare_models", ready)
     journal.wrap(guider, "cleanup_models", done)
     journal.wrap(guider, "set_state", state)
     if not _normalises(pipe):
-        journal.wrap(guider, "forward", lambda inner, *args, **kwargs: batches.combined(inner(*args, **kwargs)))
+        journal.wrap(guider, "forward", combined)
+
+
+def _by_a_block_without_guider() -> bool:
+    """Whether the block that makes the running call has no guider: it prepares what others read, as the keys of a reference."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        specs = getattr(frame.f_locals.get("self"), "expected_components", None)
+        if isinstance(specs, list):
+            return all(spec.name != "guider" for spec in specs)
+        frame = frame.f_back
+    return False
 
 
 def _normalises(pipe: Any) -> bool:

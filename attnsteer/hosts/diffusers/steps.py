@@ -53,6 +53,8 @@ class Sampling:
         # (step, steps, timestep) as a guider says them, and whether the running call belongs to a method of its own.
         self.told: tuple[int, int, float] | None = None
         self.bystander = False
+        # Whether the running call is made apart from the batches of the pipeline's guider; None: there is no guider.
+        self.apart: Callable[[], bool] | None = None
         # Raises where parts of the pipeline were exchanged; asked at each denoiser call.
         self.guard: Callable[[], None] | None = None
         self.conditions = Conditions(pipeline)

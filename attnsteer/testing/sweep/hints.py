@@ -160,6 +160,22 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
         "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
         "spatial_shapes": torch.tensor([[4, 4], [4, 4]]),
     },
+    "timesfm": lambda model: {**_patched(model), "freq": torch.zeros(2, 1, dtype=torch.long)},
+    "timesfm2_5": lambda model: _patched(model),
+    "patchtst": lambda model: _channels(model),
+    "patchtsmixer": lambda model: _channels(model),
+    "seggpt": lambda model: {
+        name: torch.randn(2, 3, *model.config.image_size)
+        for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")
+    },
+    "video_llama_3_vision": lambda model: {
+        "pixel_values": torch.randn(32, 3 * model.config.patch_size**2),
+        "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+        "merge_sizes": torch.tensor([2, 2]),
+    },
+    "wav2vec2-bert": lambda model: {"input_features": torch.randn(2, 16, model.config.feature_projection_input_dim)},
+    "pe_audio": lambda model: {"input_ids": _ids(model), "input_values": torch.randn(2, 1, 4096)},
+    "pe_audio_encoder": lambda model: {"input_values": torch.randn(2, 1, 4096)},
     "time_series_transformer": lambda model: _series(model),
     "informer": lambda model: _series(model),
     "autoformer": lambda model: _series(model),
@@ -168,6 +184,15 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
 
 def _ids(model: Any) -> torch.Tensor:
     return torch.arange(5, 13).expand(2, 8)
+
+
+def _patched(model: Any) -> dict[str, Any]:
+    values = torch.rand(2, 4 * model.config.patch_length)
+    return {"past_values": values, "past_values_padding": torch.zeros_like(values, dtype=torch.long)}
+
+
+def _channels(model: Any) -> dict[str, Any]:
+    return {"past_values": torch.rand(2, model.config.context_length, model.config.num_input_channels)}
 
 
 def _series(model: Any) -> dict[str, Any]:

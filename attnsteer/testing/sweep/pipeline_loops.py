@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import json
@@ -36,7 +37,7 @@ EMBEDS = (
     "audio_embeds",
 )
 ASKED = {*TEXTS, *EMBEDS, "class_labels"}
-# Models whose image keys stand before the text's, by their code.
+# Models whose image keys stand before the text's, or a reference's, by their code.
 OWN_FIRST = re.compile("Nucleus|StableCascade|Wuerstchen")
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NEXT = str.maketrans(LETTERS, LETTERS[1:] + LETTERS[0])
@@ -157,6 +158,7 @@ class Loop:
             self.reason = "its small random parts give numbers that are not finite"
             return
         self.calls = [self._changed(a, b) for a, b in zip(first["first"], second["first"], strict=True)]
+        self.given = first["given"]
         found = [s for s in sites(pipe) if s.component == self.name]
         self.sites = found
         ran = first["ran"]
@@ -212,12 +214,13 @@ class Loop:
         for key in PICTURES:
             if change and key in given and not ASKED & set(given):
                 given[key] = _negative(given[key])
-        found: dict[str, Any] = {"name": None, "first": [], "steps": [], "ran": set(), "scheduler": None}
+        found: dict[str, Any] = {"name": None, "first": [], "given": [], "steps": [], "ran": set(), "scheduler": None}
 
         def around(name: str, inner: Any, values: dict[str, Any]) -> Any:
             found["name"] = found["name"] or name
             if name == found["name"] and not found["steps"]:
                 found["first"].append(_floats(values))
+                found["given"].append(frozenset(values))
             if found["ran"]:
                 return inner()
             with watching(getattr(pipe, name)) as watch:
@@ -266,7 +269,7 @@ class Loop:
                 self.running = _name
                 if not _attends:
                     return _inner(*args, **kwargs)
-                return around(_name, lambda: _inner(*_fresh(args), **_fresh(kwargs)), values)
+                return around(_name, lambda own=None: _inner(*_fresh(args, own), **_fresh(kwargs, own)), values)
 
             vars(model)["forward"] = forward
             undo.append(model)
@@ -341,14 +344,15 @@ class Loop:
         """The run with a loop's own weak pass. `rows`: the term goes on every row, instead of on their combination."""
         pipe, given = self.pipe, self.inputs()
         rows = rows or self.stepless
-        state: dict[str, Any] = {"call": 0, "term": None, "rows": []}
+        state: dict[str, Any] = {"call": 0, "term": None, "rows": [], "own": {}}
         steps: list[Tensor] = []
 
         def around(name: str, inner: Any, values: dict[str, Any]) -> Any:
             if name != self.name:
                 return inner()
-            cond = torch.tensor(self.calls[state["call"] % len(self.calls)])
-            state["call"] += 1
+            at = self._place(values, state["call"])
+            cond = torch.tensor(self.calls[at])
+            state["call"] = at + 1
             seed = torch.get_rng_state()
             strong = inner()
             module = getattr(pipe, name).get_submodule(self.site.name)
@@ -357,10 +361,11 @@ class Loop:
             torch.set_rng_state(seed)
             if what == "HeadGate":
                 with watching(getattr(pipe, name), {self.site.name: (self.site.heads, 0)}):
-                    weak = inner()
+                    # What it leaves for later calls counts where all rows are edited.
+                    weak = inner(None if bool(cond.all()) else state["own"])
             else:
                 with _mixed_at(module, self.site.kind == "cross", bool(OWN_FIRST.match(owner))):
-                    weak = inner()
+                    weak = inner(state["own"])
             torch.set_rng_state(after)
             if what == "HeadGate":
                 return _picked(strong, weak, cond)
@@ -384,7 +389,9 @@ class Loop:
             cut = tuple(slice(0, n) for n in output.shape)
             if term.numel() == output.numel():
                 # Frames of which there is one may be left out.
-                term, seen = term.reshape(output.shape), [r.reshape(-1, *output.shape[1:]) for r in seen]
+                size = output[:1].numel()
+                term = term.reshape(output.shape)
+                seen = [r.reshape(-1, *output.shape[1:]) for r in seen if r.numel() % size == 0]
             if term.ndim != output.ndim:
                 return output
             return output + self._sign(seen, output) * term[cut]
@@ -395,6 +402,11 @@ class Loop:
 
         result = self._run(pipe, given, around, stepped, before)
         return _made(result) if self.stepless else self._last(steps)
+
+    def _place(self, values: dict[str, Any], call: int) -> int:
+        """Which of the first step's calls one is: later steps lack those with which a run begins, as for a reference's keys."""
+        order = [i % len(self.given) for i in range(call, call + len(self.given))]
+        return next((i for i in order if self.given[i] == frozenset(values)), order[0])
 
     @staticmethod
     def _sign(rows: list[Tensor], output: Tensor) -> float:
@@ -415,11 +427,19 @@ def _made(result: Any) -> Tensor | None:
     return next((t for t in leaves if t.is_floating_point()), None)
 
 
-def _fresh(value: Any) -> Any:
-    """Containers are copied: some models empty the lists that they get."""
+def _fresh(value: Any, own: dict[int, Any] | None = None) -> Any:
+    """Containers are copied: some models empty the lists that they get.
+
+    Args:
+        own: the copies that such a pass has of what the model keeps keys and values in; None: it has what it is given.
+    """
     if isinstance(value, dict):
-        return {k: _fresh(v) for k, v in value.items()}
-    return type(value)(map(_fresh, value)) if type(value) in (list, tuple) else value
+        return {k: _fresh(v, own) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_fresh(v, own) for v in value)
+    if own is None or isinstance(value, nn.Module) or not type(value).__module__.startswith("diffusers"):
+        return value
+    return own.setdefault(id(value), (value, copy.deepcopy(value)))[1]
 
 
 def _others(text: str) -> str:

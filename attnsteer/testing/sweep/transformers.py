@@ -74,7 +74,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
     with torch.device("meta"):
         size = sum(p.numel() for p in cls(config).parameters())
     if size > LARGEST:
-        raise OverflowError(f"the rule leaves {size} parameters")
+        raise OverflowError(f"the shrinking rule leaves {size} parameters, more than the {LARGEST} that are built")
     torch.manual_seed(seed)
     model = cls(config)
     randomize_(model, seed)
@@ -91,7 +91,7 @@ def measure(name: str) -> Row:
         model = build(name)
         call, watch = _running(model, name)
     except Exception as error:  # of the library's: nothing of ours is attached
-        row.reason = _brief(error)
+        row.reason = _missing(error)
         return row
     try:
         _measure(row, model, call, watch)
@@ -100,6 +100,21 @@ def measure(name: str) -> Row:
     except Exception as error:  # a fault of ours, whatever it is
         row.verdict, row.reason = "wrong", _brief(error)
     return row
+
+
+def _missing(error: Exception) -> str:
+    """What a type lacks so that it could be built and run; the library's own error where that does not say."""
+    package = re.search(r"requires the (\w+) library", str(error))
+    if isinstance(error, ImportError) and package:
+        return f"it needs {package[1]}, which is not installed"
+    wanted = re.search(r"missing \d+ required positional arguments?: (.*)", str(error))
+    if isinstance(error, TypeError) and wanted:
+        return f"its forward needs {wanted[1]}, of which no small one is recorded"
+    if isinstance(error, OverflowError):
+        return str(error)
+    if isinstance(error, NotImplementedError) and "forward" in str(error):
+        return "it has no forward of its own"
+    return f"by the shrinking rule it does not run: {_brief(error)}"
 
 
 def _brief(error: Exception) -> str:

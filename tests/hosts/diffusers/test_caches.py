@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attnsteer import PAG, AttendAndExcite, Where, steer
+from attnsteer import PAG, AttendAndExcite, SoftPAG, Where, steer
 from attnsteer.errors import UnsupportedHost
 from attnsteer.testing import tiny_call, tiny_pipeline
 from tests.hosts.diffusers.common import denoiser, relative
@@ -177,3 +177,25 @@ def test_whatever_else_skips_blocks_is_noticed() -> None:
             steer(pipe, PAG(2.0, where=Where(modules=["blocks.1.attn1", site]))),
         ):
             run(pipe, "wan")
+
+
+def test_a_weak_pass_leaves_the_keys_of_the_prefix_alone() -> None:
+    """Qwen-Image 2.1 keeps the prompt's keys and values of a run's first call in an object that it is given."""
+    from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
+
+    from attnsteer.testing.sweep.diffusers import build, forward
+
+    model, inputs = build("QwenImage21Transformer2DModel")
+
+    def kept(*methods: Any) -> tuple[list[Tensor], Any]:
+        cache = QwenImage21KVCache(2)
+        with contextlib.ExitStack() as stack:
+            if methods:
+                stack.enter_context(stack.enter_context(steer(model, *methods)).branches("cond"))
+            forward(model, {**inputs, "kv_cache": cache, "kv_cache_mode": "extract"})
+            later = forward(model, {**inputs, "kv_cache": cache, "kv_cache_mode": "cached"})[0]
+        return [t for layer in cache.layer_caches for t in (layer.k, layer.v)], later
+
+    (plain, last), (steered, guided) = kept(), kept(SoftPAG(2.0, target="zero", where=Where(layers=[0])))
+    assert all(torch.equal(a, b) for a, b in zip(plain, steered, strict=True))
+    assert relative(guided, last) > 1e-3

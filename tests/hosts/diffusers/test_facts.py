@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from attnsteer import HeadGate, SoftPAG, Where, sites, steer
 from attnsteer.branches import BranchInputs
@@ -214,3 +215,32 @@ def test_a_pair_of_rotary_tables_is_no_list_of_two_rows() -> None:
     part = BranchInputs(values, ("uncond", "cond"), 2, None, {}).only("cond")
     assert all(a is b for a, b in zip(part.values["image_rotary_emb"], tables, strict=True))
     assert torch.equal(part.values["hidden_states"], values["hidden_states"][1:])
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda t: t,
+        lambda t: -t.reshape(2, 3, 4),
+        lambda t: t[:, -2:],
+        lambda t: -t[:, :2],
+        lambda t: t.to(torch.float64),
+    ],
+)
+def test_a_term_takes_the_form_that_a_guider_combines(made: Callable[[Tensor], Tensor]) -> None:
+    given, term = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    formula = Formula(None)
+    formula.held, formula.given = term, given
+    assert torch.equal(formula.take(made(given)).to(made(term).dtype), made(term))
+    assert formula.take(made(given)) is None
+
+
+@pytest.mark.parametrize(
+    "made", [lambda t: 2 * t, lambda t: t[:, 1:3], lambda t: t.flip(1), lambda t: t[..., None, :2]]
+)
+def test_a_term_whose_prediction_was_changed_is_refused(made: Callable[[Tensor], Tensor]) -> None:
+    given = torch.randn(2, 4, 3)
+    formula = Formula(None)
+    formula.held = formula.given = given
+    with pytest.raises(UnsupportedHost, match="changed before they are combined"):
+        formula.take(made(given))
