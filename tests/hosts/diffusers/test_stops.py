@@ -11,7 +11,7 @@ from attnsteer.testing import tiny_call, tiny_pipeline
 from tests.stops import stops
 
 # The life of one guidance step (docs/architecture.md) names each of them.
-MOST = 18
+MOST = 19
 
 
 def test_a_guided_run_passes_through_few_files() -> None:
