@@ -94,8 +94,12 @@ class NAG(Intervention):
         positive = out[c.rows, :, image].to(wide)
         negative = (out[c.twins, :, image] if c.negative is None else c.negative[:, :, image]).to(wide)
         scale, tau, alpha = (self._of(call, value, c.rows, positive) for value in (self.scale, self.tau, self.alpha))
-        guided = normalised(positive, positive + scale * (positive - negative), tau, 1 if self.norm == "l1" else 2)
-        guided = (alpha * guided + (1 - alpha) * positive).to(out.dtype)
+        # Z+ + phi (Z+ - Z-), then alpha Z' + (1 - alpha) Z+, each in one pass over the outputs.
+        guided = torch.lerp(negative, positive, 1 + scale)
+        guided = normalised(positive, guided, tau, 1 if self.norm == "l1" else 2)
+        guided = torch.lerp(positive, guided, alpha).to(out.dtype)
+        if guided.shape == out.shape:
+            return guided
         new = out.clone()
         new[c.rows, :, image] = guided
         if c.twins is not None:

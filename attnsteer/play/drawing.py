@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import NeverFired, UnsupportedHost
 from ..intervention import Intervention
@@ -25,6 +26,8 @@ from ..undo import Journal
 BEFORE = 0.7
 # How far the previewed step's prediction may be from the run's own, over its size.
 TOLERANCE = 1e-3
+# Bytes of one step's blocks that are kept for the previews of it.
+KEPT = 64 * 2**20
 
 
 class Stale(Exception):
@@ -37,7 +40,8 @@ class Moment:
 
     Attributes:
         step: its number, from 0. steps: of the run. latent: what the scheduler stepped from. prediction: what it was given.
-        texts: what `encode_prompt` gave, call by call.
+        texts: what `encode_prompt` gave, call by call. blocks: what the denoiser's blocks were given and gave in this step, as far
+            as the unsteered preview kept it.
     """
 
     step: int
@@ -45,6 +49,7 @@ class Moment:
     latent: Tensor
     prediction: Tensor
     texts: tuple[Any, ...]
+    blocks: dict[int, tuple[Any, Any]] = field(default_factory=dict, repr=False, compare=False)
 
 
 def whole(
@@ -90,7 +95,8 @@ def whole(
 
 
 def previewed(pipe: Any, text: str, seed: int, steps: int, moment: Moment, *methods: Intervention) -> tuple[Any, bool]:
-    """(picture, whether the methods changed anything) of one step.
+    """(picture, whether the methods changed anything) of one step. Blocks that hold nothing steered, and are given what they were
+    given without a method, are not run again: those of the strong pass of guidance, before the first edited one.
 
     Raises:
         UnsupportedHost: this pipeline's runs cannot be entered in the middle, or its scheduler does not say what a step takes the
@@ -128,8 +134,82 @@ def previewed(pipe: Any, text: str, seed: int, steps: int, moment: Moment, *meth
         (pipe, "prepare_latents", prepare_latents),
         (scheduler, "step", step),
     ]
-    with _layers(*layers, *([(pipe, "encode_prompt", encode)] if moment.texts else [])):
+    blocks = [(b, "forward", partial(_block, moment.blocks, i, b, not methods)) for i, b in enumerate(_blocks(pipe))]
+    with _layers(*layers, *([(pipe, "encode_prompt", encode)] if moment.texts else []), *blocks):
         return _called(pipe, text, seed, steps, methods)
+
+
+def _blocks(pipe: Any) -> list[nn.Module]:
+    """The blocks of its denoiser."""
+    denoiser = getattr(pipe, "transformer", None) or getattr(pipe, "unet", None)
+    if not isinstance(denoiser, nn.Module):
+        return []
+    found: list[nn.Module] = []
+    for name, child in denoiser.named_children():
+        found += child if isinstance(child, nn.ModuleList) else [child] if name == "mid_block" else []
+    return found
+
+
+def _block(
+    known: dict[int, tuple[Any, Any]],
+    index: int,
+    block: nn.Module,
+    keep: bool,
+    inner: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Around a block: what it gave to the same inputs, unless something in it is steered."""
+    given = (args, kwargs)
+    if keep:
+        output = inner(*args, **kwargs)
+        size = sum(_bytes(pair) for pair in known.values())
+        if index not in known and size + _bytes((given, output)) <= KEPT:
+            known[index] = _copied((given, output))
+        return output
+    if index in known and not _steered(block):
+        before, output = known[index]
+        if _equal(given, before):
+            return _copied(output)
+    return inner(*args, **kwargs)
+
+
+def _steered(block: nn.Module) -> bool:
+    from ..hosts.diffusers.clock import STEERED
+
+    every = (m for module in block.modules() for m in (module, vars(module).get("processor")))
+    return any(hasattr(type(m), STEERED) for m in every)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
+    return {k: _copied(v) for k, v in value.items()} if type(value) is dict else value
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return (
+        sum(map(_bytes, value.values() if isinstance(value, dict) else value))
+        if isinstance(value, (list, tuple, dict))
+        else 0
+    )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        both = isinstance(one, Tensor) and isinstance(other, Tensor)
+        return both and one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(v, other[k]) for k, v in one.items())
+    return one is other or (isinstance(one, (bool, int, float, str)) and one == other)
 
 
 def _finished(scheduler: Any, at: int, inner: Callable[..., Any], output: Tensor, t: Any, sample: Tensor, *args: Any,

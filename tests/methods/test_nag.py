@@ -72,6 +72,30 @@ def test_a_negative_prompt_beside_cross_attention(name: str, cfg: bool) -> None:
     assert torch.equal(pipe(**call)[0], plain)
 
 
+@pytest.mark.parametrize("processor", ["AttnProcessor2_0", "AttnProcessor", "Stranger"])
+@torch.no_grad()
+def test_queries_are_computed_once_where_keys_are_of_the_text_alone(processor: str) -> None:
+    """The negative text's keys and values take one query to be had; processors that are not known compute them all."""
+    import diffusers.models.attention_processor as known
+
+    model = tiny_denoiser("sd")
+    inputs = tiny_denoiser_inputs("sd", model)
+    negative = randoms(inputs, ("encoder_hidden_states",), batch=2)
+    with steer(model, method(negative)) as run, run.branches("cond"):
+        expected = forward(model, inputs)
+    own = getattr(known, processor, None) or type(processor, (known.AttnProcessor2_0,), {})
+    model.set_attn_processor(own())
+    tokens: dict[str, list[int]] = {}
+    for name, module in model.named_modules():
+        if name.endswith("attn2"):
+            seen = tokens.setdefault(name, [])
+            module.to_q.register_forward_hook(lambda _, args, out, seen=seen: seen.append(args[0].shape[1]))
+    with steer(model, method(negative)) as run, run.branches("cond"):
+        assert relative(forward(model, inputs), expected) < BOUND
+    for first, second in tokens.values():
+        assert first == (second if processor == "Stranger" else 1) and second > 1
+
+
 def test_projected_and_masked_text() -> None:
     pipe = pipeline("pixart")
     call = call_of("pixart", steps=2)

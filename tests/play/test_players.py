@@ -178,6 +178,27 @@ def test_a_preview_is_one_step_of_the_run(drawer: Any) -> None:
     assert still["after"] == still["before"] == found["before"] and "step" not in vars(pipe.scheduler)
 
 
+def test_a_preview_runs_no_block_again_that_the_method_does_not_touch(drawer: Any) -> None:
+    """The strong pass up to the first edited block is known; with nothing kept the picture is the same."""
+    given, unet, ran = {**DRAWN, "stage": "preview"}, drawer.loaded.target.unet, {"first": 0, "last": 0}
+    drawer.answer({**given, "value": 0.0})
+    moment = drawer._known[DRAWN["prompt"], DRAWN["seed"], DRAWN["steps"]][1]
+    count = lambda name: lambda *_: ran.update({name: ran[name] + 1})  # noqa: E731
+    hooks = [
+        b.resnets[0].register_forward_hook(count(n))
+        for n, b in (("first", unet.down_blocks[0]), ("last", unet.up_blocks[-1]))
+    ]
+    try:
+        found = drawer.answer(given)
+        assert moment.blocks and ran == {"first": 0, "last": 2}
+        moment.blocks.clear()
+        assert drawer.answer(given)["after"] == found["after"] != found["before"]
+        assert ran == {"first": 1, "last": 4}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def test_a_pipeline_that_cannot_be_entered_in_the_middle_has_no_previews(
     drawer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,8 @@ class ProcessorCall:
     Attributes:
         primitives: attention primitives called so far. image_rows: rows of `hidden_states` where the text came as a second
             argument, else None. ran: whether a primitive was called in this pass; only written where code may be compiled.
-        negative: the output for the negative prompt, where one is compared with. collecting: this call is made for that.
+        negative: the attention to the negative prompt, where one is compared with: a function of the queries, then its output.
+        collecting: this call is made for that.
         blocks: calls of a processor before its last one, where its sequence is in blocks.
         image_prompt: what makes of the attention to an image prompt what a method sees, where one acts on it.
     """
@@ -54,7 +55,7 @@ class ProcessorCall:
         self.primitives = self.blocks = 0
         self.image_rows: int | None = None
         self.ran = False
-        self.negative: Tensor | None = None
+        self.negative: Tensor | Callable[[Tensor], Tensor] | None = None
         self.collecting = False
         self.image_prompt: Callable[[Tensor], tuple[Any, Tensor]] | None = None
 

@@ -39,12 +39,21 @@ TWINS = {
 }
 
 
-class Collected(Exception):
-    """Ends a call of a processor that was made for the output of its attention alone."""
+# Processors whose keys and values come from the text alone: one query is enough to have them computed. Others may add keys made
+# of their hidden states.
+TEXT_ALONE = ("AttnProcessor", "AttnProcessor2_0", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0")
 
-    def __init__(self, out: Tensor):
+
+class Collected(Exception):
+    """Ends a call of a processor that was made for its keys and values alone.
+
+    Attributes:
+        attend: the attention of other queries to them.
+    """
+
+    def __init__(self, attend: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.out = out
+        self.attend = attend
 
 
 @dataclass(frozen=True)
@@ -77,10 +86,10 @@ class NegativeText:
         """What a method sees of it in one attention call."""
         return Contrast(self.rows, negative=negative)
 
-    def output(
+    def attention(
         self, copied: Callable[..., Any], processor: Any, attn: nn.Module, given: dict[str, Any], path: str
-    ) -> Tensor:
-        """Attention of the conditional rows to the negative text, [b, H, n, d]: `copied` run up to its primitive.
+    ) -> Callable[[Tensor], Tensor]:
+        """Attention to the negative text, as a function of queries: `copied` run up to its primitive.
 
         Raises:
             UnsupportedHost: the text of this call is not the denoiser's own argument.
@@ -93,11 +102,14 @@ class NegativeText:
                 "negative text cannot take its place exactly."
             )
         negative = (self.negative, *text[1:]) if several else self.negative
-        values = {**given, "hidden_states": given["hidden_states"][self.rows], "encoder_hidden_states": negative}
+        hidden = given["hidden_states"][self.rows]
+        if type(processor).__name__ in TEXT_ALONE and hidden.ndim == 3:
+            # The queries are those of the call itself.
+            hidden = hidden[:, :1]
         try:
-            copied(processor, attn, **values)
+            copied(processor, attn, **{**given, "hidden_states": hidden, "encoder_hidden_states": negative})
         except Collected as found:
-            return found.out
+            return found.attend
         raise UnsupportedHost(f"{path}: {type(processor).__name__} reached no attention for the negative text.")
 
 

@@ -98,7 +98,7 @@ def attach_processor(runtime: SiteRuntime, clock: DenoiserClock, journal: Journa
         if isinstance(clock.contrast, NegativeText) and site.name in clock.contrast.names:
             running.collecting = True
             try:
-                running.negative = clock.contrast.output(copied, self, seen(attn), given, site.path)
+                running.negative = clock.contrast.attention(copied, self, seen(attn), given, site.path)
             finally:
                 running.collecting, running.primitives = False, 0
         own_scale = unscaled is None or not streams.pictures(clock.active(runtime))
@@ -141,8 +141,7 @@ def _primitive(
         if scale is not None:
             kwargs["scale"] = scale
         if running.collecting:
-            out = base(query, key, value, *args, **kwargs)
-            raise Collected(out.transpose(1, 2) if rows_first else out)
+            raise Collected(lambda q: base(q, key, value, *args, **kwargs))
         running.primitives += 1
         running.ran = True
         active = clock.active(runtime)
@@ -161,9 +160,11 @@ def _primitive(
             site, q.shape[0], q.shape[2], k.shape[2], q.device, running.image_rows, running.primitives, own
         )
         if clock.contrast is not None:
-            call.facts["contrast"] = clock.contrast.fact(
-                running.negative, site.kind == "joint" and running.image_rows is not None
-            )
+            if callable(running.negative):
+                found = running.negative(query[clock.contrast.rows])
+                running.negative = found.transpose(1, 2) if rows_first else found
+            apart = site.kind == "joint" and running.image_rows is not None
+            call.facts["contrast"] = clock.contrast.fact(running.negative, apart)
         factor = float(q.shape[-1] ** -0.5 if factor is None else factor)
         if running.image_prompt is not None and running.primitives > 1:
             call.facts["image_prompt"], own = running.image_prompt(base(query, key, value, *args, **kwargs))
