@@ -214,6 +214,9 @@ class Sampling:
             labels = self.conditions.labels(values, rows, latent)
             # The tensors are kept, so that no other one can take the place of theirs.
             layout = None if labels is None else layout_of(labels, self.latent_rows)
+            if layout is not None and len(layout) > 1 and set(layout) == {"cond"}:
+                # A latent has one conditional row: what tells the sides apart here is none of the values that were compared.
+                layout = None
             known[key] = (layout, kept, self.conditions.unguided)
         found, _, self.conditions.unguided = known[key]
         return found
