@@ -91,9 +91,13 @@ class DiffusersHost(Host):
             )
 
     def attach(self, run: Steering, journal: Journal) -> None:
-        self.sampling = sampling = Sampling(self.pipeline)
+        # Each loop has its own: a combined pipeline's parts sample by themselves.
+        loops = {name: _loop_of(self.pipeline, model) for name, model in self.models.items()}
+        samplings = {id(loop): Sampling(loop) for loop in (self.pipeline, *loops.values())}
+        self.sampling = samplings[id(self.pipeline)]
         clocks = {
-            name: DenoiserClock(run, name, owner, self.models[name], sampling) for name, owner in self.owners.items()
+            name: DenoiserClock(run, name, owner, self.models[name], samplings[id(loops[name])])
+            for name, owner in self.owners.items()
         }
         for runtime in run.runtimes.values():
             clock = clocks[runtime.site.component]
@@ -101,10 +105,23 @@ class DiffusersHost(Host):
             (attach_linear if runtime.site.linear else ATTACH[how])(runtime, clock, journal)
         for clock in clocks.values():
             guide(clock, [s for s in self.sites() if s.component == clock.name], journal)
+        for clock in clocks.values():
+            loop = loops[clock.name]
+            if loop is not None and clock.runtimes:
+                watch_parts(loop, {_name_in(loop, clock.model): clock.model}, samplings[id(loop)], journal)
         if self.pipeline is not None:
-            steered = {clock.name: clock.model for clock in clocks.values() if clock.runtimes}
-            watch_parts(self.pipeline, steered, sampling, journal)
-            watch_guider(self.pipeline, sampling, journal)
+            watch_guider(self.pipeline, self.sampling, journal)
+
+
+def _loop_of(pipe: Any, model: nn.Module) -> Any:
+    """The pipeline that runs this denoiser: one that a combined pipeline holds, else itself."""
+    inner = (part for part in vars(pipe or object).values() if _is_pipeline(part))
+    return next((part for part in inner if _name_in(part, model)), pipe)
+
+
+def _name_in(pipe: Any, model: nn.Module) -> str:
+    """What a pipeline calls this denoiser; empty where it does not hold it."""
+    return next((name for name in DENOISERS if _plain(getattr(pipe, name, None)) is model), "")
 
 
 def _is_pipeline(target: object) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attnsteer import PAG, HeadGate, SoftPAG, Where, steer
 from attnsteer.errors import NothingChanged, SelectionError, UnsupportedHost
+from attnsteer.hosts.diffusers.steps import Sampling
 from attnsteer.testing import official_pag, tiny_call, tiny_denoiser, tiny_denoiser_inputs, tiny_pipeline
 from tests.hosts.diffusers.common import (
     BOUND,
@@ -309,6 +310,45 @@ def test_pipelines_that_no_table_lists_are_known_by_their_values() -> None:
     expected = guided_latents("sd", text, equal, paths(text, "mid_block"), Edit(), 3.0)
     with steer(text, PAG(3.0)):
         assert relative(text(**equal)[0], expected) < BOUND
+
+
+def test_a_pipeline_inside_another_has_its_own_rows_and_steps() -> None:
+    from diffusers import DiffusionPipeline
+
+    text = tiny_pipeline("sd")
+
+    class Combined(DiffusionPipeline):
+        def __init__(self, unet: Any, scheduler: Any):
+            super().__init__()
+            self.register_modules(unet=unet, scheduler=scheduler)
+            self.inner = text
+
+        def __call__(self, **call: Any) -> Any:
+            return self.inner(**call)
+
+    call = tiny_call("sd", steps=3)
+    expected = guided_latents("sd", text, call, paths(text, "mid_block"), Edit(), 3.0)
+    pipe = Combined(text.unet, text.scheduler)
+    with steer(pipe, PAG(3.0)):
+        assert relative(pipe(**call)[0], expected) < BOUND
+    kept = text.unet
+    try:
+        with pytest.raises(UnsupportedHost, match="exchanged"), steer(pipe, PAG(3.0)):
+            text.unet = tiny_denoiser("sd")
+            pipe(**call)
+    finally:
+        text.unet = kept
+
+
+def test_two_conditional_rows_of_one_latent_are_no_answer() -> None:
+    """Where both sides stand in one tensor, and the negative one was projected since, values do not tell them apart."""
+    sampling = Sampling(tiny_pipeline("sd"))
+    sampling.conditions.labels = lambda values, rows, latent: ["cond"] * rows  # type: ignore[method-assign]
+    sampling.latent_rows = 1
+    text = torch.zeros(2, 3, 4)
+    assert sampling._measured(2, {"sample": text, "encoder_hidden_states": text}, "sample") is None
+    sampling.latent_rows = 2
+    assert sampling._measured(2, {"sample": text, "encoder_hidden_states": text + 1}, "sample") == ("cond",)
 
 
 def test_parts_that_do_not_divide_the_rows_are_refused() -> None:
