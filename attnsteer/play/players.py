@@ -20,6 +20,7 @@ from ..capturing import capture
 from ..errors import NeverFired, SelectionError, UnsupportedHost, brief, listing
 from ..intervention import Intervention
 from ..run.loaded import Loaded
+from ..site import Site
 from ..viz.axes import grid_of, shown_tokens
 from ..viz.page import picture_uri
 from ..where import Where
@@ -48,6 +49,7 @@ class Player(abc.ABC):
     """
 
     dials: tuple[Dial, ...] = ()
+    sites: list[Site]
 
     def __init__(self, loaded: Loaded, name: str):
         self.loaded, self.name = loaded, name
@@ -97,7 +99,13 @@ class Player(abc.ABC):
         wrong = [s for s in spans if not 0 <= s[0] < s[1] <= count]
         if wrong:
             raise SelectionError(f"spans: {wrong[0]} is no (start, stop) among {count} tokens.")
-        return Choice(spans, _pairs(request.get("heads", []), "heads"))
+        heads = _pairs(request.get("heads", []), "heads")
+        # Said also where the method is off or waits for marks, and would not ask.
+        there = {(s.layer, h) for s in self.sites for h in range(s.heads)}
+        absent = [pair for pair in heads if pair not in there]
+        if absent:
+            raise SelectionError(f"heads: {absent[0]} is no (layer, head) of this model.")
+        return Choice(spans, heads)
 
     def _method(self, request: Mapping[str, Any], choice: Choice) -> Intervention | None:
         return dial(self.dials, request.get("method")).method(request.get("value"), choice)

@@ -84,6 +84,7 @@ def test_every_dial_acts(reader: Any) -> None:
         ({"value": float("nan")}, "give a number"),
         ({"value": 2.0}, "target"),
         ({"spans": [[2, 900]]}, "among 19 tokens"),
+        ({"heads": [[90, 0]], "spans": []}, r"\(90, 0\) is no \(layer, head\)"),
         ({"spans": "all"}, "pairs of whole numbers"),
         ({"heads": [[0, 99]]}, "99"),
     ],
