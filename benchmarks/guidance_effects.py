@@ -3,8 +3,8 @@
 Parts: `push` (how far SEG's weak prediction is from the strong one, beside PAG's, by site and blur), `seg`, `refocusing`, `heads`
 (HeadHunter on shapes-mmdit: found heads against random ones, the screened search against the exhaustive one), `nag` (whether a
 negative prompt is obeyed without classifier-free guidance), `pairs` (CONFORM and Attention Regulation, two objects), `cosines`
-(what CONFORM compares), `report`. Every arm has the same prompts and first latents. One JSON file for each arm; pictures that are
-there already are not made again, so a part that was stopped goes on.
+(what CONFORM compares), `maps` (where words are attended to with both of them), `report`. Every arm has the same prompts and first
+latents. One JSON file for each arm; pictures that are there already are not made again, so a part that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from attnsteer.search import Rung, headhunter
 from attnsteer.zoo.shapes.detect import detect
 from attnsteer.zoo.shapes.layouts import exact, in_boxes, satisfied
 
-PARTS = ("push", "seg", "refocusing", "heads", "nag", "pairs", "cosines", "report")
+PARTS = ("push", "seg", "refocusing", "heads", "nag", "pairs", "cosines", "maps", "report")
 FREE = {"guidance_scale": 1.0}
 SEARCH = "calibration"
 
@@ -315,6 +315,66 @@ def cosines(out: Path, count: int = 20) -> None:
     (out / "cosines.json").write_text(json.dumps(found))
 
 
+EARLY, LATE, SIDE = range(8), range(8, 25), 16
+
+
+def places(own: Tensor) -> int:
+    """Separate places [h, w] in which a map has at least half of its largest value; neighbours share an edge."""
+    left, found = own >= 0.5 * own.max(), 0
+    while left.any():
+        found, fresh = found + 1, [tuple(left.nonzero()[0].tolist())]
+        while fresh:
+            i, j = fresh.pop()
+            if 0 <= i < left.shape[0] and 0 <= j < left.shape[1] and left[i, j]:
+                left[i, j] = False
+                fresh += [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+    return found
+
+
+def shaded(own: Tensor) -> Tensor:
+    """A map as a picture [3, h, w]: white is 0, dark blue its largest value."""
+    x, dark = (own / own.max())[None], torch.tensor([0.05, 0.2, 0.5])[:, None, None]
+    return 1 - x * (1 - dark)
+
+
+def maps(out: Path, count: int, shown: Sequence[int] = (14, 10, 12)) -> None:
+    """The maps of two objects' last words without a method, with CONFORM and with Attention Regulation; some as a sheet."""
+    from attnsteer.viz import contact_sheet, phrase_maps
+
+    pipe, items = zoo.load("shapes-sd"), samples("layouts", "test", count)
+    arms = {
+        "without": lambda s: (),
+        "CONFORM": lambda s: (contrasted([s], 0.03, include="last"),),
+        "Attention Regulation": lambda s: (regulated([s]),),
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    pictures, labels = [], []
+    for i, sample in enumerate(items):
+        words = [text.split()[-1] for text in sample["texts"]]
+        for name, method in arms.items() if words[0] != words[1] else ():
+            noise = torch.Generator().manual_seed(i)
+            call = {"num_inference_steps": 25, "generator": noise, "output_type": "pt"}
+            seen = phrase_maps(pipe, sample["prompt"], words, *method(sample), where=BOTH, **call)
+            both = {n: seen.mean(steps=steps, size=(SIDE, SIDE))[0] for n, steps in (("early", EARLY), ("late", LATE))}
+            told = read(sample, torch.as_tensor(seen.images[0]))
+            for n, (a, b) in both.items():
+                told[f"cosine {n}"] = float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+                told[f"places {n}"] = (places(a) + places(b)) / 2
+            found[name].append(told)
+            if i in shown:
+                pictures.append([seen.images[0], *map(shaded, both["early"]), *map(shaded, both["late"])])
+                labels.append((shown.index(i), f"{name}: {', '.join(sample['texts'])}"))
+    for name, told in found.items():
+        print(name, len(told), {k: round(sum(t[k] for t in told) / len(told), 3) for k in told[0]}, flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "maps.json").write_text(json.dumps(found))
+    order = sorted(range(len(labels)), key=lambda k: labels[k][0])
+    columns = ["picture", *(f"{o} object, steps {t}" for t in ("1 to 8", "9 to 25") for o in ("first", "second"))]
+    title = "Where the last word of each object is attended to (white 0, dark blue: its map's largest value)"
+    rows = [labels[k][1] for k in order]
+    contact_sheet([pictures[k] for k in order], rows, columns, out / "maps.webp", title=title)
+
+
 def report(out: Path) -> Iterator[str]:
     """Every arm beside its folder's "none", in points with 95 % intervals."""
     for folder in sorted(p for p in out.iterdir() if (p / "none.json").is_file()):
@@ -356,6 +416,8 @@ def main() -> None:
         nag(given.out, given.count)
     elif given.part == "cosines":
         cosines(given.out)
+    elif given.part == "maps":
+        maps(given.out, given.count)
     elif given.part == "pairs":
         pairs(given.out, given.split, given.count, given.arm)
     else:

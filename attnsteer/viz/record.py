@@ -286,9 +286,13 @@ def _word_tokens(
         raise SelectionError(f"phrase_maps got words={words!r}; give a list of words, or {{name: [token, ...]}}.")
     if tokenizer is None:
         raise SelectionError("phrase_maps: the pipeline has no tokenizer; give tokenizer=, or {name: [token, ...]}.")
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    every, own = tokenizer(prompt)["input_ids"], tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    # A word is looked for in the prompt's own tokens: "<|startoftext|>" has a star in it.
+    first = next((i for i in range(len(every)) if own and every[i : i + len(own)] == own), None)
+    first, ids = (0, torch.tensor([every])) if first is None else (first, torch.tensor([own]))
     tokens = Tokens(batch=1, length=ids.shape[1], ids=ids)
-    return {w: tuple(range(*tokens.spans([[_spelled(w, ids, tokenizer)]], tokenizer)[0][0])) for w in words}
+    found = {w: tokens.spans([[_spelled(w, ids, tokenizer)]], tokenizer)[0][0] for w in words}
+    return {w: tuple(range(first + start, first + stop)) for w, (start, stop) in found.items()}
 
 
 def _spelled(word: str, ids: Tensor, tokenizer: Any) -> str:

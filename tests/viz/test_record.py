@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnsteer import ACT, HeadSet, SoftPAG, Where, steer
+from attnsteer import ACT, HeadSet, SoftPAG, Where, steer, zoo
 from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.testing import tiny_call, tiny_pipeline, tiny_transformers, tiny_transformers_inputs
 from attnsteer.viz import PhraseMaps, PhraseRecorder, box_ratio, phrase_maps, word_maps
+from attnsteer.viz.record import _word_tokens
 
 HEADS = HeadSet({1: [0, 3], 2: [2]})
 WORDS = [20, 31, 44, 57]
@@ -239,3 +240,16 @@ class TestBoxes:
     def test_a_box_outside_the_image(self, box: Any) -> None:
         with pytest.raises(SelectionError, match="in fractions of the image"):
             box_ratio(torch.ones(2, 2), box)
+
+
+def test_a_word_is_not_looked_for_in_special_tokens() -> None:
+    """The token "<|startoftext|>" of the embedded pipelines' tokenizer has a star in it."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(zoo.folder("shapes-sd") / "tokenizer")
+    ids = tokenizer("a red star")["input_ids"]
+    found = _word_tokens("a red star", ["star", "red"], tokenizer)
+    assert {w: tokenizer.decode([ids[i] for i in at]).strip() for w, at in found.items()} == {
+        "star": "star",
+        "red": "red",
+    }
