@@ -58,7 +58,7 @@ def whole(
     """(picture, whether the methods changed anything, the moment for previews) of a whole run.
 
     Args:
-        wanted: asked before each step of the scheduler.
+        wanted: asked before each step of the scheduler and each block of the denoiser.
 
     Raises:
         Stale: the picture is not wanted any more.
@@ -88,8 +88,14 @@ def whole(
         made += 1
         return inner(output, t, sample, *args, **kwargs)
 
+    def block(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not wanted():
+            raise Stale
+        return inner(*args, **kwargs)
+
+    blocks = [(b, "forward", block) for b in _blocks(pipe)]
     encodes = [(pipe, "encode_prompt", encode)] if callable(getattr(pipe, "encode_prompt", None)) else []
-    with _layers((pipe.scheduler, "step", step), *encodes):
+    with _layers((pipe.scheduler, "step", step), *encodes, *blocks):
         image, changed = _called(pipe, text, seed, steps, methods)
     return image, changed, kept[0] if kept else None
 

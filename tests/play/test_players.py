@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from attnsteer import steer
+from attnsteer import PAG, steer
 from attnsteer.errors import RecipeError, SelectionError
 from attnsteer.methods import SpotLight
 from attnsteer.play import player
 from attnsteer.play.dials import TEXT
-from attnsteer.play.drawing import Stale
+from attnsteer.play.drawing import Stale, whole
 from attnsteer.play.players import sent_picture
 
 PROMPT = "a small red star . a large blue cross . question what colour is the star ? answer"
@@ -209,6 +209,21 @@ def test_a_pipeline_that_cannot_be_entered_in_the_middle_has_no_previews(
     monkeypatch.setattr(type(pipe), "prepare_latents", lambda *a, **k: prepare(*a, **k)[:, :, :8])
     found = drawer.answer({**given, "stage": "preview"})
     assert found["before"] is None and "no previews" in found["why"]
+
+
+@pytest.mark.parametrize("methods", [(), (PAG(3.0),)], ids=["plain", "steered"])
+def test_a_picture_is_given_up_inside_a_step(drawer: Any, methods: tuple[Any, ...]) -> None:
+    pipe, asked, stepped = drawer.loaded.target, [], []
+    draw = lambda wanted: whole(pipe, DRAWN["prompt"], 1, 3, *methods, wanted=wanted)[0]  # noqa: E731
+    before, step = draw(lambda: True), pipe.scheduler.step
+    pipe.scheduler.step = lambda *a, **k: stepped.append(1) or step(*a, **k)
+    try:
+        with pytest.raises(Stale):
+            draw(lambda: asked.append(1) or len(asked) < 3)
+    finally:
+        del pipe.scheduler.step
+    assert len(asked) == 3 and not stepped
+    assert draw(lambda: True).tobytes() == before.tobytes()
 
 
 def test_a_picture_that_nobody_waits_for_is_given_up(drawer: Any) -> None:
