@@ -110,6 +110,19 @@ class Attention:
             key_bias=at(self.key_bias),
         )
 
+    def key_slice(self, kv: slice) -> Attention:
+        """The computation of the query heads that read these kv heads; views."""
+        heads = self.heads(kv)
+        at = lambda t: None if t is None else pick(t, slice(None), heads)  # noqa: E731
+        return self.replace(
+            q=self.q[:, heads],
+            k=self.k[:, kv],
+            v=self.v[:, kv],
+            mask=at(self.mask4()),
+            sinks=None if self.sinks is None else self.sinks[heads],
+            key_bias=at(self.key_bias),
+        )
+
     def pairs(self, b: Tensor, h: Tensor) -> Attention:
         """The computations of the batch rows `b` and heads `h`, [P] each, as a batch of P with one head; without sinks."""
         g, (B, H, _, _) = h // self.groups, self.shape
