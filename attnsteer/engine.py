@@ -113,6 +113,14 @@ class SiteRuntime:
             found = self._reads[active] = not all(self.entries[i][0].method.linear for i in active)
         return found
 
+    def check_dropout(self, active: tuple[int, ...], rate: float) -> None:
+        """Raise where a method edits a map that dropout goes over; edits of head outputs take what the model's kernel gave."""
+        if rate and self.reads_map(active):
+            raise UnsupportedHost(
+                f"{self.site.path} runs with attention dropout {rate}; an exact edit of its map is not defined there. Call model.eval() "
+                "first. Edits of head outputs (HeadGate) are defined."
+            )
+
     def __call__(
         self,
         att: Attention,

@@ -201,8 +201,7 @@ def sdpa_primitive(
         run_base = lambda: base(query, key, value, enable_gqa=enable_gqa, **options)  # noqa: E731
         if not active:
             return run_base()
-        if dropout_p:
-            raise UnsupportedHost(f"{runtime.site.path} runs with dropout {dropout_p}; call eval() on the model first.")
+        runtime.check_dropout(active, dropout_p)
         if query.ndim != 4:
             raise UnsupportedHost(f"{runtime.site.path} attends on {query.ndim}-D tensors; [B, H, N, d] is needed.")
         call = make_call(query.shape[0], query.shape[2], key.shape[2], query.device)

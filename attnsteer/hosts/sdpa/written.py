@@ -146,7 +146,7 @@ class _Following(TorchFunctionMode):
                 self._maps[id(out)] = (out, scores)
         elif name in _CARRY and args and (known := self._maps.get(id(args[0]))):
             if "dropout" in name and out is not args[0] and self.runtime.site.module.training:
-                self._refuse_dropout(args, kwargs)
+                self.runtime.check_dropout(self.active, kwargs.get("p", args[1] if len(args) > 1 else 0.5))
             if isinstance(out, Tensor):
                 self._maps[id(out)] = (out, known[1])
         elif name in _PRODUCTS:
@@ -177,21 +177,12 @@ class _Following(TorchFunctionMode):
         """What SDPA gave, edited."""
         site = self.runtime.site
         self.products += 1
-        if dropout_p:
-            raise UnsupportedHost(f"{site.path} runs with dropout {dropout_p}; call eval() on the model first.")
+        self.runtime.check_dropout(self.active, dropout_p)
         if query.ndim != 4:
             raise UnsupportedHost(f"{site.path} attends on {query.ndim}-D tensors; [B, H, N, d] is needed.")
         att = problem(query, key, value, attn_mask, is_causal, scale)
         call = self.account.call(query.shape[0], query.shape[2], key.shape[2], query.device)
         return self.runtime(att, lambda: out, call, self.active)
-
-    def _refuse_dropout(self, args: Any, kwargs: Any) -> None:
-        rate = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        if rate:
-            raise UnsupportedHost(
-                f"{self.runtime.site.path} runs with attention dropout {rate} in training mode; an exact edit is not defined "
-                "there. Call model.eval() first."
-            )
 
     def _product(self, maps: Tensor, scores: Tensor, values: Tensor, out: Tensor, equation: str) -> Tensor:
         """The product of a map with its values, edited."""

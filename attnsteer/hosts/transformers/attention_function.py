@@ -140,11 +140,8 @@ def _steered(
 ) -> tuple[Tensor, Tensor | None]:
     options = _options(args) | kwargs
     check_base(runtime.site, name)
-    if module.training and options.get("dropout"):
-        raise UnsupportedHost(
-            f"{runtime.site.path} runs with attention dropout {options['dropout']} in training mode; "
-            "an exact edit is not defined there. Call model.eval() first."
-        )
+    dropout = options.get("dropout") if module.training else None
+    runtime.check_dropout(active, dropout or 0.0)
     if query.device.type == "meta":
         raise UnsupportedHost(
             f"{runtime.site.path} runs on the meta device, which computes nothing; steer the model with its weights."
@@ -170,7 +167,7 @@ def _steered(
         _check_once(runtime, forward, name, attention_mask, att, base_rows)
     maps: list[Any] | None = [] if name == "eager" else None
     same = functools.partial(same_kernel, att) if name == "sdpa" else None
-    steps = _may_go_on(forward, name, att, runtime.site.kind)
+    steps = None if dropout else _may_go_on(forward, name, att, runtime.site.kind)
     out = runtime(att, run_base, call, active, same, maps, sdpa=name == "sdpa", packs=True, steps=steps)
     if maps and weights[0] is None:
         # Every row was edited, so nothing asked for the base's output; its map is handed out with the edits in it.

@@ -96,7 +96,6 @@ class Dropping(Attention):
         (Hidden, "0 times .*through an object or a helper function"),
         (Flat, "3-D"),
         (WrongHeads, "listed with 4 heads but computes 10"),
-        (Dropping, "dropout"),
     ],
 )
 def test_what_cannot_be_steered_exactly(attention: type[nn.Module], message: str) -> None:

@@ -142,7 +142,7 @@ def test_what_could_not_be_exact_is_refused() -> None:
         with pytest.raises(UnsupportedHost, match="attn hands its attention map out before it is edited"):
             model(**given, output_attentions=True)
     model.train()
-    with pytest.raises(UnsupportedHost, match=r"attention dropout 0\.1"), steer(model, HeadGate({(0, 0): 0.0})):
+    with pytest.raises(UnsupportedHost, match=r"attention dropout 0\.1"), steer(model, ZeroTuning(gamma=2.0)):
         model(**given)
 
 
