@@ -95,6 +95,20 @@ def test_words_of_a_prompt_and_the_anchor() -> None:
     assert far(outs[0], outs[None]) > 1e-12
 
 
+def test_each_sample_has_its_own_step_size() -> None:
+    """Groups of other sizes beside it; the one without stays as it is."""
+    pipe, call = double("sd"), call_of("sd", batch=3, steps=2)
+    groups = [[[(2, 4)], [(5, 6)]], [[(1, 2)], [(4, 5)]], [[(2, 3)], [(5, 7)]]]
+    plain, outs = pipe(**call)[0], {}
+    for size in (20.0, 5.0, (20.0, None, 5.0)):
+        with steer(pipe, CONFORM(groups, (), until=2, step_size=size)):
+            outs[size] = pipe(**call)[0]
+    each = outs[20.0, None, 5.0]
+    assert torch.equal(each[1], plain[1])
+    assert far(each[0], outs[20.0][0]) < EXACT and far(each[2], outs[5.0][2]) < EXACT
+    assert far(each[0], plain[0]) > 1e-4 and far(outs[20.0][2], outs[5.0][2]) > 1e-5
+
+
 def test_bad_groups() -> None:
     for groups, words in (
         (["cube"], "at least two groups"),
