@@ -49,8 +49,9 @@ def test_equal_to_the_authors_loop(name: str) -> None:
     pipe, call = double(name, scheduler or None), call_of(name, batch=2, steps=3)
     text, model = call["prompt_embeds"].shape[1], getattr(pipe, PIPELINES[name].denoiser)
     parts: dict[str, Any] = {}
-    if name.startswith("sd") and name != "sd3":
-        layers, grid = cross_layers(pipe, 16), (16, 16)
+    if name in ("sd", "sdxl"):
+        side = 16 if name == "sd" else 8
+        layers, grid = cross_layers(pipe, side), (side, side)
     else:
         layers = ["transformer_blocks.2.attn" if name == "sd3" else "transformer_blocks.1.attn"]
         grid, first, second = (
