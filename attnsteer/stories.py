@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import SelectionError, UnsupportedHost
+from .errors import SelectionError, UnsupportedHost, brief
 from .where import Where
+
+# Arguments of the pipeline that the loop gives.
+OWN = frozenset({
+    "prompt", "generator", "latents", "ip_adapter_image", "ip_adapter_image_embeds", "output_type", "return_dict",
+    "num_images_per_prompt",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,35 +68,37 @@ def story(
 
     from .methods.story_adapter import StoryAdapter
 
-    texts = tuple(prompts)
-    if isinstance(prompts, str) or not texts or not all(isinstance(t, str) for t in texts):
+    if not isinstance(prompts, (list, tuple)) or not prompts or not all(isinstance(t, str) for t in prompts):
         raise SelectionError("story(prompts=...) is a list of texts, one for each frame.")
-    found = StoryAdapter.schedule(rounds) if scales is None else tuple(float(s) for s in scales)
+    texts, where = tuple(prompts), Where() if where is None else where
+    if scales is not None and not isinstance(scales, (list, tuple)):
+        raise SelectionError(f"story(scales={brief(scales)}): give a list of numbers, one for each round.")
+    steps = StoryAdapter.schedule(rounds) if scales is None else scales
+    methods = [StoryAdapter(scale, frames=len(texts), where=where) for scale in steps]
+    if first is not None and not (isinstance(first, (list, tuple)) and all(isinstance(p, Image.Image) for p in first)):
+        raise SelectionError(f"story(first={brief(first)}): give a list of PIL pictures, one for each frame.")
     if first is not None and len(first) != len(texts):
         raise SelectionError(f"story: first has {len(first)} pictures for {len(texts)} frames; give one for each.")
-    own = sorted(
-        {"prompt", "generator", "latents", "ip_adapter_image", "ip_adapter_image_embeds", "output_type"} & set(call)
-    )
+    own = sorted(OWN & set(call))
     if own:
         raise SelectionError(f"story gives {', '.join(own)} itself; leave it out.")
-    if batch_size < 1:
-        raise SelectionError(f"story(batch_size={batch_size}): at least one frame is made at a time.")
+    for name, value, least in (("batch_size", batch_size, 1), ("size", size, 1), ("seed", seed, 0)):
+        if not (name == "size" and value is None) and (type(value) is not int or not least <= value < 2**63):
+            raise SelectionError(f"story({name}={brief(value)}): give an integer of at least {least}.")
     if getattr(pipe, "image_encoder", None) is None:
         raise UnsupportedHost(
             f"story needs a pipeline with an IP-Adapter and its image encoder, and this {type(pipe).__name__} has none: "
             "pipe.load_ip_adapter(...) first."
         )
-    where = Where() if where is None else where
     # The UNet wants some image; at strength zero it is not looked at.
     blank = [Image.new("RGB", (64, 64))]
     pictures = [tuple(first)] if first is not None else [
         _round(pipe, texts, blank, StoryAdapter(0.0), seed, batch_size, call)
     ]  # fmt: skip
-    for scale in found:
+    for method in methods:
         references = [p if size is None else p.resize((size, size)) for p in pictures[-1]]
-        method = StoryAdapter(scale, frames=len(texts), where=where)
         pictures.append(_round(pipe, texts, references, method, seed, batch_size, call))
-    return Story(texts, found, tuple(pictures))
+    return Story(texts, tuple(float(m.scale) for m in methods), tuple(pictures))
 
 
 def _round(

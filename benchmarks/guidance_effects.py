@@ -399,7 +399,12 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.guidance_effects", description=__doc__)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("runs/guidance_effects"))
-    parser.add_argument("--split", default=SEARCH, choices=("calibration", "test"))
+    parser.add_argument(
+        "--split",
+        default=SEARCH,
+        choices=("calibration", "test"),
+        help="of seg, refocusing and pairs; the others have theirs",
+    )
     parser.add_argument("--count", type=int, default=40, help="samples of an arm")
     parser.add_argument("--searched", type=int, default=12, help="prompts of a search")
     parser.add_argument("--arm", action="append", help="only these arms, of refocusing and pairs")

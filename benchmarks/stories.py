@@ -112,7 +112,7 @@ def main() -> None:
     """Read the arguments, tell the stories, print the table."""
     parser = argparse.ArgumentParser("python -m benchmarks.stories", description=__doc__)
     parser.add_argument(
-        "--adapter", type=Path, required=True, help="folder with ip-adapter.safetensors and image_encoder"
+        "--adapter", type=Path, help="folder with ip-adapter.safetensors and image_encoder (default: that of shapes-sd)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/stories"))
     parser.add_argument("--split", default="calibration", choices=("calibration", "test"))

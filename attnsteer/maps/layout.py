@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import SelectionError, brief, did_you_mean, listing
 from .phrases import checked, occurrences
-from .regions import Box, layouts
+from .regions import Box, is_finite, layouts
 
 # Place -> (start, stop) along one axis, in fractions of the image.
 ACROSS = {"left": (0.0, 0.5), "right": (0.5, 1.0)}
@@ -145,7 +144,7 @@ def read(text: str, size: tuple[float, float] | None = None, prompt: str | None 
 
 
 def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return is_finite(value) and value > 0
 
 
 def _scaled(phrase: Any, box: Any, size: tuple[float, float] | None) -> Any:
@@ -155,10 +154,13 @@ def _scaled(phrase: Any, box: Any, size: tuple[float, float] | None) -> Any:
         raise SelectionError(
             f"the box of {phrase!r} is {brief(box)}; give four numbers (x0, y0, x1, y1), or a place in words."
         )
+    if not all(map(is_finite, box)):
+        raise SelectionError(f"the box {brief(box)} of {phrase!r}: boxes are finite numbers.")
     if size is None:
         if max(box) > 1:
             raise SelectionError(
-                f"the box {tuple(box)} of {phrase!r} is not in fractions of the image; give size=(width, height) of its canvas."
+                f"the box {brief(tuple(box))} of {phrase!r} is not in fractions of the image; give size=(width, height) of its "
+                "canvas."
             )
         return tuple(box)
     return box[0] / size[0], box[1] / size[1], box[2] / size[0], box[3] / size[1]
@@ -170,7 +172,7 @@ def _no_constant(name: str) -> Any:
 
 def _value(text: str) -> Any:
     """The first JSON object or list in a text, objects as lists of pairs; None where there is none."""
-    decoder = json.JSONDecoder(object_pairs_hook=_Pairs, parse_constant=_no_constant)
+    decoder = json.JSONDecoder(object_pairs_hook=_Pairs, parse_constant=_no_constant, parse_int=_whole)
     problem, other = None, None
     for start in [m.start() for m in re.finditer(r"[\[{]", text)][:TRIES]:
         try:
@@ -184,6 +186,11 @@ def _value(text: str) -> Any:
     if problem is not None:
         raise SelectionError(f"the JSON of the layout does not end, or is none: {problem}.")
     return other
+
+
+def _whole(digits: str) -> int | float:
+    """Python turns no more than 4,300 digits into an integer."""
+    return int(digits) if len(digits) < LONGEST_LINE else float(digits)
 
 
 class _Pairs(list):

@@ -59,15 +59,20 @@ def _region(phrase: Any, region: Any) -> Any:
 
 
 def _box(phrase: Any, box: Any) -> Box:
-    ok = len(box) == 4 and all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in box
-    )
-    if not ok or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+    if len(box) != 4 or not all(map(is_finite, box)) or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
         raise SelectionError(
-            f"the box {tuple(box)!r} of {phrase!r} is not inside the image: (x0, y0, x1, y1) are fractions with "
+            f"the box {brief(tuple(box))} of {phrase!r} is not inside the image: (x0, y0, x1, y1) are fractions with "
             "0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1, from the left and from the top."
         )
     return tuple(float(v) for v in box)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def cells(region: Any, grid: tuple[int, int], truncate: bool, phrase: Any = "") -> list[Tensor]:

@@ -87,12 +87,19 @@ class AttentionRegulation(Intervention):
 
     def prepare(self, prompt: Prompt) -> None:
         """Check what can be checked once the prompt is known."""
-        prompt.terms(self.phrases())
-        if self.keep:
-            prompt.content()
+        terms = prompt.terms(self.phrases())
+        for sample, content in zip(terms, prompt.content(), strict=True) if self.keep else ():
+            kept = {0, content[-1] + 1 if content else 1}
+            twice = sorted(kept & {token for _, own in sample for token in own})
+            if twice:
+                raise SelectionError(
+                    f"AttentionRegulation: token {twice[0]} keeps the mass that it has (keep=True), so it cannot be a target. Give "
+                    "words of the prompt, or keep=False."
+                )
 
     def bias(self, call: AttnCall) -> Tensor | None:
         call.state.pop("gain", None)
+        self._fit(call)
         if is_all(self.strength, 0.0) or not self._acts(call):
             return None
         rows = self._rows(call)
@@ -101,8 +108,13 @@ class AttentionRegulation(Intervention):
         S = call.map.scores().detach()
         fits(call.prompt, S.shape[-1])
         targets = self._spread(
-            [[t for _, own in terms for t in own] for terms in call.prompt.terms(self.phrases())], rows
+            # A token of two phrases is one target.
+            [list(dict.fromkeys(t for _, own in terms for t in own)) for terms in call.prompt.terms(self.phrases())],
+            rows,
         )
+        most = max(map(max, targets))
+        if most >= S.shape[-1]:
+            raise SelectionError(f"token position {most}: the denoiser sees {S.shape[-1]} text keys.")
         fields, first = [], []
         for row, tokens in zip(rows, targets, strict=True):
             best, start = self._descended(call, S[row], tokens)
@@ -153,6 +165,14 @@ class AttentionRegulation(Intervention):
         return [] if "cond" not in call.branch_rows else call.branch_rows["cond"].nonzero()[:, 0].tolist()
 
     @staticmethod
+    def _fit(call: AttnCall) -> None:
+        """What is remembered gets as many rows as this call has; those behind the conditional ones are empty."""
+        B = call.shape[0]
+        for name, kept in call.state.items():
+            if isinstance(kept, Tensor) and len(kept) != B:
+                call.state[name] = torch.cat([kept[:B], kept.new_zeros(max(0, B - len(kept)), *kept.shape[1:])])
+
+    @staticmethod
     def _spread(values: list[Any], rows: list[int]) -> list[Any]:
         """One entry for each row, of one for each prompt: each prompt has its images in a row."""
         if len(rows) % len(values):
@@ -180,18 +200,21 @@ class AttentionRegulation(Intervention):
         return torch.rand(len(call.heads), centres, targets, generator=generator)
 
     def _before(self, call: AttnCall, rows: list[int], fields: list[Tensor]) -> list[Tensor] | None:
-        """D of the step before, by row of the conditional branch; None in the first step. Remembers that of now."""
+        """D of the step before, by row of the conditional branch; None in the first step. Remembers that of now.
+
+        Conditional rows stand first, so that a pass of other rows (a weak one, guidance switched off) finds its own.
+        """
         # A weak pass has a memory of its own.
         name, state = call.branch or "strong", call.state
         B, T = call.map.shape[0], max(D.shape[-1] for D in fields)
         now = fields[0].new_zeros(B, *fields[0].shape[:2], T)
-        for row, D in zip(rows, fields, strict=True):
-            now[row, :, :, : D.shape[-1]] = D
+        for i, D in enumerate(fields):
+            now[i, :, :, : D.shape[-1]] = D
         if state.get(f"{name} step") not in (None, call.step):
             state[f"{name} before"] = state[f"{name} now"]
         state[f"{name} step"], state[f"{name} now"] = call.step, now
         before = state.get(f"{name} before")
-        return None if before is None else [before[r][..., : D.shape[-1]] for r, D in zip(rows, fields, strict=True)]
+        return None if before is None else [before[i][..., : D.shape[-1]] for i, D in enumerate(fields)]
 
 
 def centred_bumps(grid: tuple[int, int]) -> Tensor:

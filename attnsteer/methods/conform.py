@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SelectionError, brief
-from ..maps.phrases import is_phrase
+from ..maps.phrases import Prompt, is_phrase
 from ..maps.words_to_image import COMPETE, Maps
 from ..parameters import choice, flag, integer, number, parsed, plain
 from ..registry import register_method
@@ -105,11 +105,28 @@ class CONFORM(LatentLoss):
     def phrases(self) -> list[list[Any]]:
         return [[phrase for group in groups for phrase in group] for groups in self._each()]
 
+    def prepare(self, prompt: Prompt) -> None:
+        super().prepare(prompt)
+        # The token behind a phrase may belong to the next one.
+        include = "last" if self.include == "last+1" else self.include
+        phrases = self.phrases()
+        terms = prompt.terms(phrases, include)
+        for sample, own in zip(terms, phrases * len(terms) if len(phrases) == 1 else phrases, strict=True):
+            owner: dict[int, int] = {}
+            for n, tokens in sample:
+                for token in tokens:
+                    if token in owner:
+                        raise SelectionError(
+                            f"CONFORM: {own[owner[token]]!r} and {own[n]!r} share token {token} of the prompt; a word can be "
+                            "in one group only, once."
+                        )
+                    owner[token] = n
+
     def plan(self, index: int, length: int) -> Plan:
         plan = super().plan(index, length)
         if any(at(when, length) == index for when in self.refine_at):
             # No loss is below this: the official code knows no threshold.
-            return replace(plan, refine=self.refinements, target=-1.0, at_once=True)
+            return replace(plan, refine=self.refinements, target=-1.0)
         return plan
 
     def satisfied(self, maps: Maps, loss: Tensor) -> Tensor | None:

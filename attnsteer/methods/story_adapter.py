@@ -51,8 +51,8 @@ class StoryAdapter(Intervention):
         Raises:
             SelectionError: no round.
         """
-        if rounds < 1:
-            raise SelectionError(f"StoryAdapter.schedule({rounds}): give at least one round.")
+        if type(rounds) is not int or rounds < 1:
+            raise SelectionError(f"StoryAdapter.schedule({rounds!r}): give at least one round, as an integer.")
         return tuple(torch.linspace(first, last, rounds, dtype=torch.float64).tolist())
 
     def output(self, call: AttnCall, out: Tensor) -> Tensor:

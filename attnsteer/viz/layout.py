@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 GAP, LEGEND, PAPER, INK, TAG = 8, 220, "white", "black", 2
+# Characters of a text in the legend.
+LONGEST = 300
 
 
 def layout_preview(
@@ -33,9 +35,11 @@ def layout_preview(
         image: what the boxes are drawn on, brought to `size`; None: white. prompt: above the legend; phrases are checked with it.
 
     Raises:
-        SelectionError: no layout, a size out of range, or what `boxes` refuses.
+        SelectionError: no layout, a size out of range, a name whose ending is no picture's, or what `boxes` refuses.
     """
-    if len(size) != 2 or not all(isinstance(n, int) and 64 <= n <= 4096 for n in size):
+    if not (isinstance(size, (tuple, list)) and len(size) == 2) or not all(
+        isinstance(n, int) and 64 <= n <= 4096 for n in size
+    ):
         raise SelectionError(f"size={size}: give (width, height) of 64 to 4096 pixels.")
     found = boxes(layout, prompt)
     pil, drawing, font = _pillow()
@@ -46,10 +50,12 @@ def layout_preview(
     tags: list[tuple[float, float, float, float]] = []
     for n, several in enumerate(found.values()):
         for x0, y0, x1, y1 in several:
-            corners = (x0 * width, y0 * height, x1 * width - 1, y1 * height - 1)
+            corners = (x0 * width, y0 * height, max(x0 * width, x1 * width - 1), max(y0 * height, y1 * height - 1))
             draw.rectangle(corners, outline=colours[n], width=3)
             _tag(draw, str(n + 1), corners, colours[n], font, tags, size)
     texts = [*([prompt] if prompt else []), *(f"{n + 1}  {phrase}" for n, phrase in enumerate(map(_text, found)))]
+    texts = [" ".join(text.split()) for text in texts]
+    texts = [text if len(text) <= LONGEST else f"{text[:LONGEST]}..." for text in texts]
     wrapped = [_lines(draw, text, font, LEGEND - 4 * GAP) for text in texts]
     line = int(sum(font.getmetrics())) + 2
     sheet = pil.new(
@@ -68,7 +74,10 @@ def layout_preview(
         y += GAP
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        try:
+            sheet.save(path)
+        except ValueError as error:
+            raise SelectionError(f"path={path}: {error}; give a name such as layout.png.") from None
     return sheet
 
 

@@ -87,6 +87,9 @@ def test_layouts_of_language_models(text: str, size: tuple[int, int] | None) -> 
         ('{"red cube": [0.5, 0, 0.5, 1]}', "not inside the image"),
         ('{"red cube": [-0.1, 0, 0.5, 1]}', "not inside the image"),
         ('{"red cube": [0, 0, NaN, 1]}', "finite"),
+        ('{"red cube": [0, 0, 1e999, 1]}', "finite"),
+        ('{"red cube": [0, 0, 1' + "0" * 310 + ", 1]}", "finite"),
+        ('{"red cube": [-' + "9" * 5000 + ", 0, 1, 1]}", "finite"),
         ('{"red cube": [0, 0, 0.5, 1], ', "does not end"),
         ('{"green cube": [0, 0, 0.5, 1]}', "is not in the prompt"),
         ('{"a": [0, 0, 0.5, 1]}', "2 times in the prompt"),
@@ -122,3 +125,15 @@ def test_preview(tmp_path: Path) -> None:
     assert sheet.getpixel((62, 70)) != (255, 255, 255) and sheet.getpixel((100, 70)) == (255, 255, 255)
     with pytest.raises(SelectionError, match="64 to 4096"):
         layout_preview({"cube": "left"}, (8, 8))
+    # One line of the legend, whatever is in the phrase; a box smaller than a pixel; any number as a side.
+    odd = layout_preview({"blue\nball": "left", "x" * 5000: (0, 0, 1e-9, 1e-9)}, (64, 64))
+    assert odd.size[1] < 1000
+    with pytest.raises(SelectionError, match="64 to 4096"):
+        layout_preview({"cube": "left"}, 64)
+    with pytest.raises(SelectionError, match=r"layout\.png"):
+        layout_preview({"cube": "left"}, (64, 64), tmp_path / "a.foo")
+    for box in ((0, 0, 10**400, 1), (0, 0, float("inf"), 1)):
+        with pytest.raises(SelectionError, match="not inside the image"):
+            boxes({"cube": box})
+    with pytest.raises(SelectionError, match="size="):
+        read("{}", (10**400, 1))

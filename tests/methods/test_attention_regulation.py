@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnsteer import AttentionRegulation, Where, sites, steer
+from attnsteer import CONFORM, AttentionRegulation, Where, sites, steer
 from attnsteer.errors import NotFinite, SelectionError, UnsupportedHost
 from attnsteer.methods.attention_regulation import centred_bumps, descended
 from attnsteer.testing import tiny_pipeline
@@ -113,6 +113,41 @@ def test_each_sample_has_its_own_strength_and_two_runs_are_the_same() -> None:
     assert far(outs[1.0], outs[0.5]) > 1e-4
 
 
+def test_a_token_of_two_phrases_is_one_target() -> None:
+    pipe, call = double("sd"), call_of("sd", text=True, steps=2)
+    outs = []
+    for words in (["red cube"], ["red cube", "cube"], [("cube", 1), "red"]):
+        with steer(pipe, AttentionRegulation(words, 1.0, iterations=3, where=WHERE)):
+            outs.append(pipe(**call)[0])
+    assert torch.equal(outs[0], outs[1]) and far(outs[2], outs[0]) > 1e-6
+
+
+def test_passes_of_other_rows_have_their_own_memory() -> None:
+    """Of a method that takes gradients; and where guidance is switched off in the run, the sample finds its own."""
+    pipe, call = double("sd"), call_of("sd", steps=3)
+    rule = AttentionRegulation([(2, 3)], 1.0, keep=False, where=WHERE)
+    latent = CONFORM([(2, 4), (5, 7)], (), until=2)
+    outs = []
+    for methods in ((rule, latent), (latent, rule), (latent,)):
+        with steer(pipe, *methods):
+            outs.append(pipe(**call)[0])
+    assert torch.equal(outs[0], outs[1]) and far(outs[0], outs[2]) > 1e-4
+
+    def off(pipe: Any, step: int, t: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        pipe._guidance_scale = 1.0
+        return {**kwargs, "prompt_embeds": kwargs["prompt_embeds"][-1:]}
+
+    # A first step whose guidance counts for nothing is one without guidance.
+    with steer(pipe, rule):
+        expected = pipe(**{**call, "guidance_scale": 1.0})[0]
+        ours = pipe(
+            **{**call, "guidance_scale": 1.0 + 1e-12},
+            callback_on_step_end=off,
+            callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+        )[0]
+    assert far(ours, expected) < 1e-6
+
+
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe, call = double("sd"), call_of("sd", text=True, steps=2)
     with pytest.raises(SelectionError, match="needs where="):
@@ -124,6 +159,21 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for words, problem in ((["dog"], "is not in the prompt"), (["a"], "is 2 times in the prompt")):
         with pytest.raises(SelectionError, match=problem), steer(pipe, AttentionRegulation(words, where=WHERE)):
             pipe(**call)
+    for words, keep, problem in (
+        ([(0, 1)], True, "token 0 keeps the mass"),
+        ([(8, 9)], True, "token 8 keeps the mass"),
+        ([(2, 3), (80, 81)], False, "there are 77 text keys"),
+    ):
+        with (
+            pytest.raises(SelectionError, match=problem),
+            steer(pipe, AttentionRegulation(words, keep=keep, where=WHERE)),
+        ):
+            pipe(**call)
+    with (
+        pytest.raises(SelectionError, match="position 80: the denoiser sees 8 text keys"),
+        steer(pipe, AttentionRegulation([(80, 81)], 1.0, keep=False, where=WHERE)),
+    ):
+        pipe(**call_of("sd", steps=1))
     compiled = tiny_pipeline("sd")
     compiled.unet.compile_repeated_blocks(backend="eager")
     with pytest.raises(UnsupportedHost, match="compiled"):

@@ -39,15 +39,19 @@ def test_the_loss_of_pytorch_metric_learning() -> None:
     assert abs(float(contrast(vectors(), same([0] * 4 + [1] * 4), 0.5, "ntxent")) - 1.6080297745) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["sd-ddim", "sd-pndm", "flux", "sd3"])
+OTHERS = [pytest.param(f"sd-{name}", marks=pytest.mark.long) for name in ("pndm", "euler", "dpm++2m", "heun")]
+
+
+@pytest.mark.parametrize("name", ["sd-ddim", *OTHERS, "sdxl", "flux", "sd3"])
 def test_equal_to_the_authors_loop(name: str) -> None:
     """Groups of one and of two words, two prompts; at first a group of one word each: nothing to do in the first call."""
     name, _, scheduler = name.partition("-")
     pipe, call = double(name, scheduler or None), call_of(name, batch=2, steps=3)
     text, model = call["prompt_embeds"].shape[1], getattr(pipe, PIPELINES[name].denoiser)
     parts: dict[str, Any] = {}
-    if name == "sd":
-        layers, grid = cross_layers(pipe, 16), (16, 16)
+    if name in ("sd", "sdxl"):
+        side = 16 if name == "sd" else 8
+        layers, grid = cross_layers(pipe, side), (side, side)
     else:
         layers = ["transformer_blocks.2.attn" if name == "sd3" else "transformer_blocks.1.attn"]
         grid, first, second = (
@@ -92,6 +96,20 @@ def test_words_of_a_prompt_and_the_anchor() -> None:
     assert far(outs[0], outs[None]) > 1e-12
 
 
+def test_each_sample_has_its_own_step_size() -> None:
+    """Groups of other sizes beside it; the one without stays as it is."""
+    pipe, call = double("sd"), call_of("sd", batch=3, steps=2)
+    groups = [[[(2, 4)], [(5, 6)]], [[(1, 2)], [(4, 5)]], [[(2, 3)], [(5, 7)]]]
+    plain, outs = pipe(**call)[0], {}
+    for size in (20.0, 5.0, (20.0, None, 5.0)):
+        with steer(pipe, CONFORM(groups, (), until=2, step_size=size)):
+            outs[size] = pipe(**call)[0]
+    each = outs[20.0, None, 5.0]
+    assert torch.equal(each[1], plain[1])
+    assert far(each[0], outs[20.0][0]) < EXACT and far(each[2], outs[5.0][2]) < EXACT
+    assert far(each[0], plain[0]) > 1e-4 and far(outs[20.0][2], outs[5.0][2]) > 1e-5
+
+
 def test_bad_groups() -> None:
     for groups, words in (
         (["cube"], "at least two groups"),
@@ -106,9 +124,16 @@ def test_bad_groups() -> None:
         CONFORM(["cube", "ball"], (1.5,))
     assert CONFORM.released_code(["cube", "ball"]).until == 30
     pipe, call = double("sd"), call_of("sd", text=True, steps=1)
+    # The token behind a phrase may be that of the next one.
+    with steer(pipe, CONFORM(["red", "cube"], include="last+1", until=0), control=True):
+        pipe(**call)
     for groups, words in (
         (["cube", "dog"], "is not in the prompt"),
         (["a", "cube"], "is 2 times in the prompt"),
+        (["red cube", "CUBE"], "'red cube' and 'CUBE' share token 3"),
+        ([("ball", 1), "ball"], "share token 7"),
+        ([("red cube", "cube"), "ball"], "share token 3"),
+        ([(2, 4), (3, 5)], r"\(2, 4\) and \(3, 5\) share token 3"),
     ):
         with pytest.raises(SelectionError, match=words), steer(pipe, CONFORM(groups)):
             pipe(**call)

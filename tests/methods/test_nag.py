@@ -209,6 +209,12 @@ def test_what_cannot_be_exact_is_refused() -> None:
         steer(flux, NAG({"encoder_hidden_states": call["prompt_embeds"]})),
     ):
         flux(**call)
+    for pipe, names in ((sd, "encoder_hidden_states"), (flux, "encoder_hidden_states and pooled_projections")):
+        with pytest.raises(SelectionError, match=f"has 'foo', and of .* {names} can be negative"):
+            steer(
+                pipe,
+                NAG({**text, "foo": text["pooled_projections"]} if pipe is flux else {"foo": torch.ones(1, 8, 32)}),
+            )
     given = call_of("sd", text=True, steps=1)
     with pytest.raises(SelectionError, match="2 negative prompts for 1"), steer(sd, NAG(["dark", "photo"])):
         sd(**given)

@@ -202,8 +202,14 @@ def test_rounds() -> None:
         story(pipe, prompts, first=made.frames[:1])
     with pytest.raises(SelectionError, match="story gives latents itself"):
         story(pipe, prompts, latents=torch.zeros(1))
-    with pytest.raises(SelectionError, match="list of texts"):
-        story(pipe, "a red star")
+    for bad, message in (
+        ({"prompts": "a red star"}, "list of texts"), ({"prompts": None}, "list of texts"), ({"scales": 0.3}, "list of numbers"),
+        ({"scales": ["x"]}, "scale='x'"), ({"rounds": 1.5}, "at least one round"), ({"first": [None, None]}, "PIL pictures"),
+        ({"batch_size": "2"}, "batch_size='2'"), ({"size": 0}, "size=0"), ({"seed": 2**70}, "seed="), ({"where": "x"}, "where='x'"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt itself"),
+    ):  # fmt: skip
+        with pytest.raises(SelectionError, match=message):
+            story(pipe, **{"prompts": prompts, **bad})
 
 
 def same(a: Image.Image, b: Image.Image, slack: int = 0) -> bool:

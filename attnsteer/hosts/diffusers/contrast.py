@@ -143,6 +143,12 @@ class ContrastPasses:
                 )
             self._check_all(sites, name)
         if isinstance(self.method.negative, dict):
+            names = self._names()
+            other = sorted(set(self.method.negative) - set(names))
+            if other:
+                raise SelectionError(
+                    f"{name}: negative has {other[0]!r}, and of {type(model).__name__} {' and '.join(names)} can be negative."
+                )
             return
         if clock.sampling.pipeline is None:
             raise SelectionError(
@@ -202,9 +208,7 @@ class ContrastPasses:
         """Arguments of the denoiser for the conditional rows, with the negative prompt; found once a run."""
         memory = self.clock.sampling.memory
         own = inputs.only("cond").values
-        names = [
-            n for n in (TEXT[:1] if self.unet else TWINS[type(self.clock.model).__name__]) if own.get(n) is not None
-        ]
+        names = [n for n in self._names() if own.get(n) is not None]
         # A bare denoiser may be called with other rows at the same timestep.
         key = ("contrast", inputs.batch // len(inputs.layout))
         if key not in memory:
@@ -219,6 +223,10 @@ class ContrastPasses:
                     "must agree in samples and channels, and in transformers in tokens too."
                 )
         return {n: found[n].to(own[n]) for n in names}
+
+    def _names(self) -> tuple[str, ...]:
+        """The arguments of the denoiser that carry its text."""
+        return TEXT[:1] if self.unet else TWINS[type(self.clock.model).__name__]
 
     def _text(self, name: str, own: Tensor) -> Tensor:
         """The negative counterpart of one argument."""
