@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from attnsteer import CARVE, TAG, AttentionPrompting, HeadSet, zoo
+from attnsteer import CARVE, TAG, AttentionPrompting, ControlMLLM, HeadSet, zoo
 from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.reading._pictures import components, picture, pixels, quantile
 from attnsteer.reading._vision import image_grid, over_image
@@ -308,6 +308,12 @@ def test_prompting_with_clip() -> None:
         (lambda m, p, i: TAG().ground(m, p, i, PROMPT, (70, 99)), "ends after"),
         (lambda m, p, i: TAG().ground(m, p, i, "where", "where"), "no '<image>'"),
         (lambda m, p, i: TAG().ground(m, p, "picture.png", PROMPT, "red"), "PIL image"),
+        (lambda m, p, i: TAG().ground(m, p, i, f"<image> {PROMPT}", "red"), "does not take the text"),
+        (lambda m, p, i: TAG().ground(m, p, i, f"{PROMPT} \ud800", "red"), "half of a character"),
+        (lambda m, p, i: CARVE().ask(m, p, i, None, GENERAL), "is no text"),
+        (lambda m, p, i: CARVE().ask(m, p, i, PROMPT, GENERAL, max_new_tokens=0), "at least 1"),
+        (lambda m, p, i: AttentionPrompting().prompt(m, p, i, PROMPT, num_return_sequences=2), "one answer is read"),
+        (lambda m, p, i: ControlMLLM(steps=1).ask(m, p, i, PROMPT, None), "no region"),
         (lambda m, p, i: TAG().ground(m, p, i, PROMPT, "red", grid=(4, 8)), "64 image tokens"),
         (lambda m, p, i: TAG().ground(m, p, i, PROMPT, "red", grid=8), "height, width"),
         (lambda m, p, i: CARVE(layers=[77]).ask(m, p, i, PROMPT, GENERAL), "77"),
@@ -324,6 +330,13 @@ def test_prompting_with_clip() -> None:
 def test_bad_input(lvlm: Any, scene: Any, ask: Any, words: str) -> None:
     with pytest.raises(SelectionError, match=words):
         ask(*lvlm, scene)
+
+
+def test_options_of_generate_are_taken(lvlm: Any, scene: Any) -> None:
+    """Sampling, and the answer in a form with more than its tokens."""
+    want = CARVE(layers=[1]).ask(*lvlm, scene, PROMPT, GENERAL, max_new_tokens=2).answer
+    options = {"do_sample": True, "top_k": 1, "return_dict_in_generate": True, "output_scores": True}
+    assert CARVE(layers=[1]).ask(*lvlm, scene, PROMPT, GENERAL, max_new_tokens=2, **options).answer == want
 
 
 def test_grids_are_never_guessed(lvlm: Any) -> None:

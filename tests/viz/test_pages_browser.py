@@ -168,6 +168,9 @@ def test_text_of_a_capture_does_not_run(page: browser.Browser, tmp_path: Path) -
     opened(page, path, 420)
     assert page.js("document.title") == HOSTILE and page.errors == [] and len(page.requests) == 1
     assert page.js("document.querySelectorAll('img:not([id])').length") == 0
+    # Nor does it turn the figures behind it: marks of direction end with the text that has them.
+    marked = "[...document.querySelectorAll('.facts b, .said b, .tops .w > :first-child')]"
+    assert set(page.js(f"{marked}.map(n => getComputedStyle(n).unicodeBidi)")) == {"isolate"}
     assert page.js("document.documentElement.scrollWidth") <= 420
 
 
