@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +37,10 @@ class AttentionMap:
         whole: Attention | None = None,
         heads: int | None = None,
         local: tuple[int, ...] | None = None,
+        part: Callable[[slice], Tensor | None] | None = None,
     ):
         """`base` computes the output with the model's own kernel; `fused` gives that output and its lse, or
-        None where that kernel has none to give.
+        None where that kernel has none to give; `part` that output of the query heads of some key heads, bit for bit, or None.
 
         `att` may be a function that builds it, from `heads` of the heads of `whole`, those of the numbers `local` (None: all): then
         edits that need no gathered q, k, v do without.
@@ -46,7 +48,7 @@ class AttentionMap:
         self._att = att
         self._whole, self._heads, self._local = whole, heads, local
         self._base = base
-        self._fuse = fused
+        self._fuse, self._part = fused, part
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
         self._dense: Tensor | None = None
@@ -238,14 +240,14 @@ class AttentionMap:
         """How many keys each row may see, int64 [B or 1, H or 1, n]: causality, windows, padding, packing and biases counted."""
         return kernels.keys_seen(self.att)
 
-    def scores(self, index: Tensor | None = None) -> Tensor:
+    def scores(self, index: Tensor | None = None, keys: slice | None = None) -> Tensor:
         """The scores z [B, H, n, m], fp32, differentiable, of which the model's map is the softmax: scaled, soft-capped, with mask
         and the biases of earlier methods, minus infinity where a row does not see a key. Builds the whole of it, or the rows
-        `index` [r] alone; reweightings are not in it."""
+        `index` [r] and the `keys` (explicit start and stop) alone; reweightings are not in it."""
         att = self.att if self.unweighted_att is None else self.unweighted_att
         att = att if index is None else att.take(index)
         _, _, n, m = att.shape
-        return att.scores(slice(0, n), slice(0, m))
+        return att.scores(slice(0, n), slice(0, m) if keys is None else keys)
 
     def rows(self, index: Tensor) -> Tensor:
         """The rows `index` [r] of the map, [B, H, r, m]."""
@@ -474,14 +476,40 @@ class ReweightedMap(AttentionMap):
 
     def _from_rows(self) -> Tensor:
         """From the few rows of the map itself; rows that nothing changed are the model's own."""
-        changed = self._moved_rows()[..., None]
-        edited = _apply(self.dense(), self.att)
-        cpu = changed.device.type == "cpu" and not torch.compiler.is_compiling()
-        if self.root._out is None and cpu and self.shape[3] > SHORT_CACHE and bool(changed.all()):
-            # No row keeps its output, so the model's own kernel need not run (asking costs more than it elsewhere).
-            return edited.to(self.att.v.dtype)
-        kept, edited = self.root.out, edited.to(self.root.out.dtype)
+        moved = self._moved_rows()
+        cpu = moved.device.type == "cpu" and not torch.compiler.is_compiling()
+        if self.root._out is None and cpu and self.shape[3] > SHORT_CACHE:
+            # Asking which heads moved costs less than a pass over the cache that none of them needs; not so elsewhere.
+            found = self._by_heads(moved)
+            if found is not None:
+                return found
+        edited, kept, changed = _apply(self.dense(), self.att), self.root.out, moved[..., None]
+        edited = edited.to(kept.dtype)
         return torch.where(changed, edited, kernels.held(kept, edited) if edited.requires_grad else kept)
+
+    def _by_heads(self, moved: Tensor) -> Tensor | None:
+        """The output by runs of key heads: their rows of the map where some row moved, the model's own kernel where some row stays.
+
+        None where that kernel is only to be had for all heads and would run in any case.
+        """
+        att, A = self.att, self.dense()
+        by_head = moved.transpose(0, 1).reshape(att.k.shape[1], -1)
+        moves, stays = by_head.any(dim=1).tolist(), by_head.logical_not().any(dim=1).tolist()
+        if not any(stays):
+            return _apply(A, att).to(att.v.dtype)
+        if A.requires_grad or self.root._part is None:
+            return None
+        out = torch.empty((*self.shape[:3], att.v.shape[-1]), dtype=att.v.dtype, device=att.v.device)
+        for kv in _runs(stays):
+            kept = self.root._part(kv)
+            if kept is None:
+                return None
+            out[:, att.heads(kv)] = kept
+        for kv in _runs(moves):
+            heads = att.heads(kv)
+            edited = _apply(A[:, heads], att, kv).to(out.dtype)
+            out[:, heads] = torch.where(moved[:, heads, :, None], edited, out[:, heads])
+        return out
 
     def _moved_rows(self) -> Tensor:
         """bool [B, H, n]: the rows that are not those of the root map."""
@@ -686,11 +714,17 @@ class ReweightedMap(AttentionMap):
         return 0.5 * moved
 
 
-def _apply(p: Tensor, att: Attention) -> Tensor:
-    """p v with grouped values, [B, H, n, dv] in the dtype of p."""
+def _apply(p: Tensor, att: Attention, kv: slice = slice(None)) -> Tensor:
+    """p v with grouped values, [B, H, n, dv] in the dtype of p, for the query heads of some key heads."""
     b, h, n, m = p.shape
     folded = p.reshape(b, h // att.groups, att.groups * n, m)
-    return torch.matmul(folded, att.v.to(p.dtype)).reshape(b, h, n, -1)
+    return torch.matmul(folded, att.v[:, kv].to(p.dtype)).reshape(b, h, n, -1)
+
+
+def _runs(flags: list[bool]) -> list[slice]:
+    """Where `flags` are set, as the longest slices."""
+    ends = [i for i, (a, b) in enumerate(itertools.pairwise([False, *flags, False])) if a != b]
+    return [slice(a, b) for a, b in zip(ends[::2], ends[1::2], strict=True)]
 
 
 def _name(keys: Tensor) -> tuple[int, int]:

@@ -48,14 +48,22 @@ class SiteAttention:
         return self._out
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
-        """(out, lse) from one call of the kernel that the model itself would use; None where that gives no lse."""
+        """(out, lse) from one call of the kernel that the model itself would use; None where that gives no lse, or rows are few."""
         if self._pair is None:
-            if self._same_kernel is None or not self._same_kernel():
+            few = self.att.shape[2] <= FEW_ROWS
+            if few or self._same_kernel is None or not self._same_kernel():
                 return None
             self._pair = kernels.attend_lse(self.att)
             if self._out is None:
                 self._out = self._pair[0]
         return self._pair
+
+    def part(self, kv: slice) -> Tensor | None:
+        """[B, h, n, dv] of the query heads of some key heads, bit for bit as in `out`; None where `out` is there, or which
+        kernel the model itself would use is not known."""
+        if self._out is not None or self._same_kernel is None or not self._same_kernel():
+            return None
+        return kernels.attend(self.att.key_slice(kv))
 
 
 class HeadGroup:
@@ -103,7 +111,8 @@ class HeadGroup:
 
             selected = whole.att if local is None else lambda: whole.att.select(local)
             base = lambda: pick(whole.out())  # noqa: E731
-            self._map = AttentionMap(selected, base, fused, whole=whole.att, heads=self.size[1], local=local)
+            part = whole.part if local is None else None
+            self._map = AttentionMap(selected, base, fused, whole=whole.att, heads=self.size[1], local=local, part=part)
         return self._map
 
     @map.setter

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnsteer import HeadGate, Intervention, Where, sites, steer
+from attnsteer import HeadGate, Intervention, Where, kernels, sites, steer
 from attnsteer.attention_map import FEW_ROWS, AttentionMap, DenseMap, ReweightedMap
 from attnsteer.call import AttnCall, KeyBias, Reweight
+from attnsteer.head_group import SiteAttention
 from attnsteer.kernels import Attention
 from attnsteer.testing import tiny_transformers, tiny_transformers_inputs
 from tests.kernels.common import error, mask_of, problem, truth
@@ -202,6 +203,45 @@ def test_rows_without_weights_stay_as_they_are(sinks: bool, n: int) -> None:
         gone = once.reweighted(Reweight((), 0.0))
         expected = Explicit(t.A, t.sink, t.lse).reweighted(first).reweighted(Reweight((), 0.0))
         assert error(gone.dense(), expected.A) <= 1e-5
+
+
+@pytest.mark.parametrize("mask", ["none", "bool per head", "float -inf"])
+@pytest.mark.parametrize("kv", [8, 4, 2])
+@pytest.mark.parametrize("n", [1, 3])
+def test_few_rows_by_heads(n: int, kv: int, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over a long cache rows that stay are the model's own bit for bit, and its kernel runs for heads that have such rows alone."""
+    monkeypatch.setattr("attnsteer.attention_map.SHORT_CACHE", 0)
+    att = problem(mask, H=8, Hkv=kv, n=n, m=40)
+    keys, whole = (torch.arange(40) % 3 == 0)[None, None], kernels.attend(att)
+    ran: list[slice] = []
+    monkeypatch.setattr(Attention, "key_slice", spied(ran, Attention.key_slice))
+    all_rows, none = torch.ones(2, 8, n, dtype=torch.bool), torch.zeros(2, 8, n, dtype=torch.bool)
+    some, one = none.clone(), none.clone()
+    some[:, 3], some[:, 6:], one[1, 5, -1] = True, True, True
+    for moved, some_kernel in ((all_rows, False), (none, True), (some, True), (one, True), (~one, True)):
+        ran.clear()
+        asked = SiteAttention(att, lambda: pytest.fail("the whole kernel ran"), lambda: True)
+        plain = AttentionMap(att, asked.out, asked.pair, whole=att, heads=8, part=asked.part)
+        edit = Reweight(((keys, torch.where(moved, 3.0, 1.0)),))
+        view = plain.reweighted(edit)
+        t = truth(att)
+        wanted = Explicit(t.A, t.sink, t.lse).reweighted(edit)
+        assert error(view.out, dense_out(wanted.A, att.v)) <= 1e-5
+        stays = (view.dense() == plain.dense()).all(-1)
+        assert torch.equal(view.out[stays], whole[stays]) and bool((stays | moved).all())
+        heads = {h for piece in ran for h in range(piece.start, piece.stop)}
+        by_head = stays.transpose(0, 1).reshape(kv, -1).any(dim=1)
+        assert heads == set(by_head.nonzero()[:, 0].tolist()) and bool(heads) == some_kernel
+
+
+def spied(calls: list[Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, whose arguments are kept."""
+
+    def spy(self: Any, given: Any) -> Any:
+        calls.append(given)
+        return function(self, given)
+
+    return spy
 
 
 @pytest.mark.parametrize("n", [FEW_ROWS + 5, 2])

@@ -110,6 +110,19 @@ class Attention:
             key_bias=at(self.key_bias),
         )
 
+    def key_slice(self, kv: slice) -> Attention:
+        """The computation of the query heads that read these kv heads; views."""
+        heads = self.heads(kv)
+        at = lambda t: None if t is None else pick(t, slice(None), heads)  # noqa: E731
+        return self.replace(
+            q=self.q[:, heads],
+            k=self.k[:, kv],
+            v=self.v[:, kv],
+            mask=at(self.mask4()),
+            sinks=None if self.sinks is None else self.sinks[heads],
+            key_bias=at(self.key_bias),
+        )
+
     def pairs(self, b: Tensor, h: Tensor) -> Attention:
         """The computations of the batch rows `b` and heads `h`, [P] each, as a batch of P with one head; without sinks."""
         g, (B, H, _, _) = h // self.groups, self.shape
@@ -169,7 +182,7 @@ class Attention:
 
     def scores(
         self,
-        rows: slice,
+        rows: slice | Tensor,
         keys: slice,
         batch: slice = slice(None),
         kv: slice = slice(None),
@@ -180,8 +193,8 @@ class Attention:
         Minus infinity where invisible, so that exp(z - lse) is the map, also in rows that see no key at all.
 
         Args:
-            rows, keys: with explicit start and stop. batch, kv: batch rows and kv heads of the tile.
-            lse: row log-sum-exp [B, H, n] of the whole problem.
+            rows, keys: with explicit start and stop; or rows by number, int64 [rows], which are read back. batch, kv: batch rows
+            and kv heads of the tile. lse: row log-sum-exp [B, H, n] of the whole problem.
         """
         dtype, r = self.stat_dtype, self.groups
         heads = self.heads(kv)
@@ -203,10 +216,12 @@ class Attention:
             z += additive(pick(mask, batch, heads, rows, keys), dtype)
         if self.key_bias is not None:
             z += pick(self.key_bias, batch, heads, keys)[:, :, None].to(dtype)
-        first = max(keys.start, rows.start + 1)
-        if self.causal and keys.stop > first:
-            # Keys before `first` are seen by every row of the tile.
-            i = torch.arange(rows.start, rows.stop, device=z.device)
+        if not self.causal:
+            return z
+        i = rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=z.device)
+        # Keys before `first` are seen by every row of the tile.
+        first = max(keys.start, (int(rows.min()) if isinstance(rows, Tensor) else rows.start) + 1)
+        if keys.stop > first:
             j = torch.arange(first, keys.stop, device=z.device)
             z[..., first - keys.start :].masked_fill_(j > i[:, None], -torch.inf)
         return z
@@ -291,7 +306,7 @@ def dense_with_sink(att: Attention) -> tuple[Tensor, Tensor]:
     return p[..., :m], p[..., m] if att.sinks is not None else p.new_zeros(p.shape[:3])
 
 
-def pick(t: Tensor, *at: slice) -> Tensor:
+def pick(t: Tensor, *at: slice | Tensor) -> Tensor:
     """`t[at]`, with the dimensions of size one left as they are (they broadcast)."""
     return t[tuple(s if size > 1 else slice(None) for s, size in zip(at, t.shape, strict=False))]
 

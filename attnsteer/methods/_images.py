@@ -69,13 +69,14 @@ def behind_images(call: AttnCall) -> Tensor:
     return behind[:, None]
 
 
-def image_bias(call: AttnCall, term: Callable[[Tensor], Tensor], keys: Tensor | None = None) -> Tensor | None:
-    """A bias [B, H, n, m] of the image's keys (or of others) in the rows that speak, zero elsewhere; None where none speaks.
+def image_bias(call: AttnCall, term: Callable[[Tensor, slice], Tensor], keys: Tensor | None = None) -> Tensor | None:
+    """A bias [B, H, n, m] of the image's keys (or some of them) in the rows that speak, zero elsewhere; None where none speaks.
 
-    Scores of the other rows are not computed.
+    Scores of the other rows, and where it can be told of keys before and behind the images, are not computed.
 
     Args:
-        term: from the scores [B, H, r, m] of r rows, fp32, zero where a row does not see a key. keys: bool [B, 1, m].
+        term: from the scores [B, H, r, s] of r rows and the keys of the given slice, fp32, zero where a row does not see a key.
+        keys: bool [B, 1, m].
     """
     acts = speaking(call)
     n = acts.shape[1]
@@ -85,11 +86,23 @@ def image_bias(call: AttnCall, term: Callable[[Tensor], Tensor], keys: Tensor | 
     )
     if not len(index):
         return None
-    scores = call.map.scores(index)
-    keys = call.once("image keys", call.image_keys) if keys is None else keys
-    dead = scores.isneginf() | ~keys[:, :, None] | ~acts[:, index][:, None, :, None]
-    found = term(scores.masked_fill(scores.isneginf(), 0.0)).masked_fill(dead, 0.0)
+    images = call.once("image keys", call.image_keys)
+    span = call.once("image span", lambda: _span(images))
+    keys = (images if keys is None else keys)[:, :, None, span]
+    scores = call.map.scores(index, span)
+    dead = scores.isneginf() | ~keys | ~acts[:, index][:, None, :, None]
+    found = term(scores.masked_fill(scores.isneginf(), 0.0), span).masked_fill(dead, 0.0)
+    found = torch.nn.functional.pad(found, (span.start, images.shape[-1] - span.stop))
     if len(index) == n:
         return found
     whole = found.new_zeros(*found.shape[:2], n, found.shape[3])
     return whole.index_copy(2, index, found)
+
+
+def _span(images: Tensor) -> slice:
+    """From the first image key of all samples to behind the last; all keys where asking would wait for a device."""
+    m = images.shape[-1]
+    if images.device.type != "cpu" or torch.compiler.is_compiling():
+        return slice(0, m)
+    at = images.flatten(0, -2).any(dim=0).nonzero()
+    return slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)

@@ -56,4 +56,4 @@ class HGAI(Intervention):
             return None
         alpha: Any = call.each(self.alpha)
         alpha = alpha[..., None] if isinstance(alpha, Tensor) else alpha
-        return image_bias(call, lambda z: (alpha * call.over_heads(z.abs(), "mean")).expand_as(z))
+        return image_bias(call, lambda z, _: (alpha * call.over_heads(z.abs(), "mean")).expand_as(z))

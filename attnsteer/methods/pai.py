@@ -62,4 +62,4 @@ class PAI(Intervention):
             return None
         alpha: Any = call.each(self.alpha)
         alpha = alpha[..., None] if isinstance(alpha, Tensor) else alpha
-        return image_bias(call, lambda z: alpha * z.abs())
+        return image_bias(call, lambda z, _: alpha * z.abs())

@@ -90,9 +90,9 @@ class PAINT(Intervention):
             v[..., None] if isinstance(v, Tensor) else v for v in (call.each(self.alpha), call.each(self.beta))
         )
 
-        def term(z: Tensor) -> Tensor:
+        def term(z: Tensor, keys: slice) -> Tensor:
             size = z.abs()
-            return torch.where(local[:, :, None], alpha * size, beta * size)
+            return torch.where(local[:, :, None, keys], alpha * size, beta * size)
 
         return image_bias(call, term, local | summary)
 

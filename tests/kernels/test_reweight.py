@@ -99,11 +99,16 @@ def test_freed_mass_goes_to_the_rest(gap: float, dtype: torch.dtype) -> None:
     close(new, moved @ att.expanded_values().double(), 4 * OUTPUT[dtype])
 
 
+@pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("mask", ["causal", "left padding", "float min", "stack"])
-def test_leftover_keeps_its_digits(mask: str, sinks: bool) -> None:
+@pytest.mark.parametrize("mask", ["causal", "left padding", "left padding, causal flag", "float min", "stack", "none"])
+def test_leftover_keeps_its_digits(mask: str, sinks: bool, short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one call for many heads, and head by head in pieces as in long calls."""
+    if not short:
+        monkeypatch.setattr(groups, "SHORT", 0)
+        monkeypatch.setattr(groups, "SOME_ROWS", 7)
     att, keys = saturated(gap=14.0, mask=mask)
-    att = att.replace(sinks=torch.randn(4) if sinks else None)
+    att = att.replace(sinks=torch.randn(4) if sinks else None, softcap=40.0 if short is sinks else None)
     lse = kernels.attend_lse(att)[1]
     left = kernels.leftover(att, lse, keys, kernels.mass(att, lse, keys)).double()
     exact = (truth(att).A * ~keys[:, :, None]).sum(-1)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...attention_map import FEW_ROWS
 from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...kernels import Attention
@@ -170,7 +169,7 @@ def _steered(
     if runtime.reads_map(active):
         _check_once(runtime, forward, name, attention_mask, att, base_rows)
     maps: list[Any] | None = [] if name == "eager" else None
-    same = functools.partial(same_kernel, att) if name == "sdpa" and n > FEW_ROWS else None
+    same = functools.partial(same_kernel, att) if name == "sdpa" else None
     steps = _may_go_on(forward, name, att, runtime.site.kind)
     out = runtime(att, run_base, call, active, same, maps, sdpa=name == "sdpa", packs=True, steps=steps)
     if maps and weights[0] is None:
