@@ -42,6 +42,7 @@ from attnsteer import (
     SpotLight,
     StoryAdapter,
     TokenMerge,
+    VisualHighlight,
     VisualKnockout,
     VisualTokenMerge,
     Where,
@@ -82,6 +83,7 @@ VISION: dict[str, Intervention] = {
     "paint": PAINT([[0, 3], []], [[1], [2, 4]], 0.9, 1.4),
     "adhh": ADHH(HEADS, 0.3),
     "spin": SPIN(0.5, 0.1, where=Where(layers=[0, 2])),
+    "highlight": VisualHighlight(1.6, {1: [0, 2]}),
     "fewer": VisualTokenMerge.fastv(2, 0.25),
     "knockout": VisualKnockout([("last", "image"), ("question", "before")]),
 }

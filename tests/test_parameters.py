@@ -43,6 +43,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "PAINT": {"local": [[0]], "summary": [[1]]},
     "PASTA": {"spans": "a"},
     "SpotLight": {"spans": "a"},
+    "VisualHighlight": {"value": 2.0},
 }
 # What a method needs beside those, by itself or with one of its parameters.
 BESIDE: dict[str, dict[str, Any]] = {"PatchHeads": {"source": clean}}

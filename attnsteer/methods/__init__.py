@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .tokenmerge import TokenMerge
     from .var import VAR
     from .vhr import VHR
+    from .visualhighlight import VisualHighlight
     from .visualtokenmerge import VisualTokenMerge
     from .zerotuning import ZeroTuning
 

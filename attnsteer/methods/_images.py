@@ -69,20 +69,25 @@ def behind_images(call: AttnCall) -> Tensor:
     return behind[:, None]
 
 
-def image_bias(call: AttnCall, term: Callable[[Tensor, slice], Tensor], keys: Tensor | None = None) -> Tensor | None:
+def image_bias(
+    call: AttnCall,
+    term: Callable[[Tensor, slice], Tensor],
+    keys: Tensor | None = None,
+    rows: Callable[[AttnCall], Tensor] = speaking,
+) -> Tensor | None:
     """A bias [B, H, n, m] of the image's keys (or some of them) in the rows that speak, zero elsewhere; None where none speaks.
 
     Scores of the other rows, and where it can be told of keys before and behind the images, are not computed.
 
     Args:
         term: from the scores [B, H, r, s] of r rows and the keys of the given slice, fp32, zero where a row does not see a key.
-        keys: bool [B, 1, m].
+        keys: bool [B, 1, m]. rows: which rows it acts on instead, bool [B or 1, n].
     """
-    acts = speaking(call)
+    acts = rows(call)
     n = acts.shape[1]
     # Which rows of a prompt these are is asked once for all layers.
     index = (
-        call.once("speaking", lambda: acts.any(dim=0).nonzero()[:, 0]) if n > 1 else acts.new_zeros(1, dtype=torch.long)
+        call.once("acting", lambda: acts.any(dim=0).nonzero()[:, 0]) if n > 1 else acts.new_zeros(1, dtype=torch.long)
     )
     if not len(index):
         return None

@@ -14,7 +14,18 @@ from ..kernels.problem import visible
 
 # Those that end in a number, and what it is; the others have none.
 NUMBERED = {"offset": "how many tokens back", "block": "tokens in a block"}
-NAMES = ("previous", "next", "self", "first", "same_token", "other_same_token", "after_same_token", "sentence", "span")
+NAMES = (
+    "all",
+    "previous",
+    "next",
+    "self",
+    "first",
+    "same_token",
+    "other_same_token",
+    "after_same_token",
+    "sentence",
+    "span",
+)
 OF_IDS = ("same_token", "other_same_token", "after_same_token", "sentence")
 
 
@@ -56,6 +67,8 @@ def pattern_rows(
     target = target_token(kind, number, i)
     if target is not None:
         return (j == target) & (j >= 0)
+    if kind == "all":
+        return (j >= 0).expand(B, at.shape[1], -1)
     if kind == "block":
         return torch.div(i, number, rounding_mode="floor") == torch.div(j, number, rounding_mode="floor")
     if kind == "span":
@@ -80,6 +93,8 @@ def grouped(call: AttnCall, kind: str, number: int, ends: tuple[int, ...]) -> tu
 
     Of calls whose rows and keys are valid tokens in a row. "other_same_token" has the groups of "same_token".
     """
+    if kind == "all":
+        return torch.zeros_like(call.keys.index[:1]), torch.zeros_like(call.rows.index[:1])
     if kind == "block":
         of = lambda track: torch.div(track.index[:1], number, rounding_mode="floor")  # noqa: E731
         return of(call.keys), of(call.rows)

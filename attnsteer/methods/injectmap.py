@@ -91,7 +91,7 @@ class InjectMap(Intervention):
         source: what P is. A `Captured` with "map", or the folder of one: rows by token number, whatever the padding. One with
             "q" and "k": the map that these make, which is not built. A tensor of probabilities [n, m], [heads, n, m] or
             [samples, heads, n, m], by token number, or {layer or site path: tensor}. Or a pattern, the uniform distribution over
-            the keys that a row sees and that it allows: "previous", "next", "self", "first", "offset:N" (N tokens back),
+            the keys that a row sees and that it allows: "all", "previous", "next", "self", "first", "offset:N" (N tokens back),
             "block:N", "same_token" (with the row's own), "other_same_token" (without), "after_same_token" (an induction head's),
             "sentence", "span" (rows and keys of the same marked span).
         heads: the heads to edit; None: all that `where` selects.

@@ -48,6 +48,7 @@ ZERO: dict[str, dict[str, Any]] = {
     "TokenMerge": {"ratio": 0.0},
     "VAR": {"move_fraction": 0.0},
     "VHR": {"alpha": 1.0},
+    "VisualHighlight": {"value": 1.0},
     "VisualKnockout": {"blocks": []},
     "VisualTokenMerge": {"keep": None, "ratio": 1.0},
     "ZeroTuning": {"gamma": 1.0},

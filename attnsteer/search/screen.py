@@ -188,6 +188,8 @@ class _Screen:
     def _batch(self, run: Steering, batch: Batch, places: list[int]) -> None:
         columns: dict[str, list[int]] = {path: [0] for path in self.heads}
         self.leaves.record = 0 if self.alone and batch.whole else None
+        # Those of the batch before, where it was noted beforehand and this one is not.
+        self.leaves.changes = {}
         script = self.scripts[0]
         if self.leaves.record is None:
             columns = self._note(run, batch)

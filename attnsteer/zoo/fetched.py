@@ -218,18 +218,21 @@ def _room(parent: Path, size: int, name: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free
-        if free < size:
-            raise ZooError(
-                f"fetching {name} takes {size / 1e6:.0f} MB while it runs, and {parent} has {free / 1e6:.0f} MB free; set {CACHE} "
-                "to a folder with more room."
-            )
-        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
+        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent)) if free >= size else None
     except OSError as error:
         raise ZooError(
             f"models cannot be kept in {parent} ({error.strerror or error}); set {CACHE} to a folder that can be written."
         ) from error
+    if work is None:
+        raise ZooError(
+            f"fetching {name} takes {size / 1e6:.0f} MB while it runs, and {parent} has {free / 1e6:.0f} MB free; set {CACHE} "
+            "to a folder with more room."
+        )
     try:
         yield work
+    except ZooError:
+        # it is an OSError too, and has said what is wrong
+        raise
     except OSError as error:
         raise ZooError(
             f"{name} could not be written to {parent} ({error.strerror or error}); nothing is left."

@@ -23,6 +23,8 @@ def checked(path: Path, remedy: str) -> Path:
         wanted = json.loads((path / HASHES).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ZooError(f"{path / HASHES} is not JSON ({error}); {remedy}.") from error
+    if not isinstance(wanted, dict) or not wanted:
+        raise ZooError(f"{path / HASHES} names no files; {remedy}.")
     for file, digest in wanted.items():
         whole = path / file
         if not whole.is_file():

@@ -28,6 +28,7 @@ from attnsteer import (
     SoftPAG,
     SpotLight,
     StoryAdapter,
+    VisualHighlight,
     VisualKnockout,
     Where,
     ZeroTuning,
@@ -148,6 +149,13 @@ VISION = [
         SPIN,
         lambda s: SPIN(0.5, 0.1, where=narrow(s)),
         lambda s: SPIN(0.5, 1.0, where=narrow(s)),
+        prompt_bound=True,
+    ),
+    MethodCase(
+        VisualHighlight,
+        lambda s: VisualHighlight(1.8, where=narrow(s)),
+        lambda s: VisualHighlight(1.0, where=narrow(s)),
+        # To a run without a cache generated tokens are prompt.
         prompt_bound=True,
     ),
     MethodCase(

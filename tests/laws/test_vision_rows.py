@@ -1,4 +1,4 @@
-"""PAI, PAINT, HGAI, AD-HH, SPIN and the knock-out on real model code against dense loops, to 1e-5."""
+"""PAI, PAINT, HGAI, AD-HH, SPIN, highlights and the knock-out on real model code against dense loops, to 1e-5."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnsteer import ADHH, HGAI, PAI, PAINT, SPIN, Intervention, VisualKnockout, Where, steer
+from attnsteer import ADHH, HGAI, PAI, PAINT, SPIN, Intervention, VisualHighlight, VisualKnockout, Where, steer
 from attnsteer.errors import SelectionError
 from attnsteer.methods.paint import select_patches
 from tests.laws.test_vision_reference import LAYERS, TOLERANCE, Setup, _no_grad, check_forward, check_generation, far  # noqa: F401
@@ -45,6 +45,9 @@ class Roles:
         )
         self.rows = torch.tensor(
             [[self.parts[b][now + i] in ("last", "generated") for i in range(n)] for b in range(batch)]
+        )
+        self.shown = torch.tensor(
+            [[self.parts[b][now + i] in ("image", "generated") for i in range(n)] for b in range(batch)]
         )
         self.row_parts = [parts[now : now + n] for parts in self.parts]
 
@@ -114,6 +117,10 @@ CASES: dict[str, tuple[Callable[[int], Intervention], Callable[[Setup, Any], Non
                 z, r.chosen(LOCAL[: r.samples]), r.chosen(SUMMARY[: r.samples]), r.rows, 0.9, 1.4
             )
         ),
+    ),
+    "highlight": (
+        lambda n: VisualHighlight(1.8, where=WHERE),
+        rescored(lambda z, r: lvlm_rows.highlight(z, r.V, r.shown, 1.8)),
     ),
     "knockout": (
         lambda n: VisualKnockout(BLOCKS, where=WHERE),
@@ -216,6 +223,7 @@ def _beside_text(setup: Setup) -> tuple[dict[str, Tensor], Tensor]:
         (lambda: PAINT([[-1]], [[]]), "one list of patch numbers per sample"),
         (lambda: PAI(-0.1), "number"),
         (lambda: SPIN(0.0), "number"),
+        (lambda: VisualHighlight(-1.0), "number"),
         (lambda: ADHH(threshold=0), "number"),
         (lambda: VisualKnockout([("last", "picture")]), "there is no part 'picture'"),
         (lambda: VisualKnockout([("last", "last")]), "a row always keeps itself"),
@@ -235,9 +243,45 @@ def test_what_a_call_refuses() -> None:
     with pytest.raises(SelectionError, match="give the hallucination heads"):
         steer(setup.model, ADHH())
     text = {"input_ids": torch.full((1, 6), 7)}
-    for method in (PAI(where=WHERE), ADHH(where=WHERE), VisualKnockout(where=WHERE)):
+    for method in (PAI(where=WHERE), ADHH(where=WHERE), VisualHighlight(2.0, where=WHERE), VisualKnockout(where=WHERE)):
         with steer(setup.model, method, control=True), pytest.raises(SelectionError, match="there is no image"):
             setup.model(**text)
+
+
+@pytest.mark.parametrize("step", ["all", "once"])
+def test_the_highlight_of_the_released_code(step: str) -> None:
+    """Its own lines (jing-bi/visual-head at 843e00a, `modify` and `att_mask_image_center` of llava/model/forward.py), on scores
+    before the mask: the outer product of the image mask with itself in a prompt, the image mask padded by zeros for one row."""
+    setup = Setup("llava", "places", "left")
+    value, scores = 1.7, {}
+
+    def released(z: Tensor, image: Tensor, causal: Tensor) -> Tensor:
+        mask = image.float()
+        if z.size(-2) == 1:
+            if step == "once":
+                return z
+            mask = torch.nn.functional.pad(mask, (0, z.size(-1) - mask.size(-1)), "constant", 0)
+            mask = mask.unsqueeze(1).unsqueeze(2)
+        else:
+            mask = mask.unsqueeze(2)
+            mask = (mask * mask.transpose(1, 2)).unsqueeze(1)
+            mask[causal != 0] = 0
+        return z * torch.where(mask != 0, value, 1.0)
+
+    def make(dense: Any) -> Intervention:
+        def rescore(layer: int, z: Tensor) -> Tensor:
+            times = len(z) // len(dense.image)
+            hidden = (z < -1e30).any(dim=1, keepdim=True)
+            scores[z.size(-2) == 1] = True
+            return torch.where(
+                hidden, z, released(z.masked_fill(hidden, 0.0), dense.image.repeat_interleave(times, 0), hidden)
+            )
+
+        dense.rescore = rescore
+        return VisualHighlight(value, step=step, where=WHERE)
+
+    check_generation(setup, make, {}, {})
+    assert set(scores) == {False, True}
 
 
 def test_the_authors_rule_for_patches() -> None:

@@ -178,7 +178,8 @@ def edits_of(build: Any) -> dict[str, Any]:
 
 
 PATTERNS = [
-    "previous", "self", "first", "offset:2", "block:3", "same_token", "other_same_token", "after_same_token", "sentence", "span",
+    "all", "previous", "self", "first", "offset:2", "block:3", "same_token", "other_same_token", "after_same_token",
+    "sentence", "span",
 ]  # fmt: skip
 SPANS = [(1, 4), (6, 8)]
 
@@ -224,7 +225,7 @@ def heads_out(method: InjectMap, inputs: dict[str, Tensor], b: int) -> Tensor:
     return seen.get(sample=b)
 
 
-GROUPS = ("same_token", "other_same_token", "after_same_token", "block:5", "sentence", "span")
+GROUPS = ("all", "same_token", "other_same_token", "after_same_token", "block:5", "sentence", "span")
 
 
 @pytest.mark.parametrize("pattern", GROUPS)

@@ -19,6 +19,7 @@ from attnsteer import (
     VHR,
     HeadSet,
     Intervention,
+    VisualHighlight,
     VisualKnockout,
     Where,
     ZeroTuning,
@@ -200,6 +201,7 @@ def test_a_text_among_images_is_left_alone() -> None:
         "ADHH": ADHH([(0, 1), (1, 0), (1, 3)], 0.05),
         "SPIN": SPIN(0.5, 0.1, where=ON),
         "VisualKnockout": VisualKnockout([("last", "image"), ("generated", "image")], where=ON),
+        "VisualHighlight": VisualHighlight(1.8, where=ON),
     }
     for name, method in every.items():
         with steer(model, method):

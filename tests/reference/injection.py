@@ -10,6 +10,8 @@ __all__ = ["inside", "masked", "pattern"]
 def _allowed(
     name: str, number: int, i: int, j: int, ids: list[int], ends: list[int], spans: list[tuple[int, int]]
 ) -> bool:
+    if name == "all":
+        return True
     if name == "previous":
         return j == i - 1
     if name == "self":

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["adhh", "hgai", "knockout", "pai", "paint", "spin"]
+__all__ = ["adhh", "hgai", "highlight", "knockout", "pai", "paint", "spin"]
 
 
 def pai(z: Tensor, V: Tensor, rows: Tensor, alpha: float) -> Tensor:
@@ -47,6 +47,19 @@ def hgai(z: Tensor, V: Tensor, rows: Tensor, alpha: float) -> Tensor:
                     mean = sum(abs(float(z[b, h, i, j])) for h in range(heads)) / heads
                     for h in range(heads):
                         out[b, h, i, j] = float(z[b, h, i, j]) + alpha * mean
+    return out
+
+
+def highlight(z: Tensor, V: Tensor, rows: Tensor, value: float) -> Tensor:
+    """l_j *= value on V."""
+    out = z.clone()
+    batch, heads, n, m = z.shape
+    for b in range(batch):
+        for i in range(n):
+            for j in range(m):
+                for h in range(heads):
+                    if rows[b, i] and V[b, j] and float(z[b, h, i, j]) > -1e30:
+                        out[b, h, i, j] = value * float(z[b, h, i, j])
     return out
 
 

@@ -82,6 +82,15 @@ def test_a_small_edit_has_the_measured_effect(model: Any, longest: int) -> None:
             assert torch.allclose(got, effect, rtol=2e-2, atol=2e-6), (type(method).__name__, got, effect)
 
 
+def test_candidates_of_one_token_behind_longer_ones(model: Any) -> None:
+    """What was noted for the longer ones is not taken for the others, of the same shape or of another."""
+    long, method = random_choices(1, lengths=(9,), longest=3), ACT(beta=0.4, threshold=0.08)
+    for lengths in ((9,), (9, 12)):
+        short = random_choices(2, lengths=lengths)
+        apart = [screen_heads(model, method, some).samples for some in (long, short)]
+        assert torch.allclose(screen_heads(model, method, [*long, *short]).samples, torch.cat(apart), atol=1e-12)
+
+
 def test_several_methods_and_groups_of_heads_at_once(model: Any) -> None:
     samples = random_choices(4, lengths=(9, 12))
     methods = {

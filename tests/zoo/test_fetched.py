@@ -154,7 +154,9 @@ def test_a_licence_must_be_accepted(cache: Path, source: SimpleNamespace, monkey
 def test_places_that_do_not_do(cache: Path, source: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-        with pytest.raises(ZooError, match=r"takes 1 MB while it runs, and .* has 0 MB free; set ATTNSTEER_CACHE"):
+        with pytest.raises(
+            ZooError, match=r"^fetching .* takes 1 MB while it runs, and .* has 0 MB free; set ATTNSTEER_CACHE"
+        ):
             zoo.fetch(NAME, gguf=source.gguf)
     with monkeypatch.context() as patch:
 
@@ -197,6 +199,10 @@ def test_a_changed_model_is_noticed(cache: Path, source: SimpleNamespace) -> Non
     for load in (zoo.load, zoo.fetch):
         with pytest.raises(ZooError, match=rf"model\.safetensors is cut short or changed .*remove {folder}"):
             load(NAME)
+    for broken in ("{", "[]", "{}"):
+        (folder / "sha256.json").write_text(broken)
+        with pytest.raises(ZooError, match=rf"sha256\.json (is not JSON|names no files).*remove {folder}"):
+            zoo.load(NAME)
 
 
 def test_names_and_the_package_that_reads_them(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
