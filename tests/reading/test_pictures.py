@@ -52,6 +52,10 @@ def test_carve_is_the_official_arithmetic(size: tuple[int, int]) -> None:
     S = method.contrast(query, general, (size[1], size[0]))
     theirs = slow.carve([list(m) for m in query], [list(m) for m in general], size, 1e-8)
     assert (S - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    # A ridge that is seen in the maps.
+    S_ridge = CARVE(lam=0.3).contrast(query, general, (size[1], size[0]))
+    theirs = slow.carve([list(m) for m in query], [list(m) for m in general], size, 0.3)
+    assert (S_ridge - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     for share, regions, floor in ((0.2, 3, True), (0.4, 2, False), (0.1, 1, True)):
         own = CARVE(keep=share, regions=regions, at_least=floor).mask(S)
         assert torch.equal(own, slow.carve_mask(S, share, regions, floor))
