@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import UnsupportedHost
 
@@ -107,6 +110,80 @@ class Bank:
         if key not in self._kept:
             self._kept[key] = (value, copy.deepcopy(value))
         return self._kept[key][1]
+
+
+@contextlib.contextmanager
+def unseen(model: nn.Module) -> Iterator[None]:
+    """A pass that only we ask for: what the model counts, keeps and draws stands after it as before.
+
+    Restored are buffers, attributes of the modules and of their processors (counters, lists, tensors), generators among them, and
+    the state of all random numbers. Where parameters and buffers lie is left to what moves them (offloading).
+    """
+    modules = list(model.modules())
+    owners = [*modules, *(p for m in modules if hasattr(p := vars(m).get("processor"), "__dict__"))]
+    kept = [(vars(owner), _contents(vars(owner))) for owner in owners]
+    buffers = [(m._buffers, _contents(m._buffers)) for m in modules if m._buffers]
+    devices = {t.device.index for t in model.parameters() if t.is_cuda}
+    # What is not imported draws nothing.
+    numpy = sys.modules.get("numpy")
+    drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(drawn[0])
+        if numpy is not None and drawn[1] is not None:
+            numpy.random.set_state(drawn[1])
+        with torch.no_grad():
+            for now, old in buffers:
+                for name, (value, content, mark) in old.items():
+                    # One that was exchanged may lie elsewhere now.
+                    _restore(now.get(name), content, mark if now.get(name) is value else None)
+            for now, old in kept:
+                for name in now.keys() - old.keys() - OF_TORCH:
+                    del now[name]
+                for name, (value, content, mark) in old.items():
+                    if now.get(name) is not value:
+                        now[name] = value
+                    _restore(value, content, mark)
+
+
+# What `nn.Module` itself keeps among a module's attributes.
+OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+
+
+def _contents(owner: dict[str, Any]) -> dict[str, tuple[Any, Any, int | None]]:
+    """Name -> (an attribute, a copy of what is in it, its version)."""
+    return {n: (v, _content(v), _version(v)) for n, v in owner.items() if n not in OF_TORCH}
+
+
+def _content(value: Any) -> Any:
+    """What is in an attribute that can be changed in place; None for any other."""
+    if isinstance(value, Tensor):
+        return None if isinstance(value, nn.Parameter) else value.detach().clone()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    return copy.copy(value) if type(value) in (list, dict, set) else None
+
+
+def _version(value: Any) -> int | None:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
+
+
+def _restore(value: Any, content: Any, mark: int | None) -> None:
+    """Put what was in an attribute back; a tensor only where it was written into, because a graph may hold it."""
+    if content is None or (mark is not None and _version(value) == mark):
+        return
+    if isinstance(value, Tensor):
+        if value.shape == content.shape and not value.is_meta:
+            value.detach().copy_(content)
+    elif isinstance(value, torch.Generator):
+        value.set_state(content)
+    elif isinstance(value, list):
+        value[:] = content
+    elif isinstance(value, (dict, set)):
+        value.clear()
+        value.update(content)
 
 
 def _remembers(value: Any) -> bool:

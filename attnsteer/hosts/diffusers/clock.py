@@ -15,7 +15,7 @@ from ...account import Samples, Track
 from ...branches import samples_of
 from ...call import AttnCall
 from ...engine import SiteRuntime
-from ...errors import AttnSteerError, SelectionError, UnsupportedHost
+from ...errors import SelectionError, UnsupportedHost
 from ...maps.words_to_image import Capture, MapsComplete
 from ...site import Site
 from .declarations import Declarations
@@ -83,6 +83,12 @@ class DenoiserClock:
         needed = any("segments" in b.method.needs or b.where.rows in ("image", "text") for b in run.bounds)
         told = RAGGED.search(type(model).__name__) or self.declared.compiled or not needed
         self.unknown = set() if told else {path for path, order in self._orders.items() if not order}
+        # Why it could not be looked at.
+        self.unlooked = ""
+        if needed and self.declared.compiled and not all(self._orders.values()):
+            self.unlooked = (
+                f"{type(model).__name__} is compiled, and compiled code cannot be looked at; steer it uncompiled"
+            )
         self._patch = getattr(getattr(model, "config", None), "patch_size", 1)
         # Compiled code is compiled anew for each value that it reads here, so it reads no more than is needed.
         self._acting: dict[str, tuple[int, ...]] = {}
@@ -126,7 +132,9 @@ class DenoiserClock:
         acting, self._acting = self._acting, {path: () for path in self.runtimes}
         try:
             found = probe(self.model, values, run)
-        except (AttnSteerError, RuntimeError, TypeError, ValueError):
+        except Exception as error:
+            # The dry run is ours: whatever it cannot do, the call itself may.
+            self.unlooked = f"{type(error).__name__}: {error}"
             return
         finally:
             self._acting = acting

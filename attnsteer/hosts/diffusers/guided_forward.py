@@ -20,7 +20,7 @@ from ...edits import Check
 from ...errors import ContractError, UnsupportedHost, listing
 from ...site import Site
 from .bypass import Bypass, blocks_of
-from .caches import Bank
+from .caches import Bank, unseen
 from .clock import DenoiserClock
 from .contrast import ContrastPasses
 from .latent_loop import Loop
@@ -116,7 +116,12 @@ class GuidedForward:
     def forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """One call of the denoiser by its pipeline; `inner` is the forward that this one is around."""
         with self.sampling.alone(type(self.model).__name__):
-            return self._forward(inner, *args, **kwargs)
+            try:
+                return self._forward(inner, *args, **kwargs)
+            except UnsupportedHost as error:
+                if self.clock.unlooked:
+                    error.add_note(f"attnsteer: whose rows are whose was not found out: {self.clock.unlooked}.")
+                raise
 
     def _forward(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         clock, sampling = self.clock, self.sampling
@@ -336,7 +341,7 @@ class GuidedForward:
 
     def _alone(self, inputs: BranchInputs, plain: Predict) -> Tensor | None:
         """What a bare pass gives for some rows; None where the model cannot take them."""
-        with torch.no_grad(), self.bank.branch("rows alone"):
+        with torch.no_grad(), self.bank.branch("rows alone"), unseen(self.model):
             try:
                 return plain(inputs).raw
             except (RuntimeError, ValueError, IndexError, UnsupportedHost):

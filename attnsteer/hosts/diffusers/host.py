@@ -13,7 +13,8 @@ from ...site import Site
 from ..base import Host, imported
 from ..sdpa.host import check_copyable, reaches
 from ..sdpa.rebind import names_called
-from ..sdpa.written import check_written, writes_attention
+from ..sdpa.softmax import writes_attention
+from ..sdpa.written import check_written
 from .clock import DenoiserClock
 from .guided_forward import guide
 from .guiders import watch_guider

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...errors import UnsupportedHost
+from .caches import unseen
 from .variants import UnlikeError, Variants
 
 SDPA = F.scaled_dot_product_attention
@@ -234,18 +235,15 @@ def _calls(
     given = _put(inputs, varied)
     if "return_dict" in inspect.signature(type(model).forward).parameters:
         given["return_dict"] = False
-    state = torch.get_rng_state()
     try:
         # What is compiled in this pass would stay so, and what fails to be compiled as well.
         eager = torch.compiler.set_stance("force_eager")
-        with warnings.catch_warnings(), torch.no_grad(), eager, tape, variants:
+        with unseen(model), warnings.catch_warnings(), torch.no_grad(), eager, tape, variants:
             warnings.simplefilter("ignore")
-            torch.manual_seed(0)
             run(given)
     except UnlikeError as error:
         raise UnsupportedHost(f"{type(model).__name__} cannot be looked at in one forward: {error}") from None
     finally:
-        torch.set_rng_state(state)
         for handle in handles:
             handle.remove()
     return tape.calls

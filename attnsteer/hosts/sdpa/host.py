@@ -22,6 +22,7 @@ from ...site import Site
 from ...undo import MISSING, below_layers
 from ..base import Host
 from .rebind import SDPA, names_called, rebind
+from .softmax import writes_attention
 
 if TYPE_CHECKING:
     from ...steering import Steering
@@ -53,10 +54,10 @@ class GenericHost(Host):
         found: list[Site] = []
         blocks: dict[str, int] = {}
         reaching = {n or type(m).__name__: m for n, m in self.model.named_modules() if reaches(m)}
-        for name, module in reaching.items():
-            heads = _heads(module)
-            if heads is None:
-                continue
+        refused = self._refused(reaching)
+        # Those that can be steered are numbered first, as if there were no others.
+        for name, module in sorted(self._attending(reaching, refused), key=lambda pair: pair[0] in refused):
+            heads = _heads(module) or 0
             kv = getattr(module, "num_kv_heads", None)
             block = re.match(r"(.*\.\d+|\d+)(\.|$)", name)
             found.append(
@@ -68,15 +69,36 @@ class GenericHost(Host):
                     kv_heads=kv if isinstance(kv, int) else heads,
                     modality="text",
                     stack="encoder",
+                    refused=refused.get(name, ""),
                     module=module,
                 )
             )
-        if not found:
+        if all(site.refused for site in found):
             raise UnsupportedHost(
                 f"{', '.join(reaching)}: these call SDPA but have no {', '.join(HEADS)} attribute; set one, so that heads can be "
                 "named."
             )
         return found
+
+    def _refused(self, reaching: dict[str, nn.Module]) -> dict[str, str]:
+        """Name -> why it cannot be steered, of the modules that attend and cannot."""
+        found = {
+            name: f"{type(m).__name__} does not say how many heads it has; set num_heads on it"
+            for name, m in reaching.items()
+            if _heads(m) is None
+        }
+        for name, module in self.model.named_modules():
+            if name and name not in reaching and writes_attention(module):
+                found[name] = (
+                    f"{type(module).__name__} takes its softmax itself, which is followed in models of transformers and diffusers "
+                    "only; call F.scaled_dot_product_attention in its forward"
+                )
+        return found
+
+    def _attending(self, reaching: dict[str, nn.Module], refused: dict[str, str]) -> list[tuple[str, nn.Module]]:
+        """The modules that attend, in the model's order."""
+        named = {name or type(m).__name__: m for name, m in self.model.named_modules()}
+        return [(name, m) for name, m in named.items() if name in reaching or name in refused]
 
     def check(self, site: Site, bound: Bound) -> None:
         check_copyable(site)

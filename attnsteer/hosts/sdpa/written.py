@@ -27,21 +27,12 @@ from ...kernels import Attention
 from ...site import Site
 from .host import check_copyable, problem
 
-HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads", "attention_heads", "heads", "nhead")
 _PRODUCTS = {"matmul", "bmm", "__matmul__", "einsum"}
 # Functions that hand a map on as what it is; whether one changed its numbers, the comparison at the first call tells.
 _CARRY = {
     "dropout", "dropout_", "to", "type", "type_as", "float", "half", "bfloat16", "view", "reshape", "contiguous", "clone", "mul",
     "masked_fill", "nan_to_num", "view_as", "flatten", "unflatten", "__mul__",
 }  # fmt: skip
-
-
-def writes_attention(module: nn.Module) -> bool:
-    """Whether the module's own code, or a function beside it that this calls, takes a softmax, and it has heads.
-
-    `nn.MultiheadAttention` does, in a function of torch.
-    """
-    return heads_of(module) is not None and (isinstance(module, nn.MultiheadAttention) or _takes_softmax(type(module)))
 
 
 @functools.cache
@@ -52,35 +43,6 @@ def opened() -> Callable[..., Any]:
     copied = types.FunctionType(own.__code__, known, own.__name__, own.__defaults__, own.__closure__)
     copied.__kwdefaults__ = own.__kwdefaults__
     return copied
-
-
-def heads_of(module: nn.Module) -> int | None:
-    """The number of heads that the module has, or its config where it projects queries, keys and values: a router does not."""
-    owners = [vars(module)]
-    if sum(isinstance(child, nn.Linear) for child in module.children()) > 2:
-        config = getattr(module, "config", None)
-        owners.append({name: getattr(config, name, None) for name in HEADS})
-    found = (owner.get(name) for owner in owners for name in HEADS)
-    return next((n for n in found if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
-
-
-@functools.lru_cache(maxsize=4096)
-def _takes_softmax(cls: type) -> bool:
-    waiting, seen = [cls.forward], set()
-    while waiting:
-        function = inspect.unwrap(waiting.pop())
-        code = getattr(function, "__code__", None)
-        if code is None or code in seen:
-            continue
-        seen.add(code)
-        if {"softmax", "Softmax", "multi_head_attention_forward"} & set(code.co_names):
-            return True
-        for name in code.co_names:
-            found = function.__globals__.get(name)
-            found = getattr(cls, name, None) if found is None else found
-            if inspect.isfunction(found) and found.__module__ == cls.__module__:
-                waiting.append(found)
-    return False
 
 
 def check_written(site: Site, bound: Bound) -> None:

@@ -19,7 +19,8 @@ from ...errors import UnsupportedHost
 from ...site import Site
 from ..base import Host, imported
 from ..sdpa.host import reaches
-from ..sdpa.written import check_written, heads_of, writes_attention
+from ..sdpa.softmax import heads_of, writes_attention
+from ..sdpa.written import check_written
 from .attention_function import attach_module, base_name, check_base, home
 from .continuous import Continuous
 from .direct import attach_direct, attach_followed, check_direct

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from attnsteer import PAG, Where, sites, steer
 from attnsteer.hosts.diffusers import streams
@@ -131,6 +133,12 @@ def test_identity_among_further_keys_is_the_rows_own(name: str, place: str) -> N
     assert relative(plain, expected) > 1e-2
 
 
+def without_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_structures", dict)
+    for name in ("IMAGE_FIRST", "TEXT_FIRST"):
+        monkeypatch.setattr(streams, name, streams.re.compile(r"(?!)"))
+
+
 def test_an_order_that_no_table_has_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     def guided(model: nn.Module) -> Tensor:
         method = PAG(2.0, joint="ii_identity", where=Where(layers=[1], kinds="joint"))
@@ -139,11 +147,76 @@ def test_an_order_that_no_table_has_is_looked_up(monkeypatch: pytest.MonkeyPatch
 
     model, inputs = ALL["flux"].build(), ALL["flux"].inputs()
     expected = guided(model)
-    never = streams.re.compile(r"(?!)")
-    monkeypatch.setattr(streams, "_structures", dict)
-    monkeypatch.setattr(streams, "IMAGE_FIRST", never)
-    monkeypatch.setattr(streams, "TEXT_FIRST", never)
+    without_tables(monkeypatch)
     site = next(s for s in sites(model) if s.kind == "joint")
     assert streams.order_of(site, model) == ()
     assert torch.equal(guided(model), expected)
     assert not any(m._forward_hooks for m in model.modules())
+
+
+class Restless(nn.Module):
+    """A layer whose output depends on how often it ran, and on everything that is random."""
+
+    def __init__(self, inner: nn.Module, fails: bool = False):
+        super().__init__()
+        self.inner, self.fails = inner, fails
+        self.register_buffer("count", torch.zeros(()))
+        self.generator = torch.Generator().manual_seed(1)
+        self.ran, self.log, self.kept, self.mean = 0, [], {}, torch.zeros(())
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.fails and _get_current_function_mode() is not None:
+            raise IndexError("half-way")
+        self.count += 1
+        self.ran += 1
+        self.log.append(self.ran)
+        self.kept[self.ran] = x
+        self.mean.mul_(0.5).add_(x.mean())
+        self.first = getattr(self, "first", self.ran)
+        noise = torch.randn(()) + torch.randn((), generator=self.generator) + random.random() + float(np.random.rand())
+        return self.inner(x + noise * 0.1 + self.count * 0.01 + self.mean * 0.01 + len(self.kept), *args, **kwargs)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_look_counts_and_draws_is_not_seen_afterwards(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    def run(steered: bool) -> tuple[Any, ...]:
+        model, inputs = ALL["flux"].build(), ALL["flux"].inputs()
+        layer = model.transformer_blocks[0].norm1 = Restless(model.transformer_blocks[0].norm1, fails).eval()
+        random.seed(3)
+        np.random.seed(3)
+        torch.manual_seed(3)
+        if not steered:
+            out = forward(model, inputs)
+        else:
+            with (
+                steer(model, PAG(0.0, joint="ii_identity", where=Where(layers=[1], kinds="joint")), control=True) as on,
+                on.branches("cond"),
+            ):
+                out = forward(model, inputs)
+        drawn = (random.random(), float(np.random.rand()), float(torch.rand(())), layer.generator.get_state().tolist())
+        return out, float(layer.count), layer.ran, layer.log, len(layer.kept), float(layer.mean), layer.first, drawn
+
+    without_tables(monkeypatch)
+    plain, ours = run(False), run(True)
+    assert torch.equal(ours[0], plain[0])
+    assert ours[1:] == plain[1:]
+
+
+@pytest.mark.parametrize(
+    ("ready", "why"), [("training", "training mode"), ("compiled", "compiled"), ("fails", "half-way")]
+)
+def test_a_model_that_cannot_be_looked_at_says_why(monkeypatch: pytest.MonkeyPatch, ready: str, why: str) -> None:
+    from attnsteer.errors import UnsupportedHost
+
+    without_tables(monkeypatch)
+    model, inputs = ALL["flux"].build(), ALL["flux"].inputs()
+    if ready == "training":
+        model.train()
+    elif ready == "compiled":
+        model.transformer_blocks[1].compile(backend="eager")
+    else:
+        model.transformer_blocks[0].norm1 = Restless(model.transformer_blocks[0].norm1, fails=True).eval()
+    method = PAG(2.0, joint="ii_identity", where=Where(layers=[1], kinds="joint"))
+    with steer(model, method, control=True) as run, run.branches("cond"), pytest.raises(UnsupportedHost) as raised:
+        forward(model, inputs)
+    assert any(why in note for note in raised.value.__notes__)

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnsteer import PAG, HeadGate, Where, sites, steer
 from attnsteer.errors import CompositionError, NeverFired, SelectionError, UnsupportedHost
-from tests.hosts.vit import HEADS, Attention, vit
+from tests.hosts.vit import DIM, HEADS, Attention, vit
 
 
 class NoHeads(Attention):
@@ -33,12 +33,28 @@ def test_modules_without_a_number_of_heads() -> None:
     with pytest.raises(UnsupportedHost, match=r"blocks.0.attn.*num_heads"):
         sites(vit(NoHeads)[0])
     model, x = vit(NoHeads, Attention)
-    assert [s.name for s in sites(model)] == ["blocks.1.attn"]
+    assert [(s.name, bool(s.refused)) for s in sites(model)] == [("blocks.1.attn", False), ("blocks.0.attn", True)]
     for name in ("n_heads", "heads", "n_head", "nhead"):
         model, x = vit(NoHeads)
         setattr(model.blocks[0].attn, name, HEADS)
         with steer(model, HeadGate({(0, 3): 0.0})):
             model(x)
+
+
+def test_what_cannot_be_steered_is_listed_with_its_reason() -> None:
+    mixed = nn.ModuleList([NoHeads(), nn.MultiheadAttention(DIM, HEADS), Attention()])
+    found = {site.name: site for site in sites(mixed)}
+    assert {name: bool(site.refused) for name, site in found.items()} == {"0": True, "1": True, "2": False}
+    assert "num_heads" in found["0"].refused
+    assert "scaled_dot_product_attention" in found["1"].refused
+    # The layer's number is what it is without the others.
+    assert found["2"].layer == 0
+    x = torch.randn(2, 5, DIM)
+    with steer(mixed, HeadGate({(0, 1): 0.0})):
+        gated = mixed[2](x)
+    assert not torch.equal(gated, mixed[2](x))
+    with pytest.raises(UnsupportedHost, match="does not say"):
+        steer(mixed, HeadGate({(1, 0): 0.0}))
 
 
 class Twice(Attention):
