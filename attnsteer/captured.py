@@ -31,6 +31,8 @@ INDEX = "capture.json"
 FORMAT, SCHEMA = "attnsteer.capture", 1
 # Scores that are built at once.
 TILE = 1 << 22
+# What a token's number stays below: maps of one token by its number are as wide as the largest.
+MOST_TOKENS = 1 << 24
 
 
 # Rows.
@@ -415,6 +417,8 @@ class Captured:
             keys = takes[-1].keys[-1 if len(takes[-1].keys) == 1 else sample]
             return takes[-1].tensor(what)[sample][:, (keys >= 0).to(takes[-1].tensor(what).device)]
         order = _numbers(takes, sample)
+        if not order:
+            raise SelectionError(f"{takes[0].site}: sample {sample} has none of the rows that were taken.")
         parts: dict[int, Tensor] = {}
         width = max(int(t.keys[0 if len(t.keys) == 1 else sample].max()) for t in takes) + 1
         for take in takes:
@@ -468,7 +472,7 @@ class Captured:
         folder = checked_path("Captured.load", folder)
         try:
             record = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise SerializationError(f"Captured.load: {folder} has no readable {INDEX} ({error}).") from error
         if not isinstance(record, Mapping) or record.get("format") != FORMAT or record.get("schema") != SCHEMA:
             raise SerializationError(
@@ -569,7 +573,17 @@ def _fits(take: Take, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         "q": (B, len(take.heads), r, None), "k": (B, len(take.kv_heads), None, None), "v": (B, len(take.kv_heads), None, None),
     }  # fmt: skip
     same = lambda shape, want: len(shape) == len(want) and all(w in (None, n) for n, w in zip(shape, want, strict=True))  # noqa: E731
+    least, rows, keys = (
+        min(_extreme(t, torch.min) for t in (take.rows, take.keys)), *(_extreme(t, torch.max) for t in (take.rows, take.keys)),
+    )  # fmt: skip
+    # -1 stands for padding; a row of a text's self-attention is a token, and that is a key too.
+    if least < -1 or max(rows, keys) >= MOST_TOKENS or (take.kind == "self" and not take.segments and rows > keys):
+        return False
     return B > 0 and b in (1, B) and all(same(shape, wanted[name]) for name, shape in shapes.items())
+
+
+def _extreme(numbers: Tensor, of: Any) -> int:
+    return int(of(numbers)) if numbers.numel() else -1
 
 
 def file_name(number: int) -> str:

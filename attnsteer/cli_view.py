@@ -50,7 +50,7 @@ def view(
     The page is one file that loads nothing: open it in a browser, or send it to someone. Of a run the model is loaded again.
     """
     from .captured import INDEX, Captured
-    from .results.viewing import PAGE, view_run
+    from .results.viewing import page_of, view_run
     from .run.store import RECIPE
 
     if (source / INDEX).is_file():
@@ -61,7 +61,7 @@ def view(
         print(
             write(
                 Captured.load(source),
-                source / PAGE if out is None else out,
+                page_of(source) if out is None else out,
                 after=None if after is None else Captured.load(after),
                 sample=None if sample is None else int(sample),
                 tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
@@ -134,5 +134,5 @@ def _json(path: Path) -> Any:
 
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SerializationError(f"--profile {path} cannot be read ({error}).") from error

@@ -310,7 +310,7 @@ class HeadSet(Named):
             shape = json.loads(meta.get("shape", "null"))
             provenance = json.loads(meta.get("provenance", "{}"))
             return cls(entries, scores=scored, shape=shape, provenance=provenance)
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise SerializationError(f"HeadSet.load: {path} does not hold a head set: {error}") from error
 
     def push_to_hub(

@@ -203,7 +203,7 @@ async def _read(receive: Receive) -> bytes:
 def _parsed(data: bytes) -> dict[str, Any]:
     try:
         body = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(400, f"the body is not JSON ({error}).") from None
     if not isinstance(body, dict):
         raise Refusal(400, "the body is no JSON object.")

@@ -93,7 +93,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnsupportedHost(f"{path} is not JSON: {error}.") from error
     if not isinstance(record, dict):
         raise UnsupportedHost(f"{path} is not an object.")

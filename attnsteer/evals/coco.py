@@ -162,5 +162,5 @@ def _text(path: str | Path) -> str:
 def _json(path: str | Path) -> Mapping[str, Any]:
     try:
         return json.loads(_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RecordError(f"{path} is no JSON: {error}.") from error

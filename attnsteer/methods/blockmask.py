@@ -54,9 +54,10 @@ class BlockMask(Intervention):
             "overall" those of all heads; "block" the rows and heads of a block (by `threshold` only). Causal sites take the first.
         released: as the official code, which attends to everything where only own blocks were chosen (`released_code`).
 
-    With top_k not below the number of blocks, or threshold 1, nothing is edited. Under causality later blocks are hidden, and a
-    row sees its own block up to itself. It pays from about 4,096 tokens on (docs/efficiency.md). A class of the same name in
-    `torch.nn.attention.flex_attention` has nothing to do with this one.
+    With top_k not below the number of blocks, or threshold 1, nothing is edited. Under causality later blocks are hidden, a row
+    sees its own block up to itself, and the mean key of that block, which counts in `threshold`, is over these keys. It pays
+    from about 4,096 tokens on (docs/efficiency.md). A class of the same name in `torch.nn.attention.flex_attention` has nothing
+    to do with this one.
     """
 
     block_size: Any = parsed(_block_size, "a number of tokens, or (height, width)", 512)
@@ -89,6 +90,10 @@ class BlockMask(Intervention):
 
     def bias(self, call: AttnCall) -> BlockBias | None:
         causal = call.site.causal
+        if causal and isinstance(self.block_size, tuple) and self.top_k is None:
+            raise UnsupportedHost(
+                f"{call.site.path}: which part of its own tile a row of causal attention sees is not worked out; give top_k."
+            )
         if causal and self.select != "query_head":
             raise UnsupportedHost(
                 f"{call.site.path}: select={self.select!r} lets rows compete with later ones, which causal attention must not see; "
@@ -103,6 +108,8 @@ class BlockMask(Intervention):
         mine = torch.zeros_like(there).scatter_(-1, own.clamp_min(0)[:, None, :, None], True) & there
         mine = mine & (own >= 0)[:, None, :, None]
         if self.top_k is None:
+            if causal:
+                gate = _seen(call, gate, own, block, count)
             keep = _by_threshold(gate, there, mine, self.threshold, self.select)
         else:
             keep = _by_rank(gate, there, mine, self.top_k, self.select)
@@ -180,6 +187,28 @@ def _gate(call: AttnCall, block: Tensor, count: int) -> Tensor:
     B, H, n, d = q.shape
     folded = q.to(dtype).reshape(B, k.shape[1], -1, d)
     return torch.matmul(folded, mean.transpose(-1, -2)).reshape(B, H, n, count)
+
+
+def _seen(call: AttnCall, gate: Tensor, own: Tensor, block: Tensor, count: int) -> Tensor:
+    """`gate` with the mean of a row's own block taken over its keys up to the row: the others are hidden from the row.
+
+    Without this a row would choose by later tokens, and otherwise in a decode step than in one call over everything.
+    """
+    q, k, b = call.q, call.k, block.shape[0]
+    (B, H, n, d), Hkv = q.shape, k.shape[1]
+    # Running sums are of all keys, so that what one block adds is a small difference of large numbers.
+    k = torch.where((block >= 0)[:, None, :, None], k, 0.0).double()
+    total, many = k.cumsum(dim=2), (block >= 0).long().cumsum(dim=1)
+    member = (block[:, None] == torch.arange(count, device=block.device)[:, None]).long()
+    start = member.argmax(dim=-1).expand(max(b, len(own)), -1).gather(1, own.clamp_min(0).expand(max(b, len(own)), -1))
+    place = (call.rows.slot - call.keys.slot[0]).expand_as(start)
+    at = lambda t, where: t.gather(2, where.expand(B, -1)[:, None, :, None].expand(B, Hkv, n, d))  # noqa: E731
+    number = many.expand(len(start), -1)
+    size = number.gather(1, place) - number.gather(1, start) + 1
+    mean = (at(total, place) - at(total, start) + at(k, start)) / size.clamp_min(1)[:, None, :, None]
+    mean = mean.to(gate.dtype)[:, :, None]
+    value = (q.to(gate.dtype).reshape(B, Hkv, -1, n, d) * mean).sum(dim=-1).reshape(B, H, n, 1)
+    return gate.scatter(-1, own.clamp_min(0).expand(B, -1)[:, None, :, None].expand(B, H, n, 1), value)
 
 
 def _by_rank(gate: Tensor, there: Tensor, mine: Tensor, k: int, select: str) -> Tensor:

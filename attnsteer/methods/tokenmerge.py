@@ -114,7 +114,8 @@ class TokenMerge(Intervention):
             )
         where, destination, fixed = self._roles(call, n)
         merged = min(int(int(where.sum()) * self.ratio), int((where & ~destination & ~fixed).sum()))
-        if merged == 0:
+        if merged == 0 or not bool(destination.any()):
+            # One token by itself, or none but special ones before it: there is nothing to merge into.
             return None
         metric = call.k.to(att.stat_dtype).mean(dim=1)
         root = match(metric, destination, where & ~destination & ~fixed, merged)

@@ -40,10 +40,10 @@ class VisualTokenMerge(Intervention):
         keep: image tokens that stay, for each sample; not less than there are: nothing is edited. None: by `ratio`.
         ratio: where keep is None, the share of a sample's image tokens that stays, rounded to whole tokens; 1 changes nothing.
         method: "cluster": k-means of the tokens as they enter layer `layer` (10 steps, started from the tokens farthest from each
-            other), the mean of each cluster at the rounded mean of its members' places. "spatial": evenly strided. "random": drawn
-            by `seed`. "attention": those to which the prompt's last token attends most, by the head mean of the layer before
-            (FastV). "lowest": those to which it attends least, a control. "visionzip": those that the class token of the image
-            tower attends to, and sums of the others (see `visionzip`).
+            other), the mean of each cluster at the mean of its members' places (halves up). "spatial": evenly strided.
+            "random": drawn by `seed`. "attention": those to which the prompt's last token attends most, by the head mean of the
+            layer before (FastV). "lowest": those to which it attends least, a control. "visionzip": those that the class token of
+            the image tower attends to, and sums of the others (see `visionzip`).
         layer: K, the first layer that sees fewer tokens. 0: before the language model; "attention" and "lowest" need 1 or more.
         positions: "keep" the places that tokens had; "renumber" closes the gaps.
         contextual: tokens of `keep` that are sums of others, with "visionzip".
@@ -146,7 +146,7 @@ class VisualTokenMerge(Intervention):
 
 
 def clustered(x: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """k-means of tokens: (means [B, K, D], rounded mean slot of each cluster [B, K], ascending).
+    """k-means of tokens: (means [B, K, D], mean slot of each cluster, halves rounded up, [B, K], ascending).
 
     Args:
         x: [B, N, D]. slots: int64 [B, N]. count: K. Started from the token nearest the mean, then from those farthest from all
@@ -166,10 +166,12 @@ def clustered(x: Tensor, slots: Tensor, count: int) -> tuple[Tensor, Tensor]:
         member = torch.nn.functional.one_hot(torch.cdist(y, centre).argmin(dim=-1), count).to(y.dtype).transpose(1, 2)
         size = member.sum(dim=-1, keepdim=True)
         centre = torch.where(size > 0, torch.matmul(member, y) / size.clamp_min(1.0), centre)
-    place = torch.matmul(member, slots[..., None].to(y.dtype)) / size.clamp_min(1.0)
+    # Counted from the first one, so that places neither depend on padding in front nor are too large to be exact.
+    begin = slots[:, :1]
+    place = torch.matmul(member, (slots - begin)[..., None].to(y.dtype)) / size.clamp_min(1.0)
     # A cluster without members stands where the token nearest its centre does.
     nearest = slots.gather(1, torch.cdist(centre, y).argmin(dim=-1))
-    place = torch.where(size[..., 0] > 0, place[..., 0].round().long(), nearest)
+    place = torch.where(size[..., 0] > 0, begin + (place[..., 0] + 0.5).floor().long(), nearest)
     place, order = place.sort(dim=1, stable=True)
     return centre.gather(1, order[..., None].expand(-1, -1, D)).to(x.dtype), place
 

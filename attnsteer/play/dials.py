@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +12,8 @@ from ..heads import HeadSet
 from ..intervention import Intervention
 from ..methods import PAG, PAI, SEG, HeadGate, InstABoost, SoftPAG, SpotLight, ZeroTuning
 from ..where import Where
+
+LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class Dial:
         Raises:
             SelectionError: no number, or one that the method refuses.
         """
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # A whole number may have more digits than any float.
+        if not known or not abs(value) <= LARGEST:
             raise SelectionError(f"{self.name}({self.parameter}={brief(value)}): give a number.")
         if value == self.off or (self.marks and not choice.spans) or (self.heads and not choice.heads):
             return None

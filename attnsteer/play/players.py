@@ -128,6 +128,10 @@ def _text(request: Mapping[str, Any]) -> str:
         raise SelectionError("give a prompt.")
     if len(text) > LONGEST:
         raise SelectionError(f"the prompt has {len(text)} characters; {LONGEST} are the most.")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise SelectionError(
+            "the prompt has half of a character (a lone surrogate), which no tokenizer reads; write it anew."
+        )
     return text
 
 
@@ -240,7 +244,13 @@ class VisionPlayer(TextPlayer):
         from ..run.tasks.prompts import with_image
 
         picture = _scene(image) if isinstance(image, int) else sent_picture(image)
-        batch = self.loaded.processor(images=[picture], text=[with_image(self.loaded, text)], return_tensors="pt")
+        try:
+            batch = self.loaded.processor(images=[picture], text=[with_image(self.loaded, text)], return_tensors="pt")
+        except ValueError as error:
+            # Two places for a picture, of which there is one.
+            raise SelectionError(
+                f"the prompt and one picture do not fit: {' '.join(str(error).split())[:300]}"
+            ) from error
         batch = self._fits(batch).to(self.loaded.device)
         mark = getattr(self.loaded.target.config, "image_token_id", None)
         at = (batch["input_ids"][0] == mark).nonzero()[:, 0].tolist() if mark is not None else []
@@ -378,7 +388,7 @@ def sent_picture(uri: str) -> Any:
                 f"the picture is {image.size[0]} x {image.size[1]} pixels; {LARGEST} a side are the most."
             )
         return image.convert("RGB")
-    except (binascii.Error, UnidentifiedImageError, OSError, ValueError) as error:
+    except (binascii.Error, UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError) as error:
         if isinstance(error, SelectionError):
             raise
         raise SelectionError(f"the picture cannot be read ({type(error).__name__}).") from error

@@ -6,7 +6,9 @@ import errno
 import hmac
 import json
 import secrets
+import socket
 import threading
+import time
 import traceback
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,6 +20,8 @@ from .players import Busy, Player
 
 HOST = "127.0.0.1"
 LARGEST_BODY = 24 * 2**20
+# Of a body that is refused, bytes that are still read, and seconds for them: who sends does not listen.
+PASSED_OVER, PATIENCE = 4 * LARGEST_BODY, 5.0
 PLAIN, JSON = "text/plain; charset=utf-8", "application/json"
 HEADERS = {
     "Cache-Control": "no-store",
@@ -100,8 +104,12 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
-        if self._enters() and self._path() == "":
-            self._send(200, "text/html; charset=utf-8", self.server.play.html())
+        if not self._enters():
+            return
+        if self._path():
+            self._send(404, PLAIN, "There is this page, and POST run.")
+            return
+        self._send(200, "text/html; charset=utf-8", self.server.play.html())
 
     def do_POST(self) -> None:
         if not self._enters():
@@ -114,12 +122,13 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(415, "send application/json.")
             return
         length = self.headers.get("Content-Length", "")
-        if not length.isdecimal() or int(length) > LARGEST_BODY:
+        # More digits than the largest has are not made a number of: that takes long, or fails.
+        if not length.isdecimal() or len(length) > len(str(LARGEST_BODY)) or int(length) > LARGEST_BODY:
             self._refuse(413, f"say how long the body is; {LARGEST_BODY} bytes are the most.")
             return
         try:
             request = json.loads(self.rfile.read(int(length)))
-        except ValueError:
+        except (ValueError, RecursionError):
             self._refuse(400, "the body is not JSON.")
             return
         if not isinstance(request, dict):
@@ -171,7 +180,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, kind: str, text: str) -> None:
         data = text.encode("utf-8", "backslashreplace")
         if status >= 400:
-            # What is left of a body is not read.
             self.close_connection = True
         try:
             self.send_response(status)
@@ -181,9 +189,23 @@ class _Handler(BaseHTTPRequestHandler):
                 self.send_header("Connection", "close")
             self.end_headers()
             self.wfile.write(data)
-        except (BrokenPipeError, ConnectionResetError):
-            # The visitor moved the slider on, or left.
+            if status >= 400:
+                self._pass_over()
+        except OSError:
+            # The visitor moved the slider on, left, or does not listen.
             self.close_connection = True
+
+    def _pass_over(self) -> None:
+        """What is left of a refused body: a connection that ends with something unread takes the answer with it."""
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_WR)
+        left, end = PASSED_OVER, time.monotonic() + PATIENCE
+        while left > 0 and (wait := end - time.monotonic()) > 0:
+            self.connection.settimeout(wait)
+            part = self.rfile.read1(1 << 16)
+            if not part:
+                return
+            left -= len(part)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Addresses have the token in them: nothing is logged."""

@@ -182,14 +182,42 @@ def prepared(model: Any, processor: Any, images: Any, text: str) -> Any:
     """The processor's output for one prompt, on the model's device.
 
     Raises:
-        SelectionError: the text does not say where the images are.
+        SelectionError: the text does not say where the images are, has places for others, or is none.
     """
     token = getattr(processor, "image_token", None)
+    if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
+        raise SelectionError(
+            f"the text {brief(text)} is no text, or has half of a character (a lone surrogate); give a string."
+        )
     if isinstance(token, str) and token not in text:
         raise SelectionError(f"the text {brief(text)} has no {token!r}, which stands where the image is.")
-    batch = processor(images=images, text=text, return_tensors="pt")
+    try:
+        batch = processor(images=images, text=text, return_tensors="pt")
+    except ValueError as error:
+        # Places for more pictures than there are.
+        raise SelectionError(
+            f"the processor does not take the text {brief(text)} with this picture ({error})."
+        ) from error
     device = next(model.parameters()).device
     return batch.to(device)
+
+
+def generated(model: Any, inputs: Any, max_new_tokens: int, options: Mapping[str, Any]) -> Tensor:
+    """The ids [T] that `generate` puts behind a prompt; greedy unless `options` say otherwise.
+
+    Raises:
+        SelectionError: no token, or several answers, are asked for.
+    """
+    count = whole(max_new_tokens)
+    if count is None or count < 1:
+        raise SelectionError(f"max_new_tokens={brief(max_new_tokens)}: give a whole number of at least 1.")
+    if options.get("num_return_sequences", 1) not in (None, 1):
+        raise SelectionError(
+            f"num_return_sequences={brief(options['num_return_sequences'])}: one answer is read; leave it out."
+        )
+    made = model.generate(**inputs, **{"do_sample": False, **options, "max_new_tokens": count})
+    made = made if isinstance(made, Tensor) else made.sequences
+    return made[0, inputs["input_ids"].shape[1] :]
 
 
 def decoded(processor: Any, ids: Tensor) -> str:

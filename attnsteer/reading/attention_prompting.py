@@ -28,7 +28,7 @@ from ..parameters import Named, check_fields, integer, number
 from ..steering import steer
 from ..where import Where
 from ._pictures import LANCZOS, checked_picture, minmax, picture, pixels
-from ._vision import image_grid, over_image, prepared, text_depth
+from ._vision import generated, image_grid, over_image, prepared, text_depth
 
 # 20 of 40 layers of LLaVA-1.5-13B; 22 of 24 blocks of ViT-L.
 LLAVA, CLIP = 20 / 40, 22 / 24
@@ -124,7 +124,7 @@ class AttentionPrompting(Named):
         inputs = prepared(model, processor, image, question)
         layer = round(LLAVA * text_depth(model)) if self.layer is None else self.layer
         with torch.no_grad(), over_image(model, [layer]) as rows:
-            model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)
+            generated(model, inputs, max_new_tokens, options)
         steps = torch.stack([r.map[:, -1] for r in rows])
         found = (steps / steps.sum(dim=-1, keepdim=True)).mean(dim=(0, 1))
         found = self.of_rows(found.view(image_grid(model, inputs, len(found), grid)))

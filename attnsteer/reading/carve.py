@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import SelectionError, brief
 from ..parameters import Named, check_fields, choice, flag, integer, number, parsed, plain
 from ._pictures import LANCZOS, box_of, checked_picture, components, picture, pixels, quantile, resized
-from ._vision import ImageRows, checked_layers, decoded, image_grid, over_image, prepared, share
+from ._vision import ImageRows, checked_layers, decoded, generated, image_grid, over_image, prepared, share
 
 GENERAL = "Write a general description of the image."
 # 20 to 25 of 32 layers.
@@ -148,10 +148,10 @@ class CARVE(Named):
         """
         layers = share(model, *DEPTH) if self.layers is None else self.layers
         with torch.no_grad(), over_image(model, layers) as rows:
-            made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)
+            made = generated(model, inputs, max_new_tokens, options)
         found = step_means(rows, layers)
         size = image_grid(model, inputs, found.shape[-1], grid)
-        return found.unflatten(-1, size), made[0, inputs["input_ids"].shape[1] :]
+        return found.unflatten(-1, size), made
 
     def ask(
         self,
@@ -190,8 +190,8 @@ class CARVE(Named):
         text = question.replace(token, token * 2, 1) if both else question
         again = prepared(model, processor, [image, refined] if both else refined, text)
         with torch.no_grad():
-            made = model.generate(**again, max_new_tokens=max_new_tokens, do_sample=False, **options)
-        answer = decoded(processor, made[0, again["input_ids"].shape[1] :])
+            made = generated(model, again, max_new_tokens, options)
+        answer = decoded(processor, made)
         return Refined(S, kept, box, refined, decoded(processor, said), answer)
 
 

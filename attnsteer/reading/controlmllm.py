@@ -30,7 +30,7 @@ from ..analysis.projections import evaluating
 from ..errors import NotFinite, SelectionError, UnsupportedHost, brief, did_you_mean
 from ..parameters import Named, check_fields, choice, flag, integer, number, parsed, plain
 from ._pictures import checked_picture
-from ._vision import checked_layers, decoded, image_grid, over_image, prepared, share
+from ._vision import checked_layers, decoded, generated, image_grid, over_image, prepared, share
 
 REGIONS = ("box", "mask", "scribble", "point")
 # Layers 14 to 25 of 32.
@@ -175,7 +175,7 @@ class ControlMLLM(Named):
             values = inputs.get("pixel_values")
             whole = isinstance(values, Tensor) and values.ndim == 4
             size = tuple(values.shape[-2:]) if whole else (8 * cells[0], 8 * cells[1])
-        wanted = [regions] if isinstance(regions, Mapping) else list(regions)
+        wanted = [regions] if isinstance(regions, Mapping) else list(regions or ())
         if not wanted:
             raise SelectionError("ControlMLLM: no region; give {'box': (x0, y0, x1, y1)} in fractions of the image.")
         weights = [self.weight(region, cells, size) for region in wanted]
@@ -237,8 +237,8 @@ class ControlMLLM(Named):
         inputs = prepared(model, processor, image, text)
         found = self.optimise(model, inputs, regions, (image.size[1], image.size[0]), grid=grid)
         with torch.no_grad(), found.applied(model):
-            made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)
-        return decoded(processor, made[0, inputs["input_ids"].shape[1] :]), found
+            made = generated(model, inputs, max_new_tokens, options)
+        return decoded(processor, made), found
 
 
 class _State:

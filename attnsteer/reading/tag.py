@@ -26,7 +26,7 @@ from ..heads import HeadSet
 from ..parameters import Named, check_fields, number, parsed, whole
 from ..tokens import char_offsets
 from ._pictures import checked_picture, components
-from ._vision import ImageRows, image_grid, over_image, prepared
+from ._vision import ImageRows, generated, image_grid, over_image, prepared
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,7 @@ class TAG(Named):
         heads = self.heads if isinstance(self.heads, HeadSet) else None
         if key is not None:
             with torch.no_grad(), over_image(model, layers, "generated", heads) as taken:
-                made = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)
-            new = made[0, inputs["input_ids"].shape[1] :].tolist()
+                new = generated(model, inputs, max_new_tokens, options).tolist()
             answer = tokenizer.decode(new, skip_special_tokens=True).strip()
             wanted = value_tokens(new, tokenizer, key)
             start = inputs["input_ids"].shape[1]

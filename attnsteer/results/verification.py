@@ -107,7 +107,7 @@ def verified(path: Path) -> tuple[str, str]:
     try:
         found = json.loads((path / VERIFIED).read_text(encoding="utf-8"))
         when, ok, manifest = str(found["when"]), found["ok"] is True, found["manifest"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "not verified", ""
     if manifest is None or not (path / MANIFEST).is_file() or manifest != file_hash(path / MANIFEST):
         return "outdated", when
@@ -345,7 +345,7 @@ class Found:
         """Keys that need not be equal: a picture of another machine may differ in few values, and what is read off it too."""
         if old["pixels"] == new["pixels"]:
             return set()
-        gap = _difference(self.run.path / old["image"], folder / new["image"])
+        gap = _difference(store.own_file(self.run.path, old["image"]), folder / new["image"])
         self.largest = max(self.largest, gap)
         if self.equal or gap > PIXELS:
             self.wrong.append(f"{old['arm']} {old['id']}: the picture differs by {gap:.2g} of 255 on average")

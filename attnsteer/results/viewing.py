@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AttnSteerError, RunError, did_you_mean, listing
+from ..run import store
 from ..run.data.sample import Sample
 from ..run.folder import RunFolder, read_run
 from ..run.loaded import Loaded
@@ -21,6 +22,18 @@ PROFILED, STEPS = 8, 4
 PAGE = "attention.html"
 
 
+def page_of(folder: Path) -> Path:
+    """The page of a folder.
+
+    Raises:
+        RunError: a link has its name, which may lead to any file of whoever opens a folder of somebody else.
+    """
+    page = folder / PAGE
+    if page.is_symlink():
+        raise RunError(f"{page} is a link, and what it leads to would be written over; delete it, or give --out.")
+    return page
+
+
 def view_run(folder: str | Path, out: str | Path | None = None, sample: str | None = None) -> Path:
     """Load the model of a finished run again, and write a page of one sample's attention without and with the method.
 
@@ -28,7 +41,7 @@ def view_run(folder: str | Path, out: str | Path | None = None, sample: str | No
         out: the page; by default attention.html in the folder. sample: its id; by default the one that changed the most plainly.
 
     Raises:
-        RunError: no such sample, no finished run, or its model is not what it was then.
+        RunError: no such sample, no finished run, its model is not what it was then, or a file of it lies elsewhere.
         RecipeError: the recipe's model or data are no longer there.
     """
     import torch
@@ -60,7 +73,9 @@ def view_run(folder: str | Path, out: str | Path | None = None, sample: str | No
     given: dict[str, Any] = {"tokenizer": loaded.tokenizer}
     if loaded.kind == "image":
         given["tokens"] = [loaded.tokenizer.decode([i]) for i in loaded.tokenizer(chosen["prompt"]).input_ids]
-        given["image"] = [run.path / run.records[a][seed, chosen["id"]]["image"] for a in (head.base, head.arm)]
+        given["image"] = [
+            store.own_file(run.path, run.records[a][seed, chosen["id"]].get("image")) for a in (head.base, head.arm)
+        ]
     elif loaded.kind == "vlm":
         given |= {"image": job.data.image(chosen), "image_tokens": _image_tokens(loaded, inputs)}
     facts = {
@@ -70,7 +85,7 @@ def view_run(folder: str | Path, out: str | Path | None = None, sample: str | No
     }
     return view(
         taken[0],
-        run.path / PAGE if out is None else out,
+        page_of(run.path) if out is None else out,
         after=taken[1],
         labels=(head.base, head.arm),
         profile=None if inputs is None else _profile(loaded, job, chosen),

@@ -199,7 +199,7 @@ def _json(path: Path, needed: bool = True) -> Any:
         raise RunError(f"{path} is missing; {AGAIN}.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); delete it and {AGAIN}.") from error
 
 
@@ -243,7 +243,7 @@ def _lines(path: Path, keys: tuple[str, ...], torn: bool = False) -> Iterator[Ma
             continue
         try:
             found = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{path}, line {number} is damaged ({error}); {AGAIN}.") from error
         missing = [k for k in keys if not isinstance(found, dict) or k not in found]
         if missing:

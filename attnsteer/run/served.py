@@ -85,7 +85,7 @@ class Server:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             raise RunError(f"{self.root}{path} refused a request ({error.code}): {_message(error.read())}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(
                 f"{self.root}{path} cannot be reached ({error}); start the server, and run the recipe again to go on."
             ) from error
@@ -122,7 +122,7 @@ def _message(data: bytes) -> str:
     try:
         found = json.loads(data)
         return str(found.get("error", found).get("message", found))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return data.decode(errors="replace")[:300]
 
 

@@ -161,7 +161,7 @@ def cut_torn_line(path: Path) -> None:
 def _whole(line: bytes) -> bool:
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -179,7 +179,7 @@ def read_lines(path: Path) -> Iterator[Line]:
                 return
             try:
                 found = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 found = None
             if not isinstance(found, dict):
                 raise RunError(
@@ -200,6 +200,20 @@ def inside(folder: Path, name: str) -> Path | None:
     return folder / path
 
 
+def own_file(folder: Path, name: Any) -> Path:
+    """The path of a picture that a record of a run names; neither the name nor a link leads out of the folder.
+
+    Raises:
+        RunError: it does, or there is no such file.
+    """
+    path = inside(folder, name) if isinstance(name, str) else None
+    if path is None or not path.resolve().is_relative_to(folder.resolve()):
+        raise RunError(f"{folder}: a record's picture {name!r} is not in the folder; it was not written by a run.")
+    if not path.is_file():
+        raise RunError(f"{path} is missing; start the run again with the same command.")
+    return path
+
+
 def read_json(path: Path) -> Any:
     """A JSON file of a run, or None where it is not there.
 
@@ -210,7 +224,7 @@ def read_json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(
             f"{path} is damaged ({error}). It was not written by a run; give another folder with --out."
         ) from error

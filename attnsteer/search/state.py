@@ -90,7 +90,7 @@ class SearchState:
             )
         try:
             settings, data = json.loads(meta["settings"]), json.loads(meta["data"])
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, RecursionError) as error:
             raise SerializationError(f"{path} does not hold the state of a search: {error}.") from error
         if settings != self.settings:
             names = sorted(k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k))

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..captured import Captured, Take
-from ..errors import SelectionError, brief
+from ..errors import SelectionError, brief, listing
+from ..parameters import whole
 
 MARK = "▦"
 
@@ -43,6 +44,36 @@ class Axis:
         }
 
 
+def check(captured: Captured, who: str) -> None:
+    """Raise where it is no capture that has maps.
+
+    Raises:
+        SelectionError: it is none.
+    """
+    if not isinstance(captured, Captured):
+        raise SelectionError(
+            f"{who}: {brief(captured)} is no capture; give what `capture` yields, or Captured.load(folder)."
+        )
+    if not captured.takes:
+        raise SelectionError("nothing was captured: run the model inside the block of `capture`.")
+    if "map" not in captured.what:
+        raise SelectionError(
+            f"this capture has {listing(captured.what)}, and no maps; take them: capture(model, what=('map', 'q', 'k'))."
+        )
+
+
+def whole_pair(given: Any, name: str, form: str) -> tuple[int, int]:
+    """Two whole numbers.
+
+    Raises:
+        SelectionError: it is something else.
+    """
+    pair = tuple(map(whole, given)) if isinstance(given, (tuple, list)) and len(given) == 2 else (None,)
+    if None in pair:
+        raise SelectionError(f"{name}={brief(given)}: give {form}, two whole numbers.")
+    return pair
+
+
 def first_sample(captured: Captured) -> int:
     """The first batch row with rows in the capture (of a guided batch, the conditional one where that was captured)."""
     for take in captured.takes:
@@ -59,7 +90,7 @@ def shown_tokens(captured: Captured, sample: int, count: int, tokens: Any = None
         SelectionError: `tokens` are fewer.
     """
     if tokens is not None:
-        found = [str(t) for t in tokens]
+        found = token_texts(tokens)
         if len(found) < count:
             raise SelectionError(
                 f"tokens={brief(tokens)} has {len(found)} texts, the capture has {count} tokens; give each one."
@@ -71,6 +102,17 @@ def shown_tokens(captured: Captured, sample: int, count: int, tokens: Any = None
     if tokenizer is None:
         return [f"#{i}" for i in ids[:count]]
     return [_text(tokenizer, i) for i in ids[:count]]
+
+
+def token_texts(tokens: Any) -> list[str]:
+    """Of tokens that a caller names.
+
+    Raises:
+        SelectionError: it is no list of them.
+    """
+    if isinstance(tokens, str) or not isinstance(tokens, Sequence):
+        raise SelectionError(f"tokens={brief(tokens)}: give a list with the text of each token.")
+    return [str(t) for t in tokens]
 
 
 def _text(tokenizer: Any, token: int) -> str:
@@ -88,7 +130,7 @@ def grid_of(count: int, grid: Sequence[int] | None, why: str) -> tuple[int, int]
         SelectionError: `grid` has another number of places, or there is none and the places are no square.
     """
     if grid is not None:
-        h, w = (int(n) for n in grid)
+        h, w = whole_pair(grid, "grid", "(height, width)")
         if h * w != count or h < 1:
             raise SelectionError(
                 f"{why}: grid={(h, w)} has {h * w} places, the image has {count}; give its (height, width)."

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..captured import Captured
 from ..errors import SelectionError, listing
-from .axes import first_sample, shown_tokens
+from .axes import check, first_sample, shown_tokens
 
 
 def to_bertviz(
@@ -74,6 +74,7 @@ def to_circuitsvis(
 def _square_maps(
     captured: Captured, sample: int | None, tokens: Any, tokenizer: Any, site: Any = None
 ) -> tuple[list[Tensor], list[str]]:
+    check(captured, "the other viewers")
     sites = captured.sites if site is None else (captured.of(site)[0].site,)
     sample = first_sample(captured) if sample is None else sample
     maps = []

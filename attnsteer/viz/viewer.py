@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ..captured import Captured
-from ..errors import SelectionError, brief, listing
-from .axes import Axis, Fold, axes, first_sample, shown_tokens
+from ..errors import SelectionError, SerializationError, brief, listing
+from ..heads import checked_path
+from ..parameters import whole
+from .axes import Axis, Fold, axes, check, first_sample, shown_tokens, token_texts, whole_pair
 from .page import page, picture_uri
 from .projection import joint_projection
 
@@ -65,6 +67,7 @@ def view(
 
     Raises:
         SelectionError: nothing captured, no "map", two captures that do not fit, a grid that is not known, or other tokens.
+        SerializationError: the page cannot be written.
     """
     content = collect(
         captured,
@@ -82,11 +85,14 @@ def view(
         title=title,
         facts=facts,
     )
-    path = Path(path)
+    path = checked_path("view", path)
     if path.is_dir():
         raise SelectionError(f"view: {path} is a folder; give the path of a page, such as {path / 'page.html'}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content.html(), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content.html(), encoding="utf-8")
+    except OSError as error:
+        raise SerializationError(f"view: {path} cannot be written ({error}).") from error
     return path
 
 
@@ -123,7 +129,7 @@ def collect(
     """What `view` writes; see there."""
     arms = [captured] if after is None else [captured, after]
     for arm in arms:
-        _check(arm)
+        check(arm, "view")
     branch = _branch(captured) if branch is None else branch
     arms = [_only(arm, branch) for arm in arms]
     captured, after = arms[0], arms[1] if after is not None else None
@@ -151,7 +157,7 @@ def collect(
         width = widths[site] = first.shape[2]
         rows = _rows(captured, site, sample, frames[0])
         if take.segments or take.kind == "cross":
-            texts = [str(t) for t in tokens or ()]
+            texts = [] if tokens is None else token_texts(tokens)
             pair = axes(take, rows, width, (), texts, image_tokens, grid)
             folds[site] = Fold.of(take, rows, width, len(texts))
             if folds[site] is not None:
@@ -172,11 +178,15 @@ def collect(
         )
     rows_of_all = sum(s[0] * s[1] for _, _, s, _ in found) * len(arms) * len(frames)
     keep = None if total <= WHOLE else max(LEAST, KEPT // rows_of_all)
+    if facts is not None and not isinstance(facts, Mapping):
+        raise SelectionError(f"facts={brief(facts)}: give a mapping of names to texts.")
     content = Content({})
     several = len({t.layer for _, t, _, _ in found}) < len(found)
     planes = {"q", "k"} <= set(captured.what)
     listed, readings, kept, projected = [], _Readings(len(arms), len(found)), [], {}
     starts: list[tuple[Tensor, int]] = []
+    # Maps with entries that are no numbers, of each arm.
+    odd = [0] * len(arms)
     for s, (site, take, shape, pair) in enumerate(found):
         small = (min(SMALL, shape[1]), min(SMALL, shape[2]))
         listed.append(
@@ -193,8 +203,10 @@ def collect(
         )
         for f, frame in enumerate(frames):
             both = []
-            for arm in arms:
+            for a, arm in enumerate(arms):
                 got = maps(arm, site, frame)
+                odd[a] += int((~got.isfinite()).flatten(1).any(dim=1).sum())
+                got = got.nan_to_num(0.0, 0.0, 0.0)
                 if tuple(got.shape) != shape or arm.of(site)[0].heads != take.heads:
                     raise SelectionError(
                         f"{site}: before has {shape[0]} heads of {shape[1]} rows and {shape[2]} keys, after has "
@@ -222,11 +234,13 @@ def collect(
                         points = [
                             t[:, list(i)] for t, i in zip(points, (folds[site].rows, folds[site].keys), strict=True)
                         ]
-                    content.later[f"p-{a}-{f}-{s}"], projected[f"{a}-{f}-{s}"] = _plane(*points)
+                    # What is not finite has no place in a plane.
+                    if all(bool(t.isfinite().all()) for t in points):
+                        content.later[f"p-{a}-{f}-{s}"], projected[f"{a}-{f}-{s}"] = _plane(*points)
     pictures = () if image is None else image if isinstance(image, (list, tuple)) else (image,)
     content.data = {
         "title": str(title),
-        "facts": [[str(k), str(v)] for k, v in (facts or {}).items()],
+        "facts": [[str(k), str(v)] for k, v in (facts or {}).items()] + _oddities(odd, labels),
         "arms": [str(x) for x in labels[: len(arms)]] if after is not None else [""],
         "frames": ["" if f is None else f"step {f}" for f in frames],
         "axes": [a.to_dict() for a in every],
@@ -240,22 +254,17 @@ def collect(
     return content
 
 
-def _check(captured: Captured) -> None:
-    if not isinstance(captured, Captured):
-        raise SelectionError(f"view({brief(captured)}): give what `capture` yields, or Captured.load(folder).")
-    if not captured.takes:
-        raise SelectionError("nothing was captured: run the model inside the block of `capture`.")
-    if "map" not in captured.what:
-        raise SelectionError(
-            f"this capture has {listing(captured.what)}, and no maps; take them: capture(model, what=('map', 'q', 'k'))."
-        )
+def _oddities(odd: Sequence[int], labels: Sequence[str]) -> list[list[str]]:
+    """Facts for a page: how many maps have entries that are no numbers."""
+    named = ", ".join(f"{n} {labels[a]}" if len(odd) > 1 else str(n) for a, n in enumerate(odd) if n)
+    return [["not finite", f"maps with entries that are NaN or infinite: {named}; shown as 0"]] if named else []
 
 
 def _check_range(given: tuple[int, int], width: int) -> None:
-    start, stop = given
+    start, stop = whole_pair(given, "image_tokens", "(start, stop)")
     if not 0 <= start < stop <= width:
         raise SelectionError(
-            f"image_tokens={tuple(given)}: this sequence has {width} tokens; give (start, stop) in it."
+            f"image_tokens={(start, stop)}: this sequence has {width} tokens; give (start, stop) in it."
         )
 
 
@@ -445,17 +454,17 @@ def _columns(profile: Any, found: Sequence[tuple[str, Any, Any, Any]]) -> list[d
     """The readings of a `HeadTable`, or of its rows in JSON, of the self-attention sites by layer and head."""
     if profile is None:
         return []
-    if isinstance(profile, Mapping):
-        rows, about = profile.get("heads"), profile.get("readings")
+    if not isinstance(profile, Mapping) and callable(getattr(profile, "rows", None)):
+        rows, about = profile.rows(), {n: c.about for n, c in profile.columns.items()}
+    else:
+        rows, about = (profile.get(n) if isinstance(profile, Mapping) else None for n in ("heads", "readings"))
         if (
             not isinstance(rows, list)
             or not isinstance(about, Mapping)
             or not all(isinstance(r, Mapping) for r in rows)
         ):
             raise SelectionError('profile: give a HeadTable, or what its save("profile.json") wrote.')
-    else:
-        rows, about = profile.rows(), {n: c.about for n, c in profile.columns.items()}
-    by_head = {(r.get("layer"), r.get("head")): r for r in rows}
+    by_head = {(whole(r.get("layer")), whole(r.get("head"))): r for r in rows}
     out = []
     for name, text in about.items():
         column = {"name": str(name), "about": str(text), "group": "head_profile"}
@@ -483,6 +492,6 @@ def _picture(image: Any) -> Any:
         try:
             with Image.open(image) as opened:
                 return opened.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise SelectionError(f"the image {image} cannot be read ({error}).") from error
     return as_image(image)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnsteer import BlockMask, HeadGate, Where, steer
+from attnsteer.call import AttnCall
 from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.kernels import Attention, KeyBlocks, attend, attend_blocks, hide_blocks
 from attnsteer.methods import blockmask
@@ -75,6 +76,43 @@ def test_causal_is_the_loop_and_never_looks_ahead() -> None:
     masked = hide_blocks(att, KeyBlocks(rows[None], keep))
     z = masked.scores(slice(0, 90), slice(0, 90))
     torch.testing.assert_close(lse, z.logsumexp(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_causal_choice_by_threshold_is_that_of_the_keys_that_a_row_sees(share: float) -> None:
+    """In the whole prompt, in chunks, step by step, and beside padding; the own block's later keys are in no row's choice."""
+    model = HOSTS["llama"].build()
+    ids = torch.randint(3, 60, (1, 40), generator=torch.Generator().manual_seed(0))
+    method = BlockMask(7, threshold=share)
+    seen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+
+    class Watched(BlockMask):
+        def bias(self, call: AttnCall) -> object:
+            found = super().bias(call)
+            if call.map.shape[2] == 40:
+                seen[call.site.path] = (call.q[0], call.k[0], found.keep.expand(1, *call.map.shape[1:3], -1)[0])
+            return found
+
+    with torch.no_grad():
+        with steer(model, Watched(7, threshold=share)):
+            model(ids)
+        with steer(model, method):
+            whole = model(ids).logits[0]
+            out = model(ids[:, :17], use_cache=True)
+            parts = [out.logits[0]]
+            for start, stop in ((17, 30), *((i, i + 1) for i in range(30, 40))):
+                out = model(ids[:, start:stop], past_key_values=out.past_key_values, use_cache=True)
+                parts.append(out.logits[0])
+            padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), ids], 1)
+            mask = (torch.arange(44) >= 4).long()[None]
+            beside = model(padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(0)).logits[0, 4:]
+            begin = model(ids[:, :25]).logits[0]
+    for q, k, keep in seen.values():
+        for h in range(len(q)):
+            want = slow.causal_share(q[h], k[h * len(k) // len(q)], 7, share)
+            assert [row.nonzero()[:, 0].tolist() for row in keep[h]] == want
+    for got, want in ((torch.cat(parts), whole), (beside, whole), (begin, whole[:25])):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 def test_kernel_takes_padding_masks_biases_and_any_order_of_blocks() -> None:

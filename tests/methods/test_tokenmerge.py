@@ -195,6 +195,16 @@ def test_bad_parameters(make: Any, says: str) -> None:
         make()
 
 
+def test_where_there_is_nothing_to_merge_into_nothing_is_merged() -> None:
+    """One token, or special ones and one more."""
+    for n, special in ((1, 0), (1, 1), (2, 1), (3, 2), (3, 3)):
+        q, k, v = draw(n)
+        with steer(Attn(), TokenMerge(1.0, match="alternate", special=special), control=True) as run:
+            out = run.target(q, k, v)
+        want = F.scaled_dot_product_attention(q, k, v)
+        assert torch.equal(out, want), (n, special)
+
+
 def test_refusals_say_what_to_do() -> None:
     q, k, v = draw(36)
     model = Attn()

@@ -287,6 +287,16 @@ def test_identical_tokens_share_a_cluster_and_every_token_is_one_at_full_budget(
         want = slow.clusters(x[b], slots[b].tolist(), 5)
         assert place[b].tolist() == [at for at, _ in want]
         torch.testing.assert_close(tokens[b], torch.stack([t for _, t in want]))
+    # So many tokens that the first step is not the last one.
+    many, at = torch.randn(1, 60, 2, generator=torch.Generator().manual_seed(3)), torch.arange(60)[None]
+    tokens, place = visualtokenmerge.clustered(many, at, 6)
+    want = slow.clusters(many[0], at[0].tolist(), 6)
+    assert place[0].tolist() == [where for where, _ in want]
+    torch.testing.assert_close(tokens[0], torch.stack([t for _, t in want]))
+    # Padding in front moves all places by as much, halves too.
+    for count in range(1, 6):
+        at = [visualtokenmerge.clustered(x, slots + by, count)[1] - by for by in (0, 1, 2, 5, 2**25)]
+        assert all(torch.equal(t, at[0]) for t in at)
     alone = x[:, :4]
     tokens, place = visualtokenmerge.clustered(alone, slots[:, :4], 4)
     assert torch.equal(place, slots[:, :4]) and torch.allclose(tokens, alone)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 import threading
 import time
+import zlib
 from typing import Any
 
 import pytest
@@ -79,6 +81,8 @@ def test_every_dial_acts(reader: Any) -> None:
         ({"prompt": " "}, "give a prompt"),
         ({"prompt": "a " * 30_000}, "characters"),
         ({"prompt": "red " * 600}, "the prompt has 601 tokens; this model and page take 512"),
+        ({"prompt": "a \ud83d star"}, "half of a character"),
+        ({"value": 10**400}, "give a number"),
         ({"method": "Nothing"}, "there are SpotLight"),
         ({"value": "1"}, "give a number"),
         ({"value": float("nan")}, "give a number"),
@@ -120,6 +124,11 @@ def test_pictures_that_are_sent() -> None:
     for wrong in ("http://x/y.png", "data:image/png;base64,%%%", "data:image/png;base64,AAAA", "data:text/html,x"):
         with pytest.raises(SelectionError, match="picture"):
             sent_picture(wrong)
+    # A few bytes that say they are 60,000 pixels a side.
+    head = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    with pytest.raises(SelectionError, match="cannot be read"):
+        sent_picture("data:image/png;base64," + base64.b64encode(bomb).decode())
 
 
 def test_a_picture_and_its_places() -> None:
@@ -136,6 +145,8 @@ def test_a_picture_and_its_places() -> None:
     assert looker.answer({**given, "method": "PAI", "value": 1.0})["changed"]
     with pytest.raises(SelectionError, match="give a picture"):
         looker.answer({**given, "scene": None})
+    with pytest.raises(SelectionError, match="one picture do not fit"):
+        looker.answer({**given, "prompt": "<image> <image> is there a star ?"})
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import socket
 import threading
 from typing import Any
 
@@ -13,6 +15,7 @@ from attnsteer.errors import SelectionError
 from attnsteer.play import PlayServer
 from attnsteer.play.drawing import Stale
 from attnsteer.play.players import Busy
+from attnsteer.play.server import LARGEST_BODY
 
 
 class Echo:
@@ -92,6 +95,32 @@ def test_wrong_requests_have_an_answer(server: PlayServer, capsys: Any) -> None:
     assert ask(server, "POST", path, {"wrong": "stale"})[0] == 409
     status, text, _ = ask(server, "POST", path, {"wrong": "bug"})
     assert status == 500 and "secret" not in text and "ZeroDivisionError" in capsys.readouterr().err
+
+
+def raw(server: PlayServer, head: str, body: bytes = b"") -> bytes:
+    """What comes back for bytes of one's own; all of the body is sent before the answer is read."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(head.format(token=server.token, port=server.port).encode() + b"\r\n\r\n" + body)
+        found = b""
+        while part := connection.recv(1 << 16):
+            found += part
+        return found
+
+
+POST = "POST /{token}/run HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\nContent-Length: "
+
+
+def test_whatever_is_asked_has_an_answer_at_once(server: PlayServer) -> None:
+    """Pages that are not there, numbers and nesting without end, and bodies that are too large, sent to their last byte."""
+    for path in ("nothing", "../../etc/passwd", "%2e%2e/run"):
+        assert ask(server, "GET", f"/{server.token}/{path}")[0] == 404
+    deep = b"[" * 100_000
+    assert b" 400 " in raw(server, POST + str(len(deep)), deep).partition(b"\r\n")[0]
+    assert b" 413 " in raw(server, POST + "1" * 5000).partition(b"\r\n")[0]
+    large = bytes(LARGEST_BODY + 1)
+    for head in (POST, POST.replace("/{token}", "/wrong"), POST.replace("application/json", "text/plain")):
+        status = raw(server, head + str(len(large)), large).partition(b"\r\n")[0]
+        assert re.search(rb" (413|403|415) ", status), status
 
 
 def test_clients_at_once(server: PlayServer) -> None:

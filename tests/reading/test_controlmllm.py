@@ -42,8 +42,8 @@ class Table:
 def test_the_loop_is_the_official_one(accumulate: bool, stop: float) -> None:
     target = torch.linspace(-1, 1, 12).view(4, 3)
     loss = lambda x: ((x - target) ** 2).sum() + 1.0  # noqa: E731
-    seen, final = slow.controlled(loss, 4, 3, 5, 0.05, 0.5, stop, accumulate)
-    method = ControlMLLM(steps=5, lr=0.05, accumulate=accumulate, stop=stop)
+    seen, final = slow.controlled(loss, 4, 3, 5, 0.05, 0.7, stop, accumulate)
+    method = ControlMLLM(steps=5, lr=0.05, beta=0.7, accumulate=accumulate, stop=stop)
     state, losses, ours = _State(method), [], []
     for _ in range(5):
         offset = state.offset(Table(), 4)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from attnsteer import CARVE, TAG, AttentionPrompting, HeadSet, zoo
+from attnsteer import CARVE, TAG, AttentionPrompting, ControlMLLM, HeadSet, zoo
 from attnsteer.errors import SelectionError, UnsupportedHost
 from attnsteer.reading._pictures import components, picture, pixels, quantile
 from attnsteer.reading._vision import image_grid, over_image
@@ -52,6 +52,10 @@ def test_carve_is_the_official_arithmetic(size: tuple[int, int]) -> None:
     S = method.contrast(query, general, (size[1], size[0]))
     theirs = slow.carve([list(m) for m in query], [list(m) for m in general], size, 1e-8)
     assert (S - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    # A ridge that is seen in the maps.
+    S_ridge = CARVE(lam=0.3).contrast(query, general, (size[1], size[0]))
+    theirs = slow.carve([list(m) for m in query], [list(m) for m in general], size, 0.3)
+    assert (S_ridge - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     for share, regions, floor in ((0.2, 3, True), (0.4, 2, False), (0.1, 1, True)):
         own = CARVE(keep=share, regions=regions, at_least=floor).mask(S)
         assert torch.equal(own, slow.carve_mask(S, share, regions, floor))
@@ -308,6 +312,12 @@ def test_prompting_with_clip() -> None:
         (lambda m, p, i: TAG().ground(m, p, i, PROMPT, (70, 99)), "ends after"),
         (lambda m, p, i: TAG().ground(m, p, i, "where", "where"), "no '<image>'"),
         (lambda m, p, i: TAG().ground(m, p, "picture.png", PROMPT, "red"), "PIL image"),
+        (lambda m, p, i: TAG().ground(m, p, i, f"<image> {PROMPT}", "red"), "does not take the text"),
+        (lambda m, p, i: TAG().ground(m, p, i, f"{PROMPT} \ud800", "red"), "half of a character"),
+        (lambda m, p, i: CARVE().ask(m, p, i, None, GENERAL), "is no text"),
+        (lambda m, p, i: CARVE().ask(m, p, i, PROMPT, GENERAL, max_new_tokens=0), "at least 1"),
+        (lambda m, p, i: AttentionPrompting().prompt(m, p, i, PROMPT, num_return_sequences=2), "one answer is read"),
+        (lambda m, p, i: ControlMLLM(steps=1).ask(m, p, i, PROMPT, None), "no region"),
         (lambda m, p, i: TAG().ground(m, p, i, PROMPT, "red", grid=(4, 8)), "64 image tokens"),
         (lambda m, p, i: TAG().ground(m, p, i, PROMPT, "red", grid=8), "height, width"),
         (lambda m, p, i: CARVE(layers=[77]).ask(m, p, i, PROMPT, GENERAL), "77"),
@@ -324,6 +334,13 @@ def test_prompting_with_clip() -> None:
 def test_bad_input(lvlm: Any, scene: Any, ask: Any, words: str) -> None:
     with pytest.raises(SelectionError, match=words):
         ask(*lvlm, scene)
+
+
+def test_options_of_generate_are_taken(lvlm: Any, scene: Any) -> None:
+    """Sampling, and the answer in a form with more than its tokens."""
+    want = CARVE(layers=[1]).ask(*lvlm, scene, PROMPT, GENERAL, max_new_tokens=2).answer
+    options = {"do_sample": True, "top_k": 1, "return_dict_in_generate": True, "output_scores": True}
+    assert CARVE(layers=[1]).ask(*lvlm, scene, PROMPT, GENERAL, max_new_tokens=2, **options).answer == want
 
 
 def test_grids_are_never_guessed(lvlm: Any) -> None:

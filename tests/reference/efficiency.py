@@ -26,6 +26,20 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, size: int, best: int, causa
     return out
 
 
+def causal_share(q: Tensor, k: Tensor, size: int, share: float) -> list[list[int]]:
+    """Blocks that each row of one causal head [n, d] keeps by `share`, from the keys that it may see and no others.
+
+    The arithmetic of `vmoba_pairs` for one row at a time; of its own block a row knows the keys up to itself.
+    """
+    kept = []
+    for i in range(len(q)):
+        home = i // size
+        means = [k[c * size : min((c + 1) * size, i + 1)].mean(0) for c in range(home + 1)]
+        gate = torch.stack([q[i] @ m for m in means])[:, None, None]
+        kept.append(sorted(c for c, _, _ in vmoba_pairs(gate, [home], "query_head", share)))
+    return kept
+
+
 def vmoba_pairs(gate: Tensor, home: list[int], kind: str, share: float) -> set[tuple[int, int, int]]:
     """The (block, head, row) triples that VMoBA keeps by threshold; KwaiVGI/VMoBA src/vmoba.py at 4da72ff.
 
@@ -76,7 +90,7 @@ def fastv_index(weights: Tensor, image: Tensor, last: list[int], keep: int) -> l
 
 
 def clusters(x: Tensor, slots: list[int], count: int) -> list[tuple[int, Tensor]]:
-    """k-means with ten steps from far-apart tokens: [(rounded mean slot, mean)] by slot; x [N, D]."""
+    """k-means with ten steps from far-apart tokens: [(mean slot, mean)] by slot; x [N, D]."""
     away = [float((t - x.mean(0)).norm()) for t in x]
     chosen = [min(range(len(x)), key=lambda i: away[i])]
     while len(chosen) < count:
@@ -92,7 +106,8 @@ def clusters(x: Tensor, slots: list[int], count: int) -> list[tuple[int, Tensor]
     found = []
     for c in range(count):
         own = [i for i in range(len(x)) if home[i] == c]
-        found.append((round(sum(slots[i] for i in own) / len(own)), centres[c]))
+        # Halves go up: the nearest even number would move with the padding in front.
+        found.append((math.floor(sum(slots[i] for i in own) / len(own) + 0.5), centres[c]))
     return sorted(found, key=lambda pair: pair[0])
 
 

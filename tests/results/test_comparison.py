@@ -202,7 +202,7 @@ DAMAGE = {
     "recipe.yaml": (b"a: [", r"recipe\.yaml is damaged"),
     "status.json": (b'{"state": "odd"}', "the state is 'odd'"),
     "arms.json": (b"{}", 'no list "arms"'),
-    "metrics.json": (b"[1", "is damaged"),
+    "metrics.json": (b"[" * 100_000, "is damaged"),
     "identity.json": (b"[]", "holds no JSON object"),
     "samples.jsonl": (b'{"id": "r0"}\n{"id', "line 2 is damaged"),
     "records.jsonl": (b'{"arm": "baseline", "id": "r0"}\n', "line 1 has no seed"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from attnsteer import cli
@@ -69,6 +70,14 @@ def test_pictures_are_those_of_the_run(tmp_path: Path) -> None:
     page = json.loads(re.search(r'id="data">(.*?)</script>', view_run(folder).read_text(encoding="utf-8"))[1])
     assert page["frames"] == ["step 0", "step 1"] and len(page["images"]) == 2
     assert {s["kind"] for s in page["sites"]} == {"self", "cross"}
+    # A picture elsewhere on this machine is in no page of a folder that may be somebody else's.
+    records = folder / "records.jsonl"
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    Image.new("RGB", (8, 8)).save(tmp_path / "own.png")
+    for name in ("../own.png", str(tmp_path / "own.png")):
+        records.write_text("".join(json.dumps({**row, "image": name}) + "\n" for row in rows))
+        with pytest.raises(RunError, match="is not in the folder"):
+            view_run(folder)
 
 
 def test_another_model_by_now(reading: Path, tmp_path: Path) -> None:

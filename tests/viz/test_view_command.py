@@ -71,6 +71,24 @@ def test_what_cannot_be_shown_is_said_in_one_line(seen: Path, args: list[str], m
     assert code == 2 and message in said and not (seen / "seen" / "attention.html").exists()
 
 
+def test_links_out_of_the_folder_are_not_written_through(seen: Path) -> None:
+    kept = seen / "kept.txt"
+    kept.write_text("mine")
+    (seen / "seen" / "attention.html").symlink_to(kept)
+    code, said = run(seen / "seen")
+    assert code == 2 and "is a link" in said and kept.read_text() == "mine"
+    assert run(seen / "seen", "-o", seen / "page.html")[0] == 0
+
+
+def test_deep_files_are_damaged_ones(seen: Path) -> None:
+    (seen / "deep.json").write_text("[" * 100_000)
+    code, said = run(seen / "seen", "--profile", seen / "deep.json")
+    assert code == 2 and "deep.json cannot be read" in said
+    (seen / "seen" / "capture.json").write_text("[" * 100_000)
+    code, said = run(seen / "seen")
+    assert code == 2 and "no readable capture.json" in said
+
+
 def test_a_damaged_capture(seen: Path) -> None:
     (seen / "seen" / "000000.safetensors").write_bytes(b"short")
     code, said = run(seen / "seen")

@@ -6,10 +6,12 @@ import json
 import math
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from attnsteer.analysis.table import Column, HeadTable
 from attnsteer.captured import Captured
@@ -150,6 +152,68 @@ def test_what_cannot_be_shown_is_said() -> None:
         viewer.collect(text(0), tokens=["a", "b"])
     with pytest.raises(SelectionError, match="cannot be read"):
         viewer.collect(text(0), image=Path("missing.png"), image_tokens=(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tokens": 3}, "give a list with the text"), ({"tokens": "abcdefg"}, "give a list with the text"),
+        ({"image_tokens": 3}, "two whole numbers"), ({"image_tokens": (1.0, 2)}, "two whole numbers"),
+        ({"image_tokens": (1, 5), "grid": "ab"}, "grid='ab': give"), ({"image_tokens": (1, 5), "grid": 4}, "grid=4: give"),
+        ({"profile": 3}, "give a HeadTable"), ({"profile": [1]}, "give a HeadTable"),
+        ({"profile": {"readings": {"x": "y"}, "heads": [{"layer": [], "head": {}, "x": 1}]}}, "none of its heads"),
+        ({"facts": [1]}, "give a mapping"),
+    ],
+)  # fmt: skip
+def test_odd_arguments_are_refused_by_name(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SelectionError, match=message):
+        viewer.collect(text(0), **given)
+
+
+def test_no_captures_and_no_paths(tmp_path: Path) -> None:
+    for odd in (3, None, "x", []):
+        for show in (to_bertviz, to_circuitsvis, lambda c: view(c, tmp_path / "page.html")):
+            with pytest.raises(SelectionError, match="is no capture"):
+                show(odd)
+    for path in (3, None, "/proc/nothing/page.html"):
+        with pytest.raises(SerializationError, match=r"give a path|cannot be written"):
+            view(text(0), path)
+
+
+def test_entries_that_are_no_numbers_are_told(tmp_path: Path) -> None:
+    """They are shown as nothing, in the pictures of the other heads nothing changes, and what has no plane has none."""
+    odd, plain = text(0), text(0)
+    for name in ("map", "k"):
+        odd.takes[1].tensors[name][0, 2, 3, 1] = math.nan
+    odd.takes[1].tensors["map"][0, 1, 6, 0] = math.inf
+    found, want = viewer.collect(odd), viewer.collect(plain)
+    assert found.data["facts"] == [["not finite", "maps with entries that are NaN or infinite: 2; shown as 0"]]
+    assert want.data["facts"] == [] and found.later["m-0-0-0"] == want.later["m-0-0-0"]
+    shown = decoded(found.later["m-0-0-1"], (3, 7, 7))
+    assert shown[2, 3, 1] == 0 and torch.equal(shown[0], decoded(want.later["m-0-0-1"], (3, 7, 7))[0])
+    assert "p-0-0-0" in found.later and "p-0-0-1" not in found.later and "p-0-0-1" in want.later
+    both = viewer.collect(text(0), after=odd).data
+    assert both["facts"] == [["not finite", "maps with entries that are NaN or infinite: 2 after; shown as 0"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rows", -9), ("rows", 40), ("rows", 10**12), ("keys", -9), ("keys", 10**12)]
+)
+def test_numbers_of_tokens_that_cannot_be_are_refused(tmp_path: Path, name: str, value: int) -> None:
+    text(0).save(tmp_path / "seen")
+    file = tmp_path / "seen" / "000000.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: torch.full_like(tensors[name], value)}, file)
+    with pytest.raises(SerializationError, match="not a whole file of a capture"):
+        Captured.load(tmp_path / "seen")
+
+
+def test_a_sample_without_rows_is_said() -> None:
+    seen = captured(take(causal(0).repeat(2, 1, 1, 1)))
+    seen.takes[0].rows = torch.stack([torch.arange(7), torch.full((7,), -1)])
+    assert viewer.collect(seen).data["axes"][0]["n"] == 7
+    with pytest.raises(SelectionError, match="sample 1 has none of the rows"):
+        viewer.collect(seen, sample=1)
 
 
 def test_no_text_becomes_markup(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def settings_of(additional: Any, environment: Mapping[str, str] | None = None) -
     if found is None and environment.get(VARIABLE):
         try:
             found = json.loads(environment[VARIABLE])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SelectionError(f"{VARIABLE} is not JSON ({error}).") from None
     if found is None:
         return None

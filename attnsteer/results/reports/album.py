@@ -70,16 +70,12 @@ class Album:
 
         if isinstance(image, int):
             return self._scene(image)
-        folder = self.folder if own else self.source
-        path = None if folder is None else store.inside(folder, image)
-        if own and (path is None or not path.resolve().is_relative_to(folder.resolve())):
-            raise RunError(
-                f"{self.folder}: a record's picture {image!r} is not in the folder; it was not written by a run."
-            )
-        if path is None or not path.is_file():
-            if own:
-                raise RunError(f"{path} is missing; start the run again with the same command.")
-            return None
+        if own:
+            path = store.own_file(self.folder, image)
+        else:
+            path = None if self.source is None else store.inside(self.source, image)
+            if path is None or not path.is_file():
+                return None
         try:
             with Image.open(path) as opened:
                 if max(opened.size) <= SIDE and opened.format in KIND:

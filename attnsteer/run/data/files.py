@@ -101,7 +101,7 @@ def _is_lines(text: str) -> bool:
         return False
     try:
         value = json.loads(first)
-    except ValueError:
+    except (ValueError, RecursionError):
         # A broken first line of many is still one of lines; an object over several lines ends its first one early.
         return len(first) > 1 and first.endswith("}")
     return not any(isinstance(value.get(k), list) and "\n" not in text.strip() for k in LISTS)

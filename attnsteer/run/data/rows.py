@@ -78,7 +78,7 @@ class Row:
         if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
             try:
                 value = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise self.wrong(field, value, "a list in JSON") from None
         if not isinstance(value, (list, tuple)) or not value:
             raise self.wrong(field, value, "a list with something in it")
@@ -350,7 +350,7 @@ def _object(row: Row, field: str, text: str) -> Any:
     """What a cell of a CSV file holds as JSON."""
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise row.wrong(field, text, "an object in JSON") from None
 
 

@@ -353,7 +353,7 @@
   function tops(to, lines, shares) {
     const order = [...shares.keys()].sort((i, j) => Math.abs(shares[j]) - Math.abs(shares[i])).slice(0, 6).filter((i) => shares[i] !== 0);
     const far = Math.max(1e-6, ...order.flatMap((i) => lines.map((l) => l[i])));
-    $("tops").replaceChildren(...order.map((i) => make("li", {}, make("span", { class: "w", title: word(to, i) }, word(to, i), inGrid(to, i) ? null : make("small", {}, ` ${to.numbers ? to.numbers[i] : to.first + i}`)),
+    $("tops").replaceChildren(...order.map((i) => make("li", {}, make("span", { class: "w", title: word(to, i) }, make("bdi", {}, word(to, i)), inGrid(to, i) ? null : make("small", {}, ` ${to.numbers ? to.numbers[i] : to.first + i}`)),
       make("span", { class: "bars" }, two ? bar(lines[0][i] / far, "was") : null, bar((two ? lines[1] : lines[0])[i] / far, "")),
       make("span", { class: "v" }, state.arm === "change" ? signed(shares[i]) : percent(shares[i])))));
   }
