@@ -117,8 +117,8 @@ class SiteRuntime:
         """Raise where a method edits a map that dropout goes over; edits of head outputs take what the model's kernel gave."""
         if rate and self.reads_map(active):
             raise UnsupportedHost(
-                f"{self.site.path} runs with attention dropout {rate}; an exact edit of its map is not defined there. Call model.eval() "
-                "first. Edits of head outputs (HeadGate) are defined."
+                f"{self.site.path} runs with attention dropout {rate}; an exact edit of its map is not defined there. Call "
+                "model.eval() first. Edits of head outputs (HeadGate) are defined."
             )
 
     def __call__(
