@@ -165,6 +165,10 @@ class DenoiserClock:
                 f"{type(self.model).__name__} samples numbers of tokens, which have no gradient: no method that moves the latent "
                 "acts here."
             )
+        if isinstance(sample, Tensor) and sample.is_meta:
+            raise UnsupportedHost(
+                f"{type(self.model).__name__} runs on the meta device, which computes nothing; steer the model with its weights."
+            )
         self.batch = len(sample)
         self.image_tokens = _image_tokens(sample, self._patch)
         self.size = _grid_size(sample, values)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from attnsteer import Intervention, steer
+from attnsteer import PAG, HeadGate, Intervention, Where, steer
 from attnsteer.branches import Prediction
-from attnsteer.errors import ContractError
+from attnsteer.errors import ContractError, UnsupportedHost
 from attnsteer.testing import tiny_pipeline
 
 from ...methods.latent_common import call_of
@@ -148,3 +148,14 @@ def test_right_predictions_pass(pipe: Any) -> None:
         with steer(pipe, Around(edit)):
             found.append(pipe(**call(steps=2))[0])
     assert float((torch.as_tensor(found[0]) - torch.as_tensor(found[1])).abs().max()) <= 1e-4
+
+
+@pytest.mark.parametrize("method", [HeadGate({(0, 0): 0.5}), PAG(2.0, where=Where(layers=[1]))])
+def test_a_denoiser_without_weights_says_so(method: Intervention) -> None:
+    unet = tiny_pipeline("sd").unet.to("meta")
+    given = [torch.zeros(shape, device="meta") for shape in ((2, 4, 8, 8), (), (2, 7, unet.config.cross_attention_dim))]
+    with (
+        steer(unet, method, control=True),
+        pytest.raises(UnsupportedHost, match="UNet2DConditionModel runs on the meta device"),
+    ):
+        unet(*given)
