@@ -113,6 +113,13 @@ class SiteRuntime:
             found = self._reads[active] = not all(self.entries[i][0].method.linear for i in active)
         return found
 
+    def check_device(self, tensor: Tensor) -> None:
+        """Raise on the meta device, where nothing can be looked at."""
+        if tensor.device.type == "meta":
+            raise UnsupportedHost(
+                f"{self.site.path} runs on the meta device, which computes nothing; steer the model with its weights."
+            )
+
     def check_dropout(self, active: tuple[int, ...], rate: float) -> None:
         """Raise where a method edits a map that dropout goes over; edits of head outputs take what the model's kernel gave."""
         if rate and self.reads_map(active):
@@ -145,6 +152,7 @@ class SiteRuntime:
             sdpa: whether `base` is torch's SDPA on this very `att`. packs: see `WholeForms`. forms: a host's own in its place.
             steps: filled with what does this decode step again for the next token, where its methods answer the same then.
         """
+        self.check_device(att.q)
         if call.packed:
             _check_apart(self.site, att, call)
         kind = att.q.device.type

@@ -142,10 +142,7 @@ def _steered(
     check_base(runtime.site, name)
     dropout = options.get("dropout") if module.training else None
     runtime.check_dropout(active, dropout or 0.0)
-    if query.device.type == "meta":
-        raise UnsupportedHost(
-            f"{runtime.site.path} runs on the meta device, which computes nothing; steer the model with its weights."
-        )
+    runtime.check_device(query)
     att = problem(module, name, query, key, value, attention_mask, options)
     B, _, n, m = att.shape
     call = forward.call(runtime, B, n, m, key.shape[2], att.q.device)
