@@ -61,8 +61,8 @@ def guide(clock: DenoiserClock, sites: Sequence[Site], journal: Journal) -> None
         )
     if declared.around and _codes(model):
         raise UnsupportedHost(
-            f"{declared.around[0].name} guides the predictions of a denoiser, and {type(model).__name__} encodes and decodes: it is "
-            f"given no timestep ({', '.join(TIMES)}). Steer the denoiser, or the pipeline."
+            f"{declared.around[0].name} guides the predictions of a denoiser, and {type(model).__name__} encodes and decodes: it "
+            f"is given no timestep ({', '.join(TIMES)}). Steer the denoiser, or the pipeline."
         )
     if declared.latent and declared.compiled:
         raise UnsupportedHost(
