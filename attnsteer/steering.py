@@ -472,8 +472,23 @@ def find_host(target: Any) -> Any:
     raise UnsupportedHost(
         f"nothing here can steer a {type(target).__module__}.{type(target).__name__}; hosts: {', '.join(hosts())}. "
         "Give a transformers or diffusers model or pipeline, or an nn.Module that calls "
-        "torch.nn.functional.scaled_dot_product_attention."
+        "torch.nn.functional.scaled_dot_product_attention." + _kept_from_torch(target)
     )
+
+
+def _kept_from_torch(target: Any) -> str:
+    """A word on modules in plain containers: torch does not know them as parts of the model, so nobody finds them."""
+    for name, module in target.named_modules() if isinstance(target, nn.Module) else ():
+        for key, held in vars(module).items():
+            if key.startswith("_") or not isinstance(held, (list, tuple, dict)):
+                continue
+            parts = held.values() if isinstance(held, dict) else held
+            if any(isinstance(part, nn.Module) for part in parts):
+                return (
+                    f" Its {f'{name}.{key}'.lstrip('.')} keeps modules in a plain {type(held).__name__}, where they are no parts "
+                    "of the model; attention in there is found once it is an nn.ModuleList or nn.ModuleDict."
+                )
+    return ""
 
 
 def bind(

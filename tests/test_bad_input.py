@@ -215,6 +215,31 @@ def test_a_module_without_attention_that_can_be_reached(cls: type[nn.Module]) ->
     assert state(target) == before and torch.equal(target(x), out)
 
 
+def test_attention_in_a_plain_container_is_named() -> None:
+    class Listed(nn.Module):
+        def __init__(self, held: Any) -> None:
+            super().__init__()
+            self.inner = nn.Module()
+            self.inner.kept = held
+
+    held = attention_module()
+    for plain, whole in (([held], nn.ModuleList([held])), ({"a": held}, nn.ModuleDict({"a": held}))):
+        words = f"inner.kept keeps modules in a plain {type(plain).__name__}.*found once it is an nn.Module"
+        refused(UnsupportedHost, words, lambda p=plain: steer(Listed(p), HeadGate({(0, 0): 0.0})))
+        # The way out that is named.
+        assert len(sites(Listed(whole))) == 1
+
+
+def attention_module() -> nn.Module:
+    class Attention(nn.Module):
+        num_heads = 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    return Attention()
+
+
 def test_a_library_model_without_attention() -> None:
     from transformers import MambaConfig, MambaModel
 

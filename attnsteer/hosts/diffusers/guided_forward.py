@@ -25,6 +25,7 @@ from .clock import DenoiserClock
 from .contrast import ContrastPasses
 from .latent_loop import Loop
 from .prefix import PrefixReuse, modules_down_to
+from .steps import TIMES
 
 if TYPE_CHECKING:
     from ...undo import Journal
@@ -33,6 +34,13 @@ if TYPE_CHECKING:
 PREDICTS = re.compile(r"^(UNet|(?!.*(ControlNet|Adapter)))")
 # From the arguments of one pass to what the denoiser predicts.
 Predict = Callable[[BranchInputs], Prediction]
+
+
+def _codes(model: nn.Module) -> bool:
+    """Whether a model is an autoencoder. It is called by `encode` and `decode`, where nothing would be guided."""
+    return callable(getattr(model, "decode", None)) and not {*TIMES} & {
+        *inspect.signature(type(model).forward).parameters
+    }
 
 
 def guide(clock: DenoiserClock, sites: Sequence[Site], journal: Journal) -> None:
@@ -50,6 +58,11 @@ def guide(clock: DenoiserClock, sites: Sequence[Site], journal: Journal) -> None
         raise UnsupportedHost(
             f"{declared.around[0].name} guides predictions, and what {type(model).__name__} gives are residuals for another model. "
             "Steer the denoiser."
+        )
+    if declared.around and _codes(model):
+        raise UnsupportedHost(
+            f"{declared.around[0].name} guides the predictions of a denoiser, and {type(model).__name__} encodes and decodes: it "
+            f"is given no timestep ({', '.join(TIMES)}). Steer the denoiser, or the pipeline."
         )
     if declared.latent and declared.compiled:
         raise UnsupportedHost(

@@ -17,6 +17,7 @@ from ...engine import SiteRuntime
 from ...errors import UnsupportedHost
 from ...kernels import Attention
 from ...site import Site
+from ..base import imported
 from ..exact import check_exact
 from ..sdpa.host import counting, patch_forward, same_kernel, sdpa_primitive
 from ..sdpa.rebind import DISPATCH, SDPA, helpers, names_called, primitive_count, rebind
@@ -357,8 +358,20 @@ def _steered_processor(processor: Any, call: Callable[..., Any], original: Any) 
     return steered
 
 
+def _known_to_hooks(own: Any, steered: Any, journal: Journal) -> None:
+    """Where hooks of diffusers look processors up by their class (its PAG guider does), ours is found as its own."""
+    for registry in imported("diffusers", "hooks._helpers.AttentionProcessorRegistry"):
+        try:
+            known = registry.get(type(own))
+        except ValueError:
+            continue
+        registry.register(type(steered), known)
+        journal.add(lambda r=registry: r._registry.pop(type(steered), None))
+
+
 def _exchange(module: nn.Module, processor: Any, journal: Journal) -> None:
     """Put `processor` in the place of the module's own, and refuse others, until undone."""
+    _known_to_hooks(module.processor, processor, journal)
     place = module._modules if "processor" in module._modules else vars(module)
     old = place["processor"]
     place["processor"] = processor

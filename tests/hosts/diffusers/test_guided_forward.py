@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from attnsteer import PAG, HeadGate, Intervention, Where, steer
+from attnsteer import PAG, SLG, HeadGate, Intervention, Where, steer
 from attnsteer.branches import Prediction
 from attnsteer.errors import ContractError, UnsupportedHost
 from attnsteer.testing import tiny_pipeline
@@ -159,3 +159,18 @@ def test_a_denoiser_without_weights_says_so(method: Intervention) -> None:
         pytest.raises(UnsupportedHost, match="runs on the meta device, which computes nothing"),
     ):
         unet(*given)
+
+
+@pytest.mark.parametrize("method", [PAG(2.0, where=Where(layers=[1])), SLG(2.0, None, None, where=Where(layers=[1]))])
+def test_guidance_of_an_autoencoder_is_refused_when_attached(method: Intervention) -> None:
+    """An autoencoder's `decode` is not its `forward`: nothing would be guided, and nothing said until the end."""
+    vae = tiny_pipeline("sd").vae
+    before = {name: type(m.processor) for name, m in vae.named_modules() if hasattr(m, "processor")}
+    assert before
+    with pytest.raises(UnsupportedHost, match=r"AutoencoderKL encodes and decodes.* Steer the denoiser"):
+        steer(vae, method)
+    assert before == {name: type(m.processor) for name, m in vae.named_modules() if hasattr(m, "processor")}
+    latent = torch.zeros(1, 4, 4, 4)
+    plain = vae.decode(latent).sample
+    with steer(vae, HeadGate({(1, 0): 0.0})):
+        assert not torch.equal(vae.decode(latent).sample, plain)

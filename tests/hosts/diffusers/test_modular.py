@@ -184,3 +184,25 @@ def test_branches_and_an_exchange() -> None:
         with pytest.raises(UnsupportedHost, match=r"guider of .* was exchanged"):
             run(pipe, "sdxl", steps=1)
         run_of.remove()
+
+
+def test_steering_beside_the_perturbed_attention_guider() -> None:
+    """It looks processors up by their class, and must find ours; afterwards nothing is left in its table."""
+    import diffusers.guiders as library
+    from diffusers.hooks._helpers import AttentionProcessorRegistry
+
+    block = "mid_block.attentions.0.transformer_blocks"
+    config = library.skip_layer_guidance.LayerSkipConfig(
+        indices=[0], fqn=block, skip_attention=False, skip_ff=False, skip_attention_scores=True
+    )
+    guider = library.PerturbedAttentionGuidance(
+        guidance_scale=5.0, perturbed_guidance_config=config, perturbed_guidance_start=0.0, perturbed_guidance_stop=1.0
+    )
+    plain, pipe = run(modular("sdxl", guider.new()), "sdxl"), modular("sdxl", guider.new())
+    before = dict(AttentionProcessorRegistry._registry)
+    where = Where(modules=SITES["sdxl"])
+    with steer(pipe, PAG(0.0, where=where), control=True):
+        assert torch.equal(run(pipe, "sdxl"), plain)
+    with steer(pipe, PAG(2.0, where=where)):
+        assert relative(run(pipe, "sdxl"), plain) > EFFECT
+    assert before == AttentionProcessorRegistry._registry
