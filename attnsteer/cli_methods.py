@@ -20,6 +20,7 @@ EXAMPLES = {
     "source": '"previous"',
     "spans": "[[(6, 10)]]",
     "summary": "[[3]]",
+    "value": "1.2",
     "words": '["fox"]',
 }
 # Methods whose source is another run, and what to capture of it.

@@ -207,7 +207,7 @@ def test_every_method_of_the_library_has_a_zero_strength_that_builds(tmp_path: P
     with torch.no_grad(), capture(model, what="output", to=tmp_path / "seen"):
         model(**tiny_transformers_inputs("llama", model, batch=1, length=4))
     needed = {key: {"sample": key} for key in ("words", "boxes", "spans", "groups")}
-    needed |= {"negative": "dark", "local": [[0]], "summary": [[1]]}
+    needed |= {"negative": "dark", "local": [[0]], "summary": [[1]], "value": 2.0}
     sources = {"InjectMap": "previous", "PatchHeads": str(tmp_path / "seen")}
     for name in sorted(own):
         known = needed | {"source": sources.get(name)}
